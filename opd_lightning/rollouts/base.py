@@ -1,0 +1,83 @@
+"""The engine contract: token ids in, token ids and the sampler's log-probs out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from opd_lightning.errors import UserError
+from opd_lightning.model_source import ModelSource
+from opd_lightning.types import Completion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How responses are drawn.
+
+    Args:
+        temperature: Logits are divided by it, in the sampler and in every loss. 0 is greedy and
+            for evaluation only.
+        top_p: Nucleus mass; 1.0 samples the full distribution, anything less biases the loss.
+        top_k: Candidates kept; 0 keeps all.
+        max_new_tokens: Budget of response tokens, EOS included.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"sampling.temperature: got {self.temperature}, expected >= 0")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"sampling.top_p: got {self.top_p}, expected a number in (0, 1]")
+        if self.top_k < 0:
+            raise UserError(f"sampling.top_k: got {self.top_k}, expected >= 0 (0 keeps all)")
+        if self.max_new_tokens < 1:
+            raise UserError(f"sampling.max_new_tokens: got {self.max_new_tokens}, expected >= 1")
+
+
+class Request(NamedTuple):
+    """One response to write. The seed alone decides its randomness, whatever else is in flight."""
+
+    prompt_ids: list[int]  # [P] generation prompt included
+    seed: int
+
+
+class Engine(Protocol):
+    """Writes responses with weights that are pushed to it.
+
+    The log-probs it returns are those of the distribution it sampled from: after temperature,
+    top-k and top-p. `version` is the version of the last weights loaded, -1 for those it
+    started with.
+    """
+
+    version: int
+
+    def start(self, source: ModelSource, *, max_length: int) -> None:
+        """Load the model of `source` for sequences of up to `max_length` tokens."""
+        ...
+
+    def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace all weights. `weights` yields (Hugging Face name, full tensor), tied ones once."""
+        ...
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion per request, in the order of the requests."""
+        ...
+
+    def sleep(self) -> None:
+        """Give memory back until `wake`; weights must be pushed again afterwards."""
+        ...
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        ...
+
+    def close(self) -> None:
+        """Free everything. The engine cannot be started again."""
+        ...

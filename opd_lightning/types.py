@@ -1,0 +1,166 @@
+"""The types that flow through the program: prompts in, rollouts, batches, scores.
+
+Axes: B rollouts of a micro-batch, R response tokens (padded), L prompt + response tokens
+(padded), K top-k, N response tokens of a micro-batch without padding.
+
+*Response space* is `[B, R]`: row = rollout, column = response token. Every per-token quantity
+lives there, whatever prompt (view) it was computed under.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from enum import StrEnum
+from typing import Any, NamedTuple, Self, TypedDict
+
+import torch
+from torch import Tensor
+
+
+class Message(TypedDict):
+    """One turn of a chat; role is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One row of a prompt file.
+
+    Example: Prompt(id="sums-7", messages=({"role": "user", "content": "2+2="},), answer="4")
+    """
+
+    id: str
+    messages: tuple[Message, ...]  # the chat so far; the policy writes the next assistant turn
+    answer: str | None = None  # the reference answer, for verifiers
+    response: str | None = None  # a recorded response, for supervised training
+    privileged: str | None = None  # text only a teacher may see
+    domain: str = "default"  # group name for per-domain metrics and teachers
+    origin: str = ""  # "file:line" it was read from, for error messages
+
+
+class StopReason(StrEnum):
+    """How a response ended."""
+
+    EOS = "eos"  # the model wrote an end-of-sequence token, which is the last response token
+    LENGTH = "length"  # the token budget ran out; there is no EOS
+
+    def is_truncated(self) -> bool:
+        return self is StopReason.LENGTH
+
+
+class Completion(NamedTuple):
+    """What an engine wrote for one request."""
+
+    response_ids: list[int]  # [T] sampled ids, EOS included
+    logprobs: list[float]  # [T] log-probs under the distribution that was sampled from, nats
+    stop_reason: StopReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One response, who wrote it, and what it was worth."""
+
+    prompt: Prompt
+    prompt_ids: list[int]  # [P] the ids the sampler saw, generation prompt included
+    response_ids: list[int]  # [T] the ids the sampler wrote; never re-tokenised
+    behaviour_logprobs: list[float]  # [T] the sampler's log-probs; NaN where nobody sampled
+    stop_reason: StopReason
+    text: str  # response decoded without special tokens
+    reward: float  # verifier's score in [0, 1]; NaN without a verifier
+    group_mean: float  # mean reward over the samples of this prompt
+    group_std: float  # their population standard deviation; 0 for a group of one
+    policy_version: int  # optimiser steps behind the weights that wrote it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTotals:
+    """Sizes of the whole optimiser step, over all micro-batches and ranks: the normalisers."""
+
+    step: int  # optimiser step this is the batch of, from 0
+    tokens: int  # response tokens
+    sequences: int  # rollouts
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if is_dataclass(value) and hasattr(value, "to"):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _move(item, device) for key, item in value.items()}
+    return value
+
+
+class _Movable:
+    """A frozen dataclass that Lightning can move between devices."""
+
+    __slots__ = ()
+
+    def to(self, device: torch.device, **_: Any) -> Self:
+        moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **moved)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View(_Movable):
+    """The rollouts of a micro-batch under one kind of prompt: prompt, response, then padding."""
+
+    input_ids: Tensor  # [B, L] int64, pad id where attention_mask is 0
+    attention_mask: Tensor  # [B, L] int64, 1 on prompt and response
+    prompt_lengths: Tensor  # [B] int64; response token t of row b is input_ids[b, prompt_lengths[b] + t]
+
+    def predicting_positions(self, response_mask: Tensor) -> Tensor:
+        """Flat indices `[N]` into `[B * L]` of the positions that predict the response tokens.
+
+        Row-major over `response_mask [B, R]`, so results scatter back with the same mask. The
+        position one before a token predicts it.
+        """
+        rows, columns = response_mask.nonzero(as_tuple=True)
+        return rows * self.input_ids.shape[1] + self.prompt_lengths[rows] - 1 + columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutBatch(_Movable):
+    """A micro-batch of rollouts, padded once in `data/collate.py`.
+
+    Example, two responses [7, 2] and [5, 6, 2] (2 is EOS, 0 is the pad id):
+        response_ids  = [[7, 2, 0], [5, 6, 2]]
+        response_mask = [[1, 1, 0], [1, 1, 1]]
+    """
+
+    views: Mapping[str, View]  # by view name; the response ids are the same in every view
+    response_ids: Tensor  # [B, R] int64, pad id where the mask is False
+    response_mask: Tensor  # [B, R] bool, True on tokens the policy wrote, EOS included
+    behaviour_logprobs: Tensor  # [B, R] float32 nats, 0 where the mask is False, NaN if unknown
+    rewards: Tensor  # [B] float32 in [0, 1], NaN without a verifier
+    group_mean: Tensor  # [B] float32, mean reward of the row's prompt group
+    group_std: Tensor  # [B] float32, population standard deviation of the same
+    truncated: Tensor  # [B] bool, True where the response ran out of tokens
+    temperature: float  # of the sampler; both sides' logits are divided by it
+    totals: StepTotals  # the whole optimiser step's sizes
+    rollouts: tuple[Rollout, ...]  # the rows themselves, for logs
+
+    def unflatten(self, values: Tensor) -> Tensor:
+        """Put per-token `values [N, ...]` (row-major over the mask) into `[B, R, ...]`, 0 elsewhere."""
+        full = values.new_zeros((*self.response_mask.shape, *values.shape[1:]))
+        return full.masked_scatter(_expand(self.response_mask, full), values)
+
+
+def _expand(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.reshape(*mask.shape, *([1] * (like.dim() - mask.dim()))).expand_as(like)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScores:
+    """What one model says about the sampled tokens, in response space.
+
+    Teachers answer with it (`TeacherScores` in the design) and so does the student; only the
+    student's `logprobs` carry a gradient.
+    """
+
+    logprobs: Tensor  # [B, R] float32 nats, 0 where the mask is False
+    entropy: Tensor  # [B, R] float32 nats of the full next-token distribution, detached
+    top_ids: Tensor  # [B, R, K] int64, most likely first; 0 where the mask is False
