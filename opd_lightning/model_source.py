@@ -63,8 +63,9 @@ class ModelSource:
 
     def _load(self, auto_class: Any) -> Any:
         folder = Path(self.path)
-        looks_local = folder.is_absolute() or self.path.startswith((".", "~")) or folder.exists()
-        if looks_local and not (folder / "config.json").is_file():
+        is_local = folder.exists() or self.path.startswith((".", "~", "/"))
+        # A hub name has one slash at most.
+        if (is_local or self.path.count("/") > 1) and not (folder / "config.json").is_file():
             raise UserError(
                 f"{self.role} model: no config.json in {self.path!r}; give a Hugging Face model "
                 "folder or a hub name"

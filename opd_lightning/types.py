@@ -9,7 +9,7 @@ lives there, whatever prompt (view) it was computed under.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple, Self, TypedDict
@@ -110,7 +110,9 @@ class View(_Movable):
 
     input_ids: Tensor  # [B, L] int64, pad id where attention_mask is 0
     attention_mask: Tensor  # [B, L] int64, 1 on prompt and response
-    prompt_lengths: Tensor  # [B] int64; response token t of row b is input_ids[b, prompt_lengths[b] + t]
+    prompt_lengths: (
+        Tensor  # [B] int64; response token t of row b is input_ids[b, prompt_lengths[b] + t]
+    )
 
     def predicting_positions(self, response_mask: Tensor) -> Tensor:
         """Flat indices `[N]` into `[B * L]` of the positions that predict the response tokens.
@@ -144,7 +146,7 @@ class RolloutBatch(_Movable):
     rollouts: tuple[Rollout, ...]  # the rows themselves, for logs
 
     def unflatten(self, values: Tensor) -> Tensor:
-        """Put per-token `values [N, ...]` (row-major over the mask) into `[B, R, ...]`, 0 elsewhere."""
+        """Put `values [N, ...]`, in the order of the mask, into `[B, R, ...]`; 0 elsewhere."""
         full = values.new_zeros((*self.response_mask.shape, *values.shape[1:]))
         return full.masked_scatter(_expand(self.response_mask, full), values)
 
@@ -164,3 +166,8 @@ class TokenScores:
     logprobs: Tensor  # [B, R] float32 nats, 0 where the mask is False
     entropy: Tensor  # [B, R] float32 nats of the full next-token distribution, detached
     top_ids: Tensor  # [B, R, K] int64, most likely first; 0 where the mask is False
+
+    @classmethod
+    def unflatten(cls, flat: Iterable[Tensor], batch: RolloutBatch) -> Self:
+        """From (log-probs `[N]`, entropy `[N]`, top ids `[N, K]`) in the order of the mask."""
+        return cls(**{f.name: batch.unflatten(x) for f, x in zip(fields(cls), flat, strict=True)})

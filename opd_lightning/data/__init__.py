@@ -1,0 +1,1 @@
+"""From prompt files to micro-batches of rollouts."""

@@ -1,0 +1,7 @@
+"""Who writes the responses: `class_path: opd_lightning.rollouts.HFEngine` or `.VLLMEngine`."""
+
+from opd_lightning.rollouts.base import Engine, Request, Sampling
+from opd_lightning.rollouts.hf import HFEngine
+from opd_lightning.rollouts.vllm_local import VLLMEngine
+
+__all__ = ["Engine", "HFEngine", "Request", "Sampling", "VLLMEngine"]

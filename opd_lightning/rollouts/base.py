@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class Request(NamedTuple):
     seed: int
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """Writes responses with weights that are pushed to it.
 
     The log-probs it returns are those of the distribution it sampled from: after temperature,
@@ -56,28 +57,28 @@ class Engine(Protocol):
     started with.
     """
 
-    version: int
+    version: int = -1
 
+    @abstractmethod
     def start(self, source: ModelSource, *, max_length: int) -> None:
         """Load the model of `source` for sequences of up to `max_length` tokens."""
-        ...
 
+    @abstractmethod
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace all weights. `weights` yields (Hugging Face name, full tensor), tied ones once."""
-        ...
+        """Replace all weights by (Hugging Face name, full tensor) pairs; tied ones come once."""
 
+    @abstractmethod
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in the order of the requests."""
-        ...
 
+    @abstractmethod
     def sleep(self) -> None:
-        """Give memory back until `wake`; weights must be pushed again afterwards."""
-        ...
+        """Give memory back until `wake`, if the engine can; weights must be pushed again after."""
 
+    @abstractmethod
     def wake(self) -> None:
         """Undo `sleep`."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Free everything. The engine cannot be started again."""
-        ...

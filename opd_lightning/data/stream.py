@@ -1,0 +1,186 @@
+"""The streams that feed training and evaluation: sized, resumable, always current weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from opd_lightning.data.collate import collate
+from opd_lightning.data.micro_batches import split_balanced
+from opd_lightning.data.order import PromptOrder
+from opd_lightning.data.writer import RolloutWriter
+from opd_lightning.rollouts.base import Sampling
+from opd_lightning.seeding import EVALUATION_SAMPLE, TRAINING_SAMPLE, derive_seed
+from opd_lightning.timing import StepTimer
+from opd_lightning.types import Prompt, Rollout, RolloutBatch, StepTotals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """This process among those that train together, and how they add numbers up."""
+
+    rank: int
+    world_size: int
+    sum: Callable[[int], int]  # over all ranks
+
+
+class TrainingStream:
+    """Micro-batches of fresh rollouts, `micro_batches` per optimiser step.
+
+    Everything a step needs is generated at once, when its first micro-batch is asked for. The
+    stream has a length, so Lightning does not fetch ahead, and that moment comes after the
+    previous optimiser step: rollouts are strictly on-policy.
+
+    A step's prompts and seeds depend on (seed, step) alone. The state is the next step's number;
+    a checkpoint taken between two steps resumes without a prompt lost or repeated.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[list[int]],
+        *,
+        writer: RolloutWriter,
+        push_weights: Callable[[], None],
+        sampling: Sampling,
+        prompts_per_step: int,
+        samples_per_prompt: int,
+        micro_batches: int,
+        seed: int,
+        ranks: Ranks,
+        pad_id: int,
+        timer: StepTimer,
+    ) -> None:
+        self.prompts = prompts
+        self.prompt_ids = prompt_ids
+        self.writer = writer
+        self.push_weights = push_weights
+        self.sampling = sampling
+        self.prompts_per_step = prompts_per_step
+        self.samples_per_prompt = samples_per_prompt
+        self.micro_batches = micro_batches
+        self.seed = seed
+        self.ranks = ranks
+        self.pad_id = pad_id
+        self.timer = timer
+        self.order = PromptOrder(len(prompts), seed)
+        self.steps_per_epoch = max(1, len(prompts) // prompts_per_step)
+        self.next_step = 0
+
+    def __len__(self) -> int:
+        """Micro-batches in an epoch (about one pass over the prompts)."""
+        return self.steps_per_epoch * self.micro_batches
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next_step": self.next_step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next_step = state["next_step"]
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        """The rest of the current epoch."""
+        for step in range(self.next_step, self._end_of_epoch()):
+            self.timer.next_step()
+            rollouts = self._rollouts(step)
+            with self.timer.stage("collate"):
+                totals = StepTotals(
+                    step=step,
+                    tokens=self.ranks.sum(sum(len(r.response_ids) for r in rollouts)),
+                    sequences=self.ranks.sum(len(rollouts)),
+                )
+                batches = [
+                    collate(
+                        part,
+                        totals=totals,
+                        temperature=self.sampling.temperature,
+                        pad_id=self.pad_id,
+                    )
+                    for part in split_balanced(rollouts, self.micro_batches)
+                ]
+            yield from batches[:-1]
+            # Before the last one goes out: a checkpoint taken after its optimiser step must
+            # already point at the next.
+            self.next_step = step + 1
+            yield batches[-1]
+
+    def _end_of_epoch(self) -> int:
+        return (self.next_step // self.steps_per_epoch + 1) * self.steps_per_epoch
+
+    def _rollouts(self, step: int) -> list[Rollout]:
+        """This rank's rollouts: a slice of the step's prompts, all samples of each."""
+        share = self.prompts_per_step // self.ranks.world_size
+        start = step * self.prompts_per_step + self.ranks.rank * share
+        chosen = self.order.take(start, share)
+        self.push_weights()
+        return self.writer.write(
+            [self.prompts[i] for i in chosen],
+            [self.prompt_ids[i] for i in chosen],
+            self.samples_per_prompt,
+            self.sampling,
+            lambda p, s: derive_seed(TRAINING_SAMPLE, self.seed, step, start + p, s),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationBatch:
+    """Scored rollouts of an evaluation suite."""
+
+    suite: str
+    rollouts: tuple[Rollout, ...]
+
+    def to(self, *_: object, **__: object) -> EvaluationBatch:
+        """Nothing here lives on a device."""
+        return self
+
+
+class EvaluationStream:
+    """Scored rollouts of a suite's prompts, a batch at a time, from the newest weights.
+
+    Seeds depend on (seed, prompt, sample), not on the training step: two evaluations of the same
+    weights agree, and differences between steps are paired.
+    """
+
+    def __init__(
+        self,
+        suite: str,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[list[int]],
+        *,
+        writer: RolloutWriter,
+        push_weights: Callable[[], None],
+        sampling: Sampling,
+        samples: int,
+        batch_size: int,
+        seed: int,
+        ranks: Ranks,
+    ) -> None:
+        self.suite = suite
+        self.prompts = prompts
+        self.prompt_ids = prompt_ids
+        self.writer = writer
+        self.push_weights = push_weights
+        self.sampling = sampling
+        self.samples = samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.mine = range(ranks.rank, len(prompts), ranks.world_size)
+
+    def __len__(self) -> int:
+        return -(-len(self.mine) // self.batch_size)
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        for first in range(0, len(self.mine), self.batch_size):
+            chosen = self.mine[first : first + self.batch_size]
+            self.push_weights()
+            rollouts = self.writer.write(
+                [self.prompts[i] for i in chosen],
+                [self.prompt_ids[i] for i in chosen],
+                self.samples,
+                self.sampling,
+                partial(self._seed, chosen),
+            )
+            yield EvaluationBatch(suite=self.suite, rollouts=tuple(rollouts))
+
+    def _seed(self, chosen: Sequence[int], prompt: int, sample: int) -> int:
+        return derive_seed(EVALUATION_SAMPLE, self.seed, chosen[prompt], sample)

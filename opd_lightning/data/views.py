@@ -1,0 +1,56 @@
+"""Prompts as token ids: what a model reads before it writes or scores a response."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from opd_lightning.errors import UserError
+from opd_lightning.types import Prompt
+
+
+def render(prompt: Prompt, tokenizer: Any, template_args: dict[str, Any]) -> list[int]:
+    """The plain view: the chat template over the prompt's messages, ready for the reply.
+
+    Args:
+        prompt: Its messages end with a user or system turn.
+        tokenizer: A tokenizer with a chat template (rendered in transformers' Jinja sandbox).
+        template_args: Extra template variables, e.g. {"enable_thinking": False}.
+    """
+    return list(
+        tokenizer.apply_chat_template(
+            list(prompt.messages),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **template_args,
+        )
+    )
+
+
+def recorded_response_ids(prompt: Prompt, tokenizer: Any) -> list[int]:
+    """The prompt's recorded response as the policy would have written it: text ids, then EOS."""
+    if prompt.response is None:
+        raise UserError(
+            f"{prompt.origin}: no 'response' to learn from; add the column, or set data.engine "
+            "so that responses are sampled"
+        )
+    ids = tokenizer.encode(prompt.response, add_special_tokens=False)
+    return [*ids, tokenizer.eos_token_id]
+
+
+def check_lengths(
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[list[int]],
+    max_new_tokens: int,
+    context: int,
+    whose: str,
+) -> None:
+    """Refuse a prompt that leaves no room for `max_new_tokens` in a model's context."""
+    for prompt, ids in zip(prompts, prompt_ids, strict=True):
+        if len(ids) + max_new_tokens > context:
+            raise UserError(
+                f"{prompt.origin}: prompt of {len(ids)} tokens + max_new_tokens {max_new_tokens} "
+                f"exceeds the {whose}'s context of {context}; shorten the prompt or lower "
+                "sampling.max_new_tokens"
+            )

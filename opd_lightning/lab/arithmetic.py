@@ -1,0 +1,151 @@
+"""The arithmetic world: column sums and differences with every carry and borrow written out.
+
+A problem is asked as "347+589=" and solved from the last column to the first:
+
+    347+589=   7+9+0:16,4+8+1:13,3+5+1:9;936      digit + digit + carry : total
+    523-147=   13-7-0:6,12-4-1:7,5-1-1:3;376      digit (plus the borrowed ten) - digit - borrow
+
+The carry is the tens of the previous total; a borrow follows a column whose first number took a
+ten. The final answer stands behind the only semicolon. A domain, "add-3" or "sub-2", is an
+operation and the number of digits of both operands, which begin with no zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from opd_lightning.errors import UserError
+
+# Finds the final answer in a response; for the verifiers of the lab's configurations.
+ANSWER_PATTERN = r";(-?\d+)$"
+
+# One problem in so many is kept for evaluation.
+HELD_OUT_ONE_IN = 10
+
+_SIGNS = {"add": "+", "sub": "-"}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Two numbers to add or subtract; differences are never negative."""
+
+    domain: str  # "add-3": the operation and the number of digits
+    left: int
+    right: int
+
+    @property
+    def question(self) -> str:
+        """What the user asks, such as "347+589="."""
+        return f"{self.left}{_SIGNS[self.domain[:3]]}{self.right}="
+
+    @property
+    def answer(self) -> str:
+        """The final answer, without leading zeros."""
+        adds = self.domain.startswith("add")
+        return str(self.left + self.right if adds else self.left - self.right)
+
+    @property
+    def solution(self) -> str:
+        """The whole worked response, final answer included."""
+        work = _add_columns if self.domain.startswith("add") else _subtract_columns
+        # Reversed, because columns are worked from the ones upwards.
+        lefts, rights = ([int(c) for c in str(n)[::-1]] for n in (self.left, self.right))
+        return ",".join(work(lefts, rights)) + ";" + self.answer
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether the problem is for evaluation only: a property of the question alone.
+
+        No seed, count or order can therefore make training and evaluation overlap.
+        """
+        digest = hashlib.blake2b(self.question.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") % HELD_OUT_ONE_IN == 0
+
+
+def _add_columns(lefts: Sequence[int], rights: Sequence[int]) -> Iterable[str]:
+    carry = 0
+    for left, right in zip(lefts, rights, strict=True):
+        total = left + right + carry
+        yield f"{left}+{right}+{carry}:{total}"
+        carry = total // 10
+
+
+def _subtract_columns(lefts: Sequence[int], rights: Sequence[int]) -> Iterable[str]:
+    borrow = 0
+    for left, right in zip(lefts, rights, strict=True):
+        takes_ten = int(left < right + borrow)
+        top = left + 10 * takes_ten
+        yield f"{top}-{right}-{borrow}:{top - right - borrow}"
+        borrow = takes_ten
+
+
+def _parse_domain(domain: str) -> tuple[str, int]:
+    operation, _, digits = domain.partition("-")
+    if operation not in _SIGNS or not digits.isdecimal() or int(digits) < 1:
+        raise UserError(
+            f"arithmetic domain: got {domain!r}, expected add-<digits> or sub-<digits>, "
+            "for example add-3"
+        )
+    return operation, int(digits)
+
+
+def generate(domain: str, count: int, *, seed: int, held_out: bool) -> list[Problem]:
+    """Draw `count` distinct problems of one domain, from the training or the held-out part.
+
+    Example: generate("add-3", 2, seed=0, held_out=False)
+    """
+    operation, digits = _parse_domain(domain)
+    lowest, highest = 10 ** (digits - 1), 10**digits - 1
+    numbers = highest - lowest + 1
+    pairs = numbers**2 if operation == "add" else numbers * (numbers + 1) // 2
+    rng = random.Random(f"arithmetic/{domain}/{seed}/{held_out}")
+    seen: set[tuple[int, int]] = set()
+    problems: list[Problem] = []
+    while len(problems) < count:
+        if len(seen) == pairs:
+            raise UserError(
+                f"arithmetic domain {domain}: {count} problems asked for, but its "
+                f"{'held-out' if held_out else 'training'} part has only {len(problems)}"
+            )
+        left, right = rng.randint(lowest, highest), rng.randint(lowest, highest)
+        if operation == "sub":
+            left, right = max(left, right), min(left, right)
+        problem = Problem(domain, left, right)
+        if (left, right) not in seen and problem.is_held_out == held_out:
+            problems.append(problem)
+        seen.add((left, right))
+    return problems
+
+
+def generate_mixture(
+    domains: Sequence[str], count_per_domain: int, *, seed: int, held_out: bool
+) -> list[Problem]:
+    """Equally many problems of every domain, taking turns, so that any prefix is balanced."""
+    drawn = [generate(d, count_per_domain, seed=seed, held_out=held_out) for d in domains]
+    return [problem for turn in zip(*drawn, strict=True) for problem in turn]
+
+
+def write_jsonl(path: Path, problems: Iterable[Problem], *, with_response: bool = False) -> None:
+    """Write a prompt file, one problem a row.
+
+    Args:
+        path: File to write.
+        problems: Its rows, in order.
+        with_response: Add the worked solution as "response", for supervised training.
+    """
+    with path.open("w", encoding="utf-8") as file:
+        for problem in problems:
+            row = {
+                "id": f"{problem.domain}/{problem.question[:-1]}",
+                "messages": [{"role": "user", "content": problem.question}],
+                "answer": problem.answer,
+                "domain": problem.domain,
+            }
+            if with_response:
+                row["response"] = problem.solution
+            file.write(json.dumps(row) + "\n")

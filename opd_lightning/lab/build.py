@@ -1,0 +1,148 @@
+"""Building a lab: data, a strong teacher and a weak student, made once and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.data.prompts import PromptSource
+from opd_lightning.export import write_hf_folder
+from opd_lightning.lab.arithmetic import generate_mixture, write_jsonl
+from opd_lightning.lab.models import new_model
+from opd_lightning.methods import SFT
+from opd_lightning.student import Student
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """A model from scratch and its supervised training."""
+
+    layers: int
+    hidden_size: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything a lab follows from; its hash names the cache folder."""
+
+    version: int = 1  # raise when the world's text, the tokenizer or the training changes
+    domains: tuple[str, ...] = ("add-2", "add-3", "add-4", "sub-2", "sub-3", "sub-4")
+    prompts_per_domain: int = 2000  # to train on; at most what the smallest domain has
+    held_out_per_domain: int = 64
+    teacher: ModelRecipe = ModelRecipe(
+        layers=3, hidden_size=128, steps=600, batch_size=64, learning_rate=2e-3, seed=1
+    )
+    student: ModelRecipe = ModelRecipe(
+        layers=2, hidden_size=96, steps=200, batch_size=64, learning_rate=2e-3, seed=2
+    )
+
+    def digest(self) -> str:
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where labs live: `opd-lightning` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base, "opd-lightning", "lab")
+
+
+def build_arithmetic(recipe: Recipe, link: Path | None = None) -> Path:
+    """Make the arithmetic lab unless the cache has it.
+
+    The folder holds train.jsonl and held_out.jsonl (prompts), demonstrations.jsonl (prompts with
+    worked solutions), teacher/ and student/ (Hugging Face folders) and recipe.json. It appears
+    whole or not at all.
+
+    Args:
+        recipe: What to make.
+        link: Symbolic link to the folder, for configurations to name; replaced if it is a link.
+    """
+    folder = cache_folder() / f"arithmetic-{recipe.digest()}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
+        try:
+            _make(recipe, unfinished)
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    if link is not None:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder, target_is_directory=True)
+    return folder
+
+
+def _make(recipe: Recipe, folder: Path) -> None:
+    train = generate_mixture(recipe.domains, recipe.prompts_per_domain, seed=0, held_out=False)
+    write_jsonl(folder / "train.jsonl", train)
+    write_jsonl(folder / "demonstrations.jsonl", train, with_response=True)
+    held_out = generate_mixture(recipe.domains, recipe.held_out_per_domain, seed=0, held_out=True)
+    write_jsonl(folder / "held_out.jsonl", held_out)
+    for role in ("teacher", "student"):
+        train_model(getattr(recipe, role), folder / "demonstrations.jsonl", folder / role, role)
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+
+
+def train_model(recipe: ModelRecipe, demonstrations: Path, folder: Path, label: str) -> None:
+    """Train a model from scratch with the project's own supervised module."""
+    new_model(folder, layers=recipe.layers, hidden_size=recipe.hidden_size, seed=recipe.seed)
+    seed_everything(recipe.seed, verbose=False)
+    method = SFT(
+        Student(str(folder)),
+        optimizer=partial(torch.optim.AdamW, lr=recipe.learning_rate),
+        lr_scheduler=partial(_warm_up_then_decay, steps=recipe.steps),
+    )
+    data = RolloutDataModule(
+        train=PromptSource(str(demonstrations)),
+        prompts_per_step=recipe.batch_size,
+        seed=recipe.seed,
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=recipe.steps,
+        max_epochs=-1,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[_Progress(label)],
+    )
+    trainer.fit(method, datamodule=data)
+    write_hf_folder(method.student, folder)
+
+
+def _warm_up_then_decay(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """Up over the first twentieth, then linearly down to a tenth."""
+    warm_up = max(1, steps // 20)
+    return LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warm_up, 1 - 0.9 * max(0, step - warm_up) / steps),
+    )
+
+
+class _Progress(TQDMProgressBar):
+    def __init__(self, label: str) -> None:
+        super().__init__(refresh_rate=10)
+        self.label = label

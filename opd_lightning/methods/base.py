@@ -1,0 +1,207 @@
+"""What every method shares: the student, its optimiser, the step, and what is logged."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import SumMetric
+
+from opd_lightning.data.stream import EvaluationBatch
+from opd_lightning.errors import EngineMismatchError
+from opd_lightning.losses.reduction import Aggregation, aggregate
+from opd_lightning.metrics.evaluation import SuiteScores
+from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics, SignalStatistics
+from opd_lightning.student import Student
+from opd_lightning.teachers.base import Teacher
+from opd_lightning.timing import StepTimer
+from opd_lightning.types import RolloutBatch, TokenScores
+
+
+class DistillationModule(LightningModule, ABC):
+    """A method turns a micro-batch into per-token losses; everything else happens here.
+
+    Args:
+        student: The model that learns.
+        optimizer: From parameters to an optimiser. Published recipes use 1e-5 to 1e-6 for all
+            weights and 1e-4 for LoRA.
+        lr_scheduler: From an optimiser to a scheduler, stepped once per optimiser step.
+        aggregation: How token losses become one number; see `losses/reduction.py`.
+        max_logprob_gap: The run stops when engine and trainer differ by more than this many nats
+            on the mean sampled token of a micro-batch.
+        overlap_top_k: Size of the top-k sets whose overlap is logged.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        *,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        aggregation: Aggregation = "token-mean",
+        max_logprob_gap: float = 0.1,
+        overlap_top_k: int = 16,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.aggregation: Aggregation = aggregation
+        self.max_logprob_gap = max_logprob_gap
+        self.overlap_top_k = overlap_top_k
+        self.timer = StepTimer()
+        self.loss_sum = SumMetric()
+        self.responses = ResponseStatistics()
+        self.engine_gap = EngineStatistics()
+        self.signal = SignalStatistics()
+        self.suites = torch.nn.ModuleDict()
+
+    # What a method writes -----------------------------------------------------------------
+
+    @abstractmethod
+    def token_losses(self, batch: RolloutBatch) -> Tensor:
+        """The loss of every response token, `[B, R]`; anything where the mask is False."""
+
+    def teachers(self) -> Sequence[Teacher]:
+        """Every teacher the method asks; they are checked and loaded with the student."""
+        return ()
+
+    # What a method may use ----------------------------------------------------------------
+
+    def score_student(self, batch: RolloutBatch) -> TokenScores:
+        """The student on its own samples; the log-probs carry the gradient."""
+        with self.timer.stage("student"):
+            scores = self.student.score(batch, top_k=self.overlap_top_k)
+        self.check_engine(batch, scores.logprobs)
+        return scores
+
+    def score_teacher(self, teacher: Teacher, batch: RolloutBatch) -> TokenScores:
+        """A teacher on the student's samples."""
+        with self.timer.stage("teacher"):
+            return teacher.score(batch, "student", top_k=self.overlap_top_k)
+
+    def check_engine(self, batch: RolloutBatch, student_logprobs: Tensor) -> None:
+        """Compare the engine's log-probs of its samples with the trainer's; stop if they differ.
+
+        Recorded responses (NaN log-probs) have no engine behind them.
+        """
+        sampled = batch.response_mask & ~batch.behaviour_logprobs.isnan()
+        behaviour = batch.behaviour_logprobs[sampled]
+        ours = student_logprobs.detach()[sampled]
+        self.engine_gap.update(behaviour, ours)
+        gap = float((ours - behaviour).abs().mean()) if len(ours) else 0.0
+        if not gap <= self.max_logprob_gap:  # NaN fails too
+            raise EngineMismatchError(
+                f"step {batch.totals.step}: engine and trainer log-probs of the sampled tokens "
+                f"differ by {gap:.3g} nats on average, bound {self.max_logprob_gap:.3g}; the "
+                "engine has other weights, another precision or another temperature than the "
+                "trainer (raise model.init_args.max_logprob_gap only if that is meant)"
+            )
+
+    # Lightning ----------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        self.student.load()
+        for teacher in self.teachers():
+            teacher.load(self.device)
+
+    def configure_optimizers(self) -> Any:
+        trainable = [p for p in self.student.parameters() if p.requires_grad]
+        optimizer = self.optimizer(trainable)
+        if self.lr_scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
+        token_losses = self.token_losses(batch)
+        loss = aggregate(token_losses, batch.response_mask, batch.totals, self.aggregation)
+        self.loss_sum.update(loss.detach())
+        self.responses.update(batch)
+        # Lightning divides by the micro-batches and DDP averages over ranks; `loss` is already
+        # this micro-batch's share of the whole step.
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self.timer.start("backward")
+
+    def on_after_backward(self) -> None:
+        self.timer.stop("backward")
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        with self.timer.stage("log"):
+            gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+            self._log_step(torch.nn.utils.get_total_norm(gradients))
+        self.timer.start("optimizer")
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.timer.stop("optimizer")
+
+    def on_validation_start(self) -> None:
+        self.timer.pause()
+
+    def on_validation_end(self) -> None:
+        self.timer.resume()
+
+    def validation_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        scores = self.suites[batch.suite]
+        assert isinstance(scores, SuiteScores)
+        scores.update(batch.rollouts)
+
+    test_step = validation_step
+
+    def on_validation_epoch_start(self) -> None:
+        self._new_suites("validate")
+
+    def on_test_epoch_start(self) -> None:
+        self._new_suites("test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_suites("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_suites("test")
+
+    # Logs ---------------------------------------------------------------------------------
+
+    def _log_step(self, gradient_norm: Tensor) -> None:
+        values: dict[str, Any] = {
+            "loss": self.loss_sum.compute(),
+            "optim/gradient_norm": gradient_norm,
+            "optim/learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        for metric in (self.responses, self.engine_gap, self.signal):
+            if metric.update_called:
+                values |= metric.compute()
+                metric.reset()
+        self.loss_sum.reset()
+        # The clock of this step still runs: times are those of the step before.
+        for stage, seconds in self.timer.last.items():
+            values["time/overhead" if stage == "overhead" else f"time/{stage}_seconds"] = seconds
+        if "step" in self.timer.last:
+            rate = float(values["response/tokens_per_step"]) / self.timer.last["step"]
+            values["throughput/tokens_per_second"] = rate
+        shown = {"loss", "reward/mean", "throughput/tokens_per_second"}
+        self.log_dict({k: v for k, v in values.items() if k not in shown})
+        for name in shown & values.keys():
+            self.log(name, values[name], prog_bar=True)
+
+    def _new_suites(self, stage: str) -> None:
+        loaded = self.trainer.datamodule.domains(stage)  # type: ignore[attr-defined]
+        self.suites = torch.nn.ModuleDict(
+            {name: SuiteScores(domains).to(self.device) for name, domains in loaded.items()}
+        )
+
+    def _log_suites(self, prefix: str) -> None:
+        for name, scores in self.suites.items():
+            assert isinstance(scores, SuiteScores)
+            self.log_dict({f"{prefix}/{name}/{k}": v for k, v in scores.compute().items()})

@@ -1,0 +1,14 @@
+"""Repetition by compressibility (Stable-OPD, methods.md 6.4)."""
+
+import zlib
+
+TAIL_CHARACTERS = 10_000
+MAX_COMPRESSION = 10.0
+
+
+def is_repetitive(text: str) -> bool:
+    """Whether the last 10,000 characters compress more than tenfold; shorter texts never are."""
+    if len(text) < TAIL_CHARACTERS:
+        return False
+    tail = text[-TAIL_CHARACTERS:].encode()
+    return len(tail) / len(zlib.compress(tail)) > MAX_COMPRESSION

@@ -1,0 +1,158 @@
+"""What one optimiser step looked like, exact over its micro-batches and ranks."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from opd_lightning.metrics.repetition import is_repetitive
+from opd_lightning.types import RolloutBatch, TokenScores
+
+QUANTILES = (0.01, 0.05, 0.95, 0.99)
+
+
+class _Sums(Metric):
+    """Named sums over everything seen since `reset`; one vector, so ranks add up in one go."""
+
+    full_state_update = False
+    names: ClassVar[tuple[str, ...]]
+    sums: Tensor  # [len(names)] float64
+
+    def __init__(self) -> None:
+        super().__init__()
+        zeros = torch.zeros(len(self.names), dtype=torch.float64)
+        self.add_state("sums", zeros, dist_reduce_fx="sum")
+
+    def _add(self, **values: Tensor | float) -> None:
+        """Add the sum of each value; every name must come."""
+        added = [torch.as_tensor(values[name], dtype=torch.float64).sum() for name in self.names]
+        self.sums += torch.stack([value.to(self.sums.device) for value in added])
+
+    def _totals(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.sums, strict=True))
+
+
+class ResponseStatistics(_Sums):
+    """Rewards, lengths and ends of the step's rollouts."""
+
+    names = ("rollouts", "tokens", "truncated", "repetitive", "rewarded", "reward", "degenerate")
+
+    def update(self, batch: RolloutBatch) -> None:
+        rewarded = ~batch.rewards.isnan()
+        self._add(
+            rollouts=len(batch.rollouts),
+            tokens=batch.response_mask,
+            truncated=batch.truncated,
+            repetitive=sum(is_repetitive(r.text) for r in batch.rollouts),
+            rewarded=rewarded,
+            reward=batch.rewards[rewarded],
+            degenerate=batch.group_std[rewarded] == 0,
+        )
+
+    def compute(self) -> dict[str, Tensor]:
+        """Means over rollouts; those about rewards only where a verifier scored."""
+        sums = self._totals()
+        result = {
+            "response/length": sums["tokens"] / sums["rollouts"],
+            "response/truncated": sums["truncated"] / sums["rollouts"],
+            "response/repetitive": sums["repetitive"] / sums["rollouts"],
+            "response/tokens_per_step": sums["tokens"],
+        }
+        if sums["rewarded"] > 0:
+            result["reward/mean"] = sums["reward"] / sums["rewarded"]
+            result["reward/degenerate_groups"] = sums["degenerate"] / sums["rewarded"]
+        return result
+
+
+class EngineStatistics(_Sums):
+    """How far the engine's log-probs of its own samples are from the trainer's."""
+
+    names = ("tokens", "gap", "weight", "weight_squared")
+    largest: Tensor  # [2] float64: gap and importance weight
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("largest", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="max")
+
+    def update(self, behaviour: Tensor, student: Tensor) -> None:
+        """Both `[N]` nats; importance weights are `exp(student - behaviour)`."""
+        if len(student) == 0:
+            return
+        gap = (student - behaviour).double()
+        weight = gap.exp()
+        self._add(tokens=len(gap), gap=gap.abs(), weight=weight, weight_squared=weight**2)
+        here = torch.stack([gap.abs().max(), weight.max()])
+        self.largest = torch.maximum(self.largest, here.to(self.largest.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Empty when nothing was sampled by an engine. ESS is a fraction of the tokens."""
+        sums = self._totals()
+        if sums["tokens"] == 0:
+            return {}
+        return {
+            "engine/logprob_gap_mean": sums["gap"] / sums["tokens"],
+            "engine/logprob_gap_max": self.largest[0],
+            "engine/importance_mean": sums["weight"] / sums["tokens"],
+            "engine/importance_max": self.largest[1],
+            "engine/importance_ess": sums["weight"] ** 2
+            / (sums["weight_squared"] * sums["tokens"]),
+        }
+
+
+class SignalStatistics(_Sums):
+    """The teacher's signal d_t on student states, and how alike the two models are there."""
+
+    names = ("tokens", "student_entropy", "teacher_entropy", "entropy_gap", "overlap",
+             "rewarded", "agree", "disagree")  # fmt: skip
+    log_ratios: list[Tensor] | Tensor  # a tensor once ranks are gathered
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("log_ratios", [], dist_reduce_fx="cat")
+
+    def update(self, batch: RolloutBatch, student: TokenScores, teacher: TokenScores) -> None:
+        mask = batch.response_mask
+        ratio = (teacher.logprobs - student.logprobs.detach())[mask]
+        assert isinstance(self.log_ratios, list)
+        self.log_ratios.append(ratio)
+        ours, theirs = student.top_ids[mask], teacher.top_ids[mask]
+        # Sign of the outcome advantage against that of d_t; a group of equals agrees with nobody.
+        outcome = (batch.rewards - batch.group_mean)[:, None].expand_as(mask)[mask]
+        self._add(
+            tokens=len(ratio),
+            student_entropy=student.entropy[mask],
+            teacher_entropy=teacher.entropy[mask],
+            entropy_gap=(teacher.entropy - student.entropy).abs()[mask],
+            overlap=(ours[:, :, None] == theirs[:, None, :]).any(dim=2).float().mean(dim=1),
+            rewarded=~outcome.isnan(),
+            agree=outcome * ratio > 0,
+            disagree=outcome * ratio < 0,
+        )
+
+    def compute(self) -> dict[str, Tensor]:
+        """Means over tokens and quantiles of d_t in nats; empty without tokens."""
+        sums = self._totals()
+        if sums["tokens"] == 0:
+            return {}
+        ratios = self.log_ratios
+        ratio = (torch.cat(ratios) if isinstance(ratios, list) else ratios).double()
+        result = {
+            "signal/log_ratio_mean": ratio.mean(),
+            "signal/log_ratio_abs_mean": ratio.abs().mean(),
+            "signal/positive": (ratio > 0).double().mean(),
+            "signal/overlap": sums["overlap"] / sums["tokens"],
+            "entropy/student": sums["student_entropy"] / sums["tokens"],
+            "entropy/teacher": sums["teacher_entropy"] / sums["tokens"],
+            "entropy/gap": sums["entropy_gap"] / sums["tokens"],
+        }
+        # numpy, because torch.quantile takes at most 2**24 values.
+        for q, value in zip(QUANTILES, np.quantile(ratio.cpu().numpy(), QUANTILES), strict=True):
+            result[f"signal/log_ratio_q{round(100 * q):02d}"] = torch.tensor(value)
+        if sums["rewarded"] > 0:
+            result["signal/agree_with_reward"] = sums["agree"] / sums["rewarded"]
+            result["signal/disagree_with_reward"] = sums["disagree"] / sums["rewarded"]
+        return result

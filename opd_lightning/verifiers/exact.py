@@ -1,0 +1,78 @@
+"""Exact match: the final answer, cut out by a regular expression, equals the reference."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from opd_lightning.errors import UserError
+from opd_lightning.verifiers.base import Verifier
+
+if TYPE_CHECKING:
+    from opd_lightning.types import Prompt
+
+WHOLE_RESPONSE = r"(?s)\A.*\Z"
+
+
+class ExactMatch(Verifier):
+    """Scores 1 where the text found in the response is the prompt's answer, else 0.
+
+    Args:
+        pattern: Regular expression that finds the answer in the response. The last match counts,
+            and in it group 1 if the pattern has a group. The default takes the whole response.
+        ignore_case: Treat upper and lower case as equal.
+
+    Whitespace around both sides never counts, and a response without a match scores 0.
+    Example: pattern `answer:\\s*(\\S+)` finds 12 in "3 * 4, so answer: 12".
+    """
+
+    def __init__(self, pattern: str = WHOLE_RESPONSE, *, ignore_case: bool = False) -> None:
+        try:
+            self.pattern = re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"ExactMatch: 'pattern' must be a regular expression, got {pattern!r} "
+                f"({error.msg} at position {error.pos}); correct it"
+            ) from error
+        self.ignore_case = ignore_case
+
+    def verify(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """1.0 for each response whose answer is its prompt's, else 0.0."""
+        pairs = zip(prompts, responses, strict=True)
+        return [float(self._matches(prompt, response)) for prompt, response in pairs]
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise UserError unless every prompt has an answer to compare with."""
+        require_answers(prompts, "ExactMatch")
+
+    def _matches(self, prompt: Prompt, response: str) -> bool:
+        found = self._extract(response)
+        return (
+            found is not None
+            and prompt.answer is not None
+            and self._normal(found) == self._normal(prompt.answer)
+        )
+
+    def _extract(self, response: str) -> str | None:
+        last = None
+        for last in self.pattern.finditer(response):  # noqa: B007 - only the last one is wanted
+            pass
+        if last is None:
+            return None
+        text: str | None = last.group(1 if self.pattern.groups else 0)
+        return text
+
+    def _normal(self, text: str) -> str:
+        text = text.strip()
+        return text.casefold() if self.ignore_case else text
+
+
+def require_answers(prompts: Sequence[Prompt], verifier: str) -> None:
+    """Raise UserError naming the first prompt without an answer."""
+    for prompt in prompts:
+        if prompt.answer is None or not prompt.answer.strip():
+            raise UserError(
+                f"{prompt.origin or prompt.id}: {verifier} needs an 'answer' to compare with, got "
+                f"{prompt.answer!r}; add it to the row or train without a verifier"
+            )

@@ -1,0 +1,34 @@
+"""A student's weights as an engine or a Hugging Face folder wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, full detached tensor), one at a time, tied weights once.
+
+    LoRA is merged on the fly, weight by weight: at most one merged tensor exists beside the
+    model. Modules that peft trains whole (`modules_to_save`) come under their own names.
+    """
+    if not hasattr(model, "peft_config"):
+        for name, parameter in model.named_parameters():
+            yield name, parameter.detach()
+        return
+
+    modules = dict(model.named_modules())
+    (adapter,) = model.active_adapters
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or ".original_module." in name:
+            continue
+        weight = parameter.detach()
+        owner, found, _ = name.partition(".base_layer.weight")
+        if found and adapter in getattr(modules[owner], "lora_A", {}):
+            with torch.no_grad():
+                weight = weight + modules[owner].get_delta_weight(adapter).to(weight.dtype)
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        yield plain.replace(f".modules_to_save.{adapter}.", "."), weight

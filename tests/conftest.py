@@ -1,0 +1,119 @@
+"""Fixtures for all tests: random tiny models in ordinary Hugging Face folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Read when the libraries are imported, so set before any test module is.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models only lose by threads
+
+TinyModelDir = Callable[..., Path]
+
+# 64 tokens: three special ones and 61 characters.
+SPECIAL = ("<pad>", "<eos>", "<unk>")
+CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOP +-*/=:;?"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> TinyModelDir:
+    """A function that makes a random Qwen3 folder, or hands out the one it made before.
+
+    Its arguments are those of `build_tiny_model`.  Tests must not write to the folder.
+    """
+    made: dict[tuple[int, int, int, bool], Path] = {}
+
+    def make(*, hidden_size: int = 64, layers: int = 2, seed: int = 0, tie: bool = True) -> Path:
+        key = (hidden_size, layers, seed, tie)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("tiny_model")
+            build_tiny_model(made[key], hidden_size=hidden_size, layers=layers, seed=seed, tie=tie)
+        return made[key]
+
+    return make
+
+
+def build_tiny_model(folder: Path, *, hidden_size: int, layers: int, seed: int, tie: bool) -> None:
+    """Write a random float32 Qwen3 and its character tokenizer to `folder`.
+
+    Weights are drawn wide enough for the next-token distributions to be far from uniform, and
+    differ with the seed. The global random state is left as it was.
+
+    Args:
+        folder: Where config.json, the weights and the tokenizer go.
+        hidden_size: Width; heads are 32 wide, the smallest vLLM's CPU attention takes.
+        layers: Number of transformer blocks.
+        seed: Decides every weight.
+        tie: Whether the head is the embedding.
+    """
+    import torch
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    vocabulary = (*SPECIAL, *CHARACTERS)
+    backend = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+
+    config = Qwen3Config(
+        vocab_size=len(vocabulary),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=tie,
+        pad_token_id=SPECIAL.index("<pad>"),
+        eos_token_id=SPECIAL.index("<eos>"),
+        bos_token_id=None,
+        initializer_range=0.15,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def untrained_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a user's, with `lab/arithmetic` as configs/lab names it, models untrained."""
+    from opd_lightning.lab.arithmetic import generate_mixture, write_jsonl
+    from opd_lightning.lab.models import new_model
+
+    root = tmp_path_factory.mktemp("user")
+    lab = root / "lab" / "arithmetic"
+    for role, hidden_size in (("teacher", 64), ("student", 32)):
+        (lab / role).mkdir(parents=True)
+        new_model(lab / role, layers=2, hidden_size=hidden_size, seed=hidden_size)
+    domains = ("add-2", "sub-2")
+    for name, held_out in (("train", False), ("held_out", True)):
+        problems = generate_mixture(domains, 16, seed=0, held_out=held_out)
+        write_jsonl(lab / f"{name}.jsonl", problems)
+    demonstrations = generate_mixture(domains, 16, seed=0, held_out=False)
+    write_jsonl(lab / "demonstrations.jsonl", demonstrations, with_response=True)
+    return root
+
+
+@pytest.fixture
+def in_lab(untrained_lab: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work inside the untrained lab; tests write under a `tmp_path` of their own."""
+    monkeypatch.chdir(untrained_lab)
+    return untrained_lab

@@ -1,0 +1,313 @@
+"""Training runs on untrained tiny models: what must hold before any figure means something."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoraConfig
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from opd_lightning.cli import main
+from opd_lightning.data.datamodule import EvaluationSuite, RolloutDataModule
+from opd_lightning.data.prompts import PromptSource
+from opd_lightning.lab.arithmetic import ANSWER_PATTERN
+from opd_lightning.methods import OPD, SFT, DistillationModule, FullVocabularyOPD
+from opd_lightning.rollouts import Engine, HFEngine, Sampling, VLLMEngine
+from opd_lightning.rollouts.vllm_local import vllm_unavailable
+from opd_lightning.student import Student
+from opd_lightning.teachers import FrozenTeacher
+from opd_lightning.trainer import Trainer
+from opd_lightning.verifiers import ExactMatch
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "lab" / "opd.yaml")
+ENGINES = [
+    pytest.param(HFEngine, id="hf"),
+    pytest.param(VLLMEngine, id="vllm", marks=pytest.mark.vllm),
+]
+METHODS = [OPD, FullVocabularyOPD]
+
+
+class Recorder(Callback):
+    """Keeps the gradients before each optimiser step and every logged value after it."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+        self.logged: list[dict[str, float]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        named = pl_module.student.named_parameters()
+        self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step > len(self.logged):
+            self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+def fit(
+    method: DistillationModule,
+    *,
+    engine: Engine | Literal["hf"] | None = "hf",
+    steps: int = 3,
+    micro_batches: int = 1,
+    callbacks: Iterable[Callback] = (),
+    ckpt_path: str | None = None,
+    **data: Any,
+) -> Recorder:
+    """Train in the current (untrained) lab and hand back what was recorded."""
+    recorder = Recorder()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        accumulate_grad_batches=micro_batches,
+        logger=False,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[recorder, *callbacks],
+        log_every_n_steps=1,
+    )
+    defaults: dict[str, Any] = {
+        "train": PromptSource("lab/arithmetic/train.jsonl"),
+        "verifier": ExactMatch(ANSWER_PATTERN),
+        "sampling": Sampling(max_new_tokens=12),
+        "prompts_per_step": 4,
+        "samples_per_prompt": 2,
+    }
+    datamodule = RolloutDataModule(
+        engine=HFEngine() if engine == "hf" else engine, **defaults | data
+    )
+    trainer.fit(method, datamodule=datamodule, ckpt_path=ckpt_path)
+    return recorder
+
+
+def method_of(
+    kind: type[DistillationModule] = OPD, teacher: str = "teacher", lr: float = 1e-2, **more: Any
+) -> DistillationModule:
+    return kind(
+        Student("lab/arithmetic/student", lora=more.pop("lora", None)),
+        teacher=FrozenTeacher(f"lab/arithmetic/{teacher}"),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=lr),
+        **{"max_logprob_gap": 1e-4, **more},
+    )
+
+
+def weights(source: DistillationModule | str) -> dict[str, Tensor]:
+    """Of a method's student, or of a model folder."""
+    student = Student(source) if isinstance(source, str) else source.student
+    student.load()
+    return {name: tensor.clone() for name, tensor in student.weights()}
+
+
+@pytest.mark.usefixtures("in_lab")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", METHODS)
+def test_engine_and_trainer_agree_at_every_step(
+    kind: type[DistillationModule], engine: type[Engine]
+) -> None:
+    if engine is VLLMEngine and (reason := vllm_unavailable()):
+        pytest.skip(reason)
+    seen = fit(method_of(kind), engine=engine(), steps=3, micro_batches=2)
+    assert len(seen.logged) == 3
+    for logged in seen.logged:
+        assert 0 < logged["engine/logprob_gap_max"] < 1e-4
+        assert logged["response/tokens_per_step"] > 0
+        assert logged["optim/gradient_norm"] > 0
+    assert seen.logged[0]["loss"] != seen.logged[1]["loss"]
+
+
+@pytest.mark.usefixtures("in_lab")
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("kind", METHODS)
+def test_u3_a_student_that_is_its_own_teacher_stands_still(
+    kind: type[DistillationModule], temperature: float
+) -> None:
+    seen = fit(
+        method_of(kind, teacher="student"),
+        steps=1,
+        sampling=Sampling(max_new_tokens=12, temperature=temperature),
+    )
+    assert abs(seen.logged[0]["loss"]) < 1e-6
+    assert max(g.abs().max() for g in seen.gradients[0].values()) < 1e-6
+
+
+@pytest.mark.usefixtures("in_lab")
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_u5_four_micro_batches_are_one(aggregation: Any) -> None:
+    one = fit(method_of(aggregation=aggregation), steps=1)
+    four = fit(method_of(aggregation=aggregation), steps=1, micro_batches=4)
+    torch.testing.assert_close(one.gradients[0], four.gradients[0], atol=1e-6, rtol=0)
+    same = ("loss", "signal/log_ratio_q05", "response/length", "entropy/student", "reward/mean")
+    for name in same:
+        assert one.logged[0][name] == pytest.approx(four.logged[0][name], abs=1e-5)
+    assert max(g.abs().max() for g in one.gradients[0].values()) > 1e-3
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_a_run_repeats_itself_and_another_seed_does_not() -> None:
+    runs = []
+    for seed in (0, 0, 1):
+        method = method_of()
+        fit(method, seed=seed)
+        runs.append(weights(method))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert not all(torch.equal(runs[0][name], runs[2][name]) for name in runs[0])
+
+
+@pytest.mark.usefixtures("in_lab")
+@pytest.mark.parametrize("stop", [3, 8])  # in the first pass over the prompts, and at its end
+def test_resume_continues_bit_for_bit(stop: int, tmp_path: Path) -> None:
+    whole, first, second = (method_of() for _ in range(3))
+    unbroken = fit(whole, steps=10, micro_batches=2)
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=stop, save_last=True, save_top_k=0)
+    fit(first, steps=stop, micro_batches=2, callbacks=[saver])
+    resumed = fit(second, steps=10, micro_batches=2, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert len(resumed.gradients) == 10 - stop
+    for step, gradients in enumerate(resumed.gradients, start=stop):
+        torch.testing.assert_close(gradients, unbroken.gradients[step], atol=0, rtol=0)
+    torch.testing.assert_close(weights(second), weights(whole), atol=0, rtol=0)
+
+
+class DeafEngine(HFEngine):
+    """Says that it took the weights and keeps the old ones."""
+
+    def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        if version == 0:
+            super().load_weights(version, weights)
+        self.version = version
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_a_stale_engine_stops_the_run_in_the_same_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    deaf = f"--data.engine={__name__}.DeafEngine"
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", CONFIG, "--trainer.logger=false", deaf, *FAST])
+    assert ended.value.code == 1
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opd: error:")]
+    assert len(lines) == 1
+    assert "step 1: engine and trainer log-probs" in lines[0]
+
+
+FAST = [
+    "--trainer.max_steps=3",
+    "--trainer.val_check_interval=4",
+    "--trainer.accumulate_grad_batches=2",
+    "--trainer.enable_progress_bar=false",
+    "--data.prompts_per_step=8",
+    "--data.samples_per_prompt=2",
+    "--data.sampling.max_new_tokens=16",
+]
+
+# methods.md section 7, "Log every step", as far as it applies to OPD.
+LOGGED = {
+    "loss", "reward/mean", "reward/degenerate_groups", "throughput/tokens_per_second",
+    "signal/log_ratio_mean", "signal/log_ratio_abs_mean", "signal/positive", "signal/overlap",
+    *(f"signal/log_ratio_q{q}" for q in ("01", "05", "95", "99")),
+    "signal/agree_with_reward", "signal/disagree_with_reward",
+    "entropy/student", "entropy/teacher", "entropy/gap",
+    "engine/logprob_gap_mean", "engine/logprob_gap_max",
+    "engine/importance_mean", "engine/importance_max", "engine/importance_ess",
+    "response/length", "response/truncated", "response/repetitive", "response/tokens_per_step",
+    "optim/gradient_norm", "optim/learning_rate", "time/overhead",
+    *(f"time/{stage}_seconds" for stage in (
+        "sync", "generate", "verify", "student", "teacher", "backward", "optimizer", "step")),
+}  # fmt: skip
+
+
+def test_a_user_sees_the_run_and_exports_the_student(in_lab: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "student"
+    main(["fit", "--config", CONFIG, f"--trainer.logger.init_args.save_dir={run}", *FAST])
+
+    events = EventAccumulator(str(run))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert scalars >= LOGGED, LOGGED - scalars
+    assert len(events.Scalars("loss")) == 3
+    assert "val/sums/score/add-2" in scalars
+    (entry, *_) = events.Tensors("rollouts/text_summary")
+    assert "| prompt | response |" in entry.tensor_proto.string_val[0].decode()
+
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    config = str(run / "config.yaml")
+    main(["export", "--config", config, f"--ckpt_path={checkpoint}", f"--out={out}"])
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert not [name for name in saved if "teacher" in name]
+    exported = Student(str(out))
+    exported.load()
+    for name, tensor in exported.weights():
+        assert torch.equal(tensor, saved[f"student.model.{name}"]), name
+    validate = ["validate", "--config", config, f"--model.init_args.student.path={out}"]
+    main([*validate, "--trainer.logger=false"])
+
+
+def test_export_refuses_what_would_surprise(
+    in_lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "some.ckpt").touch()
+    cases = (("none.ckpt", "new", "no checkpoint at"), ("some.ckpt", "full", "is not empty"))
+    for checkpoint, out, message in cases:
+        with pytest.raises(SystemExit):
+            main(
+                ["export", "--config", CONFIG, "--trainer.logger=false",
+                 f"--ckpt_path={tmp_path / checkpoint}", f"--out={tmp_path / out}"]
+            )  # fmt: skip
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_lora_student_trains_and_reaches_the_engine() -> None:
+    method = method_of(lora=LoraConfig(r=4, target_modules="all-linear"))
+    # The engine's own check holds the gap under 1e-4 at every step, or stops the run.
+    seen = fit(method)
+    assert seen.gradients[0]
+    assert all("lora_" in name for name in seen.gradients[0])
+    base, merged = weights("lab/arithmetic/student"), weights(method)
+    assert merged.keys() == base.keys()
+    assert any(not torch.equal(merged[name], base[name]) for name in base)
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_sft_lowers_its_loss_on_recorded_responses() -> None:
+    method = SFT(
+        Student("lab/arithmetic/student"),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
+    )
+    seen = fit(
+        method,
+        steps=20,
+        train=PromptSource("lab/arithmetic/demonstrations.jsonl"),
+        samples_per_prompt=1,
+        prompts_per_step=32,
+        engine=None,
+    )
+    losses = [logged["loss"] for logged in seen.logged]
+    assert losses[0] == pytest.approx(torch.tensor(64.0).log().item(), abs=0.2)
+    assert losses[-1] < 0.6 * losses[0]
+    assert not [name for name in seen.logged[0] if name.startswith(("engine/", "signal/"))]
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_validation_scores_by_domain() -> None:
+    results = []
+    for _ in range(2):
+        suite = EvaluationSuite(prompts=PromptSource("lab/arithmetic/held_out.jsonl"), samples=2)
+        data = RolloutDataModule(
+            engine=HFEngine(),
+            verifier=ExactMatch(ANSWER_PATTERN),
+            validation={"sums": suite},
+            sampling=Sampling(max_new_tokens=8),
+        )
+        trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        results += trainer.validate(method_of(), datamodule=data, verbose=False)
+    assert results[0] == results[1]
+    assert results[0]["val/sums/score/add-2"] == results[0]["val/sums/score/sub-2"] == 0.0
+    assert 1 <= results[0]["val/sums/length"] <= 8

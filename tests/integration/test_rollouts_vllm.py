@@ -1,0 +1,108 @@
+"""The vLLM engine, on whatever build of vLLM is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from opd_lightning.errors import UserError
+from opd_lightning.model_source import ModelSource
+from opd_lightning.rollouts import HFEngine, Sampling, VLLMEngine
+from opd_lightning.rollouts.vllm_local import vllm_unavailable
+from tests.engine_contract import (
+    MAX_LENGTH,
+    REQUESTS,
+    EngineContract,
+    assert_scored_by,
+    reference_model,
+)
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model_dir: Any) -> Iterator[VLLMEngine]:
+    if reason := vllm_unavailable():
+        pytest.skip(reason)
+    engine = VLLMEngine()
+    assert engine.version == -1
+    state = torch.get_rng_state()
+    engine.start(ModelSource(str(tiny_model_dir())), max_length=MAX_LENGTH)
+    assert torch.equal(torch.get_rng_state(), state), "start moved the global random state"
+    assert engine.version == -1
+    yield engine
+    engine.close()
+    assert not dist.is_initialized(), "close left a default process group behind"
+
+
+class TestVLLMEngine(EngineContract):
+    """The contract, on vLLM."""
+
+
+def test_greedy_agrees_with_the_reference_engine(engine: VLLMEngine, tiny_model_dir: Any) -> None:
+    engine.load_weights(0, reference_model(tiny_model_dir()).named_parameters())
+    reference = HFEngine(device="cpu")
+    reference.start(ModelSource(str(tiny_model_dir())), max_length=MAX_LENGTH)
+    sampling = Sampling(temperature=0.0, max_new_tokens=24)
+    expected = [c.response_ids for c in reference.generate(REQUESTS, sampling)]
+    assert [c.response_ids for c in engine.generate(REQUESTS, sampling)] == expected
+
+
+def test_without_vllm_the_error_names_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Any
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert vllm_unavailable() == "vLLM is not installed"
+    with pytest.raises(UserError, match=r"not installed; install .* or use .*HFEngine") as caught:
+        VLLMEngine().start(ModelSource(str(tiny_model_dir())), max_length=MAX_LENGTH)
+    assert "\n" not in str(caught.value)
+
+
+def _rank_with_an_engine(rank: int, rendezvous: str, first: Path, second: Path) -> None:
+    """One of two ranks: engine beside the trainer's default group, which must survive it."""
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    engine = VLLMEngine()
+    engine.start(ModelSource(str(first)), max_length=MAX_LENGTH)
+    assert "LOCAL_RANK" not in os.environ, "Lightning takes it for a sign of its own launcher"
+    other = reference_model(second)
+    engine.load_weights(1, other.named_parameters())
+    sampling = Sampling(max_new_tokens=8)
+    requests = REQUESTS[: 3 + 4 * rank]  # ranks need not ask for equally much
+    assert_scored_by(other, requests, engine.generate(requests, sampling), sampling)
+    if rank == 1:
+        engine.generate(REQUESTS, sampling)  # nor equally often
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    assert total.item() == 2
+    engine.close()
+    dist.all_reduce(total)
+    assert total.item() == 4
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_engines_live_and_die_beside_the_trainers_process_group(
+    tiny_model_dir: Any, tmp_path: Path
+) -> None:
+    if reason := vllm_unavailable():
+        pytest.skip(reason)
+    folders = (tiny_model_dir(tie=False), tiny_model_dir(tie=False, seed=1))
+    torch.multiprocessing.spawn(
+        _rank_with_an_engine, args=(f"file://{tmp_path}/rendezvous", *folders), nprocs=2
+    )
+
+
+def test_wrong_names_are_refused(engine: VLLMEngine, tiny_model_dir: Any) -> None:
+    """The last test of the module: a refused push leaves the engine unusable."""
+    weights = reference_model(tiny_model_dir()).named_parameters()
+    engine.version = 5
+    with pytest.raises(UserError, match="'surprise' is not a parameter"):
+        engine.load_weights(6, [*weights, ("surprise", torch.zeros(1))])
+    assert engine.version == 5

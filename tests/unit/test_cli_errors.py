@@ -1,0 +1,140 @@
+"""Wrong input is answered in one line, before any weight loads."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from opd_lightning import causal_lm
+from opd_lightning.cli import main, one_line
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "lab" / "opd.yaml")
+
+Fail = Callable[..., str]
+
+
+@pytest.fixture
+def fail(
+    in_lab: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Fail:
+    """Run `opd fit` with changes; it must end with code 2, one error line and no weights."""
+
+    def no_weights(*args: object, **kwargs: object) -> None:
+        raise AssertionError("weights were loaded before the mistake was found")
+
+    monkeypatch.setattr(causal_lm, "load_causal_lm", no_weights)
+    monkeypatch.setattr("opd_lightning.student.load_causal_lm", no_weights)
+    monkeypatch.setattr("opd_lightning.teachers.frozen.load_causal_lm", no_weights)
+
+    def run(*changes: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["fit", "--config", CONFIG, "--trainer.logger=false", *changes])
+        assert ended.value.code == 2
+        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opd: error:")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return run
+
+
+def test_unknown_key(fail: Fail) -> None:
+    assert "data.sampling.temprature" in fail("--data.sampling.temprature=1")
+    assert "'betta' is not accepted" in fail("--model.init_args.betta=1")
+
+
+def test_wrong_type(fail: Fail) -> None:
+    line = fail("--data.prompts_per_step=many")
+    assert "data.prompts_per_step" in line
+    assert "many" in line
+    assert "discount" in fail("--model.init_args.discount=much")
+
+
+def test_wrong_value(fail: Fail) -> None:
+    assert "got -1.0, expected >= 0" in fail("--data.sampling.temperature=-1")
+    assert "(greedy)" in fail("--data.sampling.temperature=0")
+    assert "data.prompts_per_step: got 0, expected at least 1" in fail("--data.prompts_per_step=0")
+
+
+def test_unknown_class(fail: Fail) -> None:
+    assert "opd_lightning.methods.ODP" in fail("--model=opd_lightning.methods.ODP")
+    assert "HFEngin" in fail("--data.engine=opd_lightning.rollouts.HFEngin")
+    line = fail("--data.verifier=opd_lightning.rollouts.HFEngine")
+    assert "Verifier" in line
+    assert "HFEngine" in line
+
+
+def test_missing_config_file(fail: Fail) -> None:
+    assert "nowhere.yaml" in fail("--config=nowhere.yaml")
+
+
+def test_missing_prompt_file(fail: Fail) -> None:
+    assert "nowhere.jsonl" in fail("--data.train.path=nowhere.jsonl")
+
+
+def test_missing_model(fail: Fail) -> None:
+    line = fail("--model.init_args.student.path=lab/arithmetic/pupil")
+    assert "student model: no config.json in 'lab/arithmetic/pupil'" in line
+    assert "teacher model" in fail("--model.init_args.teacher.init_args.path=./nowhere")
+
+
+def test_malformed_row(fail: Fail, tmp_path: Path) -> None:
+    rows = Path("lab/arithmetic/train.jsonl").read_text().splitlines()
+    rows[2] = rows[2][:-5]
+    (tmp_path / "bad.jsonl").write_text("\n".join(rows))
+    assert "bad.jsonl:3:" in fail(f"--data.train.path={tmp_path / 'bad.jsonl'}")
+
+
+def test_empty_prompt_file(fail: Fail, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    assert "empty.jsonl" in fail(f"--data.train.path={tmp_path / 'empty.jsonl'}")
+
+
+def test_prompt_longer_than_the_context(fail: Fail, tmp_path: Path) -> None:
+    row = {"messages": "1+" * 150, "answer": "1"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row))
+    line = fail(f"--data.train.path={tmp_path / 'long.jsonl'}")
+    assert "long.jsonl:1: prompt of 303 tokens + max_new_tokens 64 exceeds" in line
+    assert "context of 256" in line
+
+
+def test_answer_missing_for_the_verifier(fail: Fail, tmp_path: Path) -> None:
+    (tmp_path / "open.jsonl").write_text(json.dumps({"messages": "1+1="}))
+    assert "open.jsonl:1" in fail(f"--data.train.path={tmp_path / 'open.jsonl'}")
+
+
+def test_different_tokenizers(fail: Fail, tiny_model_dir: Callable[..., Path]) -> None:
+    line = fail(f"--model.init_args.teacher.init_args.path={tiny_model_dir()}")
+    assert "have different tokenizers" in line
+    assert "use models of one family" in line
+
+
+def test_more_micro_batches_than_rollouts(fail: Fail) -> None:
+    line = fail("--data.prompts_per_step=2", "--trainer.accumulate_grad_batches=3")
+    assert "trainer.accumulate_grad_batches: got 3 for 2 rollouts" in line
+
+
+def test_samples_without_an_engine(fail: Fail) -> None:
+    assert "recorded response is one response" in fail(
+        "--data.engine=null", "--data.samples_per_prompt=2"
+    )
+    assert "no 'response' to learn from" in fail("--data.engine=null")
+
+
+def test_one_line_keeps_causes_only() -> None:
+    message = """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'm.Base'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'm.Sub':
+        Option 'betta' is not accepted
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'str'>
+  Given value: m.Sub"""
+    assert one_line(message) == (
+        """Parser key "model": Problem with given class_path 'm.Sub': """
+        "Option 'betta' is not accepted; Given value: m.Sub"
+    )

@@ -1,0 +1,28 @@
+"""Every shipped YAML is accepted, and its classes are built without a weight being loaded."""
+
+from pathlib import Path
+
+import pytest
+
+from opd_lightning.cli import OPDCLI
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+# Files that complete a method's config rather than being one.
+OVERLAYS = ("engine",)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_instantiates(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(OPDCLI, "_run_subcommand", lambda self, subcommand: None)
+    files = [path]
+    if path.parent.name in OVERLAYS:
+        files.insert(0, ROOT / "configs" / "lab" / "opd.yaml")
+    cli = OPDCLI(["fit", *(word for file in files for word in ("--config", str(file)))])
+    assert cli.model.student.model is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_there_are_configs() -> None:
+    assert len(CONFIGS) >= 4

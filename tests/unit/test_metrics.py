@@ -1,0 +1,132 @@
+"""Step metrics against hand-made fixtures (U23), and exact over micro-batches."""
+
+import random
+import string
+
+import pytest
+import torch
+
+from opd_lightning.metrics.evaluation import SuiteScores
+from opd_lightning.metrics.repetition import is_repetitive
+from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics, SignalStatistics
+from opd_lightning.timing import StepTimer
+from opd_lightning.types import TokenScores
+from tests.batches import make_batch, make_rollout
+
+
+def scores(logprobs: list[list[float]], entropy: float, top: list[int]) -> TokenScores:
+    values = torch.tensor(logprobs)
+    return TokenScores(
+        logprobs=values,
+        entropy=torch.full(values.shape, entropy),
+        top_ids=torch.tensor(top).expand(*values.shape, len(top)),
+    )
+
+
+def test_signal_by_hand() -> None:
+    batch = make_batch(
+        [
+            make_rollout([5, 6], reward=1.0, group_mean=0.5, group_std=0.5),
+            make_rollout([5], reward=0.0, group_mean=0.5, group_std=0.5),
+        ]
+    )
+    student = scores([[-1.0, -2.0], [-1.0, 0.0]], entropy=0.5, top=[1, 2, 3, 4])
+    teacher = scores([[-0.5, -5.0], [-3.0, 0.0]], entropy=0.2, top=[4, 9, 1, 8])
+    metric = SignalStatistics()
+    metric.update(batch, student, teacher)
+    got = {k: v.item() for k, v in metric.compute().items()}
+    # d = +0.5, -3, -2; the first rollout did better than its group, the second worse.
+    assert got["signal/log_ratio_mean"] == pytest.approx(-1.5)
+    assert got["signal/log_ratio_abs_mean"] == pytest.approx(5.5 / 3)
+    assert got["signal/positive"] == pytest.approx(1 / 3)
+    assert got["signal/log_ratio_q01"] == pytest.approx(-2.98)
+    assert got["signal/log_ratio_q99"] == pytest.approx(0.45)
+    assert got["signal/overlap"] == pytest.approx(0.5)
+    assert got["entropy/gap"] == pytest.approx(0.3)
+    assert got["signal/agree_with_reward"] == pytest.approx(2 / 3)
+    assert got["signal/disagree_with_reward"] == pytest.approx(1 / 3)
+
+
+def test_u23_identical_and_disjoint_supports() -> None:
+    batch = make_batch([make_rollout([5, 6])])
+    one, other = scores([[-1, -1]], 1.0, [1, 2]), scores([[-1, -1]], 1.0, [3, 4])
+    for teacher, overlap in ((one, 1.0), (other, 0.0)):
+        metric = SignalStatistics()
+        metric.update(batch, one, teacher)
+        values = metric.compute()
+        assert values["signal/overlap"].item() == overlap
+        assert values["entropy/gap"].item() == 0
+        assert values["signal/log_ratio_abs_mean"].item() == 0
+
+
+def test_responses_by_hand_and_over_micro_batches() -> None:
+    nan = float("nan")
+    rows = [
+        make_rollout([5, 6, 2], reward=1.0, group_mean=1.0, group_std=0.0),
+        make_rollout([5] * 5, reward=0.0, group_mean=0.5, group_std=0.5, truncated=True),
+        make_rollout([2], reward=nan, group_mean=nan, group_std=nan),
+    ]
+    whole, parts = ResponseStatistics(), ResponseStatistics()
+    whole.update(make_batch(rows))
+    for row in rows:
+        parts.update(make_batch([row]))
+    assert whole.compute() == parts.compute()
+    got = {k: v.item() for k, v in whole.compute().items()}
+    assert got == {
+        "response/length": 3.0,
+        "response/truncated": pytest.approx(1 / 3),
+        "response/repetitive": 0.0,
+        "response/tokens_per_step": 9.0,
+        "reward/mean": 0.5,
+        "reward/degenerate_groups": 0.5,
+    }
+
+
+def test_engine_gap_by_hand() -> None:
+    metric = EngineStatistics()
+    metric.update(torch.tensor([]), torch.tensor([]))
+    assert metric.compute() == {}
+    metric.update(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.0]))
+    metric.update(torch.tensor([-2.0]), torch.tensor([-2.0 + torch.tensor(3.0).log()]))
+    got = {k: v.item() for k, v in metric.compute().items()}
+    assert got["engine/logprob_gap_mean"] == pytest.approx(1.0986 / 3, abs=1e-4)
+    assert got["engine/logprob_gap_max"] == pytest.approx(1.0986, abs=1e-4)
+    assert got["engine/importance_mean"] == pytest.approx(5 / 3)
+    assert got["engine/importance_max"] == pytest.approx(3.0)
+    assert got["engine/importance_ess"] == pytest.approx(25 / (11 * 3))
+
+
+def test_repetition_fixtures() -> None:
+    noise = random.Random(0)
+    assert is_repetitive("ab" * 10_000)
+    assert not is_repetitive("".join(noise.choices(string.printable, k=20_000)))
+    assert not is_repetitive("ab" * 100)  # too short to judge
+
+
+def test_suite_scores_are_means_over_rollouts_by_domain() -> None:
+    metric = SuiteScores(["b", "a"])
+    metric.update([make_rollout([5], reward=1.0, domain="a"), make_rollout([5, 2], domain="b")])
+    metric.update([make_rollout([5, 6, 7], reward=0.5, domain="b", truncated=True)])
+    got = {k: v.item() for k, v in metric.compute().items()}
+    assert got == {
+        "score": 0.5,
+        "score/a": 1.0,
+        "score/b": 0.25,
+        "length": 2.0,
+        "truncated": pytest.approx(1 / 3),
+    }
+
+
+def test_timer_counts_stages_and_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 4.0, 5.0, 6.0, 7.0, 15.0, 16.0])
+    monkeypatch.setattr("opd_lightning.timing.perf_counter", lambda: next(clock))
+    timer = StepTimer()
+    timer.next_step()  # 0
+    with timer.stage("generate"):  # 1 to 4
+        pass
+    timer.pause()  # 5
+    with timer.stage("generate"):  # 6 to 7, in the pause
+        pass
+    timer.resume()  # 15
+    timer.next_step()  # 16
+    assert timer.last == {"generate": 3.0, "step": 6.0, "overhead": 0.5}

@@ -1,0 +1,294 @@
+"""Verifiers: what counts as right, and workers that hang, die or are signalled."""
+
+import copy
+import functools
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+from opd_lightning.errors import UserError
+from opd_lightning.types import Prompt
+from opd_lightning.verifiers import ExactMatch, MathVerifier, Verifier
+from opd_lightning.verifiers import math as math_module
+
+HANGS = r"So it is \boxed{9^{9^{9^{9}}}}."  # sympy works it out, in C code, for longer than we live
+LIMIT = 1.0
+
+
+def prompt(answer: str | None, origin: str = "train.jsonl:3") -> Prompt:
+    message = {"role": "user", "content": "?"}
+    return Prompt(id="p", messages=(message,), answer=answer, origin=origin)  # type: ignore[arg-type]
+
+
+def score(verifier: Verifier, *pairs: tuple[str, str]) -> list[float]:
+    return verifier.verify([prompt(answer) for answer, _ in pairs], [text for _, text in pairs])
+
+
+def worker_pids() -> list[int]:
+    return [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+
+
+@pytest.fixture
+def checker() -> Iterator[MathVerifier]:
+    verifier = MathVerifier(timeout_seconds=LIMIT)
+    yield verifier
+    verifier.close()
+
+
+def test_exact_match_compares_the_whole_response_by_default() -> None:
+    pairs = [("12", " 12\n"), ("12", "12."), ("a\nb", "a\nb"), ("a", "A"), ("", "")]
+    assert score(ExactMatch(), *pairs) == [1, 0, 1, 0, 1]
+    assert score(ExactMatch(ignore_case=True), ("Yes", "yES"), ("Yes", "no")) == [1, 0]
+
+
+def test_exact_match_takes_the_last_match_and_its_first_group() -> None:
+    tagged = ExactMatch(pattern=r"<answer>(.*?)</answer>")
+    assert score(
+        tagged,
+        ("2", "<answer>1</answer> no, <answer> 2 </answer>"),
+        ("1", "<answer>1</answer> no, <answer>2</answer>"),
+        ("2", "2"),
+    ) == [1, 0, 0]
+    assert score(ExactMatch(pattern=r"\d+"), ("7", "3, then 7!"), ("3", "3, then 7!")) == [1, 0]
+    assert score(ExactMatch(pattern=r"x(\d)?"), ("1", "x1 x"), ("None", "x")) == [0, 0]
+
+
+def test_a_bad_pattern_is_refused_in_one_line() -> None:
+    with pytest.raises(UserError) as caught:
+        ExactMatch(pattern="(\n")
+    message = str(caught.value)
+    assert "'pattern' must be a regular expression, got '(\\n' (missing ), unterminated" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("verifier", [ExactMatch(), MathVerifier()])
+@pytest.mark.parametrize("answer", [None, "  "])
+def test_a_prompt_without_an_answer_is_named(verifier: Verifier, answer: str | None) -> None:
+    verifier.check([prompt("1")])
+    with pytest.raises(UserError) as caught:
+        verifier.check([prompt("1"), prompt(answer, "train.jsonl:17")])
+    assert str(caught.value) == (
+        f"train.jsonl:17: {type(verifier).__name__} needs an 'answer' to compare with, got "
+        f"{answer!r}; add it to the row or train without a verifier"
+    )
+
+
+def test_unequal_lengths_are_our_own_bug() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        ExactMatch().verify([prompt("1"), prompt("2")], ["1"])
+
+
+RIGHT = [
+    ("42", r"so \boxed{42}"),
+    ("42", "first 3, then the answer is 42."),
+    (r"\frac{1}{2}", r"\boxed{0.5}"),
+    ("1,000", r"\boxed{1000}"),
+    ("x^2+1", "$1+x^2$"),
+    ("[1,2)", r"\boxed{[1, 2)}"),
+    (r"$2\sqrt{3}$", r"\boxed{\sqrt{12}}"),
+    (r"\boxed{7}", r"\boxed{7}"),
+    (r"\text{Monday}", r"\boxed{Monday}"),
+]
+WRONG = [
+    ("42", r"so \boxed{43}"),
+    ("42", ""),
+    ("x^2+1", "$1-x^2$"),
+    ("[1,2)", r"\boxed{[1, 2]}"),
+]
+
+
+def test_math_equality(checker: MathVerifier) -> None:
+    checker.timeout_seconds = 60  # a busy machine is no wrong answer
+    assert score(checker, *RIGHT, *WRONG) == [1] * len(RIGHT) + [0] * len(WRONG)
+    assert score(checker) == []
+    assert checker.timeouts == 0
+
+
+def test_wrong_settings_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^MathVerifier: 'max_workers' must be at least 1, got 0$"):
+        MathVerifier(max_workers=0)
+    with pytest.raises(UserError, match=r"^MathVerifier: 'timeout_seconds' must be above 0, got 0"):
+        MathVerifier(timeout_seconds=0)
+
+
+def test_a_hanging_response_is_killed_and_the_others_are_scored(
+    checker: MathVerifier, caplog: pytest.LogCaptureFixture
+) -> None:
+    score(checker, ("1", "1"))  # start the workers, so that the clock below shows the limit alone
+    before = set(worker_pids())
+    start = time.monotonic()
+    with caplog.at_level(logging.WARNING, logger="opd_lightning"):
+        scores = score(checker, ("2", "2"), ("2", HANGS), ("2", "3"), ("2", r"\boxed{2}"))
+    assert scores == [1, 0, 0, 1]
+    assert LIMIT < time.monotonic() - start < LIMIT + 2  # a hung worker dies at once, no grace
+    assert checker.timeouts == 1
+    assert len(before & set(worker_pids())) == 1
+
+    with caplog.at_level(logging.WARNING, logger="opd_lightning"):
+        assert score(checker, ("2", HANGS), ("2", "2"), ("2", HANGS), ("2", "2")) == [0, 1, 0, 1]
+    assert checker.timeouts == 3
+    (record,) = caplog.records
+    assert "gave up on a response after 1.0 s or a crash (TimeoutError)" in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+def test_a_crash_costs_one_response(checker: MathVerifier) -> None:
+    checker.timeout_seconds = 60
+    score(checker, ("1", "1"))
+    scores: list[float] = []
+    batch = [("2", HANGS), ("2", HANGS), ("2", "2"), ("2", "3")]
+    thread = threading.Thread(target=lambda: scores.extend(score(checker, *batch)))
+    thread.start()
+    time.sleep(0.5)  # both workers are busy with their hanging responses
+    for pid in worker_pids():
+        os.kill(pid, signal.SIGKILL)
+    thread.join(30)
+    assert scores == [0, 0, 1, 0]
+    assert checker.timeouts == 2
+
+
+def test_idle_workers_may_be_killed(checker: MathVerifier) -> None:
+    score(checker, ("1", "1"))
+    for pid in worker_pids():
+        os.kill(pid, signal.SIGKILL)
+    assert score(checker, ("2", "2"), ("2", "3")) == [1, 0]
+    assert checker.timeouts == 0
+
+
+def test_the_signals_of_a_job_reach_only_our_own_handlers(checker: MathVerifier) -> None:
+    caught: list[int] = []
+
+    def handler(number: int, _: FrameType | None) -> None:
+        caught.append(number)
+
+    numbers = (signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    stop = threading.Event()
+
+    def shower() -> None:
+        """Signal the workers from their first moment on, and this process for SIGALRM."""
+        while not stop.wait(0.02):
+            os.kill(os.getpid(), signal.SIGALRM)
+            for pid in worker_pids():
+                os.kill(pid, signal.SIGUSR1)
+                os.kill(pid, signal.SIGUSR2)
+
+    thread = threading.Thread(target=shower)
+    thread.start()
+    try:
+        assert score(checker, ("2", "2"), ("2", HANGS), ("2", "3"), ("2", "2")) == [1, 0, 0, 1]
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert [signal.getsignal(number) for number in numbers] == [handler] * 3
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+    finally:
+        stop.set()
+        thread.join()
+        for number, old in before.items():
+            signal.signal(number, old)
+    assert checker.timeouts == 1
+    assert caught.count(signal.SIGALRM) > 10
+    assert caught.count(signal.SIGUSR1) == 1
+
+
+def test_other_threads_may_verify_at_the_same_time(checker: MathVerifier) -> None:
+    results: dict[int, list[float]] = {}
+
+    def work(n: int) -> None:
+        results[n] = score(checker, (f"{n}", f"{n}"), (f"{n}", f"{n + 1}"), (f"{n}", HANGS))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {n: [1, 0, 0] for n in range(3)}
+    assert checker.timeouts == 3
+
+
+def test_a_copy_has_the_settings_and_no_workers(checker: MathVerifier) -> None:
+    score(checker, ("1", "1"))
+    before = worker_pids()
+    for twin in (copy.deepcopy(checker), pickle.loads(pickle.dumps(checker))):
+        assert (twin.max_workers, twin.timeout_seconds, twin.timeouts) == (2, LIMIT, 0)
+        twin.close()
+    assert worker_pids() == before
+
+
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_workers_that_cannot_start_are_an_error_and_not_a_hang(
+    checker: MathVerifier, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    # The large batch does not fit in the pipe to the workers, so pebble's thread is stuck in it.
+    monkeypatch.setattr(math_module, "prepare_worker", functools.partial(os._exit, 3))
+    with pytest.raises(RuntimeError, match="the worker processes die before they check anything"):
+        score(checker, *[("1", "1" * size)] * 8)
+    checker.close()
+    assert worker_pids() == []
+
+
+SCRIPT = """
+import multiprocessing, sys, threading, time
+from opd_lightning.verifiers import MathVerifier
+assert not {"torch", "sympy", "math_verify", "pebble"} & set(sys.modules)
+
+if __name__ == "__main__":
+    from opd_lightning.types import Prompt
+
+    prompt = Prompt(id="p", messages=({"role": "user", "content": "?"},), answer="2")
+    verifier = MathVerifier(timeout_seconds=600)
+    assert verifier.verify([prompt], ["2"]) == [1.0]
+    work = threading.Thread(
+        target=verifier.verify, args=([prompt] * 4, [sys.argv[1]] * 4), daemon=True
+    )
+    work.start()
+    time.sleep(0.5)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    if sys.argv[2] == "killed":
+        time.sleep(600)
+"""
+
+
+def run(folder: Path, response: str, end: str) -> "subprocess.Popen[str]":
+    script = folder / "train.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), response, end]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize("response", ["2", HANGS])
+def test_the_program_ends_without_waiting_for_workers(tmp_path: Path, response: str) -> None:
+    process = run(tmp_path, response, "ended")
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    pids = [int(pid) for pid in output.split()]
+    assert len(pids) == 2
+    wait_until_gone(pids)
+
+
+def test_idle_workers_follow_a_killed_program(tmp_path: Path) -> None:
+    process = run(tmp_path, "2", "killed")
+    assert process.stdout is not None
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(pids) == 2
+    process.kill()
+    process.communicate(timeout=60)
+    wait_until_gone(pids)
