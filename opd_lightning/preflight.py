@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from opd_lightning.data.views import check_lengths, recorded_response_ids, render
+from opd_lightning.data.views import recorded_response_ids, render
 from opd_lightning.errors import UserError
 from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Sampling
@@ -38,7 +38,7 @@ def check_prompts(
         tokenizer = module.student.source.tokenizer
         budget = max(len(recorded_response_ids(prompt, tokenizer)) for prompt in prompts)
     for source in (module.student.source, *(t.source for t in module.teachers())):
-        check_lengths(prompts, prompt_ids, budget, source.context_length, source.role)
+        _check_lengths(prompts, prompt_ids, budget, source.context_length, source.role)
 
 
 def _check_usable(source: ModelSource) -> None:
@@ -78,3 +78,20 @@ def _check_same_tokens(student: ModelSource, teacher: ModelSource) -> None:
             f"{pair} have different chat templates, so the teacher would score text it does not "
             "expect; give both the same chat_template"
         )
+
+
+def _check_lengths(
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[list[int]],
+    max_new_tokens: int,
+    context: int,
+    whose: str,
+) -> None:
+    """Refuse a prompt that leaves no room for `max_new_tokens` in a model's context."""
+    for prompt, ids in zip(prompts, prompt_ids, strict=True):
+        if len(ids) + max_new_tokens > context:
+            raise UserError(
+                f"{prompt.origin}: prompt of {len(ids)} tokens + max_new_tokens {max_new_tokens} "
+                f"exceeds the {whose}'s context of {context}; shorten the prompt or lower "
+                "sampling.max_new_tokens"
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from opd_lightning.errors import UserError
@@ -37,20 +36,3 @@ def recorded_response_ids(prompt: Prompt, tokenizer: Any) -> list[int]:
         )
     ids = tokenizer.encode(prompt.response, add_special_tokens=False)
     return [*ids, tokenizer.eos_token_id]
-
-
-def check_lengths(
-    prompts: Sequence[Prompt],
-    prompt_ids: Sequence[list[int]],
-    max_new_tokens: int,
-    context: int,
-    whose: str,
-) -> None:
-    """Refuse a prompt that leaves no room for `max_new_tokens` in a model's context."""
-    for prompt, ids in zip(prompts, prompt_ids, strict=True):
-        if len(ids) + max_new_tokens > context:
-            raise UserError(
-                f"{prompt.origin}: prompt of {len(ids)} tokens + max_new_tokens {max_new_tokens} "
-                f"exceeds the {whose}'s context of {context}; shorten the prompt or lower "
-                "sampling.max_new_tokens"
-            )

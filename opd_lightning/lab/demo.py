@@ -19,7 +19,7 @@ from opd_lightning.lab.build import Recipe, build_arithmetic
 from opd_lightning.lab.plot import plot_run
 from opd_lightning.methods import SFT
 from opd_lightning.rollouts import HFEngine, Sampling
-from opd_lightning.rollouts.vllm_local import vllm_unavailable
+from opd_lightning.rollouts.vllm_process import vllm_unavailable
 from opd_lightning.student import Student
 from opd_lightning.verifiers import ExactMatch
 

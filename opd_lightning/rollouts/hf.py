@@ -5,7 +5,7 @@ The reference engine: it runs wherever PyTorch does, and tests hold the faster o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from opd_lightning.causal_lm import Dtype, load_causal_lm
 from opd_lightning.errors import UserError
 from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Engine, Request, Sampling
+from opd_lightning.rollouts.checks import check_lengths, checked_weights
 from opd_lightning.types import Completion, StopReason
 
 
@@ -184,36 +185,3 @@ def _make_warpers(sampling: Sampling) -> list[Any]:
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
     return warpers
-
-
-def checked_weights(
-    weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, torch.Size]
-) -> Iterator[tuple[str, Tensor]]:
-    """Pass `weights` through and insist on every name of `shapes`, once, in its shape."""
-    missing = set(shapes)
-    for name, tensor in weights:
-        if name not in missing:
-            problem = "came twice" if name in shapes else "is not a parameter of the engine's model"
-            raise UserError(f"engine weights: {name!r} {problem}; push the student's own names")
-        if tensor.shape != shapes[name]:
-            raise UserError(
-                f"engine weights: {name!r} has shape {list(tensor.shape)}, "
-                f"the engine's model expects {list(shapes[name])}"
-            )
-        missing.remove(name)
-        yield name, tensor
-    if missing:
-        raise UserError(
-            f"engine weights: {len(missing)} of {len(shapes)} never came, {min(missing)!r} "
-            "among them; push all of them at once"
-        )
-
-
-def check_lengths(requests: Sequence[Request], sampling: Sampling, max_length: int) -> None:
-    """Refuse a request that could outgrow the `max_length` that the engine was started for."""
-    longest = max((len(request.prompt_ids) for request in requests), default=0)
-    if longest + sampling.max_new_tokens > max_length:
-        raise UserError(
-            f"a prompt of {longest} tokens and sampling.max_new_tokens={sampling.max_new_tokens} "
-            f"exceed the engine's {max_length} tokens; shorten one of them or raise the limit"
-        )

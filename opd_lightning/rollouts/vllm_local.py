@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,7 +14,13 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Engine, Request, Sampling
-from opd_lightning.rollouts.hf import check_lengths, checked_weights
+from opd_lightning.rollouts.checks import check_lengths, checked_weights, parameter_shapes
+from opd_lightning.rollouts.vllm_process import (
+    destroy_vllm_groups,
+    launcher_variables,
+    repack_heads,
+    vllm_unavailable,
+)
 from opd_lightning.types import Completion, StopReason
 
 
@@ -71,7 +75,7 @@ class VLLMEngine(Engine):
         on_cuda = torch.cuda.is_available()
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self.cpu_kv_cache_gib))
         self._eos_ids = list(source.eos_ids)
-        self._shapes = _parameter_shapes(source)
+        self._shapes = parameter_shapes(source)
         self._max_length = max_length
         self._owns_default_group = not dist.is_initialized()
         arguments: dict[str, Any] = {
@@ -94,10 +98,8 @@ class VLLMEngine(Engine):
 
         from vllm import LLM
 
-        with (
-            _launcher_variables(),
-            isolate_rng(),
-        ):  # vLLM seeds every global generator when it starts
+        # vLLM seeds every global generator when it starts.
+        with launcher_variables(), isolate_rng():
             self._llm = LLM(**arguments | self.engine_args)
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -110,7 +112,7 @@ class VLLMEngine(Engine):
         pushed = stream if self.tensor_parallel_size == 1 else iter([*stream])
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pushed})
         if not torch.cuda.is_available():
-            self._llm.apply_model(_repack_heads)
+            self._llm.apply_model(repack_heads)
         self._llm.reset_prefix_cache()
         self.version = version
 
@@ -157,7 +159,7 @@ class VLLMEngine(Engine):
         clean_up = core.cleanup_dist_env_and_memory
         if not self._owns_default_group:
             # vLLM's own clean-up would destroy the default group, which is the trainer's.
-            core.cleanup_dist_env_and_memory = _destroy_vllm_groups
+            core.cleanup_dist_env_and_memory = destroy_vllm_groups
         self._llm.llm_engine.engine_core.shutdown()
         core.cleanup_dist_env_and_memory = clean_up
         self._llm = None
@@ -174,85 +176,6 @@ class VLLMEngine(Engine):
                 "each of several ranks has its own engine"
             )
         return "external_launcher"  # "uni" would put every rank on GPU 0
-
-
-def vllm_unavailable() -> str | None:
-    """None if vLLM can be used here, else the reason in one line.
-
-    Where vLLM is installed this imports it (8 s, once): nothing less tells a broken install.
-    """
-    if importlib.util.find_spec("vllm") is None:
-        return "vLLM is not installed"
-    _set_environment()
-    try:
-        import vllm.entrypoints.llm  # noqa: F401
-        from vllm.platforms import current_platform
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"vLLM is installed but does not import: {' '.join(str(error).split())[:200]}"
-    if not current_platform.device_type:
-        return "the installed vLLM was built for hardware that this machine lacks"
-    return None
-
-
-def _set_environment() -> None:
-    """Defaults that vLLM reads when it is imported; what the user has set wins."""
-    # In-process, so that weights can be pushed from an iterator and nothing is forked.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if not torch.cuda.is_available():
-        # vLLM would pin this process's threads to cores of its own choice.
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-
-
-@contextmanager
-def _launcher_variables() -> Iterator[None]:
-    """RANK and LOCAL_RANK, by which vLLM's external launcher finds its GPU, for a while.
-
-    SLURM has other names for them, and Lightning reads LOCAL_RANK as "processes were launched".
-    """
-    device = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    wanted = {"RANK": str(rank), "LOCAL_RANK": str(device)}
-    added = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(added)
-    yield
-    for name in added:
-        del os.environ[name]
-
-
-def _parameter_shapes(source: ModelSource) -> dict[str, torch.Size]:
-    """Names and shapes of the Hugging Face model's parameters, tied ones once; no memory."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            source.config, trust_remote_code=source.trust_remote_code
-        )
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
-
-
-def _destroy_vllm_groups() -> None:
-    """What vLLM's clean-up does to its process groups, less the default one.
-
-    They must go first: destroying the default group beside them raises.
-    """
-    from vllm.distributed import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    parallel_state.get_world_group().destroy()
-    parallel_state._WORLD = None
-
-
-def _repack_heads(model: Any) -> None:
-    """Rebuild what vLLM 0.32's CPU head really multiplies by: a packed copy of its weight.
-
-    After a reload the copy of a head that is tied to the embedding still holds the old weight.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
 
 
 def _to_completion(output: Any) -> Completion:

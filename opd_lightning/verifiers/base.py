@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from opd_lightning.errors import UserError
+
 if TYPE_CHECKING:
     # Not at run time: verifiers' worker processes need neither torch nor its memory.
     from opd_lightning.types import Prompt
@@ -19,4 +21,14 @@ class Verifier(ABC):
         """One score in [0, 1] per (prompt, response text without special tokens) pair."""
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise UserError, before training, if a prompt lacks what the verifier needs."""
+        """Raise UserError, before training, unless every prompt has an answer.
+
+        A verifier that needs something else, or nothing, says so here.
+        """
+        for prompt in prompts:
+            if not (prompt.answer or "").strip():
+                raise UserError(
+                    f"{prompt.origin or prompt.id}: {type(self).__name__} needs an 'answer' to "
+                    f"compare with, got {prompt.answer!r}; add it to the row or train without a "
+                    "verifier"
+                )

@@ -42,10 +42,6 @@ class ExactMatch(Verifier):
         pairs = zip(prompts, responses, strict=True)
         return [float(self._matches(prompt, response)) for prompt, response in pairs]
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise UserError unless every prompt has an answer to compare with."""
-        require_answers(prompts, "ExactMatch")
-
     def _matches(self, prompt: Prompt, response: str) -> bool:
         found = self._extract(response)
         return (
@@ -66,13 +62,3 @@ class ExactMatch(Verifier):
     def _normal(self, text: str) -> str:
         text = text.strip()
         return text.casefold() if self.ignore_case else text
-
-
-def require_answers(prompts: Sequence[Prompt], verifier: str) -> None:
-    """Raise UserError naming the first prompt without an answer."""
-    for prompt in prompts:
-        if prompt.answer is None or not prompt.answer.strip():
-            raise UserError(
-                f"{prompt.origin or prompt.id}: {verifier} needs an 'answer' to compare with, got "
-                f"{prompt.answer!r}; add it to the row or train without a verifier"
-            )

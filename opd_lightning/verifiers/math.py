@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from opd_lightning.errors import UserError
 from opd_lightning.verifiers.base import Verifier
-from opd_lightning.verifiers.exact import require_answers
 
 if TYPE_CHECKING:
     # Not at run time: the workers import this module, and need neither torch nor its memory.
@@ -78,10 +77,6 @@ class MathVerifier(Verifier):
             "MathVerifier: the worker processes die before they check anything; their standard "
             "error says why"
         )
-
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise UserError unless every prompt has an answer to compare with."""
-        require_answers(prompts, "MathVerifier")
 
     def close(self) -> None:
         """Stop the workers; the next `verify` starts new ones. Also runs at interpreter exit."""

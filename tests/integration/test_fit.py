@@ -18,7 +18,7 @@ from opd_lightning.data.prompts import PromptSource
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
 from opd_lightning.methods import OPD, SFT, DistillationModule, FullVocabularyOPD
 from opd_lightning.rollouts import Engine, HFEngine, Sampling, VLLMEngine
-from opd_lightning.rollouts.vllm_local import vllm_unavailable
+from opd_lightning.rollouts.vllm_process import vllm_unavailable
 from opd_lightning.student import Student
 from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.trainer import Trainer
@@ -87,7 +87,10 @@ def fit(
 
 
 def method_of(
-    kind: type[DistillationModule] = OPD, teacher: str = "teacher", lr: float = 1e-2, **more: Any
+    kind: type[OPD | FullVocabularyOPD] = OPD,
+    teacher: str = "teacher",
+    lr: float = 1e-2,
+    **more: Any,
 ) -> DistillationModule:
     return kind(
         Student("lab/arithmetic/student", lora=more.pop("lora", None)),
@@ -108,7 +111,7 @@ def weights(source: DistillationModule | str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", METHODS)
 def test_engine_and_trainer_agree_at_every_step(
-    kind: type[DistillationModule], engine: type[Engine]
+    kind: type[OPD | FullVocabularyOPD], engine: type[Engine]
 ) -> None:
     if engine is VLLMEngine and (reason := vllm_unavailable()):
         pytest.skip(reason)
@@ -125,7 +128,7 @@ def test_engine_and_trainer_agree_at_every_step(
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("kind", METHODS)
 def test_u3_a_student_that_is_its_own_teacher_stands_still(
-    kind: type[DistillationModule], temperature: float
+    kind: type[OPD | FullVocabularyOPD], temperature: float
 ) -> None:
     seen = fit(
         method_of(kind, teacher="student"),

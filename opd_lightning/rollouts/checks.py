@@ -1,0 +1,56 @@
+"""What both in-process engines insist on before they believe their caller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from opd_lightning.errors import UserError
+from opd_lightning.model_source import ModelSource
+from opd_lightning.rollouts.base import Request, Sampling
+
+
+def parameter_shapes(source: ModelSource) -> dict[str, torch.Size]:
+    """Names and shapes of the Hugging Face model's parameters, tied ones once; no memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            source.config, trust_remote_code=source.trust_remote_code
+        )
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def checked_weights(
+    weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, torch.Size]
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass `weights` through and insist on every name of `shapes`, once, in its shape."""
+    missing = set(shapes)
+    for name, tensor in weights:
+        if name not in missing:
+            problem = "came twice" if name in shapes else "is not a parameter of the engine's model"
+            raise UserError(f"engine weights: {name!r} {problem}; push the student's own names")
+        if tensor.shape != shapes[name]:
+            raise UserError(
+                f"engine weights: {name!r} has shape {list(tensor.shape)}, "
+                f"the engine's model expects {list(shapes[name])}"
+            )
+        missing.remove(name)
+        yield name, tensor
+    if missing:
+        raise UserError(
+            f"engine weights: {len(missing)} of {len(shapes)} never came, {min(missing)!r} "
+            "among them; push all of them at once"
+        )
+
+
+def check_lengths(requests: Sequence[Request], sampling: Sampling, max_length: int) -> None:
+    """Refuse a request that could outgrow the `max_length` that the engine was started for."""
+    longest = max((len(request.prompt_ids) for request in requests), default=0)
+    if longest + sampling.max_new_tokens > max_length:
+        raise UserError(
+            f"a prompt of {longest} tokens and sampling.max_new_tokens={sampling.max_new_tokens} "
+            f"exceed the engine's {max_length} tokens; shorten one of them or raise the limit"
+        )
