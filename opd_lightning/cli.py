@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.errors import EngineMismatchError, UserError
 from opd_lightning.methods.base import DistillationModule
+from opd_lightning.quiet import quiet_libraries
 from opd_lightning.trainer import Trainer
 
 TRAINER_DEFAULTS = {
@@ -118,6 +119,7 @@ def _report(message: str, code: int) -> int:
 def main(args: list[str] | None = None) -> None:
     """Console entry point. Exit codes: 2 for a mistake in the input, 1 for a run stopped."""
     args = sys.argv[1:] if args is None else args
+    quiet_libraries()
     try:
         if args[:1] == ["lab"]:
             from opd_lightning.lab.cli import main as lab

@@ -159,8 +159,8 @@ def _expand(mask: Tensor, like: Tensor) -> Tensor:
 class TokenScores:
     """What one model says about the sampled tokens, in response space.
 
-    Teachers answer with it (`TeacherScores` in the design) and so does the student; only the
-    student's `logprobs` carry a gradient.
+    Teachers answer with it and so does the student; only the student's `logprobs` carry a
+    gradient.
     """
 
     logprobs: Tensor  # [B, R] float32 nats, 0 where the mask is False

@@ -117,3 +117,7 @@ def in_lab(untrained_lab: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work inside the untrained lab; tests write under a `tmp_path` of their own."""
     monkeypatch.chdir(untrained_lab)
     return untrained_lab
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden")

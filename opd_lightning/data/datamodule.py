@@ -50,7 +50,9 @@ class RolloutDataModule(LightningDataModule):
 
     Args:
         train: Prompts to train on.
-        engine: Who writes the responses; None takes the ones recorded in the prompt file.
+        engine: Who samples responses.
+        recorded: Train on the responses recorded in the prompt file instead of sampled ones; the
+            engine, if there is one, is for validation.
         verifier: Scores responses in [0, 1]; None where the method needs no reward.
         validation: Suites for `opd fit` and `opd validate`, by name.
         test: Suites for `opd test`, by name.
@@ -65,6 +67,7 @@ class RolloutDataModule(LightningDataModule):
         self,
         train: PromptSource | None = None,
         engine: Engine | None = None,
+        recorded: bool = False,
         verifier: Verifier | None = None,
         validation: dict[str, EvaluationSuite] | None = None,
         test: dict[str, EvaluationSuite] | None = None,
@@ -81,10 +84,10 @@ class RolloutDataModule(LightningDataModule):
         ):
             if value < 1:
                 raise UserError(f"data.{name}: got {value}, expected at least 1")
-        if engine is None and samples_per_prompt > 1:
+        if recorded and samples_per_prompt > 1:
             raise UserError(
-                f"data.samples_per_prompt: got {samples_per_prompt} without data.engine, but a "
-                "recorded response is one response; set it to 1 or set an engine"
+                f"data.samples_per_prompt: got {samples_per_prompt} with data.recorded, but a "
+                "recorded response is one response; set it to 1 or sample with an engine"
             )
         if sampling.temperature == 0:
             raise UserError(
@@ -93,6 +96,7 @@ class RolloutDataModule(LightningDataModule):
             )
         self.train = train
         self.engine = engine
+        self.recorded = recorded
         self.verifier = verifier
         self.suites = {"validate": validation or {}, "test": test or {}}
         self.sampling = sampling
@@ -118,7 +122,13 @@ class RolloutDataModule(LightningDataModule):
             if self.train is None:
                 raise UserError("data.train: got nothing, expected a prompt file to train on")
             self._check_step_size()
-            self._train = self._load(self.train, self.sampling)
+            self._train = self._load(self.train, self.sampling, recorded=self.recorded)
+        samples = stage == "fit" and not self.recorded
+        if self.engine is None and (samples or self._suites_of(stage)):
+            raise UserError(
+                "data.engine: got nothing, but responses must be sampled; set an engine, e.g. "
+                "opd_lightning.rollouts.HFEngine, or train on data.recorded without validation"
+            )
         for name, suite in self._suites_of(stage).items():
             self._suites[name] = self._load(suite.prompts, suite.sampling or self.sampling)
 
@@ -128,8 +138,7 @@ class RolloutDataModule(LightningDataModule):
         return TrainingStream(
             self._train.prompts,
             self._train.ids,
-            writer=self._writer(self.engine),
-            push_weights=self._push_weights,
+            writer=self._writer(None if self.recorded else self.engine),
             sampling=self.sampling,
             prompts_per_step=self.prompts_per_step,
             samples_per_prompt=self.samples_per_prompt,
@@ -166,8 +175,7 @@ class RolloutDataModule(LightningDataModule):
                 name,
                 self._suites[name].prompts,
                 self._suites[name].ids,
-                writer=self._writer(self._sampling_engine(name)),
-                push_weights=self._push_weights,
+                writer=self._writer(self.engine),
                 sampling=suite.sampling or self.sampling,
                 samples=suite.samples,
                 batch_size=suite.batch_size,
@@ -177,26 +185,19 @@ class RolloutDataModule(LightningDataModule):
             for name, suite in self._suites_of(stage).items()
         ]
 
-    def _sampling_engine(self, suite: str) -> Engine:
-        if self.engine is None:
-            raise UserError(
-                f"data.engine: got nothing, but suite {suite!r} must sample responses; set an "
-                "engine, e.g. opd_lightning.rollouts.HFEngine"
-            )
-        return self.engine
-
     def _writer(self, engine: Engine | None) -> RolloutWriter:
         module = self.module
-        return RolloutWriter(engine, self.verifier, module.student.source.tokenizer, module.timer)
+        tokenizer = module.student.source.tokenizer
+        return RolloutWriter(engine, self._push_weights, self.verifier, tokenizer, module.timer)
 
-    def _load(self, source: PromptSource, sampling: Sampling) -> _Loaded:
+    def _load(self, source: PromptSource, sampling: Sampling, *, recorded: bool = False) -> _Loaded:
         """Prompts with their ids, checked against the verifier and the models' contexts."""
         prompts = source.load()
         if self.verifier is not None:
             self.verifier.check(prompts)
         tokenizer = self.module.student.source.tokenizer
         ids = [render(prompt, tokenizer, self.template_args) for prompt in prompts]
-        preflight.check_prompts(self.module, prompts, ids, sampling, recorded=self.engine is None)
+        preflight.check_prompts(self.module, prompts, ids, sampling, recorded=recorded)
         return _Loaded(prompts, ids)
 
     def _check_step_size(self) -> None:
@@ -227,9 +228,8 @@ class RolloutDataModule(LightningDataModule):
 
     def _push_weights(self) -> None:
         """Give the engine the student as it is now, unless it has it."""
-        if self.engine is None:
-            return
         assert self.trainer is not None
+        assert self.engine is not None
         module = self.module
         with module.timer.stage("sync"):
             if not self._engine_started:

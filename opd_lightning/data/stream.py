@@ -42,7 +42,6 @@ class TrainingStream:
         prompt_ids: Sequence[list[int]],
         *,
         writer: RolloutWriter,
-        push_weights: Callable[[], None],
         sampling: Sampling,
         prompts_per_step: int,
         samples_per_prompt: int,
@@ -55,7 +54,6 @@ class TrainingStream:
         self.prompts = prompts
         self.prompt_ids = prompt_ids
         self.writer = writer
-        self.push_weights = push_weights
         self.sampling = sampling
         self.prompts_per_step = prompts_per_step
         self.samples_per_prompt = samples_per_prompt
@@ -112,7 +110,6 @@ class TrainingStream:
         share = self.prompts_per_step // self.ranks.world_size
         start = step * self.prompts_per_step + self.ranks.rank * share
         chosen = self.order.take(start, share)
-        self.push_weights()
         return self.writer.write(
             [self.prompts[i] for i in chosen],
             [self.prompt_ids[i] for i in chosen],
@@ -148,7 +145,6 @@ class EvaluationStream:
         prompt_ids: Sequence[list[int]],
         *,
         writer: RolloutWriter,
-        push_weights: Callable[[], None],
         sampling: Sampling,
         samples: int,
         batch_size: int,
@@ -159,7 +155,6 @@ class EvaluationStream:
         self.prompts = prompts
         self.prompt_ids = prompt_ids
         self.writer = writer
-        self.push_weights = push_weights
         self.sampling = sampling
         self.samples = samples
         self.batch_size = batch_size
@@ -172,7 +167,6 @@ class EvaluationStream:
     def __iter__(self) -> Iterator[EvaluationBatch]:
         for first in range(0, len(self.mine), self.batch_size):
             chosen = self.mine[first : first + self.batch_size]
-            self.push_weights()
             rollouts = self.writer.write(
                 [self.prompts[i] for i in chosen],
                 [self.prompt_ids[i] for i in chosen],

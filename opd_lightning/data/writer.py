@@ -19,15 +19,22 @@ class RolloutWriter:
 
     Args:
         engine: Samples responses; None takes the prompts' recorded ones.
+        push_weights: Brings the engine up to date; called before it writes.
         verifier: Scores responses; None leaves rewards NaN.
         tokenizer: The student's, to decode responses for verifiers and logs.
         timer: Charged for "generate" and "verify".
     """
 
     def __init__(
-        self, engine: Engine | None, verifier: Verifier | None, tokenizer: Any, timer: StepTimer
+        self,
+        engine: Engine | None,
+        push_weights: Callable[[], None],
+        verifier: Verifier | None,
+        tokenizer: Any,
+        timer: StepTimer,
     ) -> None:
         self.engine = engine
+        self.push_weights = push_weights
         self.verifier = verifier
         self.tokenizer = tokenizer
         self.timer = timer
@@ -50,12 +57,11 @@ class RolloutWriter:
             seed_of: (index into prompts, sample index) -> the request's seed.
         """
         rows = [(p, s) for p in range(len(prompts)) for s in range(samples)]
-        with self.timer.stage("generate"):
-            if self.engine is None:
-                version = 0
-                completions = [self._recorded(prompts[p]) for p, _ in rows]
-            else:
-                version = self.engine.version
+        if self.engine is None:
+            completions = [self._recorded(prompts[p]) for p, _ in rows]
+        else:
+            self.push_weights()
+            with self.timer.stage("generate"):
                 requests = [Request(prompt_ids[p], seed_of(p, s)) for p, s in rows]
                 completions = self.engine.generate(requests, sampling)
         with self.timer.stage("verify"):
@@ -78,7 +84,7 @@ class RolloutWriter:
                 reward=float(reward),
                 group_mean=float(mean[p]),
                 group_std=float(std[p]),
-                policy_version=version,
+                policy_version=self.engine.version if self.engine else 0,
             )
             for (p, _), completion, text, reward in zip(
                 rows, completions, texts, rewards, strict=True

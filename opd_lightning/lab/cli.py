@@ -8,6 +8,7 @@ from jsonargparse import auto_cli
 
 from opd_lightning.lab.build import Recipe, build_arithmetic
 from opd_lightning.lab.demo import demonstrate
+from opd_lightning.quiet import only_warnings
 
 
 def build(recipe: Recipe = Recipe(), link: str = "lab/arithmetic") -> None:  # noqa: B008
@@ -20,15 +21,17 @@ def build(recipe: Recipe = Recipe(), link: str = "lab/arithmetic") -> None:  # n
     print(build_arithmetic(recipe, Path(link)))
 
 
-def demo(run: str = "runs/demo") -> None:
+def demo(run: str = "runs/demo", require: float = 0.75) -> None:
     """Distil the lab's teacher into its student and show the result.
 
     Args:
         run: Run folder to write; must not exist.
+        require: Fail if the student's held-out accuracy ends below this.
     """
-    demonstrate(Path(run))
+    demonstrate(Path(run), require)
 
 
 def main(args: list[str]) -> None:
     """Entry point of `opd lab`."""
+    only_warnings()
     auto_cli({"build": build, "demo": demo}, args=args, prog="opd lab")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 import time
-import warnings
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -28,10 +27,14 @@ VLLM_CONFIG = Path("configs/engine/vllm.yaml")
 LAB = Path("lab/arithmetic")
 
 
-def demonstrate(run: Path) -> None:
+def demonstrate(run: Path, require: float) -> None:
     """Build the lab, train by `configs/lab/opd.yaml`, compare on held-out sums.
 
     Everything it does can be done by hand; each command is printed before it runs.
+
+    Args:
+        run: Run folder to write.
+        require: Accuracy that the student must reach.
     """
     if not CONFIG.is_file():
         raise UserError(f"no {CONFIG} here; run the demo from the project's folder")
@@ -42,13 +45,10 @@ def demonstrate(run: Path) -> None:
 
     reason = vllm_unavailable()
     engine = "Hugging Face generate" if reason else "vLLM"
-    console.rule("engine")
-    console.print(f"{engine}, because {reason or 'vLLM is installed'}")
-
-    console.rule("opd lab build")
+    console.print(f"rollouts: {engine}, because {reason or 'vLLM is installed'}")
+    console.print("$ opd lab build", style="bold")
     build_arithmetic(Recipe(), LAB)
 
-    console.rule("before")
     scores = {
         "student before": evaluate(LAB / "student", LAB / "held_out.jsonl"),
         "teacher": evaluate(LAB / "teacher", LAB / "held_out.jsonl"),
@@ -65,13 +65,17 @@ def demonstrate(run: Path) -> None:
     scores["student after"] = evaluate(exported, LAB / "held_out.jsonl")
 
     picture = run / "demo.png"
-    plot_run(run, scores["teacher"]["score"], picture)
-    console.rule("result")
+    plot_run(run, scores["student before"], scores["teacher"], picture)
     console.print(_table(scores))
     console.print(f"{time.monotonic() - began:.0f} s after installation; engine: {engine}")
     console.print(f"picture:     {picture}")
     console.print(f"student:     {exported} (an ordinary Hugging Face folder)")
-    console.print(f"TensorBoard: .venv/bin/tensorboard --logdir {run.parent}")
+    console.print(f"TensorBoard: {Path(sys.prefix, 'bin', 'tensorboard')} --logdir {run.parent}")
+    if scores["student after"]["score"] < require:
+        raise UserError(
+            f"the student ended at {scores['student after']['score']:.3f}, below --require "
+            f"{require}; {run} shows where it went wrong"
+        )
 
 
 def evaluate(model: Path, prompts: Path, *, samples: int = 1) -> dict[str, float]:
@@ -86,7 +90,9 @@ def evaluate(model: Path, prompts: Path, *, samples: int = 1) -> dict[str, float
         validation={"suite": suite},
         sampling=Sampling(max_new_tokens=64),
     )
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False
+    )
     (values,) = trainer.validate(SFT(Student(str(model))), datamodule=data, verbose=False)
     return {name.removeprefix("val/suite/"): value for name, value in values.items()}
 
@@ -94,7 +100,7 @@ def evaluate(model: Path, prompts: Path, *, samples: int = 1) -> dict[str, float
 def _run(console: Console, *args: str) -> None:
     from opd_lightning.cli import OPDCLI
 
-    console.rule("opd " + " ".join(args))
+    console.print("$ opd " + " ".join(args), style="bold", soft_wrap=True)
     OPDCLI(list(args))
 
 
@@ -106,9 +112,3 @@ def _table(scores: dict[str, dict[str, float]]) -> Table:
         label = "[bold]all" if key == "score" else key.removeprefix("score/")
         table.add_row(label, *row)
     return table
-
-
-def quiet() -> None:
-    """Silence hints of Lightning's that do not apply to this program's loaders."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -11,31 +11,31 @@ import matplotlib.pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
-def plot_run(run: Path, teacher_score: float, picture: Path) -> None:
+def plot_run(run: Path, before: dict[str, float], teacher: dict[str, float], picture: Path) -> None:
     """Held-out accuracy by domain, and the loss, over optimiser steps.
 
     Args:
         run: Folder with the run's TensorBoard event files.
-        teacher_score: The teacher's accuracy, drawn as a line.
+        before: The student's accuracy at the start: "score" and "score/<domain>".
+        teacher: The teacher's; its "score" is drawn as a line.
         picture: PNG to write.
     """
     events = EventAccumulator(str(run))
     events.Reload()
-
-    def curve(tag: str) -> tuple[list[int], list[float]]:
-        points = events.Scalars(tag)
-        return [p.step for p in points], [p.value for p in points]
-
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for tag in sorted(t for t in events.Tags()["scalars"] if t.startswith("val/")):
-        if "/score/" in tag:
-            left.plot(*curve(tag), lw=1, alpha=0.7, label=tag.rsplit("/", 1)[1])
-        elif tag.endswith("/score"):
-            left.plot(*curve(tag), lw=3, color="black", label="all")
-    left.axhline(teacher_score, ls="--", color="gray", label="teacher, all")
+    for key in sorted(k for k in before if k.startswith("score")):
+        curve = events.Scalars(f"val/sums/{key}")
+        steps = [0, *(point.step + 1 for point in curve)]
+        values = [before[key], *(point.value for point in curve)]
+        if key == "score":
+            left.plot(steps, values, lw=3, color="black", label="all")
+        else:
+            left.plot(steps, values, lw=1, alpha=0.8, label=key.removeprefix("score/"))
+    left.axhline(teacher["score"], ls="--", color="gray", label="teacher, all")
     left.set(xlabel="optimiser step", ylabel="accuracy on held-out sums", ylim=(0, 1.02))
     left.legend(fontsize=8)
-    right.plot(*curve("loss"), lw=1)
+    loss = events.Scalars("loss")
+    right.plot([point.step for point in loss], [point.value for point in loss], lw=1)
     right.set(xlabel="optimiser step", ylabel="reverse KL on student samples, nats per token")
     figure.savefig(picture, dpi=120)
     plt.close(figure)

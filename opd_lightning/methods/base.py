@@ -189,8 +189,8 @@ class DistillationModule(LightningModule, ABC):
             values["time/overhead" if stage == "overhead" else f"time/{stage}_seconds"] = seconds
         if "step" in self.timer.last:
             rate = float(values["response/tokens_per_step"]) / self.timer.last["step"]
-            values["throughput/tokens_per_second"] = rate
-        shown = {"loss", "reward/mean", "throughput/tokens_per_second"}
+            values["tokens_per_second"] = rate
+        shown = {"loss", "reward", "tokens_per_second"}
         self.log_dict({k: v for k, v in values.items() if k not in shown})
         for name in shown & values.keys():
             self.log(name, values[name], prog_bar=True)

@@ -16,7 +16,7 @@ from opd_lightning.types import RolloutBatch
 
 
 class OPD(DistillationModule):
-    """Sampled-token reverse KL as a policy gradient (Thinking Machines 2025; methods.md 1.1).
+    """Sampled-token reverse KL as a policy gradient (Thinking Machines Lab, 2025).
 
         A_t = sum_{k >= t} discount^(k - t) d_k,   d_t = log pi_T(y_t) - log pi_theta(y_t)
         L   = -(1/Z) sum_t sg[A_t] log pi_theta(y_t)
@@ -55,7 +55,7 @@ class OPD(DistillationModule):
 
 
 class FullVocabularyOPD(DistillationModule):
-    """Reverse KL over the whole vocabulary at every visited prefix (methods.md 1.2).
+    """Reverse KL over the whole vocabulary at every visited prefix (GKD at beta 1, 2306.13649).
 
         L = (1/Z) sum_t sum_v S_t(v) (log S_t(v) - log T_t(v))
 

@@ -7,7 +7,7 @@ from opd_lightning.types import RolloutBatch
 
 
 class SFT(DistillationModule):
-    """Cross-entropy on the responses of the prompt file (`data.engine: null`).
+    """Cross-entropy on the responses of the prompt file (`data.recorded: true`).
 
     L = -(1/Z) sum_t log pi_theta(y_t)
     """

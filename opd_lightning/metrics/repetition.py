@@ -1,4 +1,4 @@
-"""Repetition by compressibility (Stable-OPD, methods.md 6.4)."""
+"""Repetition by compressibility (Stable-OPD, arXiv 2604.08527)."""
 
 import zlib
 

@@ -63,8 +63,8 @@ class ResponseStatistics(_Sums):
             "response/tokens_per_step": sums["tokens"],
         }
         if sums["rewarded"] > 0:
-            result["reward/mean"] = sums["reward"] / sums["rewarded"]
-            result["reward/degenerate_groups"] = sums["degenerate"] / sums["rewarded"]
+            result["reward"] = sums["reward"] / sums["rewarded"]
+            result["response/degenerate_groups"] = sums["degenerate"] / sums["rewarded"]
         return result
 
 

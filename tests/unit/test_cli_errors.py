@@ -117,11 +117,15 @@ def test_more_micro_batches_than_rollouts(fail: Fail) -> None:
     assert "trainer.accumulate_grad_batches: got 3 for 2 rollouts" in line
 
 
-def test_samples_without_an_engine(fail: Fail) -> None:
+def test_recorded_responses(fail: Fail) -> None:
     assert "recorded response is one response" in fail(
-        "--data.engine=null", "--data.samples_per_prompt=2"
+        "--data.recorded=true", "--data.samples_per_prompt=2"
     )
-    assert "no 'response' to learn from" in fail("--data.engine=null")
+    assert "no 'response' to learn from" in fail("--data.recorded=true")
+
+
+def test_no_engine(fail: Fail) -> None:
+    assert "data.engine: got nothing" in fail("--data.engine=null")
 
 
 def test_one_line_keeps_causes_only() -> None:

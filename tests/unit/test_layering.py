@@ -58,5 +58,12 @@ def test_files_stay_small(path: Path) -> None:
     assert lines <= limit, f"{path} has {lines} lines; one concept a file"
 
 
+def test_the_readme_lists_every_file() -> None:
+    readme = (ROOT / "README.md").read_text()
+    tree = readme[readme.index("## The house") :]
+    missing = [p.name for p in FILES if f" {p.name} " not in tree and p.name != "__init__.py"]
+    assert not missing, "one line each in the README's tree"
+
+
 def test_callbacks_is_our_package() -> None:
     assert Path(callbacks.__file__).parent == ROOT / "callbacks", callbacks.__file__

@@ -1,4 +1,4 @@
-"""Losses against enumeration and finite differences on toy policies (methods.md 0.6), float64.
+"""Losses against enumeration and finite differences on toy policies, float64.
 
 The toy: a tree of all sequences of LENGTH tokens over VOCABULARY symbols; a policy is one free
 row of logits per prefix, so every expectation is an exact sum over all sequences.

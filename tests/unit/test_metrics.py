@@ -77,8 +77,8 @@ def test_responses_by_hand_and_over_micro_batches() -> None:
         "response/truncated": pytest.approx(1 / 3),
         "response/repetitive": 0.0,
         "response/tokens_per_step": 9.0,
-        "reward/mean": 0.5,
-        "reward/degenerate_groups": 0.5,
+        "reward": 0.5,
+        "response/degenerate_groups": 0.5,
     }
 
 

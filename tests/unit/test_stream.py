@@ -65,8 +65,9 @@ def stream(
     return TrainingStream(
         PROMPTS,
         IDS,
-        writer=RolloutWriter(engine, LengthVerifier(), FakeTokenizer(), timer),
-        push_weights=lambda: engine.log.append("push"),
+        writer=RolloutWriter(
+            engine, lambda: engine.log.append("push"), LengthVerifier(), FakeTokenizer(), timer
+        ),
         sampling=Sampling(),
         prompts_per_step=per_step,
         samples_per_prompt=3,
@@ -172,8 +173,7 @@ def test_evaluation_is_split_over_ranks_and_paired_between_steps() -> None:
             "s",
             PROMPTS,
             IDS,
-            writer=RolloutWriter(FakeEngine(), None, FakeTokenizer(), StepTimer()),
-            push_weights=lambda: None,
+            writer=RolloutWriter(FakeEngine(), lambda: None, None, FakeTokenizer(), StepTimer()),
             sampling=Sampling(),
             samples=2,
             batch_size=4,

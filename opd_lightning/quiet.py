@@ -1,0 +1,36 @@
+"""Silence for what libraries say that a user of this program can do nothing about."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+
+# Part of the message, and why it does not concern the user.
+_NOT_FOR_USERS = (
+    "does not have many workers",  # loaders here write rollouts; there is nothing to parallelise
+    "sync_dist=True",  # what is logged comes out of torchmetrics, added up over ranks already
+    "`isinstance(treespec, LeafSpec)` is deprecated",  # Lightning against this torch
+    "was deprecated in v4",  # Lightning against this jsonargparse
+    "`torch.distributed.reduce_op` is deprecated",  # vLLM against this torch
+)
+
+
+def quiet_libraries() -> None:
+    """Call once, before training starts; warnings that a user can act on still show."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    for message in _NOT_FOR_USERS:
+        warnings.filterwarnings("ignore", message=f"(?s).*{re.escape(message)}")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+
+
+def only_warnings() -> None:
+    """For programs that train as one of their steps: no greetings, no loading bars of models."""
+    from transformers.utils import logging as transformers_logging
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()

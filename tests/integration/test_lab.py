@@ -1,0 +1,95 @@
+"""`opd lab`: a small lab is built once, whole or not at all, and the demonstration runs on it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from opd_lightning.cli import main
+from opd_lightning.lab import build as build_module
+from opd_lightning.lab import demo as demo_module
+from opd_lightning.lab.build import ModelRecipe, Recipe, build_arithmetic
+from opd_lightning.lab.demo import evaluate
+
+ROOT = Path(__file__).parents[2]
+
+
+def model(layers: int, steps: int) -> ModelRecipe:
+    return ModelRecipe(
+        layers=layers, hidden_size=32, steps=steps, batch_size=16, learning_rate=5e-3, seed=layers
+    )
+
+
+SMALL = Recipe(
+    domains=("add-2", "sub-2"),
+    prompts_per_domain=64,
+    held_out_per_domain=4,
+    teacher=model(2, steps=30),
+    student=model(1, steps=2),
+)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache" / "opd-lightning" / "lab"
+
+
+def test_build_is_cached_by_recipe(cache: Path, tmp_path: Path) -> None:
+    link = tmp_path / "lab" / "arithmetic"
+    folder = build_arithmetic(SMALL, link)
+    assert link.resolve() == folder
+    assert {p.name for p in folder.iterdir()} == {
+        "train.jsonl", "held_out.jsonl", "demonstrations.jsonl", "recipe.json", "teacher", "student"
+    }  # fmt: skip
+    stamp = (folder / "recipe.json").stat().st_mtime_ns
+    assert build_arithmetic(SMALL, link) == folder
+    assert (folder / "recipe.json").stat().st_mtime_ns == stamp
+    recipe = json.loads((folder / "recipe.json").read_text())
+    assert recipe["teacher"]["steps"] == 30
+    scores = evaluate(link / "teacher", link / "held_out.jsonl")
+    assert scores.keys() >= {"score", "score/add-2", "score/sub-2", "length", "truncated"}
+
+
+def test_the_recipe_names_the_folder() -> None:
+    assert SMALL.digest() == Recipe(**vars(SMALL)).digest()
+    assert SMALL.digest() != Recipe().digest()
+
+
+def test_an_interrupted_build_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_module, "train_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_arithmetic(SMALL)
+    assert list(cache.iterdir()) == []
+
+
+def test_the_demonstration_from_end_to_end(
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On the Hugging Face engine and three steps; vLLM's own run is `make demo`."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    config = tmp_path / "configs" / "lab" / "opd.yaml"
+    text = config.read_text().replace("max_steps: 200", "max_steps: 3")
+    config.write_text(text.replace("val_check_interval: 25", "val_check_interval: 1"))
+    monkeypatch.setattr(demo_module, "Recipe", lambda: SMALL)
+    monkeypatch.setattr(demo_module, "vllm_unavailable", lambda: "vLLM is not installed")
+    main(["lab", "demo", "--run", "runs/small", "--require", "0"])
+    shown = capsys.readouterr().out
+    assert "rollouts: Hugging Face generate, because vLLM is not installed" in shown
+    assert "student before" in shown
+    assert "sub-2" in shown
+    assert (tmp_path / "runs" / "small" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "runs" / "small" / "student" / "model.safetensors").is_file()
+
+    with pytest.raises(SystemExit) as ended:
+        main(["lab", "demo", "--run", "runs/small"])
+    assert ended.value.code == 2
+    assert "run folder 'runs/small' exists" in capsys.readouterr().err
