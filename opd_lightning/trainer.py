@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import ProgressBar
 
 from opd_lightning.errors import UserError
 from opd_lightning.export import write_hf_folder
 from opd_lightning.methods.base import DistillationModule
+from opd_lightning.progress import StepProgressBar
 
 
 class Trainer(LightningTrainer):
-    """See Lightning's documentation; `export` is added."""
+    """See Lightning's documentation; `export` and a progress bar in optimiser steps are added."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("enable_progress_bar") is not False:
+            given = kwargs.get("callbacks") or []
+            given = given if isinstance(given, list) else [given]
+            if not any(isinstance(callback, ProgressBar) for callback in given):
+                kwargs["callbacks"] = [*given, StepProgressBar()]
+        super().__init__(*args, **kwargs)
 
     def export(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import TQDMProgressBar
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -24,9 +22,8 @@ from opd_lightning.export import write_hf_folder
 from opd_lightning.lab.arithmetic import generate_mixture, write_jsonl
 from opd_lightning.lab.models import new_model
 from opd_lightning.methods import SFT
+from opd_lightning.progress import StepProgressBar
 from opd_lightning.student import Student
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +125,7 @@ def train_model(recipe: ModelRecipe, demonstrations: Path, folder: Path, label: 
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[_Progress(label)],
+        callbacks=[StepProgressBar(label)],
     )
     trainer.fit(method, datamodule=data)
     write_hf_folder(method.student, folder)
@@ -141,9 +138,3 @@ def _warm_up_then_decay(optimizer: Optimizer, steps: int) -> LambdaLR:
         optimizer,
         lambda step: min((step + 1) / warm_up, 1 - 0.9 * max(0, step - warm_up) / steps),
     )
-
-
-class _Progress(TQDMProgressBar):
-    def __init__(self, label: str) -> None:
-        super().__init__(refresh_rate=10)
-        self.label = label
