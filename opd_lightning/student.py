@@ -59,7 +59,6 @@ class Student(nn.Module):
         if self.lora is not None:
             from peft import get_peft_model
 
-            model.enable_input_require_grads()
             model = get_peft_model(model, self.lora)
         # transformers returns models in eval mode, where dropout and checkpointing do nothing.
         self.model = model.train()

@@ -61,6 +61,7 @@ class DistillationModule(LightningModule, ABC):
         self.engine_gap = EngineStatistics()
         self.signal = SignalStatistics()
         self.suites = torch.nn.ModuleDict()
+        self._tokens = 0.0  # of the last step that was logged
 
     # What a method writes -----------------------------------------------------------------
 
@@ -89,13 +90,14 @@ class DistillationModule(LightningModule, ABC):
     def check_engine(self, batch: RolloutBatch, student_logprobs: Tensor) -> None:
         """Compare the engine's log-probs of its samples with the trainer's; stop if they differ.
 
-        Recorded responses (NaN log-probs) have no engine behind them.
+        Recorded responses (all log-probs NaN) have no engine behind them.
         """
-        sampled = batch.response_mask & ~batch.behaviour_logprobs.isnan()
-        behaviour = batch.behaviour_logprobs[sampled]
-        ours = student_logprobs.detach()[sampled]
+        behaviour = batch.behaviour_logprobs[batch.response_mask]
+        if behaviour.isnan().all():
+            return
+        ours = student_logprobs.detach()[batch.response_mask]
         self.engine_gap.update(behaviour, ours)
-        gap = float((ours - behaviour).abs().mean()) if len(ours) else 0.0
+        gap = float((ours - behaviour).abs().mean())
         if not gap <= self.max_logprob_gap:  # NaN fails too
             raise EngineMismatchError(
                 f"step {batch.totals.step}: engine and trainer log-probs of the sampled tokens "
@@ -184,16 +186,24 @@ class DistillationModule(LightningModule, ABC):
                 values |= metric.compute()
                 metric.reset()
         self.loss_sum.reset()
-        # The clock of this step still runs: times are those of the step before.
-        for stage, seconds in self.timer.last.items():
-            values["time/overhead" if stage == "overhead" else f"time/{stage}_seconds"] = seconds
-        if "step" in self.timer.last:
-            rate = float(values["response/tokens_per_step"]) / self.timer.last["step"]
-            values["tokens_per_second"] = rate
+        values |= self._times(tokens=float(values["response/tokens_per_step"]))
         shown = {"loss", "reward", "tokens_per_second"}
         self.log_dict({k: v for k, v in values.items() if k not in shown})
         for name in shown & values.keys():
             self.log(name, values[name], prog_bar=True)
+
+    def _times(self, tokens: float) -> dict[str, float]:
+        """Of the step before: the clock of this one still runs."""
+        times, tokens, self._tokens = dict(self.timer.last), self._tokens, tokens
+        if not times:
+            return {}
+        overhead = times.pop("overhead")
+        return {
+            "tokens_per_second": tokens / times["step"],
+            "time/overhead": overhead,
+            **{f"time/{stage}_seconds": seconds for stage, seconds in times.items()},
+            **{f"cost/{stage}_us_per_token": 1e6 * s / tokens for stage, s in times.items()},
+        }
 
     def _new_suites(self, stage: str) -> None:
         loaded = self.trainer.datamodule.domains(stage)  # type: ignore[attr-defined]

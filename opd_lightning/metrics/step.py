@@ -80,8 +80,6 @@ class EngineStatistics(_Sums):
 
     def update(self, behaviour: Tensor, student: Tensor) -> None:
         """Both `[N]` nats; importance weights are `exp(student - behaviour)`."""
-        if len(student) == 0:
-            return
         gap = (student - behaviour).double()
         weight = gap.exp()
         self._add(tokens=len(gap), gap=gap.abs(), weight=weight, weight_squared=weight**2)
@@ -89,10 +87,8 @@ class EngineStatistics(_Sums):
         self.largest = torch.maximum(self.largest, here.to(self.largest.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """Empty when nothing was sampled by an engine. ESS is a fraction of the tokens."""
+        """Means over tokens, and maxima. ESS is a fraction of the tokens."""
         sums = self._totals()
-        if sums["tokens"] == 0:
-            return {}
         return {
             "engine/logprob_gap_mean": sums["gap"] / sums["tokens"],
             "engine/logprob_gap_max": self.largest[0],

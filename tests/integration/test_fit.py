@@ -224,7 +224,8 @@ LOGGED = {
     "engine/importance_mean", "engine/importance_max", "engine/importance_ess",
     "response/length", "response/truncated", "response/repetitive", "response/tokens_per_step",
     "optim/gradient_norm", "optim/learning_rate", "time/overhead",
-    *(f"time/{stage}_seconds" for stage in (
+    *(f"{group}/{stage}_{unit}" for group, unit in (("time", "seconds"), ("cost", "us_per_token"))
+      for stage in (
         "sync", "generate", "verify", "student", "teacher", "backward", "optimizer", "step")),
 }  # fmt: skip
 
