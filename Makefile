@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 EXTRA_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
+# On a busy machine tiny models lose more by threads that wait for one another than they gain.
+export OMP_NUM_THREADS ?= 1
+
 .PHONY: demo test test-all lint format clean
 
 demo: $(VENV)/.installed ## Distil a small teacher into a smaller student and show the result

@@ -17,7 +17,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 def load_causal_lm(
     source: ModelSource, *, dtype: Dtype, attn_implementation: str | None = None
 ) -> Any:
-    """The model of `source` with its weights, on the CPU."""
+    """The model of `source` with its weights, in eval mode."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(

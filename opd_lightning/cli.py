@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
+from lightning.pytorch import LightningModule
+from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.errors import EngineMismatchError, UserError
@@ -20,6 +24,9 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 1,
     "max_epochs": -1,  # runs are measured in optimiser steps: trainer.max_steps
 }
+
+# Names that Lightning itself looks up.
+SYMBOLIC_CHECKPOINTS = ("last", "best", "hpc", "registry")
 
 # What jsonargparse says besides the cause: type unions tried in vain, dumps of the value.
 _NOISE = re.compile(
@@ -54,6 +61,10 @@ class SaveRunConfig(SaveConfigCallback):
         for key in ("ckpt_path", "weights_only"):
             config.pop(key, None)
         super().__init__(parser, config, **kwargs)
+
+    def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # a run is what is fitted; measuring it leaves its config alone
+            super().setup(trainer, pl_module, stage)
 
 
 class OPDCLI(LightningCLI):
@@ -102,6 +113,39 @@ class OPDCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # Lightning's own warns when arguments come from Python, as they do in `main`.
         self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and path not in SYMBOLIC_CHECKPOINTS and not Path(path).exists():
+            raise UserError(
+                f"--ckpt_path: no checkpoint at {path!r}; look in the run folder's 'checkpoints'"
+            )
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except (ValueError, MisconfigurationException) as error:
+            # jsonargparse folds a constructor's UserError into its own report on type unions.
+            raise UserError(one_line(str(error))) from error
+
+    def before_fit(self) -> None:
+        """Refuse to mix a new run's checkpoints with those of an old one."""
+        folder = Path(self.trainer.log_dir or ".", "checkpoints")
+        resumes = self.config.fit.get("ckpt_path")
+        if self.trainer.logger and not resumes and folder.is_dir() and any(folder.iterdir()):
+            raise UserError(
+                f"{str(folder)!r} holds the checkpoints of an earlier run; continue it with "
+                f"--ckpt_path {folder / 'last.ckpt'}, or name another run folder with "
+                "--trainer.logger.init_args.save_dir"
+            )
+
+    def before_validate(self) -> None:
+        """Figures of a measurement do not belong between those of a run."""
+        self.trainer.logger = None
+
+    before_test = before_validate
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would read the whole checkpoint here, for settings that are in the YAML.

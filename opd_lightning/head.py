@@ -83,7 +83,8 @@ def score_divergence(
     def compare_chunk(
         student_hidden: Tensor, teacher_hidden: Tensor, chunk_targets: Tensor
     ) -> tuple[Tensor, ...]:
-        with torch.no_grad():
+        # A teacher answers in its own dtype, whatever the student is trained in.
+        with torch.no_grad(), torch.autocast(teacher_hidden.device.type, enabled=False):
             theirs = teacher.head.logits(teacher_hidden).log_softmax(dim=-1)
         ours = student.head.logits(student_hidden).log_softmax(dim=-1)
         distance = divergence(ours, theirs)

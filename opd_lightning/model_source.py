@@ -45,9 +45,11 @@ class ModelSource:
         from transformers import GenerationConfig
 
         ids = {self.tokenizer.eos_token_id}
-        if Path(self.path, "generation_config.json").is_file():
+        try:
             listed = GenerationConfig.from_pretrained(self.path).eos_token_id
-            ids |= set(listed if isinstance(listed, list) else [listed])
+        except OSError:  # the model has no generation_config.json
+            listed = None
+        ids |= set(listed if isinstance(listed, list) else [listed])
         return tuple(sorted(i for i in ids if i is not None))
 
     @property

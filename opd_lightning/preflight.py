@@ -12,16 +12,28 @@ from opd_lightning.rollouts.base import Sampling
 from opd_lightning.types import Prompt
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
     from opd_lightning.methods.base import DistillationModule
+
+# Weights and batches stay float32; others would convert log-probs and rewards with the inputs.
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 def check_models(module: DistillationModule) -> None:
     """Student and teachers read, and the teachers speak the student's token ids."""
     student = module.student.source
-    _check_usable(student)
+    check_usable(student)
     for teacher in module.teachers():
-        _check_usable(teacher.source)
+        check_usable(teacher.source)
         _check_same_tokens(student, teacher.source)
+        sizes = [source.config.get_text_config().vocab_size for source in (student, teacher.source)]
+        if module.compares_distributions and sizes[0] != sizes[1]:
+            raise UserError(
+                f"student {student.path!r} and teacher {teacher.source.path!r} have heads of "
+                f"{sizes[0]} and {sizes[1]} tokens, which {type(module).__name__} cannot compare "
+                "token by token; use opd_lightning.methods.OPD, which reads sampled tokens only"
+            )
 
 
 def check_prompts(
@@ -33,15 +45,39 @@ def check_prompts(
     recorded: bool,
 ) -> None:
     """Every prompt fits every model's context together with its response."""
-    budget = sampling.max_new_tokens
-    if recorded:
-        tokenizer = module.student.source.tokenizer
-        budget = max(len(recorded_response_ids(prompt, tokenizer)) for prompt in prompts)
-    for source in (module.student.source, *(t.source for t in module.teachers())):
-        _check_lengths(prompts, prompt_ids, budget, source.context_length, source.role)
+    tokenizer = module.student.source.tokenizer
+    for prompt, ids in zip(prompts, prompt_ids, strict=True):
+        if recorded:
+            budget, what = len(recorded_response_ids(prompt, tokenizer)), "its response of"
+        else:
+            budget, what = sampling.max_new_tokens, "max_new_tokens"
+        for source in (module.student.source, *(t.source for t in module.teachers())):
+            if len(ids) + budget > source.context_length:
+                raise UserError(
+                    f"{prompt.origin}: prompt of {len(ids)} tokens + {what} {budget} exceeds the "
+                    f"{source.role}'s context of {source.context_length}; shorten the row"
+                    + ("" if recorded else " or lower sampling.max_new_tokens")
+                )
 
 
-def _check_usable(source: ModelSource) -> None:
+def check_trainer(trainer: Trainer) -> None:
+    """Settings of Lightning's that would break a promise of ours."""
+    if trainer.precision not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision: got {trainer.precision!r}, expected one of "
+            f"{', '.join(PRECISIONS)}; for weights in bfloat16 set student.dtype"
+        )
+    every, parts = trainer.val_check_interval, trainer.accumulate_grad_batches
+    if isinstance(every, int) and every % parts:
+        raise UserError(
+            f"trainer.val_check_interval: got {every} micro-batches for "
+            f"accumulate_grad_batches {parts}, expected a multiple, so that validation and "
+            "checkpoints fall between optimiser steps"
+        )
+
+
+def check_usable(source: ModelSource) -> None:
+    """A model can be read, and its tokenizer can hold a conversation."""
     _ = source.config
     tokenizer = source.tokenizer
     if tokenizer.eos_token_id is None:
@@ -78,20 +114,3 @@ def _check_same_tokens(student: ModelSource, teacher: ModelSource) -> None:
             f"{pair} have different chat templates, so the teacher would score text it does not "
             "expect; give both the same chat_template"
         )
-
-
-def _check_lengths(
-    prompts: Sequence[Prompt],
-    prompt_ids: Sequence[list[int]],
-    max_new_tokens: int,
-    context: int,
-    whose: str,
-) -> None:
-    """Refuse a prompt that leaves no room for `max_new_tokens` in a model's context."""
-    for prompt, ids in zip(prompts, prompt_ids, strict=True):
-        if len(ids) + max_new_tokens > context:
-            raise UserError(
-                f"{prompt.origin}: prompt of {len(ids)} tokens + max_new_tokens {max_new_tokens} "
-                f"exceeds the {whose}'s context of {context}; shorten the prompt or lower "
-                "sampling.max_new_tokens"
-            )

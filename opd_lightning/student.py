@@ -9,10 +9,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from opd_lightning.causal_lm import Dtype, load_causal_lm, response_states
+from opd_lightning.errors import UserError
 from opd_lightning.head import Divergence, FlatScores, TokenStates, score_divergence, score_tokens
 from opd_lightning.model_source import ModelSource
 from opd_lightning.types import RolloutBatch, TokenScores
-from opd_lightning.weights import full_weights
+from opd_lightning.weights import check_mergeable, full_weights
 
 
 class Student(nn.Module):
@@ -21,6 +22,7 @@ class Student(nn.Module):
     Args:
         path: Model folder or hub name.
         lora: peft's LoraConfig (r, lora_alpha, target_modules, ...); None trains all weights.
+            Without dropout: what trains must be what samples.
         dtype: Of the weights. Keep float32 master weights and let `trainer.precision` choose the
             arithmetic.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
@@ -40,6 +42,11 @@ class Student(nn.Module):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        if lora is not None and lora.lora_dropout:
+            raise UserError(
+                f"student.lora.lora_dropout: got {lora.lora_dropout}, expected 0, because the "
+                "engine samples without dropout and the trainer must score the same policy"
+            )
         self.source = ModelSource(path, trust_remote_code=trust_remote_code, role="student")
         self.lora = lora
         self.dtype: Dtype = dtype
@@ -60,8 +67,9 @@ class Student(nn.Module):
             from peft import get_peft_model
 
             model = get_peft_model(model, self.lora)
-        # transformers returns models in eval mode, where dropout and checkpointing do nothing.
-        self.model = model.train()
+            check_mergeable(model)
+        # transformers returns models in eval mode, where checkpointing does nothing.
+        self.model = _without_dropout(model.train())
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor), LoRA merged: what an engine or an export wants."""
@@ -101,3 +109,13 @@ class Student(nn.Module):
             TokenScores.unflatten(theirs, batch),
             batch.unflatten(distance),
         )
+
+
+def _without_dropout(model: Any) -> Any:
+    """The policy that is scored and trained is the one that sampled, which had no dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import ProgressBar
 
+from opd_lightning import preflight
 from opd_lightning.errors import UserError
-from opd_lightning.export import write_hf_folder
+from opd_lightning.export import load_student, write_hf_folder
 from opd_lightning.methods.base import DistillationModule
 from opd_lightning.progress import StepProgressBar
 
@@ -41,23 +41,10 @@ class Trainer(LightningTrainer):
             out: Folder to write; must not exist or be empty.
             datamodule: Not needed; every command is handed one.
         """
-        if not Path(ckpt_path).exists():
-            raise UserError(
-                f"--ckpt_path: no checkpoint at {ckpt_path!r}; look in the run folder's "
-                "'checkpoints'"
-            )
         folder = Path(out)
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"--out: {out!r} is not empty; name a new folder")
-        model.student.load()
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-        prefix = "student."
-        model.student.load_state_dict(
-            {
-                name.removeprefix(prefix): tensor
-                for name, tensor in checkpoint["state_dict"].items()
-                if name.startswith(prefix)
-            }
-        )
+        preflight.check_usable(model.student.source)
+        step = load_student(model.student, ckpt_path)
         write_hf_folder(model.student, folder)
-        print(f"wrote the student of step {checkpoint['global_step']} to {folder}")
+        print(f"wrote the student of step {step} to {folder}")

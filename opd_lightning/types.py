@@ -70,9 +70,10 @@ class Rollout:
     stop_reason: StopReason
     text: str  # response decoded without special tokens
     reward: float  # verifier's score in [0, 1]; NaN without a verifier
-    group_mean: float  # mean reward over the samples of this prompt
-    group_std: float  # their population standard deviation; 0 for a group of one
-    policy_version: int  # optimiser steps behind the weights that wrote it
+    group_mean: float  # mean reward over the samples of this prompt; NaN for a group of one
+    group_std: float  # their population standard deviation; NaN for a group of one
+    recorded: bool  # taken from the prompt file: no engine sampled it
+    policy_version: int  # number of optimiser steps that made the weights it was sampled with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +139,10 @@ class RolloutBatch(_Movable):
     response_mask: Tensor  # [B, R] bool, True on tokens the policy wrote, EOS included
     behaviour_logprobs: Tensor  # [B, R] float32 nats, 0 where the mask is False, NaN if unknown
     rewards: Tensor  # [B] float32 in [0, 1], NaN without a verifier
-    group_mean: Tensor  # [B] float32, mean reward of the row's prompt group
-    group_std: Tensor  # [B] float32, population standard deviation of the same
+    group_mean: Tensor  # [B] float32, mean reward of the row's prompt group, NaN for one sample
+    group_std: Tensor  # [B] float32, population standard deviation of the same, likewise
     truncated: Tensor  # [B] bool, True where the response ran out of tokens
+    recorded: bool  # the responses come from the prompt file, not from an engine
     temperature: float  # of the sampler; both sides' logits are divided by it
     totals: StepTotals  # the whole optimiser step's sizes
     rollouts: tuple[Rollout, ...]  # the rows themselves, for logs

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_lightning.errors import UserError
+
 
 def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, full detached tensor), one at a time, tied weights once.
@@ -32,3 +34,20 @@ def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
                 weight = weight + modules[owner].get_delta_weight(adapter).to(weight.dtype)
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         yield plain.replace(f".modules_to_save.{adapter}.", "."), weight
+
+
+def check_mergeable(model: Any) -> None:
+    """Refuse LoRA variants that `full_weights` would not merge exactly."""
+    parameters = dict(model.named_parameters())
+    (adapter,) = model.active_adapters
+    for name in parameters:
+        if ".lora_" not in name:
+            continue
+        owner, _, kind = name.partition(".lora_")
+        plain = kind in (f"A.{adapter}.weight", f"B.{adapter}.weight")
+        # A tied weight is listed under its first name only: its LoRA would have no home.
+        if not plain or f"{owner}.base_layer.weight" not in parameters:
+            raise UserError(
+                f"student.lora: cannot merge {name!r} into the weights an engine needs; use plain "
+                "LoRA on linear layers (no DoRA, no lora_bias, not on embeddings or a tied head)"
+            )

@@ -24,6 +24,7 @@ def make_rollout(
         reward=reward,
         group_mean=group_mean,
         group_std=group_std,
+        recorded=False,
         policy_version=0,
     )
 

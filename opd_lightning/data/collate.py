@@ -34,6 +34,7 @@ def collate(
         group_mean=torch.tensor([r.group_mean for r in rollouts]),
         group_std=torch.tensor([r.group_std for r in rollouts]),
         truncated=torch.tensor([r.stop_reason.is_truncated() for r in rollouts]),
+        recorded=any(r.recorded for r in rollouts),
         temperature=temperature,
         totals=totals,
         rollouts=tuple(rollouts),

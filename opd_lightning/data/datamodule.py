@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from opd_lightning import preflight
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.stream import EvaluationStream, Ranks, TrainingStream
+from opd_lightning.data.suites import EvaluationSuite
 from opd_lightning.data.views import render
 from opd_lightning.data.writer import RolloutWriter
 from opd_lightning.errors import UserError
@@ -20,23 +21,6 @@ from opd_lightning.verifiers.base import Verifier
 
 if TYPE_CHECKING:
     from opd_lightning.methods.base import DistillationModule
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSuite:
-    """Prompts to be answered and scored at validation.
-
-    Args:
-        prompts: Where the prompts are.
-        samples: Responses per prompt.
-        batch_size: Prompts per call of the engine.
-        sampling: How to draw them; None takes the training sampling.
-    """
-
-    prompts: PromptSource
-    samples: int = 1
-    batch_size: int = 256
-    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +73,11 @@ class RolloutDataModule(LightningDataModule):
                 f"data.samples_per_prompt: got {samples_per_prompt} with data.recorded, but a "
                 "recorded response is one response; set it to 1 or sample with an engine"
             )
-        if sampling.temperature == 0:
+        if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k > 0:
             raise UserError(
-                "data.sampling.temperature: got 0 (greedy), which has no log-probs to learn from; "
-                "use 1.0 to train, and 0 in validation suites only"
+                f"data.sampling: got {sampling}, but training needs samples of the policy's whole "
+                "distribution: temperature above 0, top_p 1, top_k 0; a suite's own sampling may "
+                "be greedy or truncated"
             )
         self.train = train
         self.engine = engine
@@ -118,9 +103,13 @@ class RolloutDataModule(LightningDataModule):
         """Read and check everything that can be known before weights load."""
         assert self.trainer is not None
         preflight.check_models(self.module)
+        if stage != "fit" and not self._suites_of(stage):
+            name = "data.test" if stage == "test" else "data.validation"
+            raise UserError(f"{name}: got no suites, so there is nothing to measure; name one")
         if stage == "fit" and self._train is None:
             if self.train is None:
                 raise UserError("data.train: got nothing, expected a prompt file to train on")
+            preflight.check_trainer(self.trainer)
             self._check_step_size()
             self._train = self._load(self.train, self.sampling, recorded=self.recorded)
         samples = stage == "fit" and not self.recorded
@@ -139,7 +128,8 @@ class RolloutDataModule(LightningDataModule):
             self._train.prompts,
             self._train.ids,
             writer=self._writer(None if self.recorded else self.engine),
-            sampling=self.sampling,
+            # Nothing was sampled from recorded responses: their loss is the plain one.
+            sampling=Sampling() if self.recorded else self.sampling,
             prompts_per_step=self.prompts_per_step,
             samples_per_prompt=self.samples_per_prompt,
             micro_batches=self.trainer.accumulate_grad_batches,
@@ -163,8 +153,15 @@ class RolloutDataModule(LightningDataModule):
         }
 
     def teardown(self, stage: str) -> None:
+        self._close_engine()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._close_engine()
+
+    def _close_engine(self) -> None:
         if self.engine is not None and self._engine_started:
             self.engine.close()
+            self._engine_started = False
 
     def _suites_of(self, stage: str) -> dict[str, EvaluationSuite]:
         return self.suites["test" if stage == "test" else "validate"]

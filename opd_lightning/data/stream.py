@@ -10,6 +10,7 @@ from opd_lightning.data.collate import collate
 from opd_lightning.data.micro_batches import split_balanced
 from opd_lightning.data.order import PromptOrder
 from opd_lightning.data.writer import RolloutWriter
+from opd_lightning.errors import UserError
 from opd_lightning.rollouts.base import Sampling
 from opd_lightning.seeding import EVALUATION_SAMPLE, TRAINING_SAMPLE, derive_seed
 from opd_lightning.timing import StepTimer
@@ -65,16 +66,41 @@ class TrainingStream:
         self.order = PromptOrder(len(prompts), seed)
         self.steps_per_epoch = max(1, len(prompts) // prompts_per_step)
         self.next_step = 0
+        self.handed_out = 0  # micro-batches of next_step that are in the optimiser's gradient
 
     def __len__(self) -> int:
         """Micro-batches in an epoch (about one pass over the prompts)."""
         return self.steps_per_epoch * self.micro_batches
 
     def state_dict(self) -> dict[str, int]:
-        return {"next_step": self.next_step}
+        return {"next_step": self.next_step, "handed_out": self.handed_out, **self._layout()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take up the cursor; refuse one that would not mean the same here."""
+        for name, here in self._layout().items():
+            if state[name] != here:
+                raise UserError(
+                    f"resume: {name} was {state[name]} in the checkpoint and is {here} now, so "
+                    "steps would hold other prompts; set it back, or start a new run from an "
+                    "exported student"
+                )
+        if state["handed_out"]:
+            raise UserError(
+                f"resume: the checkpoint was taken after {state['handed_out']} of "
+                f"{self.micro_batches} micro-batches of a step, whose gradient it does not hold; "
+                "take another checkpoint, and save by every_n_train_steps"
+            )
         self.next_step = state["next_step"]
+
+    def _layout(self) -> dict[str, int]:
+        """What a step's number stands for."""
+        return {
+            "accumulate_grad_batches": self.micro_batches,
+            "prompts_per_step": self.prompts_per_step,
+            "samples_per_prompt": self.samples_per_prompt,
+            "prompts": len(self.prompts),
+            "seed": self.seed,
+        }
 
     def __iter__(self) -> Iterator[RolloutBatch]:
         """The rest of the current epoch."""
@@ -96,10 +122,11 @@ class TrainingStream:
                     )
                     for part in split_balanced(rollouts, self.micro_batches)
                 ]
-            yield from batches[:-1]
-            # Before the last one goes out: a checkpoint taken after its optimiser step must
-            # already point at the next.
-            self.next_step = step + 1
+            # The cursor moves before a batch goes out: a checkpoint taken after the last one's
+            # optimiser step must already point at the next step.
+            for self.handed_out, batch in enumerate(batches[:-1], start=1):
+                yield batch
+            self.next_step, self.handed_out = step + 1, 0
             yield batches[-1]
 
     def _end_of_epoch(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jinja2 import TemplateError
+
 from opd_lightning.errors import UserError
 from opd_lightning.types import Prompt
 
@@ -16,15 +18,20 @@ def render(prompt: Prompt, tokenizer: Any, template_args: dict[str, Any]) -> lis
         tokenizer: A tokenizer with a chat template (rendered in transformers' Jinja sandbox).
         template_args: Extra template variables, e.g. {"enable_thinking": False}.
     """
-    return list(
-        tokenizer.apply_chat_template(
+    try:
+        ids = tokenizer.apply_chat_template(
             list(prompt.messages),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
             **template_args,
         )
-    )
+    except TemplateError as error:
+        raise UserError(
+            f"{prompt.origin or prompt.id}: the student's chat template refuses the messages: "
+            f"{error}; change the row or the template"
+        ) from error
+    return list(ids)
 
 
 def recorded_response_ids(prompt: Prompt, tokenizer: Any) -> list[int]:

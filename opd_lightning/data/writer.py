@@ -73,6 +73,8 @@ class RolloutWriter:
                 rewards[:] = self.verifier.verify([prompts[p] for p, _ in rows], texts)
             groups = rewards.reshape(len(prompts), samples)
             mean, std = groups.mean(axis=1), groups.std(axis=1)
+            if samples == 1:  # nothing to compare with
+                mean[:] = std[:] = np.nan
         return [
             Rollout(
                 prompt=prompts[p],
@@ -84,6 +86,7 @@ class RolloutWriter:
                 reward=float(reward),
                 group_mean=float(mean[p]),
                 group_std=float(std[p]),
+                recorded=self.engine is None,
                 policy_version=self.engine.version if self.engine else 0,
             )
             for (p, _), completion, text, reward in zip(

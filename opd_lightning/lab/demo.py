@@ -10,8 +10,9 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
-from opd_lightning.data.datamodule import EvaluationSuite, RolloutDataModule
+from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.data.prompts import PromptSource
+from opd_lightning.data.suites import EvaluationSuite
 from opd_lightning.errors import UserError
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
 from opd_lightning.lab.build import Recipe, build_arithmetic

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
 from opd_lightning.data.stream import EvaluationBatch
-from opd_lightning.errors import EngineMismatchError
+from opd_lightning.errors import EngineMismatchError, UserError
 from opd_lightning.losses.reduction import Aggregation, aggregate
 from opd_lightning.metrics.evaluation import SuiteScores
 from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics, SignalStatistics
@@ -34,9 +35,12 @@ class DistillationModule(LightningModule, ABC):
         lr_scheduler: From an optimiser to a scheduler, stepped once per optimiser step.
         aggregation: How token losses become one number; see `losses/reduction.py`.
         max_logprob_gap: The run stops when engine and trainer differ by more than this many nats
-            on the mean sampled token of a micro-batch.
+            on the mean sampled token of a step.
         overlap_top_k: Size of the top-k sets whose overlap is logged.
     """
+
+    # Whether the method compares whole distributions, which must then be of one size.
+    compares_distributions: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -60,7 +64,7 @@ class DistillationModule(LightningModule, ABC):
         self.responses = ResponseStatistics()
         self.engine_gap = EngineStatistics()
         self.signal = SignalStatistics()
-        self.suites = torch.nn.ModuleDict()
+        self.suites: dict[str, SuiteScores] = {}
         self._tokens = 0.0  # of the last step that was logged
 
     # What a method writes -----------------------------------------------------------------
@@ -79,7 +83,7 @@ class DistillationModule(LightningModule, ABC):
         """The student on its own samples; the log-probs carry the gradient."""
         with self.timer.stage("student"):
             scores = self.student.score(batch, top_k=self.overlap_top_k)
-        self.check_engine(batch, scores.logprobs)
+        self.compare_with_engine(batch, scores)
         return scores
 
     def score_teacher(self, teacher: Teacher, batch: RolloutBatch) -> TokenScores:
@@ -87,41 +91,46 @@ class DistillationModule(LightningModule, ABC):
         with self.timer.stage("teacher"):
             return teacher.score(batch, "student", top_k=self.overlap_top_k)
 
-    def check_engine(self, batch: RolloutBatch, student_logprobs: Tensor) -> None:
-        """Compare the engine's log-probs of its samples with the trainer's; stop if they differ.
+    def compare_with_engine(self, batch: RolloutBatch, student: TokenScores) -> None:
+        """Note the gap between the engine's log-probs of its samples and the trainer's.
 
-        Recorded responses (all log-probs NaN) have no engine behind them.
+        `on_before_optimizer_step` stops the run if the step's mean is too large.
         """
-        behaviour = batch.behaviour_logprobs[batch.response_mask]
-        if behaviour.isnan().all():
-            return
-        ours = student_logprobs.detach()[batch.response_mask]
-        self.engine_gap.update(behaviour, ours)
-        gap = float((ours - behaviour).abs().mean())
-        if not gap <= self.max_logprob_gap:  # NaN fails too
-            raise EngineMismatchError(
-                f"step {batch.totals.step}: engine and trainer log-probs of the sampled tokens "
-                f"differ by {gap:.3g} nats on average, bound {self.max_logprob_gap:.3g}; the "
-                "engine has other weights, another precision or another temperature than the "
-                "trainer (raise model.init_args.max_logprob_gap only if that is meant)"
-            )
+        if not batch.recorded:
+            mask = batch.response_mask
+            ours = student.logprobs.detach()[mask]
+            self.engine_gap.update(batch.behaviour_logprobs[mask], ours)
 
     # Lightning ----------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         self.student.load()
-        for teacher in self.teachers():
-            teacher.load(self.device)
+        if self.trainer.state.fn == TrainerFn.FITTING:  # nobody else asks them
+            for teacher in self.teachers():
+                teacher.load(self.device)
 
     def configure_optimizers(self) -> Any:
         trainable = [p for p in self.student.parameters() if p.requires_grad]
         optimizer = self.optimizer(trainable)
         if self.lr_scheduler is None:
             return optimizer
-        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
+        scheduler = self.lr_scheduler(optimizer)
+        planned = getattr(scheduler, "total_steps", None)
+        if planned is not None and planned < self.trainer.max_steps:
+            raise UserError(
+                f"lr_scheduler.total_steps: got {planned} for trainer.max_steps "
+                f"{self.trainer.max_steps}; set both alike"
+            )
+        schedule = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
+        if batch.totals.step != self.trainer.global_step:
+            raise UserError(
+                f"rollouts of step {batch.totals.step} met optimiser step "
+                f"{self.trainer.global_step}: a step was cut short; make "
+                "trainer.limit_train_batches a multiple of trainer.accumulate_grad_batches"
+            )
         token_losses = self.token_losses(batch)
         loss = aggregate(token_losses, batch.response_mask, batch.totals, self.aggregation)
         self.loss_sum.update(loss.detach())
@@ -142,6 +151,16 @@ class DistillationModule(LightningModule, ABC):
             self._log_step(torch.nn.utils.get_total_norm(gradients))
         self.timer.start("optimizer")
 
+    def _check_engine(self, step: int, gap: float) -> None:
+        """Same on every rank, and before the optimiser moves."""
+        if not gap <= self.max_logprob_gap:  # NaN fails too
+            raise EngineMismatchError(
+                f"step {step}: engine and trainer log-probs of the sampled tokens differ by "
+                f"{gap:.3g} nats on average, bound {self.max_logprob_gap:.3g}; the engine has "
+                "other weights, another precision or another temperature than the trainer (raise "
+                "model.init_args.max_logprob_gap only if that is meant)"
+            )
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         self.timer.stop("optimizer")
@@ -155,9 +174,7 @@ class DistillationModule(LightningModule, ABC):
     def validation_step(
         self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        scores = self.suites[batch.suite]
-        assert isinstance(scores, SuiteScores)
-        scores.update(batch.rollouts)
+        self.suites[batch.suite].update(batch.rollouts)
 
     test_step = validation_step
 
@@ -186,6 +203,8 @@ class DistillationModule(LightningModule, ABC):
                 values |= metric.compute()
                 metric.reset()
         self.loss_sum.reset()
+        if "engine/logprob_gap_mean" in values:
+            self._check_engine(self.trainer.global_step, float(values["engine/logprob_gap_mean"]))
         values |= self._times(tokens=float(values["response/tokens_per_step"]))
         shown = {"loss", "reward", "tokens_per_second"}
         self.log_dict({k: v for k, v in values.items() if k not in shown})
@@ -207,11 +226,8 @@ class DistillationModule(LightningModule, ABC):
 
     def _new_suites(self, stage: str) -> None:
         loaded = self.trainer.datamodule.domains(stage)  # type: ignore[attr-defined]
-        self.suites = torch.nn.ModuleDict(
-            {name: SuiteScores(domains).to(self.device) for name, domains in loaded.items()}
-        )
+        self.suites = {n: SuiteScores(domains).to(self.device) for n, domains in loaded.items()}
 
     def _log_suites(self, prefix: str) -> None:
         for name, scores in self.suites.items():
-            assert isinstance(scores, SuiteScores)
             self.log_dict({f"{prefix}/{name}/{k}": v for k, v in scores.compute().items()})

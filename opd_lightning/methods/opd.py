@@ -68,6 +68,8 @@ class FullVocabularyOPD(DistillationModule):
         shared: The arguments of `DistillationModule`.
     """
 
+    compares_distributions = True
+
     def __init__(
         self,
         student: Student,
@@ -87,6 +89,6 @@ class FullVocabularyOPD(DistillationModule):
             student, teacher, divergence = self.student.compare(
                 batch, states, reverse_kl, top_k=self.overlap_top_k
             )
-        self.check_engine(batch, student.logprobs)
+        self.compare_with_engine(batch, student)
         self.signal.update(batch, student, teacher)
         return divergence

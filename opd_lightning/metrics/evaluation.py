@@ -46,10 +46,12 @@ class SuiteScores(Metric):
         """
         total = self.rollouts.sum()
         result = {
-            "score": self.score.sum() / total,
             "length": self.length.sum() / total,
             "truncated": self.truncated.sum() / total,
         }
+        if self.score.isnan().any():  # no verifier
+            return result
+        result["score"] = self.score.sum() / total
         if len(self.domains) > 1:
             for row, domain in enumerate(self.domains):
                 result[f"score/{domain}"] = self.score[row] / self.rollouts[row]

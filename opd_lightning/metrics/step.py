@@ -39,7 +39,8 @@ class _Sums(Metric):
 class ResponseStatistics(_Sums):
     """Rewards, lengths and ends of the step's rollouts."""
 
-    names = ("rollouts", "tokens", "truncated", "repetitive", "rewarded", "reward", "degenerate")
+    names = ("rollouts", "tokens", "truncated", "repetitive", "rewarded", "reward",
+             "grouped", "degenerate")  # fmt: skip
 
     def update(self, batch: RolloutBatch) -> None:
         rewarded = ~batch.rewards.isnan()
@@ -50,11 +51,12 @@ class ResponseStatistics(_Sums):
             repetitive=sum(is_repetitive(r.text) for r in batch.rollouts),
             rewarded=rewarded,
             reward=batch.rewards[rewarded],
-            degenerate=batch.group_std[rewarded] == 0,
+            grouped=~batch.group_std.isnan(),
+            degenerate=batch.group_std == 0,
         )
 
     def compute(self) -> dict[str, Tensor]:
-        """Means over rollouts; those about rewards only where a verifier scored."""
+        """Means over rollouts; about rewards and groups only where there are any."""
         sums = self._totals()
         result = {
             "response/length": sums["tokens"] / sums["rollouts"],
@@ -64,7 +66,8 @@ class ResponseStatistics(_Sums):
         }
         if sums["rewarded"] > 0:
             result["reward"] = sums["reward"] / sums["rewarded"]
-            result["response/degenerate_groups"] = sums["degenerate"] / sums["rewarded"]
+        if sums["grouped"] > 0:
+            result["response/degenerate_groups"] = sums["degenerate"] / sums["grouped"]
         return result
 
 
@@ -103,7 +106,7 @@ class SignalStatistics(_Sums):
     """The teacher's signal d_t on student states, and how alike the two models are there."""
 
     names = ("tokens", "student_entropy", "teacher_entropy", "entropy_gap", "overlap",
-             "rewarded", "agree", "disagree")  # fmt: skip
+             "grouped", "agree", "disagree")  # fmt: skip
     log_ratios: list[Tensor] | Tensor  # a tensor once ranks are gathered
 
     def __init__(self) -> None:
@@ -124,7 +127,7 @@ class SignalStatistics(_Sums):
             teacher_entropy=teacher.entropy[mask],
             entropy_gap=(teacher.entropy - student.entropy).abs()[mask],
             overlap=(ours[:, :, None] == theirs[:, None, :]).any(dim=2).float().mean(dim=1),
-            rewarded=~outcome.isnan(),
+            grouped=~outcome.isnan(),
             agree=outcome * ratio > 0,
             disagree=outcome * ratio < 0,
         )
@@ -148,7 +151,7 @@ class SignalStatistics(_Sums):
         # numpy, because torch.quantile takes at most 2**24 values.
         for q, value in zip(QUANTILES, np.quantile(ratio.cpu().numpy(), QUANTILES), strict=True):
             result[f"signal/log_ratio_q{round(100 * q):02d}"] = torch.tensor(value)
-        if sums["rewarded"] > 0:
-            result["signal/agree_with_reward"] = sums["agree"] / sums["rewarded"]
-            result["signal/disagree_with_reward"] = sums["disagree"] / sums["rewarded"]
+        if sums["grouped"] > 0:
+            result["signal/agree_with_reward"] = sums["agree"] / sums["grouped"]
+            result["signal/disagree_with_reward"] = sums["disagree"] / sums["grouped"]
         return result

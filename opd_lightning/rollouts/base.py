@@ -81,4 +81,4 @@ class Engine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free everything. The engine cannot be started again."""
+        """Free everything and forget the weights; `start` begins anew."""

@@ -93,8 +93,9 @@ class HFEngine(Engine):
         self._model.to(self._device)
 
     def close(self) -> None:
-        """Free the copy. The engine cannot be started again."""
+        """Free the copy and forget its version; `start` begins anew."""
         self._model = None
+        self.version = -1
 
     def _generate_batch(self, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
         from transformers import GenerationConfig, LogitsProcessorList

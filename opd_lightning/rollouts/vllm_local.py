@@ -146,6 +146,7 @@ class VLLMEngine(Engine):
         """Free the weights and the KV cache until `wake`. Does nothing on the CPU."""
         if torch.cuda.is_available():
             self._llm.sleep(level=2)
+            self.version = -1  # level 2 drops the weights
 
     def wake(self) -> None:
         """Take the memory back; the weights are rubbish until they are pushed again."""
@@ -153,7 +154,7 @@ class VLLMEngine(Engine):
             self._llm.wake_up()
 
     def close(self) -> None:
-        """Free everything, vLLM's process groups too. The engine cannot be started again."""
+        """Free everything, vLLM's process groups too; `start` begins anew."""
         from vllm.v1.engine import core
 
         clean_up = core.cleanup_dist_env_and_memory
@@ -163,6 +164,7 @@ class VLLMEngine(Engine):
         self._llm.llm_engine.engine_core.shutdown()
         core.cleanup_dist_env_and_memory = clean_up
         self._llm = None
+        self.version = -1
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

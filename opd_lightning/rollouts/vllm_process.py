@@ -54,9 +54,11 @@ def launcher_variables() -> Iterator[None]:
     wanted = {"RANK": str(rank), "LOCAL_RANK": str(device)}
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
-    yield
-    for name in added:
-        del os.environ[name]
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def destroy_vllm_groups() -> None:

@@ -13,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from opd_lightning.cli import main
-from opd_lightning.data.datamodule import EvaluationSuite, RolloutDataModule
+from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.data.prompts import PromptSource
+from opd_lightning.data.suites import EvaluationSuite
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
 from opd_lightning.methods import OPD, SFT, DistillationModule, FullVocabularyOPD
 from opd_lightning.rollouts import Engine, HFEngine, Sampling, VLLMEngine
@@ -254,6 +255,50 @@ def test_a_user_sees_the_run_and_exports_the_student(in_lab: Path, tmp_path: Pat
         assert torch.equal(tensor, saved[f"student.model.{name}"]), name
     validate = ["validate", "--config", config, f"--model.init_args.student.path={out}"]
     main([*validate, "--trainer.logger=false"])
+
+
+def test_measuring_a_run_leaves_it_alone(in_lab: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    save_dir = f"--trainer.logger.init_args.save_dir={run}"
+    main(["fit", "--config", CONFIG, save_dir, *FAST])
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    main(["validate", "--config", str(run / "config.yaml")])
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+    last = run / "checkpoints" / "last.ckpt"
+    longer = ["--trainer.max_steps=4", f"--ckpt_path={last}"]
+    main(["fit", "--config", str(run / "config.yaml"), *longer])
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+
+
+def test_a_new_run_in_an_old_folder_is_refused(
+    in_lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_dir = f"--trainer.logger.init_args.save_dir={tmp_path}"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", CONFIG, save_dir, *FAST])
+    assert "holds the checkpoints of an earlier run" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_a_datamodule_serves_twice() -> None:
+    suite = EvaluationSuite(prompts=PromptSource("lab/arithmetic/held_out.jsonl"))
+    data = RolloutDataModule(
+        train=PromptSource("lab/arithmetic/train.jsonl"),
+        engine=HFEngine(),
+        verifier=ExactMatch(ANSWER_PATTERN),
+        test={"sums": suite},
+        sampling=Sampling(max_new_tokens=8),
+        prompts_per_step=4,
+    )
+    method = method_of()
+    trainer = Trainer(
+        accelerator="cpu", max_steps=2, max_epochs=-1, logger=False, enable_checkpointing=False
+    )
+    trainer.fit(method, datamodule=data)
+    (values,) = trainer.test(method, datamodule=data, verbose=False)
+    assert "test/sums/score" in values
 
 
 def test_export_refuses_what_would_surprise(

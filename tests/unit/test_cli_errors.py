@@ -1,6 +1,7 @@
 """Wrong input is answered in one line, before any weight loads."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,8 +56,52 @@ def test_wrong_type(fail: Fail) -> None:
 
 def test_wrong_value(fail: Fail) -> None:
     assert "got -1.0, expected >= 0" in fail("--data.sampling.temperature=-1")
-    assert "(greedy)" in fail("--data.sampling.temperature=0")
+    assert "whole distribution" in fail("--data.sampling.temperature=0")
     assert "data.prompts_per_step: got 0, expected at least 1" in fail("--data.prompts_per_step=0")
+
+
+def test_wrong_value_inside_a_union(fail: Fail) -> None:
+    assert "regular expression" in fail("--data.verifier.init_args.pattern=((")
+    assert "limit must be at least 1" in fail("--data.train.limit=0")
+    assert "unknown field 'question'" in fail('--data.train.columns={"question": "q"}')
+    assert "max_batch_size: got 0" in fail("--data.engine.init_args.max_batch_size=0")
+    suite = "--data.validation={x: {prompts: {path: a}, batch_size: 0}}"
+    assert "batch_size of a suite: got 0" in fail(suite)
+
+
+def test_what_training_cannot_use(fail: Fail) -> None:
+    assert "whole distribution" in fail("--data.sampling.top_p=0.9")
+    assert "lora_dropout: got 0.1" in fail("--model.init_args.student.lora={lora_dropout: 0.1}")
+    assert "trainer.precision: got 'bf16-true'" in fail("--trainer.precision=bf16-true")
+    line = fail("--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=5")
+    assert "val_check_interval: got 5 micro-batches" in line
+
+
+def test_missing_checkpoint(fail: Fail) -> None:
+    assert "no checkpoint at 'nowhere.ckpt'" in fail("--ckpt_path=nowhere.ckpt")
+
+
+def test_heads_of_different_size(fail: Fail, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree("lab/arithmetic/teacher", teacher)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"vocab_size": 128}))
+    line = fail(
+        "--model=opd_lightning.methods.FullVocabularyOPD",
+        f"--model.init_args.teacher.init_args.path={teacher}",
+    )
+    assert "heads of 64 and 128 tokens" in line
+
+
+def test_a_role_the_template_refuses(fail: Fail, tmp_path: Path) -> None:
+    teacher_template = "{{ raise_exception('no system role') }}"
+    shutil.copytree("lab/arithmetic/student", tmp_path / "student")
+    (tmp_path / "student" / "chat_template.jinja").write_text(teacher_template)
+    line = fail(
+        f"--model.init_args.student.path={tmp_path / 'student'}",
+        f"--model.init_args.teacher.init_args.path={tmp_path / 'student'}",
+    )
+    assert "chat template refuses the messages: no system role" in line
 
 
 def test_unknown_class(fail: Fail) -> None:
@@ -113,7 +158,8 @@ def test_different_tokenizers(fail: Fail, tiny_model_dir: Callable[..., Path]) -
 
 
 def test_more_micro_batches_than_rollouts(fail: Fail) -> None:
-    line = fail("--data.prompts_per_step=2", "--trainer.accumulate_grad_batches=3")
+    validation = "--trainer.val_check_interval=6"
+    line = fail("--data.prompts_per_step=2", "--trainer.accumulate_grad_batches=3", validation)
     assert "trainer.accumulate_grad_batches: got 3 for 2 rollouts" in line
 
 

@@ -1,5 +1,6 @@
 """Prompt order, seeds, micro-batches and the cursor of the training stream."""
 
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from opd_lightning.data.micro_batches import split_balanced
 from opd_lightning.data.order import PromptOrder
 from opd_lightning.data.stream import EvaluationStream, Ranks, TrainingStream
 from opd_lightning.data.writer import RolloutWriter
+from opd_lightning.errors import UserError
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.seeding import derive_seed
 from opd_lightning.timing import StepTimer
@@ -140,15 +142,26 @@ def test_resume_repeats_and_skips_nothing(taken: int) -> None:
 
 
 def test_groups_carry_their_mean_and_spread() -> None:
-    for batch in stream(FakeEngine()):
-        for rollout in batch.rollouts:
-            group = [
-                r.reward for b in [batch] for r in b.rollouts if r.prompt.id == rollout.prompt.id
-            ]
-            assert rollout.reward == float(len(rollout.response_ids) > 2)
-            assert 0 <= rollout.group_std <= 0.5
-            assert (rollout.group_std == 0) == (rollout.group_mean in (0.0, 1.0))
-            assert len(group) <= 3
+    rollouts = [r for batch in list(stream(FakeEngine()))[:2] for r in batch.rollouts]
+    for rollout in rollouts:
+        group = [r.reward for r in rollouts if r.prompt.id == rollout.prompt.id]
+        assert len(group) == 3
+        assert rollout.reward == float(len(rollout.response_ids) > 2)
+        assert rollout.group_mean == pytest.approx(sum(group) / 3)
+        assert rollout.group_std == pytest.approx(statistics.pstdev(group))
+    assert len({r.group_mean for r in rollouts}) > 1
+
+
+def test_a_cursor_that_means_something_else_is_refused() -> None:
+    state = stream(FakeEngine()).state_dict()
+    with pytest.raises(UserError, match="accumulate_grad_batches was 2 in the checkpoint and is 3"):
+        stream(FakeEngine(), micro=3).load_state_dict(state)
+    with pytest.raises(UserError, match="prompts_per_step was 4"):
+        stream(FakeEngine(), per_step=2).load_state_dict(state)
+    source = stream(FakeEngine())
+    next(iter(source))
+    with pytest.raises(UserError, match="after 1 of 2 micro-batches"):
+        stream(FakeEngine()).load_state_dict(source.state_dict())
 
 
 def test_micro_batches_are_balanced_and_complete() -> None:

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from opd_lightning.errors import UserError
 from opd_lightning.export import write_hf_folder
 from opd_lightning.lab.models import new_model
 from opd_lightning.losses.divergence import reverse_kl
@@ -93,6 +94,21 @@ def test_lora_is_merged_on_the_fly(folder: Path, config: LoraConfig) -> None:
     for name, tensor in merged.items():
         torch.testing.assert_close(streamed[name], tensor, atol=1e-6, rtol=0)
     assert any((streamed[name] - base[name]).abs().max() > 1e-3 for name in base)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora(use_dora=True),
+        lora(lora_bias=True),
+        lora(target_modules=["q_proj", "embed_tokens"]),
+        lora(target_modules=["lm_head"]),  # tied to the embedding
+    ],
+    ids=["dora", "lora_bias", "embedding", "tied head"],
+)
+def test_lora_that_cannot_be_merged_is_refused(folder: Path, config: LoraConfig) -> None:
+    with pytest.raises(UserError, match="cannot merge"):
+        loaded(folder, config)
 
 
 def test_lora_trains_only_adapters(folder: Path) -> None:
