@@ -44,7 +44,9 @@ class RolloutLog(Callback):
         if step == self._last_step or step % self.every_n_steps:
             return
         self._last_step = step
-        text = self._table(batch.rollouts[: self.count])
+        # Micro-batches run from long to short: an even spread shows both.
+        spread = batch.rollouts[:: max(1, len(batch.rollouts) // self.count)]
+        text = self._table(spread[: self.count])
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("rollouts", text, step)
