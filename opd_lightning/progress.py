@@ -25,8 +25,8 @@ class StepProgressBar(TQDMProgressBar):
         steps = trainer.estimated_stepping_batches
         bar = self.train_progress_bar
         bar.total = None if math.isinf(steps) else int(steps)
-        bar.initial = trainer.global_step  # where a resumed run begins; the rate counts from there
-        bar.reset()
+        # A resumed run begins in the middle, and its rate counts from there.
+        bar.initial = bar.n = bar.last_print_n = trainer.global_step
         bar.set_description(self.label)
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:

@@ -17,6 +17,7 @@ from opd_lightning.errors import UserError
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
 from opd_lightning.lab.build import Recipe, build_arithmetic
 from opd_lightning.lab.plot import plot_run
+from opd_lightning.lightning_cli import OPDCLI
 from opd_lightning.methods import SFT
 from opd_lightning.rollouts import HFEngine, Sampling
 from opd_lightning.rollouts.vllm_process import vllm_unavailable
@@ -99,8 +100,6 @@ def evaluate(model: Path, prompts: Path, *, samples: int = 1) -> dict[str, float
 
 
 def _run(console: Console, *args: str) -> None:
-    from opd_lightning.cli import OPDCLI
-
     console.print("$ opd " + " ".join(args), style="bold", soft_wrap=True)
     OPDCLI(list(args))
 

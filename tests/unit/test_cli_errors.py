@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from opd_lightning import causal_lm
-from opd_lightning.cli import main, one_line
+from opd_lightning.cli import main
+from opd_lightning.lightning_cli import one_line
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "lab" / "opd.yaml")
 

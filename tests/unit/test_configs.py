@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_lightning.cli import OPDCLI
+from opd_lightning.lightning_cli import OPDCLI
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

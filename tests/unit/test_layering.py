@@ -19,7 +19,9 @@ ABOVE = {
     "teachers": ("losses", "rollouts", "data", "methods", "cli", "lab"),
     "verifiers": ("losses", "rollouts", "teachers", "data", "methods", "student", "cli", "lab"),
     "data": ("losses", "teachers", "methods", "cli", "lab"),
-    "methods": ("rollouts", "cli", "lab"),
+    "methods": ("rollouts", "cli", "lightning_cli", "lab"),
+    "lightning_cli.py": ("cli", "lab"),
+    "lab": ("cli",),
 }
 
 

@@ -1,0 +1,155 @@
+"""LightningCLI with this program's classes, and a parser's errors in one line."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.errors import UserError, report
+from opd_lightning.methods.base import DistillationModule
+from opd_lightning.trainer import Trainer
+
+TRAINER_DEFAULTS = {
+    "use_distributed_sampler": False,  # the stream deals prompts out to the ranks itself
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    "max_epochs": -1,  # runs are measured in optimiser steps: trainer.max_steps
+}
+
+# Names that Lightning itself looks up.
+SYMBOLIC_CHECKPOINTS = ("last", "best", "hpc", "registry")
+
+# What jsonargparse says besides the cause: type unions tried in vain, dumps of the value.
+_NOISE = re.compile(
+    r"^(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:"
+    r"|Given value type: .*|Given value: (?!\S+$).*"
+    r"|Expected a <class 'NoneType'>.*|Expected a path but .*|tip: .*)$"
+)
+
+
+def one_line(message: str) -> str:
+    """The causes in a parser's message, outermost first."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    causes = [line for line in lines if line and not _NOISE.match(line)]
+    text = " ".join(cause if cause.endswith(":") else cause + ";" for cause in causes)
+    return text.rstrip(";")
+
+
+class _Parser(LightningArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        command = self.prog.replace(" [options]", "")
+        report(f"{one_line(message)}; `{command} --help` lists what is accepted")
+        sys.exit(2)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes config.yaml to the run folder, for every command to read.
+
+    Which checkpoint a command started from belongs to the command, not to the run.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
+        config = config.clone()
+        for key in ("ckpt_path", "weights_only"):
+            config.pop(key, None)
+        super().__init__(parser, config, **kwargs)
+
+    def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # a run is what is fitted; measuring it leaves its config alone
+            super().setup(trainer, pl_module, stage)
+
+
+class OPDCLI(LightningCLI):
+    """`opd fit|validate|test|export`."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            DistillationModule,
+            RolloutDataModule,
+            trainer_class=Trainer,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            subclass_mode_model=True,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveRunConfig,
+            # A resumed run writes its config again.
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={
+                "prog": "opd",
+                "description": "On-policy distillation. `opd lab --help` makes models and data "
+                "to try it on.",
+            },
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        standard = LightningCLI.subcommands()
+        return {
+            **{name: standard[name] for name in ("fit", "validate", "test")},
+            "export": {"model", "datamodule"},
+        }
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        from jsonargparse import ActionConfigFile
+
+        parser = _Parser(**kwargs)
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=ActionConfigFile,
+            help="YAML file; several are merged, later ones win, the command line last",
+        )
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        # Lightning's own warns when arguments come from Python, as they do in `main`.
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and path not in SYMBOLIC_CHECKPOINTS and not Path(path).exists():
+            raise UserError(
+                f"--ckpt_path: no checkpoint at {path!r}; look in the run folder's 'checkpoints'"
+            )
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except (ValueError, MisconfigurationException) as error:
+            # jsonargparse folds a constructor's UserError into its own report on type unions.
+            raise UserError(one_line(str(error))) from error
+
+    def before_fit(self) -> None:
+        """Refuse to mix a new run's checkpoints with those of an old one."""
+        folder = Path(self.trainer.log_dir or ".", "checkpoints")
+        resumes = self.config.fit.get("ckpt_path")
+        if self.trainer.logger and not resumes and folder.is_dir() and any(folder.iterdir()):
+            raise UserError(
+                f"{str(folder)!r} holds the checkpoints of an earlier run; continue it with "
+                f"--ckpt_path {folder / 'last.ckpt'}, or name another run folder with "
+                "--trainer.logger.init_args.save_dir"
+            )
+
+    def before_validate(self) -> None:
+        """Figures of a measurement do not belong between those of a run."""
+        self.trainer.logger = None
+
+    before_test = before_validate
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would read the whole checkpoint here, for settings that are in the YAML.
+        pass
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
