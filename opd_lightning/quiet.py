@@ -11,6 +11,7 @@ import warnings
 _NOT_FOR_USERS = (
     "does not have many workers",  # loaders here write rollouts; there is nothing to parallelise
     "sync_dist=True",  # what is logged comes out of torchmetrics, added up over ranks already
+    "Total length of `list` across ranks is zero",  # training without validation is a choice
     "`isinstance(treespec, LeafSpec)` is deprecated",  # Lightning against this torch
     "was deprecated in v4",  # Lightning against this jsonargparse
     "`torch.distributed.reduce_op` is deprecated",  # vLLM against this torch
