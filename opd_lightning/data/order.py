@@ -12,10 +12,9 @@ class PromptOrder:
     no prompt is dropped at the end of a pass, and the answer is the same at every world size.
     """
 
-    def __init__(self, count: int, seed: int, *, shuffle: bool = True) -> None:
+    def __init__(self, count: int, seed: int) -> None:
         self.count = count
         self.seed = seed
-        self.shuffle = shuffle
         self._pass = -1
         self._permutation: list[int] = []
 
@@ -25,8 +24,6 @@ class PromptOrder:
 
     def _at(self, position: int) -> int:
         nth_pass, offset = divmod(position, self.count)
-        if not self.shuffle:
-            return offset
         if nth_pass != self._pass:
             generator = torch.Generator().manual_seed(
                 derive_seed(PROMPT_ORDER, self.seed, nth_pass)

@@ -80,12 +80,12 @@ def demonstrate(run: Path, require: float) -> None:
         )
 
 
-def evaluate(model: Path, prompts: Path, *, samples: int = 1) -> dict[str, float]:
+def evaluate(model: Path, prompts: Path) -> dict[str, float]:
     """Accuracy of any Hugging Face folder on a prompt file, "score" and by domain.
 
     Sampled at temperature 1 by Hugging Face generate, whatever engine trained it.
     """
-    suite = EvaluationSuite(prompts=PromptSource(str(prompts)), samples=samples)
+    suite = EvaluationSuite(prompts=PromptSource(str(prompts)))
     data = RolloutDataModule(
         engine=HFEngine(),
         verifier=ExactMatch(ANSWER_PATTERN),

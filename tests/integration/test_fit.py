@@ -1,6 +1,6 @@
 """Training runs on untrained tiny models: what must hold before any figure means something."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,8 @@ from opd_lightning.rollouts.vllm_process import vllm_unavailable
 from opd_lightning.student import Student
 from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.trainer import Trainer
-from opd_lightning.verifiers import ExactMatch
+from opd_lightning.types import Prompt
+from opd_lightning.verifiers import ExactMatch, Verifier
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "lab" / "opd.yaml")
 ENGINES = [
@@ -346,6 +347,13 @@ def test_sft_lowers_its_loss_on_recorded_responses() -> None:
     assert not [name for name in seen.logged[0] if name.startswith(("engine/", "signal/"))]
 
 
+class SumsAreRight(Verifier):
+    """Half a point for any sum, none for differences: a score that follows the prompt."""
+
+    def verify(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        return [0.5 * prompt.domain.startswith("add") for prompt in prompts]
+
+
 @pytest.mark.usefixtures("in_lab")
 def test_validation_scores_by_domain() -> None:
     results = []
@@ -353,12 +361,14 @@ def test_validation_scores_by_domain() -> None:
         suite = EvaluationSuite(prompts=PromptSource("lab/arithmetic/held_out.jsonl"), samples=2)
         data = RolloutDataModule(
             engine=HFEngine(),
-            verifier=ExactMatch(ANSWER_PATTERN),
+            verifier=SumsAreRight(),
             validation={"sums": suite},
             sampling=Sampling(max_new_tokens=8),
         )
         trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
         results += trainer.validate(method_of(), datamodule=data, verbose=False)
     assert results[0] == results[1]
-    assert results[0]["val/sums/score/add-2"] == results[0]["val/sums/score/sub-2"] == 0.0
+    assert results[0]["val/sums/score/add-2"] == 0.5
+    assert results[0]["val/sums/score/sub-2"] == 0.0
+    assert results[0]["val/sums/score"] == 0.25
     assert 1 <= results[0]["val/sums/length"] <= 8
