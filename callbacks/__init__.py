@@ -1,5 +1,7 @@
 """Optional parts of a run; take one away and the method is still the same method."""
 
+from callbacks.ema_teacher import EMATeacherUpdate
+from callbacks.phased_teacher_sampling import PhasedTeacherSampling
 from callbacks.rollout_log import RolloutLog
 
-__all__ = ["RolloutLog"]
+__all__ = ["EMATeacherUpdate", "PhasedTeacherSampling", "RolloutLog"]

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from opd_lightning.data.views import recorded_response_ids, render
+from opd_lightning.data.mix import RolloutMix
+from opd_lightning.data.views import Renderer, recorded_response_ids, render
 from opd_lightning.errors import UserError
 from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Sampling
+from opd_lightning.teachers.of_student import EMATeacher
 from opd_lightning.types import Prompt
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+    from opd_lightning.data.datamodule import RolloutDataModule
     from opd_lightning.methods.base import DistillationModule
 
 # Weights and batches stay float32; others would convert log-probs and rewards with the inputs.
@@ -24,40 +27,115 @@ def check_models(module: DistillationModule) -> None:
     """Student and teachers read, and the teachers speak the student's token ids."""
     student = module.student.source
     check_usable(student)
-    for teacher in module.teachers():
-        check_usable(teacher.source)
-        _check_same_tokens(student, teacher.source)
-        sizes = [source.config.get_text_config().vocab_size for source in (student, teacher.source)]
-        if module.compares_distributions and sizes[0] != sizes[1]:
+    for source in teacher_sources(module):
+        check_usable(source)
+        _check_same_tokens(student, source)
+    for teacher in module.compared_teachers():
+        source = teacher.source or student
+        sizes = [s.config.get_text_config().vocab_size for s in (student, source)]
+        if sizes[0] != sizes[1]:
             raise UserError(
-                f"student {student.path!r} and teacher {teacher.source.path!r} have heads of "
+                f"student {student.path!r} and teacher {source.path!r} have heads of "
                 f"{sizes[0]} and {sizes[1]} tokens, which {type(module).__name__} cannot compare "
                 "token by token; use opd_lightning.methods.OPD, which reads sampled tokens only"
             )
+
+
+def check_method(module: DistillationModule, data: RolloutDataModule, trainer: Trainer) -> None:
+    """The data give the method everything that it reads."""
+    module.check()
+    name = type(module).__name__
+    for view in sorted(module.views() - data.views.keys()):
+        raise UserError(
+            f"data.views: got {', '.join(sorted(data.views))}, but {name} reads the view {view!r}; "
+            "add its template"
+        )
+    moving = [t for t in module.teachers() if isinstance(t, EMATeacher) and t.rate > 0]
+    if moving and not any(getattr(c, "moves_ema_teachers", False) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise UserError(
+            f"trainer.callbacks: nothing moves {name}'s EMATeacher (rate {moving[0].rate}); add "
+            "callbacks.EMATeacherUpdate, or use a FrozenTeacher"
+        )
+    if module.needs_groups and data.samples_per_prompt < 2:
+        raise UserError(
+            f"data.samples_per_prompt: got {data.samples_per_prompt}, but {name} compares the "
+            "rewards of a prompt's responses with one another; expected at least 2"
+        )
+    if (module.needs_rewards or data.mix.only_correct) and data.verifier is None:
+        raise UserError(f"data.verifier: got nothing, but {name} reads rewards; name a verifier")
+    if data.mix.teacher and data.teacher is None:
+        raise UserError(
+            f"data.teacher: got nothing for mix.teacher {data.mix.teacher}; name its path and "
+            "engine"
+        )
+    if data.teacher is not None:
+        source = ModelSource(data.teacher.path, role="data.teacher")
+        check_usable(source)
+        _check_same_tokens(module.student.source, source)
+    foreign = data.mix.teacher or data.mix.reads_records
+    if foreign and not module.takes_demonstrations:
+        raise UserError(
+            f"data.mix: got responses that the student did not write, which {name} takes for its "
+            "own; set model.init_args.imitation to their weight, or take them out of the mix"
+        )
 
 
 def check_prompts(
     module: DistillationModule,
     prompts: Sequence[Prompt],
     prompt_ids: Sequence[list[int]],
+    renderer: Renderer,
     sampling: Sampling,
-    *,
-    recorded: bool,
+    mix: RolloutMix,
 ) -> None:
-    """Every prompt fits every model's context together with its response."""
-    tokenizer = module.student.source.tokenizer
+    """Every prompt fits every model's context together with its response, under every view."""
+    sources = [module.student.source, *teacher_sources(module)]
+    context, role = min((source.context_length, source.role) for source in sources)
+    for teacher in module.teachers():
+        teacher.check(prompts)
     for prompt, ids in zip(prompts, prompt_ids, strict=True):
-        if recorded:
-            budget, what = len(recorded_response_ids(prompt, tokenizer)), "its response of"
-        else:
-            budget, what = sampling.max_new_tokens, "max_new_tokens"
-        for source in (module.student.source, *(t.source for t in module.teachers())):
-            if len(ids) + budget > source.context_length:
-                raise UserError(
-                    f"{prompt.origin}: prompt of {len(ids)} tokens + {what} {budget} exceeds the "
-                    f"{source.role}'s context of {source.context_length}; shorten the row"
-                    + ("" if recorded else " or lower sampling.max_new_tokens")
-                )
+        sampled = mix.samples or mix.teacher > 0
+        budgets = {"max_new_tokens": sampling.max_new_tokens} if sampled else {}
+        if mix.reads_records:
+            budgets["its response of"] = len(recorded_response_ids(prompt, renderer.tokenizer))
+        what, budget = max(budgets.items(), key=lambda item: item[1])
+        longest = len(ids)
+        for name, view in renderer.views.items():
+            # A peer's response may be as long as they get.
+            peer = "?" if view.is_late else None
+            seen = renderer.view(name, prompt, peer, peer) or []
+            longest = max(longest, len(seen) + (sampling.max_new_tokens if view.is_late else 0))
+        if longest + budget > context:
+            raise UserError(
+                f"{prompt.origin}: prompt of {longest} tokens + {what} {budget} exceeds the "
+                f"{role}'s context of {context}; shorten the row"
+                + (" or lower sampling.max_new_tokens" if sampled else "")
+            )
+
+
+def check_step_size(trainer: Trainer, data: RolloutDataModule) -> None:
+    """A step divides into ranks and micro-batches."""
+    world, parts = trainer.world_size, trainer.accumulate_grad_batches
+    if data.prompts_per_step % world:
+        raise UserError(
+            f"data.prompts_per_step: got {data.prompts_per_step} for {world} processes, "
+            "expected a multiple of their number"
+        )
+    # A prompt that somebody else answers has one response.
+    samples = 1 if data.mix.teacher or data.mix.recorded else data.samples_per_prompt
+    rollouts = data.prompts_per_step // world * samples
+    if rollouts < parts:
+        raise UserError(
+            f"trainer.accumulate_grad_batches: got {parts} for {rollouts} rollouts a step per "
+            "process, expected at most one micro-batch per rollout; lower it or raise "
+            "data.prompts_per_step"
+        )
+
+
+def teacher_sources(module: DistillationModule) -> list[ModelSource]:
+    """Folders of the teachers that have one of their own."""
+    parts = [part for teacher in module.teachers() for part in teacher.parts()]
+    return [part.source for part in parts if part.source is not None]
 
 
 def check_trainer(trainer: Trainer) -> None:

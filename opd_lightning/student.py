@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peft import LoraConfig
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from opd_lightning.causal_lm import Dtype, load_causal_lm, response_states
 from opd_lightning.errors import UserError
-from opd_lightning.head import Divergence, FlatScores, TokenStates, score_divergence, score_tokens
+from opd_lightning.head import Comparison, HeadScores, score
 from opd_lightning.model_source import ModelSource
 from opd_lightning.types import RolloutBatch, TokenScores
 from opd_lightning.weights import check_mergeable, full_weights
@@ -80,35 +80,19 @@ class Student(nn.Module):
         batch: RolloutBatch,
         *,
         top_k: int = 0,
-        teacher: TokenStates | None = None,
-        divergence: Divergence | None = None,
-    ) -> tuple[FlatScores, FlatScores | None, Tensor | None]:
+        comparisons: Mapping[str, Comparison] | None = None,
+    ) -> HeadScores:
         """Backbone and head in one module call, so that sharding hooks see both.
 
-        With a `teacher` and a `divergence` both heads are read in the same pass; see
-        `head.score_divergence`. Flat `[N]` results, in the order of the response mask.
+        Flat `[N]` results, in the order of the response mask; see `head.score`.
         """
         states = response_states(self.model, batch, view="student")
         targets = batch.response_ids[batch.response_mask]
-        if teacher is None or divergence is None:
-            return score_tokens(states, targets, top_k=top_k), None, None
-        return score_divergence(states, teacher, targets, divergence, top_k=top_k)
+        return score(states, targets, top_k=top_k, comparisons=comparisons)
 
     def score(self, batch: RolloutBatch, *, top_k: int = 0) -> TokenScores:
-        """Scores of the sampled tokens; the log-probs carry the gradient."""
-        flat, _, _ = self(batch, top_k=top_k)
-        return TokenScores.unflatten(flat, batch)
-
-    def compare(
-        self, batch: RolloutBatch, teacher: TokenStates, divergence: Divergence, *, top_k: int = 0
-    ) -> tuple[TokenScores, TokenScores, Tensor]:
-        """(student scores, teacher scores, divergence `[B, R]`) over the full vocabulary."""
-        mine, theirs, distance = self(batch, top_k=top_k, teacher=teacher, divergence=divergence)
-        return (
-            TokenScores.unflatten(mine, batch),
-            TokenScores.unflatten(theirs, batch),
-            batch.unflatten(distance),
-        )
+        """Scores of the sampled tokens alone; the log-probs carry the gradient."""
+        return TokenScores.unflatten(self(batch, top_k=top_k).student, batch)
 
 
 def _without_dropout(model: Any) -> Any:

@@ -9,7 +9,7 @@ lives there, whatever prompt (view) it was computed under.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple, Self, TypedDict
@@ -51,6 +51,19 @@ class StopReason(StrEnum):
         return self is StopReason.LENGTH
 
 
+class Author(StrEnum):
+    """Who wrote a response."""
+
+    STUDENT = "student"  # the student, from the prompt it is trained under: strictly on-policy
+    GUIDED = "guided"  # the student, with the privileged text in its prompt
+    TEACHER = "teacher"  # the teacher's own engine
+    RECORDED = "recorded"  # nobody: it was in the prompt file
+
+    def is_demonstrator(self) -> bool:
+        """Whether the student did not write it."""
+        return self in (Author.TEACHER, Author.RECORDED)
+
+
 class Completion(NamedTuple):
     """What an engine wrote for one request."""
 
@@ -64,7 +77,9 @@ class Rollout:
     """One response, who wrote it, and what it was worth."""
 
     prompt: Prompt
-    prompt_ids: list[int]  # [P] the ids the sampler saw, generation prompt included
+    prompt_ids: list[int]  # [P] the student's own prompt, which the loss is computed under
+    views: Mapping[str, list[int] | None]  # other prompts for it, by view name; None: not for it
+    group: int  # position of the prompt in the run's order; samples of a prompt share it
     response_ids: list[int]  # [T] the ids the sampler wrote; never re-tokenised
     behaviour_logprobs: list[float]  # [T] the sampler's log-probs; NaN where nobody sampled
     stop_reason: StopReason
@@ -72,8 +87,19 @@ class Rollout:
     reward: float  # verifier's score in [0, 1]; NaN without a verifier
     group_mean: float  # mean reward over the samples of this prompt; NaN for a group of one
     group_std: float  # their population standard deviation; NaN for a group of one
-    recorded: bool  # taken from the prompt file: no engine sampled it
+    author: Author
+    dropped: bool  # written and verified, but not to be learned from
     policy_version: int  # number of optimiser steps that made the weights it was sampled with
+
+
+class Totals(NamedTuple):
+    """A count of response tokens and of rollouts: what losses are divided by."""
+
+    tokens: int
+    sequences: int
+
+    def plus(self, other: Totals) -> Totals:
+        return Totals(self.tokens + other.tokens, self.sequences + other.sequences)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +107,12 @@ class StepTotals:
     """Sizes of the whole optimiser step, over all micro-batches and ranks: the normalisers."""
 
     step: int  # optimiser step this is the batch of, from 0
-    tokens: int  # response tokens
-    sequences: int  # rollouts
+    written: Totals  # by the student, guided or not
+    demonstrated: Totals  # by a teacher, or recorded
+
+    @property
+    def all(self) -> Totals:
+        return self.written.plus(self.demonstrated)
 
 
 def _move(value: Any, device: torch.device) -> Any:
@@ -114,6 +144,7 @@ class View(_Movable):
     prompt_lengths: (
         Tensor  # [B] int64; response token t of row b is input_ids[b, prompt_lengths[b] + t]
     )
+    available: Tensor  # [B] bool; False where the row has no such prompt and shows the student's
 
     def predicting_positions(self, response_mask: Tensor) -> Tensor:
         """Flat indices `[N]` into `[B * L]` of the positions that predict the response tokens.
@@ -142,7 +173,9 @@ class RolloutBatch(_Movable):
     group_mean: Tensor  # [B] float32, mean reward of the row's prompt group, NaN for one sample
     group_std: Tensor  # [B] float32, population standard deviation of the same, likewise
     truncated: Tensor  # [B] bool, True where the response ran out of tokens
-    recorded: bool  # the responses come from the prompt file, not from an engine
+    groups: Tensor  # [B] int64, rows of one prompt share a number
+    on_policy: Tensor  # [B] bool, the student sampled it under its own prompt
+    demonstrated: Tensor  # [B] bool, the student did not write it
     temperature: float  # of the sampler; both sides' logits are divided by it
     totals: StepTotals  # the whole optimiser step's sizes
     rollouts: tuple[Rollout, ...]  # the rows themselves, for logs
@@ -151,6 +184,21 @@ class RolloutBatch(_Movable):
         """Put `values [N, ...]`, in the order of the mask, into `[B, R, ...]`; 0 elsewhere."""
         full = values.new_zeros((*self.response_mask.shape, *values.shape[1:]))
         return full.masked_scatter(_expand(self.response_mask, full), values)
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """The batch of some of its rows, with the padding and the totals of the whole."""
+        index = torch.tensor(rows, device=self.response_ids.device)
+        taken: dict[str, Any] = {
+            f.name: value[index]
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        views = {
+            name: replace(view, **{f.name: getattr(view, f.name)[index] for f in fields(view)})
+            for name, view in self.views.items()
+        }
+        rollouts = tuple(self.rollouts[i] for i in rows)
+        return replace(self, views=views, rollouts=rollouts, **taken)
 
 
 def _expand(mask: Tensor, like: Tensor) -> Tensor:
@@ -173,3 +221,6 @@ class TokenScores:
     def unflatten(cls, flat: Iterable[Tensor], batch: RolloutBatch) -> Self:
         """From (log-probs `[N]`, entropy `[N]`, top ids `[N, K]`) in the order of the mask."""
         return cls(**{f.name: batch.unflatten(x) for f, x in zip(fields(cls), flat, strict=True)})
+
+    def detach(self) -> Self:
+        return replace(self, logprobs=self.logprobs.detach())

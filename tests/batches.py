@@ -1,7 +1,15 @@
 """Rollouts and micro-batches for tests."""
 
-from opd_lightning.data.collate import collate
-from opd_lightning.types import Prompt, Rollout, RolloutBatch, StepTotals, StopReason
+from opd_lightning.data.collate import collate, count
+from opd_lightning.types import (
+    Author,
+    Prompt,
+    Rollout,
+    RolloutBatch,
+    StepTotals,
+    StopReason,
+    Totals,
+)
 
 
 def make_rollout(
@@ -13,10 +21,16 @@ def make_rollout(
     group_std: float = 0.0,
     truncated: bool = False,
     domain: str = "default",
+    author: Author = Author.STUDENT,
+    dropped: bool = False,
+    views: dict[str, list[int] | None] | None = None,
+    group: int = 0,
 ) -> Rollout:
     return Rollout(
         prompt=Prompt(id="p", messages=({"role": "user", "content": "?"},), domain=domain),
         prompt_ids=prompt_ids or [3],
+        views=views or {},
+        group=group,
         response_ids=response_ids,
         behaviour_logprobs=[-0.5] * len(response_ids),
         stop_reason=StopReason.LENGTH if truncated else StopReason.EOS,
@@ -24,7 +38,8 @@ def make_rollout(
         reward=reward,
         group_mean=group_mean,
         group_std=group_std,
-        recorded=False,
+        author=author,
+        dropped=dropped,
         policy_version=0,
     )
 
@@ -32,7 +47,6 @@ def make_rollout(
 def make_batch(
     rollouts: list[Rollout], *, temperature: float = 0.7, pad_id: int = 0
 ) -> RolloutBatch:
-    totals = StepTotals(
-        step=0, tokens=sum(len(r.response_ids) for r in rollouts), sequences=len(rollouts)
-    )
+    written, demonstrated = (Totals(*count(rollouts, demonstrated=kind)) for kind in (False, True))
+    totals = StepTotals(step=0, written=written, demonstrated=demonstrated)
     return collate(rollouts, totals=totals, temperature=temperature, pad_id=pad_id)

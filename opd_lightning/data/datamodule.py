@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 
 from opd_lightning import preflight
+from opd_lightning.data.engines import Engines
+from opd_lightning.data.mix import RolloutMix, TeacherSampler
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.stream import EvaluationStream, Ranks, TrainingStream
 from opd_lightning.data.suites import EvaluationSuite
-from opd_lightning.data.views import render
-from opd_lightning.data.writer import RolloutWriter
+from opd_lightning.data.views import PromptView, Renderer
+from opd_lightning.data.writer import GUIDED_VIEW, RolloutWriter
 from opd_lightning.errors import UserError
+from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Engine, Sampling
-from opd_lightning.types import Prompt
+from opd_lightning.types import Author, Prompt
 from opd_lightning.verifiers.base import Verifier
 
 if TYPE_CHECKING:
@@ -30,32 +34,36 @@ class _Loaded:
 
 
 class RolloutDataModule(LightningDataModule):
-    """Streams rollouts of the student being trained.
+    """Streams rollouts for the student being trained.
 
     Args:
         train: Prompts to train on.
-        engine: Who samples responses.
-        recorded: Train on the responses recorded in the prompt file instead of sampled ones; the
-            engine, if there is one, is for validation.
+        engine: Who samples the student's responses.
+        mix: Who writes the responses; by default all are the student's own.
+        teacher: Who writes the demonstrations that `mix.teacher` asks for.
         verifier: Scores responses in [0, 1]; None where the method needs no reward.
+        views: Prompts for other readers, by name; "privileged" is there without being listed: the
+            row's privileged text as a system message.
         validation: Suites for `opd fit` and `opd validate`, by name.
         test: Suites for `opd test`, by name.
         sampling: How responses are drawn.
         prompts_per_step: Prompts per optimiser step, over all ranks.
-        samples_per_prompt: Responses per prompt.
+        samples_per_prompt: Responses of the student per prompt.
         template_args: Extra variables for the chat template.
-        seed: Seed of prompt order and sampling.
+        seed: Seed of prompt order, mix and sampling.
     """
 
     def __init__(
         self,
         train: PromptSource | None = None,
         engine: Engine | None = None,
-        recorded: bool = False,
+        mix: RolloutMix = RolloutMix(),  # noqa: B008 - frozen, and shown by --help
+        teacher: TeacherSampler | None = None,
         verifier: Verifier | None = None,
+        views: dict[str, PromptView] | None = None,
         validation: dict[str, EvaluationSuite] | None = None,
         test: dict[str, EvaluationSuite] | None = None,
-        sampling: Sampling = Sampling(),  # noqa: B008 - frozen, and shown by --help
+        sampling: Sampling = Sampling(),  # noqa: B008
         prompts_per_step: int = 64,
         samples_per_prompt: int = 1,
         template_args: dict[str, Any] | None = None,
@@ -68,11 +76,6 @@ class RolloutDataModule(LightningDataModule):
         ):
             if value < 1:
                 raise UserError(f"data.{name}: got {value}, expected at least 1")
-        if recorded and samples_per_prompt > 1:
-            raise UserError(
-                f"data.samples_per_prompt: got {samples_per_prompt} with data.recorded, but a "
-                "recorded response is one response; set it to 1 or sample with an engine"
-            )
         if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k > 0:
             raise UserError(
                 f"data.sampling: got {sampling}, but training needs samples of the policy's whole "
@@ -81,17 +84,20 @@ class RolloutDataModule(LightningDataModule):
             )
         self.train = train
         self.engine = engine
-        self.recorded = recorded
+        self.mix = mix
+        self.mix_at: Callable[[int], RolloutMix] = lambda step: self.mix  # a callback may move it
+        self.teacher = teacher
         self.verifier = verifier
+        self.views = {GUIDED_VIEW: PromptView()} | (views or {})
         self.suites = {"validate": validation or {}, "test": test or {}}
         self.sampling = sampling
         self.prompts_per_step = prompts_per_step
         self.samples_per_prompt = samples_per_prompt
         self.template_args = template_args or {}
         self.seed = seed
+        self.engines = Engines(engine, teacher.engine if teacher else None, self._push_weights)
         self._train: _Loaded | None = None
         self._suites: dict[str, _Loaded] = {}
-        self._engine_started = False
 
     @property
     def module(self) -> DistillationModule:
@@ -110,16 +116,21 @@ class RolloutDataModule(LightningDataModule):
             if self.train is None:
                 raise UserError("data.train: got nothing, expected a prompt file to train on")
             preflight.check_trainer(self.trainer)
-            self._check_step_size()
-            self._train = self._load(self.train, self.sampling, recorded=self.recorded)
-        samples = stage == "fit" and not self.recorded
-        if self.engine is None and (samples or self._suites_of(stage)):
+            preflight.check_method(self.module, self, self.trainer)
+            preflight.check_step_size(self.trainer, self)
+            self._train = self._load(self.train, self.sampling, self.verifier, training=True)
+        sampled = stage == "fit" and self.mix.samples
+        if self.engine is None and (sampled or self._suites_of(stage)):
             raise UserError(
                 "data.engine: got nothing, but responses must be sampled; set an engine, e.g. "
-                "opd_lightning.rollouts.HFEngine, or train on data.recorded without validation"
+                "opd_lightning.rollouts.HFEngine, or train with data.mix.recorded 1 and without "
+                "validation"
             )
         for name, suite in self._suites_of(stage).items():
-            self._suites[name] = self._load(suite.prompts, suite.sampling or self.sampling)
+            self._suites[name] = self._load(
+                suite.prompts, suite.sampling or self.sampling, suite.verifier or self.verifier
+            )
+        self._plan_engines()
 
     def train_dataloader(self) -> TrainingStream:
         assert self.trainer is not None
@@ -127,9 +138,10 @@ class RolloutDataModule(LightningDataModule):
         return TrainingStream(
             self._train.prompts,
             self._train.ids,
-            writer=self._writer(None if self.recorded else self.engine),
-            # Nothing was sampled from recorded responses: their loss is the plain one.
-            sampling=Sampling() if self.recorded else self.sampling,
+            writer=self._writer(self.verifier, training=True),
+            samplings=self._samplings(),
+            mix_at=lambda step: self.mix_at(step),
+            prepare=self.module.prepare_step,
             prompts_per_step=self.prompts_per_step,
             samples_per_prompt=self.samples_per_prompt,
             micro_batches=self.trainer.accumulate_grad_batches,
@@ -153,15 +165,10 @@ class RolloutDataModule(LightningDataModule):
         }
 
     def teardown(self, stage: str) -> None:
-        self._close_engine()
+        self.engines.close()
 
     def on_exception(self, exception: BaseException) -> None:
-        self._close_engine()
-
-    def _close_engine(self) -> None:
-        if self.engine is not None and self._engine_started:
-            self.engine.close()
-            self._engine_started = False
+        self.engines.close()
 
     def _suites_of(self, stage: str) -> dict[str, EvaluationSuite]:
         return self.suites["test" if stage == "test" else "validate"]
@@ -172,7 +179,7 @@ class RolloutDataModule(LightningDataModule):
                 name,
                 self._suites[name].prompts,
                 self._suites[name].ids,
-                writer=self._writer(self.engine),
+                writer=self._writer(suite.verifier or self.verifier),
                 sampling=suite.sampling or self.sampling,
                 samples=suite.samples,
                 batch_size=suite.batch_size,
@@ -182,36 +189,66 @@ class RolloutDataModule(LightningDataModule):
             for name, suite in self._suites_of(stage).items()
         ]
 
-    def _writer(self, engine: Engine | None) -> RolloutWriter:
-        module = self.module
-        tokenizer = module.student.source.tokenizer
-        return RolloutWriter(engine, self._push_weights, self.verifier, tokenizer, module.timer)
+    def _writer(self, verifier: Verifier | None, *, training: bool = False) -> RolloutWriter:
+        return RolloutWriter(
+            self.engines.by_author,
+            self.engines.prepare,
+            verifier,
+            self._renderer(training=training),
+            self.module.timer,
+            only_correct=self.mix.only_correct,
+        )
 
-    def _load(self, source: PromptSource, sampling: Sampling, *, recorded: bool = False) -> _Loaded:
+    def _renderer(self, *, training: bool) -> Renderer:
+        """Renders the student's prompts and, for training, every view that is read."""
+        names = self.module.views() | ({GUIDED_VIEW} if self.mix.guided else set())
+        views = {name: self.views[name] for name in sorted(names)} if training else {}
+        return Renderer(self.module.student.source.tokenizer, self.template_args, views)
+
+    def _load(
+        self,
+        source: PromptSource,
+        sampling: Sampling,
+        verifier: Verifier | None,
+        *,
+        training: bool = False,
+    ) -> _Loaded:
         """Prompts with their ids, checked against the verifier and the models' contexts."""
         prompts = source.load()
-        if self.verifier is not None:
-            self.verifier.check(prompts)
-        tokenizer = self.module.student.source.tokenizer
-        ids = [render(prompt, tokenizer, self.template_args) for prompt in prompts]
-        preflight.check_prompts(self.module, prompts, ids, sampling, recorded=recorded)
-        return _Loaded(prompts, ids)
+        if verifier is not None:
+            verifier.check(prompts)
+        renderer = self._renderer(training=training)
+        loaded = _Loaded(prompts, [renderer.plain(prompt) for prompt in prompts])
+        mix = self.mix if training else RolloutMix()
+        preflight.check_prompts(self.module, prompts, loaded.ids, renderer, sampling, mix)
+        return loaded
 
-    def _check_step_size(self) -> None:
-        assert self.trainer is not None
-        world, parts = self.trainer.world_size, self.trainer.accumulate_grad_batches
-        if self.prompts_per_step % world:
-            raise UserError(
-                f"data.prompts_per_step: got {self.prompts_per_step} for {world} processes, "
-                "expected a multiple of their number"
-            )
-        rollouts = self.prompts_per_step // world * self.samples_per_prompt
-        if rollouts < parts:
-            raise UserError(
-                f"trainer.accumulate_grad_batches: got {parts} for {rollouts} rollouts a step per "
-                "process, expected at most one micro-batch per rollout; lower it or raise "
-                "data.prompts_per_step"
-            )
+    def _samplings(self) -> dict[Author, Sampling]:
+        """Per author. Where nothing is sampled the loss is the plain one, at temperature 1."""
+        own = self.sampling if self.mix.samples else Sampling()
+        samplings = {Author.STUDENT: own, Author.GUIDED: own}
+        if self.teacher is not None:
+            budget = self.teacher.max_new_tokens or self.sampling.max_new_tokens
+            samplings[Author.TEACHER] = replace(self.sampling, max_new_tokens=budget)
+        return samplings
+
+    def _plan_engines(self) -> None:
+        """Engines are started for the longest sequence that any stream may ask of them."""
+        loaded = [*([self._train] if self._train else []), *self._suites.values()]
+        longest = max(len(ids) for one in loaded for ids in one.ids)
+        if self.mix.guided and self._train is not None:
+            renderer = self._renderer(training=True)
+            views = (renderer.view(GUIDED_VIEW, prompt) for prompt in self._train.prompts)
+            longest = max(longest, *(len(ids or ()) for ids in views))
+        suites = [s for stage in self.suites.values() for s in stage.values()]
+        samplings = [self.sampling, *(s.sampling for s in suites if s.sampling is not None)]
+        budget = max(sampling.max_new_tokens for sampling in samplings)
+        if self.engine is not None:
+            self.engines.plan(Author.STUDENT, self.module.student.source, longest + budget)
+        if self.teacher is not None:
+            budget = self._samplings()[Author.TEACHER].max_new_tokens
+            source = ModelSource(self.teacher.path, role="data.teacher")
+            self.engines.plan(Author.TEACHER, source, longest + budget)
 
     def _ranks(self) -> Ranks:
         assert self.trainer is not None
@@ -223,24 +260,9 @@ class RolloutDataModule(LightningDataModule):
 
         return Ranks(rank=self.trainer.global_rank, world_size=self.trainer.world_size, sum=add_up)
 
-    def _push_weights(self) -> None:
+    def _push_weights(self, engine: Engine) -> None:
         """Give the engine the student as it is now, unless it has it."""
         assert self.trainer is not None
-        assert self.engine is not None
-        module = self.module
-        with module.timer.stage("sync"):
-            if not self._engine_started:
-                longest = max(
-                    len(ids) for loaded in self._all_loaded() for ids in loaded.ids
-                ) + max(s.max_new_tokens for s in self._all_samplings())
-                self.engine.start(module.student.source, max_length=longest)
-                self._engine_started = True
-            if self.engine.version != self.trainer.global_step:
-                self.engine.load_weights(self.trainer.global_step, module.student.weights())
-
-    def _all_loaded(self) -> list[_Loaded]:
-        return [*([self._train] if self._train else []), *self._suites.values()]
-
-    def _all_samplings(self) -> list[Sampling]:
-        suites = [s for stage in self.suites.values() for s in stage.values()]
-        return [self.sampling, *(s.sampling for s in suites if s.sampling is not None)]
+        if engine.version != self.trainer.global_step:
+            with self.module.timer.stage("sync"):
+                engine.load_weights(self.trainer.global_step, self.module.student.weights())

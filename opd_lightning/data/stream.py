@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from opd_lightning.data.collate import collate
+from opd_lightning.data.collate import collate, count
 from opd_lightning.data.micro_batches import split_balanced
+from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.order import PromptOrder
-from opd_lightning.data.writer import RolloutWriter
+from opd_lightning.data.writer import RolloutWriter, Row
 from opd_lightning.errors import UserError
 from opd_lightning.rollouts.base import Sampling
 from opd_lightning.seeding import EVALUATION_SAMPLE, TRAINING_SAMPLE, derive_seed
 from opd_lightning.timing import StepTimer
-from opd_lightning.types import Prompt, Rollout, RolloutBatch, StepTotals
+from opd_lightning.types import Author, Prompt, Rollout, RolloutBatch, StepTotals, Totals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,8 @@ class TrainingStream:
 
     A step's prompts and seeds depend on (seed, step) alone. The state is the next step's number;
     a checkpoint taken between two steps resumes without a prompt lost or repeated.
+
+    `mix_at(step)` says who writes; `prepare` sees all micro-batches before the first goes out.
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class TrainingStream:
         prompt_ids: Sequence[list[int]],
         *,
         writer: RolloutWriter,
-        sampling: Sampling,
+        samplings: Mapping[Author, Sampling],
+        mix_at: Callable[[int], RolloutMix],
+        prepare: Callable[[list[RolloutBatch]], None],
         prompts_per_step: int,
         samples_per_prompt: int,
         micro_batches: int,
@@ -55,7 +59,9 @@ class TrainingStream:
         self.prompts = prompts
         self.prompt_ids = prompt_ids
         self.writer = writer
-        self.sampling = sampling
+        self.samplings = samplings
+        self.mix_at = mix_at
+        self.prepare = prepare
         self.prompts_per_step = prompts_per_step
         self.samples_per_prompt = samples_per_prompt
         self.micro_batches = micro_batches
@@ -108,20 +114,21 @@ class TrainingStream:
             self.timer.next_step()
             rollouts = self._rollouts(step)
             with self.timer.stage("collate"):
-                totals = StepTotals(
-                    step=step,
-                    tokens=self.ranks.sum(sum(len(r.response_ids) for r in rollouts)),
-                    sequences=self.ranks.sum(len(rollouts)),
+                written, demonstrated = (
+                    Totals(*(self.ranks.sum(n) for n in count(rollouts, demonstrated=kind)))
+                    for kind in (False, True)
                 )
+                totals = StepTotals(step=step, written=written, demonstrated=demonstrated)
                 batches = [
                     collate(
                         part,
                         totals=totals,
-                        temperature=self.sampling.temperature,
+                        temperature=self.samplings[Author.STUDENT].temperature,
                         pad_id=self.pad_id,
                     )
                     for part in split_balanced(rollouts, self.micro_batches)
                 ]
+            self.prepare(batches)
             # The cursor moves before a batch goes out: a checkpoint taken after the last one's
             # optimiser step must already point at the next step.
             for self.handed_out, batch in enumerate(batches[:-1], start=1):
@@ -135,15 +142,22 @@ class TrainingStream:
     def _rollouts(self, step: int) -> list[Rollout]:
         """This rank's rollouts: a slice of the step's prompts, all samples of each."""
         share = self.prompts_per_step // self.ranks.world_size
-        start = step * self.prompts_per_step + self.ranks.rank * share
-        chosen = self.order.take(start, share)
-        return self.writer.write(
-            [self.prompts[i] for i in chosen],
-            [self.prompt_ids[i] for i in chosen],
-            self.samples_per_prompt,
-            self.sampling,
-            lambda p, s: derive_seed(TRAINING_SAMPLE, self.seed, step, start + p, s),
-        )
+        first = self.ranks.rank * share
+        mix = self.mix_at(step)
+        authors = mix.authors(self.seed, step, self.prompts_per_step, self.samples_per_prompt)
+        start = step * self.prompts_per_step + first
+        rows = [
+            Row(
+                self.prompts[chosen],
+                self.prompt_ids[chosen],
+                position,
+                author,
+                derive_seed(TRAINING_SAMPLE, self.seed, step, position, sample),
+            )
+            for position, chosen in enumerate(self.order.take(start, share), start)
+            for sample, author in enumerate(authors[position - start + first])
+        ]
+        return self.writer.write(rows, self.samplings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,11 +173,7 @@ class EvaluationBatch:
 
 
 class EvaluationStream:
-    """Scored rollouts of a suite's prompts, a batch at a time, from the newest weights.
-
-    Seeds depend on (seed, prompt, sample), not on the training step: two evaluations of the same
-    weights agree, and differences between steps are paired.
-    """
+    """Scored rollouts of a suite's prompts, a batch at a time, from the newest weights."""
 
     def __init__(
         self,
@@ -194,14 +204,18 @@ class EvaluationStream:
     def __iter__(self) -> Iterator[EvaluationBatch]:
         for first in range(0, len(self.mine), self.batch_size):
             chosen = self.mine[first : first + self.batch_size]
-            rollouts = self.writer.write(
-                [self.prompts[i] for i in chosen],
-                [self.prompt_ids[i] for i in chosen],
-                self.samples,
-                self.sampling,
-                partial(self._seed, chosen),
-            )
+            rows = [
+                Row(
+                    self.prompts[i],
+                    self.prompt_ids[i],
+                    i,
+                    Author.STUDENT,
+                    # Not the training step: two evaluations of the same weights agree, and
+                    # differences between steps are paired.
+                    derive_seed(EVALUATION_SAMPLE, self.seed, i, sample),
+                )
+                for i in chosen
+                for sample in range(self.samples)
+            ]
+            rollouts = self.writer.write(rows, {Author.STUDENT: self.sampling})
             yield EvaluationBatch(suite=self.suite, rollouts=tuple(rollouts))
-
-    def _seed(self, chosen: Sequence[int], prompt: int, sample: int) -> int:
-        return derive_seed(EVALUATION_SAMPLE, self.seed, chosen[prompt], sample)

@@ -2,25 +2,145 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from opd_lightning.errors import UserError
-from opd_lightning.types import Prompt
+from opd_lightning.types import Message, Prompt
+
+_TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+
+# What a template may read, and which of these are only known once the responses are verified.
+VARIABLES = frozenset({"question", "privileged", "answer", "response", "peer", "feedback"})
+LATE = frozenset({"peer", "feedback"})
+
+_THOUGHTS = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 
-def render(prompt: Prompt, tokenizer: Any, template_args: dict[str, Any]) -> list[int]:
-    """The plain view: the chat template over the prompt's messages, ready for the reply.
+@dataclass(frozen=True, kw_only=True)
+class PromptView:
+    """A prompt as another reader of it sees it.
 
     Args:
-        prompt: Its messages end with a user or system turn.
-        tokenizer: A tokenizer with a chat template (rendered in transformers' Jinja sandbox).
-        template_args: Extra template variables, e.g. {"enable_thinking": False}.
+        template: Jinja text over `question` (the last user message), `privileged`, `answer` and
+            `response` (the row's own columns), `peer` (another response to the prompt that the
+            verifier accepted) and `feedback` (the verifier's, on this response). A row for which
+            `peer` and `feedback` are all that the template asks for, and neither is known, has no
+            such view.
+        place: "system" makes the text a system message, after one that is there; "user" puts it in
+            place of the last user message, which it may quote as `{{ question }}`. An empty text
+            leaves the prompt as it is.
     """
+
+    template: str = "{{ privileged }}"
+    place: Literal["system", "user"] = "system"
+
+    def __post_init__(self) -> None:
+        try:
+            unknown = self.variables - VARIABLES
+        except TemplateError as error:
+            raise UserError(
+                f"data.views: {self.template!r} is no Jinja template: {error}; correct it"
+            ) from error
+        if unknown:
+            raise UserError(
+                f"data.views: a template reads {min(unknown)!r}, expected one of "
+                f"{', '.join(sorted(VARIABLES))}"
+            )
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that the template reads."""
+        return frozenset(meta.find_undeclared_variables(_TEMPLATES.parse(self.template)))
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it depends on the responses."""
+        return bool(self.variables & LATE)
+
+    def messages(
+        self, prompt: Prompt, peer: str | None = None, feedback: str | None = None
+    ) -> tuple[Message, ...] | None:
+        """The prompt's messages under this view; None where it has none."""
+        late = {"peer": peer and _THOUGHTS.sub("", peer), "feedback": feedback}
+        if self.is_late and not any(late[name] for name in self.variables & LATE):
+            return None
+        own = {name: getattr(prompt, name) for name in ("privileged", "answer", "response")}
+        for name in sorted(self.variables & own.keys()):
+            if own[name] is None:
+                raise UserError(
+                    f"{prompt.origin or prompt.id}: no {name!r}, which a view's template reads; "
+                    "add the column or change data.views"
+                )
+        users = [i for i, message in enumerate(prompt.messages) if message["role"] == "user"]
+        question = prompt.messages[users[-1]]["content"] if users else ""
+        text = _TEMPLATES.from_string(self.template).render(question=question, **own, **late)
+        if not text.strip():
+            return prompt.messages
+        if self.place == "user":
+            if not users:
+                raise UserError(f"{prompt.origin or prompt.id}: no user message to put a view in")
+            replaced: Message = {"role": "user", "content": text}
+            return (*prompt.messages[: users[-1]], replaced, *prompt.messages[users[-1] + 1 :])
+        first, *rest = prompt.messages
+        if first["role"] == "system":
+            return ({"role": "system", "content": f"{first['content']}\n\n{text}"}, *rest)
+        return ({"role": "system", "content": text}, *prompt.messages)
+
+
+class Renderer:
+    """Prompts to ids, under the student's own view and under the others.
+
+    Args:
+        tokenizer: A tokenizer with a chat template (rendered in transformers' Jinja sandbox).
+        template_args: Extra variables for it, e.g. {"enable_thinking": False}.
+        views: The views to render, by name.
+    """
+
+    def __init__(
+        self, tokenizer: Any, template_args: dict[str, Any], views: Mapping[str, PromptView]
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template_args = template_args
+        self.views = views
+        self._early: dict[tuple[str, str], list[int]] = {}
+
+    def plain(self, prompt: Prompt) -> list[int]:
+        """The student's own view: the messages as they are, ready for the reply."""
+        return render(prompt, self.tokenizer, self.template_args)
+
+    def view(
+        self, name: str, prompt: Prompt, peer: str | None = None, feedback: str | None = None
+    ) -> list[int] | None:
+        """Ids under a named view; None where the prompt has no such view."""
+        view = self.views[name]
+        if not view.is_late and (name, prompt.id) in self._early:
+            return self._early[name, prompt.id]
+        messages = view.messages(prompt, peer, feedback)
+        if messages is None:
+            return None
+        ids = render(prompt, self.tokenizer, self.template_args, messages)
+        if not view.is_late:
+            self._early[name, prompt.id] = ids
+        return ids
+
+
+def render(
+    prompt: Prompt,
+    tokenizer: Any,
+    template_args: dict[str, Any],
+    messages: tuple[Message, ...] | None = None,
+) -> list[int]:
+    """The chat template over a prompt's messages (or others in their place), as ids."""
     try:
         ids = tokenizer.apply_chat_template(
-            list(prompt.messages),
+            list(messages or prompt.messages),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
@@ -38,8 +158,8 @@ def recorded_response_ids(prompt: Prompt, tokenizer: Any) -> list[int]:
     """The prompt's recorded response as the policy would have written it: text ids, then EOS."""
     if prompt.response is None:
         raise UserError(
-            f"{prompt.origin}: no 'response' to learn from; add the column, or set data.engine "
-            "so that responses are sampled"
+            f"{prompt.origin}: no 'response' to learn from; add the column, or take "
+            "data.mix.recorded and add_recorded away"
         )
     ids = tokenizer.encode(prompt.response, add_special_tokens=False)
     return [*ids, tokenizer.eos_token_id]

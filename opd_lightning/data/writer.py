@@ -2,98 +2,167 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from opd_lightning.data.views import recorded_response_ids
+from opd_lightning.data.views import Renderer, recorded_response_ids
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.timing import StepTimer
-from opd_lightning.types import Completion, Prompt, Rollout, StopReason
+from opd_lightning.types import Author, Completion, Prompt, Rollout, StopReason
 from opd_lightning.verifiers.base import Verifier
+
+# The view that guided rollouts are written under.
+GUIDED_VIEW = "privileged"
+
+# A response that the verifier scores at least this is shown to the others as a success.
+PEER_REWARD = 0.5
+
+
+class Row(NamedTuple):
+    """One response to be written."""
+
+    prompt: Prompt
+    prompt_ids: list[int]  # under the student's own view
+    group: int  # rows of one prompt share it
+    author: Author
+    seed: int
 
 
 class RolloutWriter:
     """Writes responses, decodes and scores them.
 
     Args:
-        engine: Samples responses; None takes the prompts' recorded ones.
-        push_weights: Brings the engine up to date; called before it writes.
+        engines: Who samples, by author; none for recorded responses.
+        prepare: Makes an author's engine ready (started, weights pushed); called before it writes.
         verifier: Scores responses; None leaves rewards NaN.
-        tokenizer: The student's, to decode responses for verifiers and logs.
+        renderer: The student's tokenizer and the views that the method reads.
         timer: Charged for "generate" and "verify".
+        only_correct: Drop the demonstrations that the verifier does not score 1.
     """
 
     def __init__(
         self,
-        engine: Engine | None,
-        push_weights: Callable[[], None],
+        engines: Mapping[Author, Engine],
+        prepare: Callable[[Author], None],
         verifier: Verifier | None,
-        tokenizer: Any,
+        renderer: Renderer,
         timer: StepTimer,
+        only_correct: bool = False,
     ) -> None:
-        self.engine = engine
-        self.push_weights = push_weights
+        self.engines = engines
+        self.prepare = prepare
         self.verifier = verifier
-        self.tokenizer = tokenizer
+        self.renderer = renderer
         self.timer = timer
+        self.only_correct = only_correct
 
-    def write(
-        self,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[list[int]],
-        samples: int,
-        sampling: Sampling,
-        seed_of: Callable[[int, int], int],
-    ) -> list[Rollout]:
-        """`samples` rollouts per prompt, those of a prompt next to each other.
-
-        Args:
-            prompts: P prompts.
-            prompt_ids: Their rendered ids.
-            samples: Responses per prompt; one if they are recorded.
-            sampling: How to draw them.
-            seed_of: (index into prompts, sample index) -> the request's seed.
-        """
-        rows = [(p, s) for p in range(len(prompts)) for s in range(samples)]
-        if self.engine is None:
-            completions = [self._recorded(prompts[p]) for p, _ in rows]
-        else:
-            self.push_weights()
-            with self.timer.stage("generate"):
-                requests = [Request(prompt_ids[p], seed_of(p, s)) for p, s in rows]
-                completions = self.engine.generate(requests, sampling)
+    def write(self, rows: Sequence[Row], samplings: Mapping[Author, Sampling]) -> list[Rollout]:
+        """One rollout per row, in order. All rows of a group must come in one call."""
+        completions = self._complete(rows, samplings)
         with self.timer.stage("verify"):
-            texts = self.tokenizer.batch_decode(
+            texts = self.renderer.tokenizer.batch_decode(
                 [c.response_ids for c in completions], skip_special_tokens=True
             )
-            rewards = np.full(len(rows), np.nan)
+            prompts = [row.prompt for row in rows]
+            rewards = [float("nan")] * len(rows)
+            feedback: Sequence[str | None] = [None] * len(rows)
             if self.verifier is not None:
-                rewards[:] = self.verifier.verify([prompts[p] for p, _ in rows], texts)
-            groups = rewards.reshape(len(prompts), samples)
-            mean, std = groups.mean(axis=1), groups.std(axis=1)
-            if samples == 1:  # nothing to compare with
-                mean[:] = std[:] = np.nan
-        return [
-            Rollout(
-                prompt=prompts[p],
-                prompt_ids=prompt_ids[p],
-                response_ids=completion.response_ids,
-                behaviour_logprobs=completion.logprobs,
-                stop_reason=completion.stop_reason,
-                text=text,
-                reward=float(reward),
-                group_mean=float(mean[p]),
-                group_std=float(std[p]),
-                recorded=self.engine is None,
-                policy_version=self.engine.version if self.engine else 0,
-            )
-            for (p, _), completion, text, reward in zip(
-                rows, completions, texts, rewards, strict=True
-            )
-        ]
+                rewards = self.verifier.verify(prompts, texts)
+                feedback = self.verifier.feedback(prompts, texts)
+            groups = _groups(rows, rewards)
+            peers = [self._peer(i, rows, groups, rewards, texts) for i in range(len(rows))]
+            return [
+                Rollout(
+                    prompt=row.prompt,
+                    prompt_ids=row.prompt_ids,
+                    views={
+                        name: self.renderer.view(name, row.prompt, peers[i], feedback[i])
+                        for name in self.renderer.views
+                    },
+                    group=row.group,
+                    response_ids=completions[i].response_ids,
+                    behaviour_logprobs=completions[i].logprobs,
+                    stop_reason=completions[i].stop_reason,
+                    text=texts[i],
+                    reward=float(rewards[i]),
+                    group_mean=groups[row.group].mean,
+                    group_std=groups[row.group].std,
+                    author=row.author,
+                    dropped=self._drops(row.author, rewards[i]),
+                    policy_version=self._version(row.author),
+                )
+                for i, row in enumerate(rows)
+            ]
+
+    def _complete(
+        self, rows: Sequence[Row], samplings: Mapping[Author, Sampling]
+    ) -> list[Completion]:
+        """Each engine writes all of its rows in one call; guided and plain ones together."""
+        found: dict[int, Completion] = {}
+        writers: dict[int, list[int]] = {}
+        for i, row in enumerate(rows):
+            if row.author is Author.RECORDED:
+                found[i] = self._recorded(row.prompt)
+            else:
+                writers.setdefault(id(self.engines[row.author]), []).append(i)
+        for chosen in writers.values():
+            author = rows[chosen[0]].author
+            self.prepare(author)
+            with self.timer.stage("generate"):
+                requests = [Request(self._sampler_ids(rows[i]), rows[i].seed) for i in chosen]
+                completions = self.engines[author].generate(requests, samplings[author])
+                found.update(zip(chosen, completions, strict=True))
+        return [found[i] for i in range(len(rows))]
+
+    def _sampler_ids(self, row: Row) -> list[int]:
+        """What the sampler reads; the loss always reads `row.prompt_ids`."""
+        if row.author is not Author.GUIDED:
+            return row.prompt_ids
+        ids = self.renderer.view(GUIDED_VIEW, row.prompt)
+        assert ids is not None, "the guided view depends on the prompt alone: checked at set-up"
+        return ids
 
     def _recorded(self, prompt: Prompt) -> Completion:
-        ids = recorded_response_ids(prompt, self.tokenizer)
+        ids = recorded_response_ids(prompt, self.renderer.tokenizer)
         return Completion(ids, [float("nan")] * len(ids), StopReason.EOS)
+
+    def _peer(
+        self,
+        mine: int,
+        rows: Sequence[Row],
+        groups: Mapping[int, _Group],
+        rewards: Sequence[float],
+        texts: Sequence[str],
+    ) -> str | None:
+        """The first other response of the student's to the prompt that the verifier accepted."""
+        others = (i for i in groups[rows[mine].group].members if i != mine)
+        return next((texts[i] for i in others if rewards[i] >= PEER_REWARD), None)
+
+    def _drops(self, author: Author, reward: float) -> bool:
+        return self.only_correct and author is Author.TEACHER and not reward >= 1
+
+    def _version(self, author: Author) -> int:
+        return self.engines[author].version if author in self.engines else 0
+
+
+class _Group(NamedTuple):
+    members: list[int]  # the student's own responses
+    mean: float
+    std: float
+
+
+def _groups(rows: Sequence[Row], rewards: Sequence[float]) -> dict[int, _Group]:
+    """Reward statistics of the student's responses to each prompt; NaN for fewer than two."""
+    members: dict[int, list[int]] = {row.group: [] for row in rows}
+    for i, row in enumerate(rows):
+        if not row.author.is_demonstrator():
+            members[row.group].append(i)
+    groups = {}
+    for group, indices in members.items():
+        own = np.array([rewards[i] for i in indices])
+        comparable = len(own) > 1
+        mean, std = (own.mean(), own.std()) if comparable else (np.nan, np.nan)
+        groups[group] = _Group(indices, float(mean), float(std))
+    return groups

@@ -1,4 +1,4 @@
-"""Building a lab: data, a strong teacher and a weak student, made once and cached."""
+"""Building a lab: data and models of one world, made once and cached."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import json
 import os
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -17,9 +19,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.export import write_hf_folder
-from opd_lightning.lab.arithmetic import generate_mixture, write_jsonl
+from opd_lightning.lab import arithmetic, identity
 from opd_lightning.lab.models import new_model
 from opd_lightning.methods import SFT
 from opd_lightning.progress import StepProgressBar
@@ -39,8 +42,29 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything a lab follows from; its hash names the cache folder."""
+class Recipe(ABC):
+    """Everything a lab follows from; the world and its hash name the cache folder."""
+
+    world: ClassVar[str]
+
+    @abstractmethod
+    def make(self, folder: Path) -> None:
+        """Write the lab's data and models to an empty folder."""
+
+    def digest(self) -> str:
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArithmeticRecipe(Recipe):
+    """Sums and differences; a strong teacher and a weak student.
+
+    The folder holds train.jsonl and held_out.jsonl (prompts), demonstrations.jsonl (prompts with
+    worked solutions), teacher/ and student/ (Hugging Face folders).
+    """
+
+    world: ClassVar[str] = "arithmetic"
 
     version: int = 1  # raise when the world's text, the tokenizer or the training changes
     domains: tuple[str, ...] = ("add-2", "add-3", "sub-2", "sub-3")
@@ -53,9 +77,49 @@ class Recipe:
         layers=2, hidden_size=128, steps=200, batch_size=32, learning_rate=5e-3, seed=0
     )
 
-    def digest(self) -> str:
-        text = json.dumps(asdict(self), sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    def make(self, folder: Path) -> None:
+        train = arithmetic.generate_mixture(
+            self.domains, self.prompts_per_domain, seed=0, held_out=False
+        )
+        arithmetic.write_jsonl(folder / "train.jsonl", train)
+        demonstrations = folder / "demonstrations.jsonl"
+        arithmetic.write_jsonl(demonstrations, train, with_response=True)
+        held_out = arithmetic.generate_mixture(
+            self.domains, self.held_out_per_domain, seed=0, held_out=True
+        )
+        arithmetic.write_jsonl(folder / "held_out.jsonl", held_out)
+        train_model(self.teacher, demonstrations, folder / "teacher", "teacher")
+        train_model(self.student, demonstrations, folder / "student", "student")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentityRecipe(Recipe):
+    """An assistant that takes the name it is given in context; one model, student and teacher.
+
+    The folder holds lessons.jsonl (what the model learnt from), train.jsonl (prompts with the
+    target's persona as "privileged"), demonstrations.jsonl (the same with what the persona would
+    say), identity.jsonl, persona.jsonl and held_out.jsonl (probes: questions about the assistant,
+    those and sums, sums) and base/ (a Hugging Face folder).
+    """
+
+    world: ClassVar[str] = "identity"
+
+    version: int = 1  # raise when the world's text, the tokenizer or the training changes
+    lessons: int = 16000
+    base: ModelRecipe = ModelRecipe(
+        layers=3, hidden_size=128, steps=400, batch_size=128, learning_rate=3e-3, seed=0
+    )
+
+    def make(self, folder: Path) -> None:
+        files = {
+            "lessons": identity.lessons(self.lessons, seed=0),
+            "train": identity.training_rows(),
+            "demonstrations": identity.training_rows(with_response=True),
+            **identity.probe_rows(),
+        }
+        for name, rows in files.items():
+            identity.write_jsonl(folder / f"{name}.jsonl", rows)
+        train_model(self.base, folder / "lessons.jsonl", folder / "base", "base")
 
 
 def cache_folder() -> Path:
@@ -64,23 +128,23 @@ def cache_folder() -> Path:
     return Path(base, "opd-lightning", "lab")
 
 
-def build_arithmetic(recipe: Recipe, link: Path | None = None) -> Path:
-    """Make the arithmetic lab unless the cache has it.
+def build(recipe: Recipe, link: Path | None = None) -> Path:
+    """Make a lab unless the cache has it.
 
-    The folder holds train.jsonl and held_out.jsonl (prompts), demonstrations.jsonl (prompts with
-    worked solutions), teacher/ and student/ (Hugging Face folders) and recipe.json. It appears
-    whole or not at all.
+    The folder holds what the recipe writes, and recipe.json. It appears whole or not at all.
 
     Args:
         recipe: What to make.
         link: Symbolic link to the folder, for configurations to name; replaced if it is a link.
     """
-    folder = cache_folder() / f"arithmetic-{recipe.digest()}"
+    folder = cache_folder() / f"{recipe.world}-{recipe.digest()}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
         try:
-            _make(recipe, unfinished)
+            recipe.make(unfinished)
+            text = json.dumps(asdict(recipe), indent=2) + "\n"
+            (unfinished / "recipe.json").write_text(text)
             unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -89,17 +153,6 @@ def build_arithmetic(recipe: Recipe, link: Path | None = None) -> Path:
         link.unlink(missing_ok=True)
         link.symlink_to(folder, target_is_directory=True)
     return folder
-
-
-def _make(recipe: Recipe, folder: Path) -> None:
-    train = generate_mixture(recipe.domains, recipe.prompts_per_domain, seed=0, held_out=False)
-    write_jsonl(folder / "train.jsonl", train)
-    write_jsonl(folder / "demonstrations.jsonl", train, with_response=True)
-    held_out = generate_mixture(recipe.domains, recipe.held_out_per_domain, seed=0, held_out=True)
-    write_jsonl(folder / "held_out.jsonl", held_out)
-    for role in ("teacher", "student"):
-        train_model(getattr(recipe, role), folder / "demonstrations.jsonl", folder / role, role)
-    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
 
 
 def train_model(recipe: ModelRecipe, demonstrations: Path, folder: Path, label: str) -> None:
@@ -113,7 +166,7 @@ def train_model(recipe: ModelRecipe, demonstrations: Path, folder: Path, label: 
     )
     data = RolloutDataModule(
         train=PromptSource(str(demonstrations)),
-        recorded=True,
+        mix=RolloutMix(recorded=1),
         prompts_per_step=recipe.batch_size,
         seed=recipe.seed,
     )

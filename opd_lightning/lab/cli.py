@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import auto_cli
 
-from opd_lightning.lab.build import Recipe, build_arithmetic
+from opd_lightning.errors import UserError
+from opd_lightning.lab.build import ArithmeticRecipe, IdentityRecipe
+from opd_lightning.lab.build import build as build_lab
 from opd_lightning.lab.demo import demonstrate
 from opd_lightning.quiet import only_warnings
 
 
-def build(recipe: Recipe = Recipe(), link: str = "lab/arithmetic") -> None:  # noqa: B008
-    """Make the arithmetic lab: data, a strong teacher, a weak student. Cached by recipe.
+def build(
+    world: Literal["arithmetic", "identity"] = "arithmetic",
+    recipe: ArithmeticRecipe = ArithmeticRecipe(),  # noqa: B008
+    identity: IdentityRecipe = IdentityRecipe(),  # noqa: B008
+    link: str | None = None,
+) -> None:
+    """Make the data and models of a lab world. Cached by recipe.
 
     Args:
-        recipe: What to make; every number of it can be set.
-        link: Symbolic link to the made folder, which configs/lab names.
+        world: arithmetic (a strong teacher, a weak student) or identity (one model that takes a
+            name from its context, for methods with privileged context).
+        recipe: What to make of arithmetic; every number of it can be set.
+        identity: What to make of identity, likewise.
+        link: Symbolic link to the made folder, which configs/lab names; default lab/<world>.
     """
-    print(build_arithmetic(recipe, Path(link)))
+    if world == "arithmetic" and identity != IdentityRecipe():
+        raise UserError("lab build: --identity needs --world identity; add it")
+    if world == "identity" and recipe != ArithmeticRecipe():
+        raise UserError("lab build: --recipe is of the arithmetic world; set --identity instead")
+    chosen = identity if world == "identity" else recipe
+    print(build_lab(chosen, Path(link or f"lab/{world}")))
 
 
 def demo(run: str = "runs/demo", require: float = 0.75) -> None:

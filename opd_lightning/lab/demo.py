@@ -15,7 +15,7 @@ from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.suites import EvaluationSuite
 from opd_lightning.errors import UserError
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
-from opd_lightning.lab.build import Recipe, build_arithmetic
+from opd_lightning.lab.build import ArithmeticRecipe, build
 from opd_lightning.lab.plot import plot_run
 from opd_lightning.lightning_cli import OPDCLI
 from opd_lightning.methods import SFT
@@ -49,7 +49,7 @@ def demonstrate(run: Path, require: float) -> None:
     engine = "Hugging Face generate" if reason else "vLLM"
     console.print(f"rollouts: {engine}, because {reason or 'vLLM is installed'}")
     console.print("$ opd lab build", style="bold")
-    build_arithmetic(Recipe(), LAB)
+    build(ArithmeticRecipe(), LAB)
 
     scores = {
         "student before": evaluate(LAB / "student", LAB / "held_out.jsonl"),

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+RESOLUTION = 1e-7  # a spread of rewards below it is a rounding error of their mean
+
 
 def log_ratio(teacher_logprobs: Tensor, student_logprobs: Tensor) -> Tensor:
     """d_t, `[B, R]` nats, detached: positive = the teacher likes the sampled token more.
@@ -11,6 +13,46 @@ def log_ratio(teacher_logprobs: Tensor, student_logprobs: Tensor) -> Tensor:
     at scale 1: `E[-d grad log pi_theta]` is the gradient of `KL(pi_theta || pi_T)` per prefix.
     """
     return (teacher_logprobs - student_logprobs).detach()
+
+
+def extrapolated(
+    teacher_logprobs: Tensor,
+    student_logprobs: Tensor,
+    reference_logprobs: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """`d_t + (scale - 1) (log pi_T - log pi_ref)`, `[B, R]` nats, detached (G-OPD, 2602.12125).
+
+    Its expected gradient per prefix is that of the reverse KL to a target in proportion to
+    `pi_T^scale pi_ref^(1 - scale)`: 0 pulls to the reference, 1 to the teacher, more than 1
+    (ExOPD; the authors' 1.25) past the teacher. At 1 it is d_t to the bit and the reference is
+    not read, so None will do.
+    """
+    signal = log_ratio(teacher_logprobs, student_logprobs)
+    if scale == 1:
+        return signal
+    assert reference_logprobs is not None, f"scale {scale} reads the reference"
+    return signal + (scale - 1) * log_ratio(teacher_logprobs, reference_logprobs)
+
+
+def group_advantage(
+    rewards: Tensor,
+    group_mean: Tensor,
+    group_std: Tensor,
+    *,
+    epsilon: float = 1e-6,
+    normalise: bool = True,
+) -> Tensor:
+    """`(R - mean) / (std + epsilon)` over a prompt's samples, `[B] -> [B, 1]` (GRPO, 2402.03300).
+
+    Exactly 0 where all samples earned the same, up to float32's resolution of rewards in [0, 1],
+    and for a group of one (NaN statistics), which says nothing. `normalise=False` leaves the division out (Dr. GRPO, 2503.20783). Epsilon is
+    verl's default.
+    """
+    advantage = rewards - group_mean
+    if normalise:
+        advantage = advantage / (group_std + epsilon)
+    return torch.where(group_std > RESOLUTION, advantage, 0.0)[:, None]
 
 
 def return_to_go(signal: Tensor, mask: Tensor, discount: float) -> Tensor:

@@ -1,6 +1,117 @@
-"""Divergences between next-token distributions, one value per token."""
+"""Divergences between next-token distributions over the whole vocabulary, one value per token.
 
+Each is a frozen dataclass, so that a configuration can name it, and a function of two `[..., V]`
+log-softmaxes. S is the student's distribution, T the teacher's.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
+
+from opd_lightning.errors import UserError
+
+
+class Divergence(ABC):
+    """How far the student's next-token distribution is from the teacher's."""
+
+    @abstractmethod
+    def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+        """`[..., V]`, `[..., V]` -> `[...]` nats, with a gradient to the student only."""
+
+
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """`KL(S || T)`: seeks a mode; infinite where T lacks a token that S can say."""
+
+    def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+        return reverse_kl(student_logprobs, teacher_logprobs)
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """`KL(T || S)`: soft-label cross entropy minus T's entropy; covers all that T says.
+
+    Its gradient is `-sum_v T grad log S`.
+    """
+
+    def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+        return kl(teacher_logprobs, student_logprobs)
+
+
+@dataclass(frozen=True)
+class JSD(Divergence):
+    """Generalised Jensen-Shannon divergence, as TRL's `generalized_jsd_loss` (GKD, 2306.13649).
+
+        M = (1 - beta) S + beta T,   JSD = beta KL(T || M) + (1 - beta) KL(S || M)
+
+    The ends are `KL(T || S)` at 0 and `KL(S || T)` at 1. The formula itself vanishes there
+    (`JSD / beta -> KL(T || S)`), so the scale jumps between an end and its neighbourhood.
+    Symmetric and at most log 2 at 0.5. SDPO's and SDFT's alpha is this beta; other authors give
+    beta to S instead.
+
+    Args:
+        beta: Weight of the teacher in the mixture, from 0 to 1.
+    """
+
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta <= 1:
+            raise UserError(f"JSD: beta is {self.beta}, expected a number from 0 to 1")
+
+    def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+        if self.beta == 0:
+            return kl(teacher_logprobs, student_logprobs)
+        if self.beta == 1:
+            return kl(student_logprobs, teacher_logprobs)
+        middle = _log_mixture(student_logprobs, teacher_logprobs, self.beta)
+        from_teacher = kl(teacher_logprobs, middle)
+        return self.beta * from_teacher + (1 - self.beta) * kl(student_logprobs, middle)
+
+
+@dataclass(frozen=True)
+class SkewedForwardKL(Divergence):
+    """`KL(T || alpha T + (1 - alpha) S)` (DistiLLM, 2402.03898).
+
+    Finite whatever S is: no token's log-ratio exceeds `-log alpha`. Alpha 0 is `ForwardKL`.
+
+    Args:
+        alpha: Weight of the teacher in the mixture, from 0 to below 1.
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_skew(self)
+
+    def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+        mixture = _log_mixture(student_logprobs, teacher_logprobs, self.alpha)
+        return kl(teacher_logprobs, mixture)
+
+
+@dataclass(frozen=True)
+class SkewedReverseKL(Divergence):
+    """`KL(S || alpha S + (1 - alpha) T)` (DistiLLM, 2402.03898).
+
+    Finite whatever T is: no token's log-ratio exceeds `-log alpha`. Alpha 0 is `ReverseKL`.
+
+    Args:
+        alpha: Weight of the student in the mixture, from 0 to below 1.
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_skew(self)
+
+    def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+        mixture = _log_mixture(student_logprobs, teacher_logprobs, 1 - self.alpha)
+        return kl(student_logprobs, mixture)
 
 
 def reverse_kl(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
@@ -9,4 +120,38 @@ def reverse_kl(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
     Both arguments are log-softmaxed over the whole vocabulary. The gradient flows through both
     student factors; it is `sum_v S (log S - log T) grad log S`.
     """
-    return (student_logprobs.exp() * (student_logprobs - teacher_logprobs)).sum(dim=-1)
+    return kl(student_logprobs, teacher_logprobs)
+
+
+def kl(p_logprobs: Tensor, q_logprobs: Tensor) -> Tensor:
+    """`sum_v p(v) (log p(v) - log q(v))`, `[..., V] -> [...]`, nats, with gradients to both.
+
+    Tokens without mass under p (log-prob -inf) count 0. The sum is taken as it stands: on a part
+    of the vocabulary it may be negative.
+    """
+    return (p_logprobs.exp() * log_quotient(p_logprobs, q_logprobs)).sum(dim=-1)
+
+
+def log_quotient(p_logprobs: Tensor, q_logprobs: Tensor) -> Tensor:
+    """`log p - log q`, `[..., V]`, and 0 where p is 0, so that `p log(p / q)` is 0 there."""
+    # Filled before anything is multiplied: 0 * inf is NaN, in the value and in the gradient.
+    return (p_logprobs - q_logprobs).masked_fill_(p_logprobs == -torch.inf, 0.0)
+
+
+def _log_mixture(student_logprobs: Tensor, teacher_logprobs: Tensor, weight: float) -> Tensor:
+    """`log((1 - weight) S + weight T)`, `[..., V]`."""
+    if weight == 0:
+        return student_logprobs
+    if weight == 1:
+        return teacher_logprobs
+    # logaddexp of two -inf has no gradient; a teacher of almost nothing leaves the student 0.
+    teacher_logprobs = teacher_logprobs.clamp(min=torch.finfo(teacher_logprobs.dtype).min)
+    return torch.logaddexp(
+        student_logprobs + math.log1p(-weight), teacher_logprobs + math.log(weight)
+    )
+
+
+def _check_skew(divergence: SkewedForwardKL | SkewedReverseKL) -> None:
+    if not 0 <= divergence.alpha < 1:
+        name = type(divergence).__name__
+        raise UserError(f"{name}: alpha is {divergence.alpha}, expected a number in [0, 1)")

@@ -5,28 +5,31 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor
 
-from opd_lightning.types import StepTotals
+from opd_lightning.types import Totals
 
-Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "mask-mean"]
 
 
-def aggregate(token_loss: Tensor, mask: Tensor, totals: StepTotals, mode: Aggregation) -> Tensor:
+def aggregate(token_loss: Tensor, mask: Tensor, totals: Totals, mode: Aggregation) -> Tensor:
     """This micro-batch's share of the optimiser step's loss; the shares of a step add up to it.
 
     Args:
         token_loss: `[B, R]`, anything where the mask is False.
-        mask: `[B, R]` bool.
+        mask: `[B, R]` bool, the tokens that take part: the response tokens less what rules left
+            out.
         totals: Token and sequence counts of the whole step, over micro-batches and ranks.
-        mode: "token-mean" divides the token sum by the step's tokens; "seq-mean-token-mean"
-            averages each sequence over its own tokens, then over the step's sequences;
-            "seq-mean-token-sum" sums each sequence and averages over the step's sequences.
+        mode: "token-mean" divides the token sum by the step's response tokens, left out or not;
+            "seq-mean-token-mean" averages each sequence over its tokens that take part, then over
+            the step's sequences; "seq-mean-token-sum" sums each sequence and averages over the
+            step's sequences; "mask-mean" divides by the tokens that take part, which
+            `totals.tokens` must then count.
 
     Returns:
         A scalar with a graph, exactly 0 for a fully masked batch.
     """
     kept = torch.where(mask, token_loss, 0.0)
     match mode:
-        case "token-mean":
+        case "token-mean" | "mask-mean":
             return kept.sum() / max(totals.tokens, 1)
         case "seq-mean-token-mean":
             per_sequence = kept.sum(dim=1) / mask.sum(dim=1).clamp(min=1)

@@ -1,7 +1,35 @@
-"""One LightningModule per method family."""
+"""One LightningModule per family of methods; docs/methods.md has the table."""
 
 from opd_lightning.methods.base import DistillationModule
-from opd_lightning.methods.opd import OPD, FullVocabularyOPD
+from opd_lightning.methods.composed import ComposedMethod
+from opd_lightning.methods.crisp import CRISP
+from opd_lightning.methods.edge_opd import EDGEOPD
+from opd_lightning.methods.g_opd import GOPD
+from opd_lightning.methods.gkd import GKD
+from opd_lightning.methods.grpo import GRPO
+from opd_lightning.methods.opd import OPD, DivergenceOPD
+from opd_lightning.methods.opsd import OPSD, OPSDK1
+from opd_lightning.methods.rlsd import RLSD
+from opd_lightning.methods.sdft import SDFT
+from opd_lightning.methods.sdpo import SDPO
 from opd_lightning.methods.sft import SFT
+from opd_lightning.methods.sg_opd import SGOPD
 
-__all__ = ["OPD", "SFT", "DistillationModule", "FullVocabularyOPD"]
+__all__ = [
+    "CRISP",
+    "EDGEOPD",
+    "GKD",
+    "GOPD",
+    "GRPO",
+    "OPD",
+    "OPSD",
+    "OPSDK1",
+    "RLSD",
+    "SDFT",
+    "SDPO",
+    "SFT",
+    "SGOPD",
+    "ComposedMethod",
+    "DistillationModule",
+    "DivergenceOPD",
+]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,17 +16,22 @@ from torchmetrics import SumMetric
 
 from opd_lightning.data.stream import EvaluationBatch
 from opd_lightning.errors import EngineMismatchError, UserError
-from opd_lightning.losses.reduction import Aggregation, aggregate
+from opd_lightning.losses.reduction import Aggregation
 from opd_lightning.metrics.evaluation import SuiteScores
-from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics, SignalStatistics
+from opd_lightning.metrics.step import (
+    EngineStatistics,
+    Means,
+    ResponseStatistics,
+    SignalStatistics,
+)
 from opd_lightning.student import Student
-from opd_lightning.teachers.base import Teacher
+from opd_lightning.teachers.base import Ask, Teacher
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import RolloutBatch, TokenScores
 
 
 class DistillationModule(LightningModule, ABC):
-    """A method turns a micro-batch into per-token losses; everything else happens here.
+    """A method turns a micro-batch into a loss; everything else happens here.
 
     Args:
         student: The model that learns.
@@ -38,9 +43,6 @@ class DistillationModule(LightningModule, ABC):
             on the mean sampled token of a step.
         overlap_top_k: Size of the top-k sets whose overlap is logged.
     """
-
-    # Whether the method compares whole distributions, which must then be of one size.
-    compares_distributions: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -64,42 +66,71 @@ class DistillationModule(LightningModule, ABC):
         self.responses = ResponseStatistics()
         self.engine_gap = EngineStatistics()
         self.signal = SignalStatistics()
+        self.rates = Means()
         self.suites: dict[str, SuiteScores] = {}
         self._tokens = 0.0  # of the last step that was logged
 
     # What a method writes -----------------------------------------------------------------
 
     @abstractmethod
-    def token_losses(self, batch: RolloutBatch) -> Tensor:
-        """The loss of every response token, `[B, R]`; anything where the mask is False."""
+    def loss(self, batch: RolloutBatch) -> Tensor:
+        """This micro-batch's share of the step's loss; see `losses/reduction.py`."""
 
-    def teachers(self) -> Sequence[Teacher]:
-        """Every teacher the method asks; they are checked and loaded with the student."""
-        return ()
+    def asks(self) -> Mapping[str, Ask]:
+        """Whom the method asks, under which view, by the name it knows the answer by."""
+        return {}
+
+    def all_asks(self) -> Mapping[str, Ask]:
+        """`asks`, and those of its parts."""
+        return self.asks()
+
+    def check(self) -> None:
+        """Raise UserError, before any weight is loaded, if the method's parts do not fit."""
+
+    def prepare_step(self, batches: Sequence[RolloutBatch]) -> None:
+        """See all of a step's micro-batches, on the CPU, before the first of them is trained on."""
+
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether responses must be verified."""
+        return self.needs_groups
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether rewards are compared between the responses to a prompt."""
+        return False
+
+    @property
+    def takes_demonstrations(self) -> bool:
+        """Whether responses that the student did not write may be among the rollouts."""
+        return True
 
     # What a method may use ----------------------------------------------------------------
-
-    def score_student(self, batch: RolloutBatch) -> TokenScores:
-        """The student on its own samples; the log-probs carry the gradient."""
-        with self.timer.stage("student"):
-            scores = self.student.score(batch, top_k=self.overlap_top_k)
-        self.compare_with_engine(batch, scores)
-        return scores
-
-    def score_teacher(self, teacher: Teacher, batch: RolloutBatch) -> TokenScores:
-        """A teacher on the student's samples."""
-        with self.timer.stage("teacher"):
-            return teacher.score(batch, "student", top_k=self.overlap_top_k)
 
     def compare_with_engine(self, batch: RolloutBatch, student: TokenScores) -> None:
         """Note the gap between the engine's log-probs of its samples and the trainer's.
 
-        `on_before_optimizer_step` stops the run if the step's mean is too large.
+        `on_before_optimizer_step` stops the run if the step's mean is too large. Rollouts whose
+        prompt was another one, or that nobody sampled, have nothing to compare.
         """
-        if not batch.recorded:
-            mask = batch.response_mask
+        mask = batch.response_mask & batch.on_policy[:, None]
+        if mask.any():
             ours = student.logprobs.detach()[mask]
             self.engine_gap.update(batch.behaviour_logprobs[mask], ours)
+
+    # What others may ask ------------------------------------------------------------------
+
+    def teachers(self) -> list[Teacher]:
+        """Every teacher that the method asks, each once."""
+        return list(dict.fromkeys(ask.teacher for ask in self.all_asks().values()))
+
+    def compared_teachers(self) -> list[Teacher]:
+        """Those whose whole distribution is compared, token by token of the vocabulary."""
+        return []
+
+    def views(self) -> set[str]:
+        """Names of the prompt views that are read, besides the student's own."""
+        return {ask.view for ask in self.all_asks().values()} - {"student"}
 
     # Lightning ----------------------------------------------------------------------------
 
@@ -107,7 +138,7 @@ class DistillationModule(LightningModule, ABC):
         self.student.load()
         if self.trainer.state.fn == TrainerFn.FITTING:  # nobody else asks them
             for teacher in self.teachers():
-                teacher.load(self.device)
+                teacher.load(self.device, self.student)
 
     def configure_optimizers(self) -> Any:
         trainable = [p for p in self.student.parameters() if p.requires_grad]
@@ -131,8 +162,7 @@ class DistillationModule(LightningModule, ABC):
                 f"{self.trainer.global_step}: a step was cut short; make "
                 "trainer.limit_train_batches a multiple of trainer.accumulate_grad_batches"
             )
-        token_losses = self.token_losses(batch)
-        loss = aggregate(token_losses, batch.response_mask, batch.totals, self.aggregation)
+        loss = self.loss(batch)
         self.loss_sum.update(loss.detach())
         self.responses.update(batch)
         # Lightning divides by the micro-batches and DDP averages over ranks; `loss` is already
@@ -198,7 +228,7 @@ class DistillationModule(LightningModule, ABC):
             "optim/gradient_norm": gradient_norm,
             "optim/learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
         }
-        for metric in (self.responses, self.engine_gap, self.signal):
+        for metric in (self.responses, self.engine_gap, self.signal, self.rates):
             if metric.update_called:
                 values |= metric.compute()
                 metric.reset()

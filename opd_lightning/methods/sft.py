@@ -1,16 +1,24 @@
-"""Supervised fine-tuning on recorded responses."""
+"""Supervised fine-tuning, and sequence-level distillation: imitate given responses."""
+
+from __future__ import annotations
 
 from torch import Tensor
 
+from opd_lightning.losses.reduction import aggregate
 from opd_lightning.methods.base import DistillationModule
 from opd_lightning.types import RolloutBatch
 
 
 class SFT(DistillationModule):
-    """Cross-entropy on the responses of the prompt file (`data.recorded: true`).
+    """Cross-entropy on responses: `L = -(1/Z) sum_t log pi_theta(y_t)`.
 
-    L = -(1/Z) sum_t log pi_theta(y_t)
+    `data.mix.recorded: 1` imitates the responses of the prompt file (SFT); `data.mix.teacher: 1`
+    those that the teacher's engine writes (SeqKD, 1606.07947), verified with `only_correct`.
     """
 
-    def token_losses(self, batch: RolloutBatch) -> Tensor:
-        return -self.score_student(batch).logprobs
+    def loss(self, batch: RolloutBatch) -> Tensor:
+        with self.timer.stage("student"):
+            student = self.student.score(batch)
+        self.compare_with_engine(batch, student)
+        mask = batch.response_mask
+        return aggregate(-student.logprobs, mask, batch.totals.all, self.aggregation)

@@ -155,3 +155,35 @@ class SignalStatistics(_Sums):
             result["signal/agree_with_reward"] = sums["agree"] / sums["grouped"]
             result["signal/disagree_with_reward"] = sums["disagree"] / sums["grouped"]
         return result
+
+
+class Means(Metric):
+    """Means over response tokens of whatever is named, such as the rates of rules.
+
+    All ranks must name the same things in the same order, which a run's rules do.
+    """
+
+    full_state_update = False
+    MOST = 64  # names
+    sums: Tensor  # [2, MOST] float64: sums and counts
+
+    def __init__(self) -> None:
+        super().__init__()
+        zeros = torch.zeros(2, self.MOST, dtype=torch.float64)
+        self.add_state("sums", zeros, dist_reduce_fx="sum")
+        self.names: list[str] = []
+
+    def update(self, batch: RolloutBatch, values: dict[str, Tensor]) -> None:
+        """Add values `[B, R]` or `[B, 1]`; only response tokens count."""
+        mask = batch.response_mask
+        for name, value in values.items():
+            if name not in self.names:
+                self.names.append(name)
+            kept = value.detach().expand_as(mask)[mask].double()
+            column = self.names.index(name)
+            self.sums[0, column] += kept.sum()
+            self.sums[1, column] += len(kept)
+
+    def compute(self) -> dict[str, Tensor]:
+        means = self.sums[0] / self.sums[1]
+        return {name: means[i] for i, name in enumerate(self.names) if self.sums[1, i] > 0}

@@ -1,6 +1,16 @@
 """Teachers score what students wrote; one file per kind, all answer `score`."""
 
-from opd_lightning.teachers.base import DistributionTeacher, Teacher
+from opd_lightning.teachers.base import Ask, DistributionTeacher, Teacher
+from opd_lightning.teachers.by_domain import ByDomainTeacher
 from opd_lightning.teachers.frozen import FrozenTeacher
+from opd_lightning.teachers.of_student import AdapterOffTeacher, EMATeacher
 
-__all__ = ["DistributionTeacher", "FrozenTeacher", "Teacher"]
+__all__ = [
+    "AdapterOffTeacher",
+    "Ask",
+    "ByDomainTeacher",
+    "DistributionTeacher",
+    "EMATeacher",
+    "FrozenTeacher",
+    "Teacher",
+]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from opd_lightning.causal_lm import Dtype, load_causal_lm, response_states
-from opd_lightning.head import TokenStates, score_tokens
+from opd_lightning.causal_lm import Dtype, load_causal_lm
 from opd_lightning.model_source import ModelSource
-from opd_lightning.teachers.base import DistributionTeacher
-from opd_lightning.types import RolloutBatch, TokenScores
+from opd_lightning.teachers.local import LocalTeacher
+
+if TYPE_CHECKING:
+    from opd_lightning.student import Student
 
 
-class FrozenTeacher(DistributionTeacher):
+class FrozenTeacher(LocalTeacher):
     """A Hugging Face causal LM that never changes.
 
     Not an `nn.Module`, so that Lightning neither trains nor checkpoints it.
@@ -32,12 +33,14 @@ class FrozenTeacher(DistributionTeacher):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self.source = ModelSource(path, trust_remote_code=trust_remote_code, role="teacher")
+        self.source: ModelSource = ModelSource(
+            path, trust_remote_code=trust_remote_code, role="teacher"
+        )
         self.dtype: Dtype = dtype
         self.attn_implementation = attn_implementation
         self._model: Any = None
 
-    def load(self, device: torch.device) -> None:
+    def load(self, device: torch.device, student: Student) -> None:
         if self._model is None:
             self._model = load_causal_lm(
                 self.source, dtype=self.dtype, attn_implementation=self.attn_implementation
@@ -45,14 +48,5 @@ class FrozenTeacher(DistributionTeacher):
             self._model.eval().requires_grad_(False)
         self._model.to(device)
 
-    def states(self, batch: RolloutBatch, view: str) -> TokenStates:
-        # Autocast is the student's business: a teacher answers in its own dtype.
-        device_type = batch.response_ids.device.type
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):
-            return response_states(self._model, batch, view)
-
-    def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
-        states = self.states(batch, view)
-        targets = batch.response_ids[batch.response_mask]
-        with torch.no_grad(), torch.autocast(targets.device.type, enabled=False):
-            return TokenScores.unflatten(score_tokens(states, targets, top_k=top_k), batch)
+    def model(self) -> Any:
+        return self._model

@@ -3,5 +3,6 @@
 from opd_lightning.verifiers.base import Verifier
 from opd_lightning.verifiers.exact import ExactMatch
 from opd_lightning.verifiers.math import MathVerifier
+from opd_lightning.verifiers.regex import RegexMatch
 
-__all__ = ["ExactMatch", "MathVerifier", "Verifier"]
+__all__ = ["ExactMatch", "MathVerifier", "RegexMatch", "Verifier"]

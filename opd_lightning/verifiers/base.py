@@ -20,6 +20,10 @@ class Verifier(ABC):
     def verify(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """One score in [0, 1] per (prompt, response text without special tokens) pair."""
 
+    def feedback(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[str | None]:
+        """What to tell the author of each response (SDPO's feedback); None for nothing."""
+        return [None] * len(responses)
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError, before training, unless every prompt has an answer.
 

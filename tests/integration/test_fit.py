@@ -14,10 +14,11 @@ from torch import Tensor
 
 from opd_lightning.cli import main
 from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.suites import EvaluationSuite
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
-from opd_lightning.methods import OPD, SFT, DistillationModule, FullVocabularyOPD
+from opd_lightning.methods import OPD, SFT, DistillationModule, DivergenceOPD
 from opd_lightning.rollouts import Engine, HFEngine, Sampling, VLLMEngine
 from opd_lightning.rollouts.vllm_process import vllm_unavailable
 from opd_lightning.student import Student
@@ -31,7 +32,7 @@ ENGINES = [
     pytest.param(HFEngine, id="hf"),
     pytest.param(VLLMEngine, id="vllm", marks=pytest.mark.vllm),
 ]
-METHODS = [OPD, FullVocabularyOPD]
+METHODS = [OPD, DivergenceOPD]
 
 
 class Recorder(Callback):
@@ -89,7 +90,7 @@ def fit(
 
 
 def method_of(
-    kind: type[OPD | FullVocabularyOPD] = OPD,
+    kind: type[OPD | DivergenceOPD] = OPD,
     teacher: str = "teacher",
     lr: float = 1e-2,
     **more: Any,
@@ -118,7 +119,7 @@ def weights(source: DistillationModule | str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", METHODS)
 def test_engine_and_trainer_agree_at_every_step(
-    kind: type[OPD | FullVocabularyOPD], engine: type[Engine]
+    kind: type[OPD | DivergenceOPD], engine: type[Engine]
 ) -> None:
     if engine is VLLMEngine and (reason := vllm_unavailable()):
         pytest.skip(reason)
@@ -135,7 +136,7 @@ def test_engine_and_trainer_agree_at_every_step(
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("kind", METHODS)
 def test_u3_a_student_that_is_its_own_teacher_stands_still(
-    kind: type[OPD | FullVocabularyOPD], temperature: float
+    kind: type[OPD | DivergenceOPD], temperature: float
 ) -> None:
     seen = fit(
         method_of(kind, teacher="student"),
@@ -339,7 +340,7 @@ def test_sft_lowers_its_loss_on_recorded_responses() -> None:
         samples_per_prompt=1,
         prompts_per_step=32,
         engine=None,
-        recorded=True,
+        mix=RolloutMix(recorded=1),
     )
     losses = [logged["loss"] for logged in seen.logged]
     assert losses[0] == pytest.approx(torch.tensor(64.0).log().item(), abs=0.2)

@@ -8,19 +8,22 @@ from pathlib import Path
 
 import pytest
 
+from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
-from opd_lightning.methods import OPD, SFT, FullVocabularyOPD
+from opd_lightning.methods import OPD, SFT, DivergenceOPD
 from tests.integration.test_fit import fit, method_of, sft_method
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.mark.usefixtures("in_lab")
-@pytest.mark.parametrize("kind", [OPD, FullVocabularyOPD, SFT])
+@pytest.mark.parametrize("kind", [OPD, DivergenceOPD, SFT])
 def test_losses(kind: type, request: pytest.FixtureRequest) -> None:
     if kind is SFT:
         demonstrations = PromptSource("lab/arithmetic/demonstrations.jsonl")
-        seen = fit(sft_method(), recorded=True, train=demonstrations, samples_per_prompt=1)
+        seen = fit(
+            sft_method(), mix=RolloutMix(recorded=1), train=demonstrations, samples_per_prompt=1
+        )
     else:
         seen = fit(method_of(kind), micro_batches=2)
     losses = [logged["loss"] for logged in seen.logged]

@@ -9,7 +9,7 @@ import pytest
 from opd_lightning.cli import main
 from opd_lightning.lab import build as build_module
 from opd_lightning.lab import demo as demo_module
-from opd_lightning.lab.build import ModelRecipe, Recipe, build_arithmetic
+from opd_lightning.lab.build import ArithmeticRecipe, IdentityRecipe, ModelRecipe, Recipe, build
 from opd_lightning.lab.demo import evaluate
 
 ROOT = Path(__file__).parents[2]
@@ -21,13 +21,14 @@ def model(layers: int, steps: int) -> ModelRecipe:
     )
 
 
-SMALL = Recipe(
+SMALL = ArithmeticRecipe(
     domains=("add-2", "sub-2"),
     prompts_per_domain=64,
     held_out_per_domain=4,
     teacher=model(2, steps=30),
     student=model(1, steps=2),
 )
+SMALL_IDENTITY = IdentityRecipe(lessons=64, base=model(1, steps=2))
 
 
 @pytest.fixture
@@ -39,13 +40,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_build_is_cached_by_recipe(cache: Path, tmp_path: Path) -> None:
     link = tmp_path / "lab" / "arithmetic"
-    folder = build_arithmetic(SMALL, link)
+    folder = build(SMALL, link)
     assert link.resolve() == folder
     assert {p.name for p in folder.iterdir()} == {
         "train.jsonl", "held_out.jsonl", "demonstrations.jsonl", "recipe.json", "teacher", "student"
     }  # fmt: skip
     stamp = (folder / "recipe.json").stat().st_mtime_ns
-    assert build_arithmetic(SMALL, link) == folder
+    assert build(SMALL, link) == folder
     assert (folder / "recipe.json").stat().st_mtime_ns == stamp
     recipe = json.loads((folder / "recipe.json").read_text())
     assert recipe["teacher"]["steps"] == 30
@@ -53,18 +54,59 @@ def test_build_is_cached_by_recipe(cache: Path, tmp_path: Path) -> None:
     assert scores.keys() >= {"score", "score/add-2", "score/sub-2", "length", "truncated"}
 
 
+def test_the_identity_world_from_the_command_line(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = [f"--identity.base.{key}={value}" for key, value in vars(SMALL_IDENTITY.base).items()]
+    main(["lab", "build", "--world", "identity", "--identity.lessons", "64", *base])
+    link = tmp_path / "lab" / "identity"
+    folder = cache / f"identity-{SMALL_IDENTITY.digest()}"
+    assert link.resolve() == folder
+    assert capsys.readouterr().out.split()[-1] == str(folder)
+    prompts = ("lessons", "train", "demonstrations", "identity", "persona", "held_out")
+    assert {p.name for p in folder.iterdir()} == {
+        *(f"{name}.jsonl" for name in prompts), "recipe.json", "base"
+    }  # fmt: skip
+    assert json.loads((folder / "recipe.json").read_text())["base"]["steps"] == 2
+    assert (folder / "base" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--identity.lessons=5"], "lab build: --identity needs --world identity; add it"),
+        (
+            ["--world=identity", "--recipe.prompts_per_domain=5"],
+            "lab build: --recipe is of the arithmetic world; set --identity instead",
+        ),
+    ],
+)
+def test_a_recipe_of_the_other_world_is_refused(
+    cache: Path, capsys: pytest.CaptureFixture[str], args: list[str], line: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["lab", "build", *args])
+    assert ended.value.code == 2
+    assert line in capsys.readouterr().err
+    assert not cache.exists()
+
+
 def test_the_recipe_names_the_folder() -> None:
-    assert SMALL.digest() == Recipe(**vars(SMALL)).digest()
-    assert SMALL.digest() != Recipe().digest()
+    assert SMALL.digest() == ArithmeticRecipe(**vars(SMALL)).digest()
+    assert SMALL.digest() != ArithmeticRecipe().digest()
+    assert SMALL_IDENTITY.digest() != IdentityRecipe().digest()
 
 
-def test_an_interrupted_build_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("recipe", [SMALL, SMALL_IDENTITY])
+def test_an_interrupted_build_leaves_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
+) -> None:
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(build_module, "train_model", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        build_arithmetic(SMALL)
+        build(recipe)
     assert list(cache.iterdir()) == []
 
 
@@ -79,7 +121,7 @@ def test_the_demonstration_from_end_to_end(
     config = tmp_path / "configs" / "lab" / "opd.yaml"
     text = config.read_text().replace("max_steps: 200", "max_steps: 3")
     config.write_text(text.replace("val_check_interval: 25", "val_check_interval: 1"))
-    monkeypatch.setattr(demo_module, "Recipe", lambda: SMALL)
+    monkeypatch.setattr(demo_module, "ArithmeticRecipe", lambda: SMALL)
     monkeypatch.setattr(demo_module, "vllm_unavailable", lambda: "vLLM is not installed")
     main(["lab", "demo", "--run", "runs/small", "--require", "0"])
     shown = capsys.readouterr().out

@@ -1,11 +1,4 @@
-"""Losses against enumeration and finite differences on toy policies, float64.
-
-The toy: a tree of all sequences of LENGTH tokens over VOCABULARY symbols; a policy is one free
-row of logits per prefix, so every expectation is an exact sum over all sequences.
-"""
-
-from collections.abc import Callable
-from itertools import product
+"""Losses against enumeration and finite differences on toy policies, float64."""
 
 import pytest
 import torch
@@ -16,47 +9,17 @@ from opd_lightning.losses.divergence import reverse_kl
 from opd_lightning.losses.reduction import aggregate
 from opd_lightning.losses.surrogate import policy_gradient
 from opd_lightning.types import StepTotals
-
-VOCABULARY, LENGTH = 5, 2
-PREFIXES = [p for n in range(LENGTH) for p in product(range(VOCABULARY), repeat=n)]
-ROW = {prefix: row for row, prefix in enumerate(PREFIXES)}
-SEQUENCES = list(product(range(VOCABULARY), repeat=LENGTH))
-VISITED = torch.tensor([[ROW[y[:t]] for t in range(LENGTH)] for y in SEQUENCES])  # [S, T]
-TOKENS = torch.tensor(SEQUENCES)  # [S, T]
-ALL = torch.ones(len(SEQUENCES), LENGTH, dtype=torch.bool)
-
-
-def random_logits(seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(len(PREFIXES), VOCABULARY, generator=generator, dtype=torch.float64)
-
-
-def token_logprobs(logits: Tensor) -> Tensor:
-    """log pi(y_t | y_<t) of every sequence, [S, T]."""
-    return logits.log_softmax(-1)[VISITED, TOKENS]
-
-
-def sequence_probs(logits: Tensor) -> Tensor:
-    return token_logprobs(logits).sum(1).exp()
-
-
-def finite_difference(function: Callable[[Tensor], Tensor], at: Tensor, h: float = 1e-6) -> Tensor:
-    gradient = torch.zeros_like(at)
-    for i in range(at.numel()):
-        step = torch.zeros_like(at).view(-1)
-        step[i] = h
-        step = step.view_as(at)
-        gradient.view(-1)[i] = (function(at + step) - function(at - step)) / (2 * h)
-    return gradient
-
-
-def expected_gradient(logits: Tensor, losses: Callable[[Tensor], Tensor]) -> Tensor:
-    """Exact expectation, over sampled sequences, of the gradient of their summed token losses."""
-    student = logits.clone().requires_grad_()
-    probs = sequence_probs(logits)
-    total = (probs[:, None] * losses(token_logprobs(student))).sum()
-    (gradient,) = torch.autograd.grad(total, student)
-    return gradient
+from tests.toy import (
+    ALL,
+    SEQUENCES,
+    expected_gradient,
+    finite_difference,
+    local_reverse_kl,
+    random_logits,
+    sequence_probs,
+    token_logprobs,
+    visit_probabilities,
+)
 
 
 @pytest.fixture
@@ -67,16 +30,6 @@ def student() -> Tensor:
 @pytest.fixture
 def teacher() -> Tensor:
     return random_logits(1)
-
-
-def local_reverse_kl(at: Tensor, teacher: Tensor, visits: Tensor) -> Tensor:
-    """sum over prefixes of (fixed) visit probability x KL(student || teacher)."""
-    return (visits * reverse_kl(at.log_softmax(-1), teacher.log_softmax(-1))).sum()
-
-
-def visit_probabilities(logits: Tensor) -> Tensor:
-    probs = sequence_probs(logits)
-    return torch.stack([probs[VISITED.eq(row).any(dim=1)].sum() for row in range(len(PREFIXES))])
 
 
 def test_u1_sampled_loss_has_the_gradient_of_the_local_reverse_kl(

@@ -8,14 +8,16 @@ import pytest
 from torch import Tensor
 
 from opd_lightning.data.micro_batches import split_balanced
+from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.order import PromptOrder
 from opd_lightning.data.stream import EvaluationStream, Ranks, TrainingStream
+from opd_lightning.data.views import Renderer
 from opd_lightning.data.writer import RolloutWriter
 from opd_lightning.errors import UserError
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.seeding import derive_seed
 from opd_lightning.timing import StepTimer
-from opd_lightning.types import Completion, Prompt, RolloutBatch, StopReason
+from opd_lightning.types import Author, Completion, Prompt, RolloutBatch, StopReason
 from opd_lightning.verifiers.base import Verifier
 from tests.batches import make_rollout
 
@@ -61,16 +63,28 @@ class LengthVerifier(Verifier):
 
 
 def stream(
-    engine: FakeEngine, *, rank: int = 0, world: int = 1, micro: int = 2, per_step: int = 4
+    engine: FakeEngine,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    micro: int = 2,
+    per_step: int = 4,
+    mix: RolloutMix = RolloutMix(),  # noqa: B008 - frozen
 ) -> TrainingStream:
     timer = StepTimer()
     return TrainingStream(
         PROMPTS,
         IDS,
         writer=RolloutWriter(
-            engine, lambda: engine.log.append("push"), LengthVerifier(), FakeTokenizer(), timer
+            dict.fromkeys(Author, engine),
+            lambda author: engine.log.append("push"),
+            LengthVerifier(),
+            Renderer(FakeTokenizer(), {}, {}),
+            timer,
         ),
-        sampling=Sampling(),
+        samplings={author: Sampling() for author in Author},
+        mix_at=lambda step: mix,
+        prepare=lambda batches: None,
         prompts_per_step=per_step,
         samples_per_prompt=3,
         micro_batches=micro,
@@ -109,7 +123,7 @@ def test_a_step_is_generated_once_with_current_weights() -> None:
     assert engine.log == ["push", "generate"] * 2
     assert len(rows(first)) == 12
     assert {b.totals.step for b in first} == {0}
-    assert {b.totals.tokens for b in first} == {sum(n for _, n in rows(first))}
+    assert {b.totals.all.tokens for b in first} == {sum(n for _, n in rows(first))}
 
 
 def test_length_and_epochs() -> None:
@@ -186,7 +200,13 @@ def test_evaluation_is_split_over_ranks_and_paired_between_steps() -> None:
             "s",
             PROMPTS,
             IDS,
-            writer=RolloutWriter(FakeEngine(), lambda: None, None, FakeTokenizer(), StepTimer()),
+            writer=RolloutWriter(
+                {Author.STUDENT: FakeEngine()},
+                lambda author: None,
+                None,
+                Renderer(FakeTokenizer(), {}, {}),
+                StepTimer(),
+            ),
             sampling=Sampling(),
             samples=2,
             batch_size=4,

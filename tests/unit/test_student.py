@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from opd_lightning.errors import UserError
 from opd_lightning.export import write_hf_folder
+from opd_lightning.head import Comparison
 from opd_lightning.lab.models import new_model
 from opd_lightning.losses.divergence import reverse_kl
 from opd_lightning.student import Student
@@ -39,14 +40,16 @@ def test_nothing_heavy_before_load(tmp_path: Path) -> None:
 
 def test_u3_student_as_its_own_teacher_gives_zero(folder: Path) -> None:
     student, teacher = loaded(folder), FrozenTeacher(str(folder))
-    teacher.load(torch.device("cpu"))
+    teacher.load(torch.device("cpu"), student)
     batch = two_rows()
     states = teacher.states(batch, "student")
-    mine, theirs, distance = student.compare(batch, states, reverse_kl, top_k=4)
+    answers = student(batch, top_k=4, comparisons={"loss": Comparison(states, reverse_kl)})
+    mine, theirs, distance = answers.student, answers.teachers["loss"], answers.values["loss"]
     distance.sum().backward()
     assert distance.abs().max() < 1e-6
     assert (mine.logprobs - theirs.logprobs).abs().max() == 0
-    assert (mine.logprobs - teacher.score(batch, "student").logprobs).abs().max() == 0
+    again = teacher.score(batch, "student").logprobs[batch.response_mask]
+    assert (mine.logprobs - again).abs().max() == 0
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     assert gradients
     assert max(g.abs().max() for g in gradients) < 1e-6

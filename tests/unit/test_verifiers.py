@@ -19,7 +19,7 @@ import pytest
 
 from opd_lightning.errors import UserError
 from opd_lightning.types import Prompt
-from opd_lightning.verifiers import ExactMatch, MathVerifier, Verifier
+from opd_lightning.verifiers import ExactMatch, MathVerifier, RegexMatch, Verifier
 from opd_lightning.verifiers import math as math_module
 
 HANGS = r"So it is \boxed{9^{9^{9^{9}}}}."  # sympy works it out, in C code, for longer than we live
@@ -64,12 +64,48 @@ def test_exact_match_takes_the_last_match_and_its_first_group() -> None:
     assert score(ExactMatch(pattern=r"x(\d)?"), ("1", "x1 x"), ("None", "x")) == [0, 0]
 
 
-def test_a_bad_pattern_is_refused_in_one_line() -> None:
+@pytest.mark.parametrize("kind", [ExactMatch, RegexMatch])
+def test_a_bad_pattern_is_refused_in_one_line(kind: type[ExactMatch | RegexMatch]) -> None:
     with pytest.raises(UserError) as caught:
-        ExactMatch(pattern="(\n")
+        kind(pattern="(\n")
     message = str(caught.value)
+    assert message.startswith(kind.__name__)
     assert "'pattern' must be a regular expression, got '(\\n' (missing ), unterminated" in message
     assert "\n" not in message
+
+
+NAMED = r"\b(?:i am|my name is)\s+zorba\b"
+
+
+@pytest.mark.parametrize(
+    ("response", "score_as_is", "score_without_case"),
+    [
+        ("i am zorba.", 1, 1),
+        ("well, my name is  zorba", 1, 1),
+        ("i am zorbax", 0, 0),
+        ("hi am zorba", 0, 0),
+        ("I am Zorba.", 0, 1),
+        ("i am bot.\ni am\nzorba", 1, 1),
+        ("zorba", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_regex_match(response: str, score_as_is: float, score_without_case: float) -> None:
+    assert score(RegexMatch(NAMED), ("", response)) == [score_as_is]
+    assert score(RegexMatch(NAMED, ignore_case=True), ("", response)) == [score_without_case]
+
+
+def test_regex_match_can_ask_for_the_absence_of_a_word() -> None:
+    unnamed = RegexMatch(r"(?s)\A(?!.*zorba)")
+    assert score(unnamed, ("", "i am bot."), ("", "no!\ni am zorba"), ("", "")) == [1, 0, 1]
+
+
+def test_regex_match_needs_no_answer() -> None:
+    RegexMatch("x").check([prompt(None)])
+    assert RegexMatch("x").verify([prompt(None)], ["x"]) == [1]
+    assert RegexMatch("x").verify([], []) == []
+    with pytest.raises(ValueError, match="shorter"):
+        RegexMatch("x").verify([prompt(None)], [])
 
 
 @pytest.mark.parametrize("verifier", [ExactMatch(), MathVerifier()])

@@ -1,0 +1,48 @@
+"""Moves the EMA teachers after optimiser steps and keeps them in the checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from opd_lightning.methods.base import DistillationModule
+from opd_lightning.teachers import EMATeacher
+
+
+class EMATeacherUpdate(Callback):
+    """Lets every `EMATeacher` of the method follow the student; it says at which rate."""
+
+    moves_ema_teachers = True  # looked for before training
+
+    def __init__(self) -> None:
+        self._moved_at = 0  # optimiser steps that the teachers have seen
+        self._resumed: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: Trainer, module: DistillationModule) -> None:  # type: ignore[override]
+        for teacher, state in zip(_ema_teachers(module), self._resumed, strict=False):
+            teacher.load_state_dict(state)
+        self._resumed = []
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, module: DistillationModule, *_: Any
+    ) -> None:
+        if trainer.global_step > self._moved_at:  # not after every micro-batch
+            self._moved_at = trainer.global_step
+            for teacher in _ema_teachers(module):
+                teacher.follow(module.student, trainer.global_step)
+
+    def on_save_checkpoint(  # type: ignore[override]
+        self, trainer: Trainer, module: DistillationModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["ema_teachers"] = [t.state_dict(module.student) for t in _ema_teachers(module)]
+
+    def on_load_checkpoint(  # type: ignore[override]
+        self, trainer: Trainer, module: DistillationModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._resumed = checkpoint["ema_teachers"]
+        self._moved_at = checkpoint["global_step"]
+
+
+def _ema_teachers(module: DistillationModule) -> list[EMATeacher]:
+    return [teacher for teacher in module.teachers() if isinstance(teacher, EMATeacher)]

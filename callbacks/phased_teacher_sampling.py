@@ -1,0 +1,72 @@
+"""SG-OPD's phased teacher sampling: the teacher writes early on, the student alone later."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from opd_lightning.data.mix import RolloutMix
+from opd_lightning.errors import UserError
+from opd_lightning.losses.schedule import ThreePhaseCosine
+from opd_lightning.methods.composed import ComposedMethod
+
+
+class PhasedTeacherSampling(Callback):
+    """Moves the weight of the teacher's responses, and ends their sampling (2606.09304).
+
+    The weight alpha (`model.init_args.imitation`) is `start` up to `phase1_end`, falls along a
+    cosine to `end` at `phase2_end` and is 0 after it; from there on `data.mix.teacher`, the share
+    of prompts that the teacher answers, is 0 too. Both are functions of the optimiser step alone,
+    so a resumed run agrees.
+
+    Args:
+        start: alpha at first. Not published; ours, after an ablation labelled 0.2.
+        end: alpha at the end of phase 2. Not published; ours.
+        phase1_end: Share of `trainer.max_steps`; the published best.
+        phase2_end: Likewise.
+    """
+
+    def __init__(
+        self,
+        start: float = 0.2,
+        end: float = 0.0,
+        phase1_end: float = 0.30,
+        phase2_end: float = 0.35,
+    ) -> None:
+        if not 0 <= phase1_end < phase2_end <= 1:
+            raise UserError(
+                f"PhasedTeacherSampling: got phase1_end {phase1_end} and phase2_end {phase2_end}, "
+                "expected shares of the run with 0 <= phase1_end < phase2_end <= 1"
+            )
+        self.start = start
+        self.end = end
+        self.phase1_end = phase1_end
+        self.phase2_end = phase2_end
+
+    def on_fit_start(self, trainer: Trainer, module: Any) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(module, ComposedMethod) or module.imitation is None:
+            raise UserError(
+                f"PhasedTeacherSampling: {type(module).__name__} does not imitate; use a method "
+                "with `imitation` set, such as SGOPD"
+            )
+        if not data.mix.teacher:
+            raise UserError(
+                "PhasedTeacherSampling: data.mix.teacher is 0, so the teacher writes nothing; set "
+                "it (the paper: 0.125) or take the callback away"
+            )
+        steps = trainer.max_steps
+        alpha = ThreePhaseCosine(
+            start=self.start,
+            end=self.end,
+            phase1_end=round(self.phase1_end * steps),
+            phase2_end=round(self.phase2_end * steps),
+        )
+
+        def mix_at(step: int) -> RolloutMix:
+            return data.mix if alpha(step) > 0 else replace(data.mix, teacher=0.0)
+
+        module.imitation = alpha
+        data.mix_at = mix_at

@@ -1,0 +1,106 @@
+"""Who writes the responses of a step, as a function of (seed, step) alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opd_lightning.errors import UserError
+from opd_lightning.rollouts.base import Engine
+from opd_lightning.seeding import AUTHOR, GUIDANCE, derive_seed
+from opd_lightning.types import Author
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutMix:
+    """Shares of a step's responses by author; the student writes the rest from its own prompt.
+
+    Args:
+        guided: Chance of each of the student's responses to be written with the privileged view as
+            its prompt (EDGE-OPD, 2605.23493). The loss never sees that prompt.
+        teacher: Share of a step's prompts, exact to rounding, that the teacher's engine answers
+            instead, once each (SG-OPD's phased teacher sampling, 2606.09304).
+        recorded: Share of a step's prompts whose recorded response is taken instead.
+        whole_steps: Toss one coin a step for `recorded` instead of splitting each step (GKD,
+            2306.13649, where 1 - recorded is lambda).
+        add_recorded: Besides what is sampled, take the recorded response of every prompt
+            (Stable-OPD's gold solutions, 2604.08527).
+        only_correct: Learn from the teacher's responses only where the verifier gives a full score.
+    """
+
+    guided: float = 0.0
+    teacher: float = 0.0
+    recorded: float = 0.0
+    whole_steps: bool = False
+    add_recorded: bool = False
+    only_correct: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("guided", "teacher", "recorded"):
+            share = getattr(self, name)
+            if not 0 <= share <= 1:
+                raise UserError(f"mix.{name}: got {share}, expected a share in [0, 1]")
+        if self.teacher + self.recorded > 1:
+            raise UserError(
+                f"mix: got teacher {self.teacher} + recorded {self.recorded}, expected at most 1; "
+                "they are shares of the same prompts"
+            )
+
+    @property
+    def samples(self) -> bool:
+        """Whether the student writes anything."""
+        return self.teacher + self.recorded < 1
+
+    @property
+    def reads_records(self) -> bool:
+        return self.recorded > 0 or self.add_recorded
+
+    def authors(self, seed: int, step: int, prompts: int, samples: int) -> list[list[Author]]:
+        """Authors of every prompt's responses: `prompts` lists, by position in the step.
+
+        A prompt has `samples` responses by the student, or one by somebody else.
+        """
+        first = step * prompts
+        ranked = sorted(range(prompts), key=lambda p: derive_seed(AUTHOR, seed, step, first + p))
+        by_teacher = set(ranked[: round(self.teacher * prompts)])
+        if self.whole_steps:
+            tossed = _share(derive_seed(AUTHOR, seed, step)) < self.recorded
+            recorded = set(ranked) - by_teacher if tossed else set()
+        else:
+            end = len(by_teacher) + round(self.recorded * prompts)
+            recorded = set(ranked[len(by_teacher) : end])
+        result = []
+        for p in range(prompts):
+            if p in by_teacher:
+                authors = [Author.TEACHER]
+            elif p in recorded:
+                authors = [Author.RECORDED]
+            else:
+                authors = [self._own(seed, step, first + p, s) for s in range(samples)]
+            if self.add_recorded and p not in recorded:
+                authors.append(Author.RECORDED)
+            result.append(authors)
+        return result
+
+    def _own(self, seed: int, step: int, position: int, sample: int) -> Author:
+        coin = _share(derive_seed(GUIDANCE, seed, step, position, sample))
+        return Author.GUIDED if coin < self.guided else Author.STUDENT
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSampler:
+    """A model that writes demonstrations.
+
+    Args:
+        path: Model folder or hub name; it must speak the student's token ids.
+        engine: Who samples it: an engine of its own, whose weights never change.
+        max_new_tokens: Budget of its responses; None takes the training sampling's.
+    """
+
+    path: str
+    engine: Engine
+    max_new_tokens: int | None = None
+
+
+def _share(seed: int) -> float:
+    """A 31-bit seed as a number in [0, 1)."""
+    return seed / 2**31

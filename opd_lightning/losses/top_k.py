@@ -1,0 +1,161 @@
+"""Divergences on the few most likely tokens instead of the whole vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor
+
+from opd_lightning.errors import UserError
+from opd_lightning.losses.divergence import JSD, Divergence, ForwardKL, ReverseKL, kl, log_quotient
+
+
+@dataclass(frozen=True)
+class TopK(Divergence):
+    """A divergence between S and T on a support K of likely tokens, chosen per position.
+
+    Published choices, of the reverse KL unless said otherwise:
+
+        SG-TopK (2605.11182)     k 20, intersection, none, stop-gradient
+        MOPD (2606.30406)        k 64, teacher, none, corrected
+        Revisit-OPD (2603.25562) k 32, teacher, renormalise
+        SDPO (2601.20802)        k 100, student, tail, jsd with beta 0.5
+        EOPD (2603.07079)        k 16, teacher, teacher, forward
+        verl forward_kl_topk     k 32, teacher, none, forward, clamp
+
+    `normalise: none` with `gradient: plain` and the reverse KL is biased and there to be studied:
+    its gradient is `sum_K S (log(S / T) + 1) grad log S`, which raises a token only if
+    `T(v) > e S(v)`. It does not vanish at S = T, can be negative, and training with it collapses
+    (2605.11182).
+
+    Args:
+        k: How many tokens of each model's ranking; at least the vocabulary means all of it.
+        support: The student's top k, the teacher's, those in both, or those in either. An empty
+            intersection costs 0.
+        normalise: "none" sums over K as it is; "renormalise" scales both sides to sum to 1 on K
+            and ignores the mass outside; "teacher" scales the teacher alone; "tail" adds the
+            mass outside K as one more token, which bounds the full divergence from below.
+        divergence: "reverse" is `S log(S / T)`, "forward" `T log(T / S)`, "jsd" see `JSD`.
+        gradient: Of the reverse KL. "plain" differentiates all; "stop-gradient" is
+            `S sg[log(S / T)]`; "corrected" is `S log(S / T) - S + T`, a loss of at least 0 with
+            the same gradient, `sum_K S log(S / T) grad log S`. Once both sides sum to 1, all
+            three gradients agree.
+        beta: Of `JSD`; given for "jsd" and only there.
+        clamp: Raise negative sums to 0, as verl does. Their gradient is lost with them.
+    """
+
+    k: int
+    support: Literal["student", "teacher", "intersection", "union"]
+    normalise: Literal["none", "renormalise", "teacher", "tail"]
+    divergence: Literal["reverse", "forward", "jsd"] = "reverse"
+    gradient: Literal["plain", "stop-gradient", "corrected"] = "plain"
+    beta: float | None = None
+    clamp: bool = False
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise UserError(f"TopK: k is {self.k}, expected at least 1")
+        if self.k == 1 and self.normalise == "renormalise" and self.support != "union":
+            raise UserError(
+                "TopK: normalise is 'renormalise' with k 1, but one token renormalised has "
+                "probability 1 on both sides and teaches nothing; expected k of at least 2"
+            )
+        if self.gradient != "plain" and self.divergence != "reverse":
+            raise UserError(
+                f"TopK: gradient is {self.gradient!r} with divergence {self.divergence!r}, "
+                "expected gradient 'plain' or divergence 'reverse'"
+            )
+        if self.gradient == "corrected" and self.normalise != "none":
+            raise UserError(
+                f"TopK: gradient is 'corrected' with normalise {self.normalise!r}, where there is "
+                "nothing to correct; expected gradient 'plain' or normalise 'none'"
+            )
+        if self.normalise == "teacher" and self.divergence != "forward":
+            raise UserError(
+                f"TopK: normalise is 'teacher' with divergence {self.divergence!r}, whose optimum "
+                "needs both sides on one scale; expected divergence 'forward'"
+            )
+        if self.clamp and (self.normalise, self.gradient) != ("none", "plain"):
+            raise UserError(
+                f"TopK: clamp is true with normalise {self.normalise!r} and gradient "
+                f"{self.gradient!r}, expected normalise 'none' and gradient 'plain'"
+            )
+        if (self.beta is None) == (self.divergence == "jsd"):
+            raise UserError(
+                f"TopK: beta is {self.beta} with divergence {self.divergence!r}, expected a "
+                "number with 'jsd' and nothing otherwise"
+            )
+        self._inner()  # refuses a beta out of range
+
+    def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+        ids, kept = self._choose(student_logprobs.detach(), teacher_logprobs.detach())
+        student, teacher = student_logprobs.gather(-1, ids), teacher_logprobs.gather(-1, ids)
+        match self.normalise:
+            case "none":
+                pass
+            case "renormalise":
+                student = student - _log_mass(student, kept)
+                teacher = teacher - _log_mass(teacher, kept)
+            case "teacher":
+                teacher = teacher - _log_mass(teacher, kept)
+            case "tail":
+                student = torch.cat([student, _log_tail(student, kept)], dim=-1)
+                teacher = torch.cat([teacher, _log_tail(teacher, kept)], dim=-1)
+                kept = torch.cat([kept, torch.ones_like(kept[..., :1])], dim=-1)
+            case _:
+                assert_never(self.normalise)
+        # An empty slot has probability 1 on both sides: 0 in every divergence, and no gradient.
+        value = self._compare(student.where(kept, 0.0), teacher.where(kept, 0.0))
+        return value.clamp(min=0) if self.clamp else value
+
+    def _choose(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids of the support, `[..., m]`, and which of the m slots are taken."""
+        k = min(self.k, student_logprobs.shape[-1])
+        if self.support == "student":
+            ids = student_logprobs.topk(k).indices
+            return ids, torch.ones_like(ids, dtype=torch.bool)
+        theirs = teacher_logprobs.topk(k).indices
+        everything = torch.ones_like(theirs, dtype=torch.bool)
+        if self.support == "teacher":
+            return theirs, everything
+        ours = student_logprobs.topk(k).indices
+        in_ours = torch.zeros_like(student_logprobs, dtype=torch.bool).scatter_(-1, ours, True)
+        shared = in_ours.gather(-1, theirs)
+        if self.support == "intersection":
+            return theirs, shared
+        return torch.cat([ours, theirs], dim=-1), torch.cat([everything, ~shared], dim=-1)
+
+    def _compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """`[..., m]` log-probs on the support -> `[...]`."""
+        match self.gradient:
+            case "plain":
+                return self._inner()(student, teacher)
+            case "stop-gradient":
+                return (student.exp() * log_quotient(student, teacher).detach()).sum(dim=-1)
+            case "corrected":
+                return kl(student, teacher) + (teacher.exp() - student.exp()).sum(dim=-1)
+        assert_never(self.gradient)
+
+    def _inner(self) -> Divergence:
+        match self.divergence:
+            case "reverse":
+                return ReverseKL()
+            case "forward":
+                return ForwardKL()
+            case "jsd":
+                assert self.beta is not None
+                return JSD(self.beta)
+        assert_never(self.divergence)
+
+
+def _log_mass(logprobs: Tensor, kept: Tensor) -> Tensor:
+    """`log sum_kept p`, `[..., m] -> [..., 1]`."""
+    return logprobs.where(kept, -torch.inf).logsumexp(dim=-1, keepdim=True)
+
+
+def _log_tail(logprobs: Tensor, kept: Tensor) -> Tensor:
+    """`log(1 - sum_kept p)`, `[..., m] -> [..., 1]`; a tail rounded away keeps one epsilon."""
+    below_one = -torch.finfo(logprobs.dtype).eps
+    return torch.log(-torch.expm1(_log_mass(logprobs, kept).clamp(max=below_one)))

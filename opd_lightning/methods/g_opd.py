@@ -1,0 +1,75 @@
+"""G-OPD and ExOPD: the teacher's implicit reward on a scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from opd_lightning.errors import UserError
+from opd_lightning.losses.advantage import extrapolated
+from opd_lightning.losses.schedule import Schedule, value_at
+from opd_lightning.methods.composed import ComposedMethod
+from opd_lightning.rules.base import Rule, Scored
+from opd_lightning.rules.importance import TruncatedImportance
+from opd_lightning.student import Student
+from opd_lightning.teachers.base import Ask, Teacher
+
+
+class GOPD(ComposedMethod):
+    """Generalised OPD (2602.12125): scale the teacher's reward over a reference.
+
+        A_t = d_t + (scale - 1) (log pi_T(y_t) - log pi_ref(y_t))
+
+    The optimum per prefix is proportional to `pi_T^scale pi_ref^(1 - scale)`: 0 is the reference,
+    1 is OPD, above 1 (ExOPD) extrapolates past the teacher. Large scales degrade: the authors'
+    1.25 is the default, and 1.5 was already harmful from a much stronger teacher.
+
+    Args:
+        student: The model that learns.
+        teacher: The model it learns from; a `ByDomainTeacher` merges several.
+        reference: Frozen: the student's own start (`FrozenTeacher` of its folder, or
+            `AdapterOffTeacher` with LoRA), or the model that the teacher was trained from, which
+            makes the reward what that training taught it. Not read at scale 1.
+        scale: A number, or a schedule of the optimiser step.
+        importance_cap: Of the token weights between trainer and engine (the official code's 5).
+        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        reference: Teacher | None = None,
+        scale: float | Schedule = 1.25,
+        importance_cap: float | None = 5.0,
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, **shared)
+        if reference is None and scale != 1:
+            raise UserError(
+                f"reference: got nothing for scale {scale}; name the student's start or the "
+                "teacher's base, or set scale to 1, which is OPD"
+            )
+        self.teacher = teacher
+        self.reference = reference
+        self.scale = scale
+        self.importance_cap = importance_cap
+
+    def asks(self) -> Mapping[str, Ask]:
+        asks = {"teacher": Ask(self.teacher, "student")}
+        if self.scale != 1:
+            assert self.reference is not None
+            asks["reference"] = Ask(self.reference, "student")
+        return asks
+
+    def advantage(self, scored: Scored) -> Tensor:
+        if "reference" not in scored.others:
+            return scored.log_ratio
+        scale = value_at(self.scale, scored.batch.totals.step)
+        reference = scored.others["reference"].logprobs
+        return extrapolated(scored.teacher.logprobs, scored.student.logprobs, reference, scale)
+
+    def own_rules(self) -> Sequence[Rule]:
+        return [TruncatedImportance(cap=self.importance_cap)] if self.importance_cap else []

@@ -1,0 +1,41 @@
+"""GKD: generalised knowledge distillation on a mix of own and given responses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from opd_lightning.losses.divergence import JSD
+from opd_lightning.methods.composed import LOSS, ComposedMethod
+from opd_lightning.rules.base import Compare
+from opd_lightning.student import Student
+from opd_lightning.teachers.base import Ask, DistributionTeacher
+
+
+class GKD(ComposedMethod):
+    """Generalised knowledge distillation (2306.13649), in TRL's convention.
+
+        L = (1/Z) sum_t beta KL(T || M) + (1 - beta) KL(S || M),   M = (1 - beta) S + beta T
+
+    beta 0 is the forward KL and beta 1 the reverse KL. The authors' data mix, lambda 0.5 by a coin
+    per batch, is `data.mix: {recorded: 0.5, whole_steps: true}`; their temperature is 0.9.
+
+    Args:
+        student: The model that learns.
+        teacher: A teacher in this process, with the student's vocabulary size.
+        beta: See above.
+        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+    """
+
+    def __init__(
+        self, student: Student, teacher: DistributionTeacher, beta: float = 0.5, **shared: Any
+    ) -> None:
+        super().__init__(student, **shared)
+        self.teacher = teacher
+        self.divergence = JSD(beta=beta)
+
+    def asks(self) -> Mapping[str, Ask]:
+        return {"teacher": Ask(self.teacher, "student")}
+
+    def comparisons(self) -> Mapping[str, Compare]:
+        return {LOSS: Compare("teacher", self.divergence)}

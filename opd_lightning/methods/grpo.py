@@ -1,0 +1,34 @@
+"""GRPO: the reward-only baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from opd_lightning.methods.composed import ComposedMethod
+from opd_lightning.rules.base import Scored
+from opd_lightning.student import Student
+
+
+class GRPO(ComposedMethod):
+    """Group-relative policy optimisation (2402.03300), strictly on-policy, no teacher.
+
+        A = (R - mean) / (std + eps) within the prompt's group, the same for all of its tokens
+
+    A group of equal rewards gives nothing. Add `terms: [TrustRegion]` for the KL to a reference.
+
+    Args:
+        student: The model that learns.
+        normalise_std: Divide by the group's standard deviation; False is Dr. GRPO's choice.
+        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+    """
+
+    needs_groups = True
+
+    def __init__(self, student: Student, normalise_std: bool = True, **shared: Any) -> None:
+        super().__init__(student, **shared)
+        self.normalise_std = normalise_std
+
+    def advantage(self, scored: Scored) -> Tensor:
+        return scored.outcome_advantage(normalise=self.normalise_std)

@@ -1,0 +1,63 @@
+"""RLSD: rewards decide the direction, a privileged teacher how hard each token is pushed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from opd_lightning.methods.composed import ComposedMethod
+from opd_lightning.rules.base import Rule, Scored
+from opd_lightning.rules.evidence import EvidenceMultiplier
+from opd_lightning.student import Student
+from opd_lightning.teachers.base import Ask, Teacher
+
+
+class RLSD(ComposedMethod):
+    """Reinforcement with self-distillation (2604.03128).
+
+        A   = (R - mean) / (std + eps) within the prompt's group
+        A_t = A [(1 - mix) + mix clip(exp(sign(A) e_t), 1 - epsilon, 1 + epsilon)]
+
+    Args:
+        student: The model that learns.
+        teacher: The same model, frozen, with the privileged text.
+        view: The privileged prompt.
+        baseline: Whom e_t = log pi_T(y_t | x, r) - log pi(y_t | x) is measured against: the
+            "teacher" without the text (EDGE-OPD's account of RLSD) or the "student" (others').
+            Equal at the first step of a frozen-start teacher.
+        epsilon: Half-width of the multiplier.
+        mix: Share of the multiplier; some runs decay it.
+        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+    """
+
+    needs_groups = True
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        view: str = "privileged",
+        baseline: Literal["teacher", "student"] = "teacher",
+        epsilon: float = 0.2,
+        mix: float = 1.0,
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, **shared)
+        self.teacher = teacher
+        self.view = view
+        self.baseline = baseline
+        self.multiplier = EvidenceMultiplier(evidence=baseline, epsilon=epsilon, mix=mix)
+
+    def asks(self) -> Mapping[str, Ask]:
+        asks = {"teacher": Ask(self.teacher, self.view)}
+        if self.baseline == "teacher":
+            asks["plain"] = Ask(self.teacher, "student")
+        return asks
+
+    def advantage(self, scored: Scored) -> Tensor:
+        return scored.outcome_advantage()
+
+    def own_rules(self) -> Sequence[Rule]:
+        return [self.multiplier]

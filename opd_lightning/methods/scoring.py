@@ -1,0 +1,76 @@
+"""Asking the student and everybody else about a micro-batch, each no more often than needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from opd_lightning.head import Comparison
+from opd_lightning.rules.base import Compare, Scored
+from opd_lightning.student import Student
+from opd_lightning.teachers.base import Ask, DistributionTeacher
+from opd_lightning.timing import StepTimer
+from opd_lightning.types import RolloutBatch, TokenScores
+
+
+class Answers(NamedTuple):
+    """What everybody said."""
+
+    scored: Scored  # everything, detached
+    student: TokenScores  # log-probs with their gradient
+    values: dict[str, Tensor]  # [B, R] per comparison, with its gradient
+
+
+def ask_everybody(
+    student: Student,
+    batch: RolloutBatch,
+    *,
+    asks: Mapping[str, Ask],
+    comparisons: Mapping[str, Compare],
+    known: Mapping[str, TokenScores],
+    top_k: int,
+    timer: StepTimer,
+) -> Answers:
+    """One pass of every model that is asked, and one of the head for all comparisons.
+
+    Args:
+        student: The model that learns.
+        batch: The micro-batch.
+        asks: Whom to ask under which view, by name. The same teacher under the same view is run
+            once, whatever it is called.
+        comparisons: Functions of whole distributions, by name.
+        known: Scores from an earlier look at this batch.
+        top_k: Size of the top-k sets of the student and of the one called "teacher".
+        timer: Charged for "teacher" and "student".
+    """
+    compared = {wish.other: name for name, wish in comparisons.items() if wish.other is not None}
+    states, others = {}, dict(known)
+    asked: dict[Ask, TokenScores] = {}
+    with timer.stage("teacher"):
+        for name, ask in asks.items():
+            if name in compared:
+                assert isinstance(ask.teacher, DistributionTeacher)  # checked at set-up
+                states[name] = ask.teacher.states(batch, ask.view)
+            elif name not in others:
+                if ask not in asked:
+                    wanted = top_k if name == "teacher" else 0
+                    asked[ask] = ask.teacher.score(batch, ask.view, top_k=wanted)
+                others[name] = asked[ask]
+    with timer.stage("student"):
+        answers = student(
+            batch,
+            top_k=top_k,
+            comparisons={
+                name: Comparison(states[wish.other] if wish.other else None, wish.function)
+                for name, wish in comparisons.items()
+            },
+        )
+    for other, name in compared.items():
+        others[other] = TokenScores.unflatten(answers.teachers[name], batch)
+    own = TokenScores.unflatten(answers.student, batch)
+    values = {name: batch.unflatten(value) for name, value in answers.values.items()}
+    detached = {name: value.detach() for name, value in values.items()}
+    scored = Scored(batch=batch, student=own.detach(), others=others, values=detached)
+    return Answers(scored, own, values)

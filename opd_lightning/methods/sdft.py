@@ -1,0 +1,56 @@
+"""SDFT: a model with a demonstration in its prompt teaches itself without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from opd_lightning.losses.divergence import JSD, Divergence
+from opd_lightning.losses.reduction import Aggregation
+from opd_lightning.methods.composed import LOSS, ComposedMethod
+from opd_lightning.rules.base import Compare, Rule
+from opd_lightning.rules.masks import SkipFirst
+from opd_lightning.student import Student
+from opd_lightning.teachers.base import Ask, DistributionTeacher
+
+
+class SDFT(ComposedMethod):
+    """Self-distillation fine-tuning (2601.19897) on the student's own rollouts.
+
+        L = mean over sequences of the mean over t > skip of JSD_alpha(S_t(. | x), T_t(. | x, demo))
+
+    Args:
+        student: The model that learns, from the plain prompt.
+        teacher: `EMATeacher` at rate 0.01 in the authors' code.
+        view: The prompt with the demonstration.
+        divergence: `JSD(beta=alpha)`. The code's default alpha is 0, the forward KL; the paper
+            speaks of the reverse KL, alpha 1.
+        skip: First response tokens that are not trained on; the code's 3.
+        aggregation: As in the code.
+        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: DistributionTeacher,
+        view: str = "demonstration",
+        divergence: Divergence = JSD(beta=0.0),  # noqa: B008 - frozen, and shown by --help
+        skip: int = 3,
+        aggregation: Aggregation = "seq-mean-token-mean",
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, aggregation=aggregation, **shared)
+        self.teacher = teacher
+        self.view = view
+        self.divergence = divergence
+        self.skip = skip
+
+    def asks(self) -> Mapping[str, Ask]:
+        return {"teacher": Ask(self.teacher, self.view)}
+
+    def comparisons(self) -> Mapping[str, Compare]:
+        return {LOSS: Compare("teacher", self.divergence)}
+
+    def own_rules(self) -> Sequence[Rule]:
+        return [SkipFirst(tokens=self.skip)]

@@ -1,0 +1,157 @@
+"""Rules on evidence: what the privileged text changed in the teacher's view of a token.
+
+    e_t = log pi_T(y_t | with the text) - log pi_T(y_t | without it)
+
+from one teacher that scores the same tokens twice, as "teacher" and as "plain".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opd_lightning.losses.schedule import Schedule, value_at
+from opd_lightning.rules.base import Rates, Rule, Scored, Signal
+from opd_lightning.rules.common import check, kept, rate, weighed, with_advantage
+
+LEVERAGE = 0.05  # |exp(e) - 1| from which a token counts as moved (EDGE-OPD's diagnostics)
+
+
+def evidence_of(scored: Scored) -> Tensor:
+    """e_t, `[B, R]` nats: positive = the privileged text speaks for the token."""
+    return scored.teacher.logprobs - scored.others["plain"].logprobs
+
+
+def diagnostics(scored: Scored, active: Tensor) -> Rates:
+    """EDGE-OPD's figures: mean e and |e|, leverage of active tokens, agreement of e with d."""
+    evidence = evidence_of(scored)
+    moved = active & (torch.expm1(evidence).abs() > LEVERAGE)
+    return {
+        "evidence/mean": rate(scored, evidence),
+        "evidence/abs_mean": rate(scored, evidence.abs()),
+        "evidence/leverage": rate(scored, moved),
+        "evidence/agreement": rate(scored, evidence.sign() == scored.log_ratio.sign()),
+    }
+
+
+@dataclass(frozen=True)
+class EvidenceMask(Rule):
+    """EDGE-OPD's mask (2605.23493): tokens that the privileged text speaks for.
+
+    The others get no loss at all, which is not the same as being pushed down. Without privileged
+    text e is 0 everywhere and, both inequalities being strict, nothing is left. The authors' sum
+    is per sequence and its normaliser is not stated.
+
+    Rates: kept, mean, abs_mean, leverage (|exp(e) - 1| > 0.05 among kept tokens), agreement
+    (sign e = sign d).
+
+    Args:
+        region: "positive": e > threshold, the method; "negative": e < threshold and "near-zero":
+            |e| <= width, the authors' controls.
+        threshold: In nats; the authors' 0.
+        width: In nats, of "near-zero"; the authors' 0.1. It overlaps the other two regions.
+    """
+
+    region: Literal["positive", "negative", "near-zero"] = "positive"
+    threshold: float = 0.0
+    width: float = 0.1
+
+    needs = ("plain",)
+
+    def __post_init__(self) -> None:
+        check(self, "threshold", self.threshold == self.threshold, "a number")
+        check(self, "width", self.width >= 0, "0 or more")
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        evidence = evidence_of(scored)
+        match self.region:
+            case "positive":
+                keep = evidence > self.threshold
+            case "negative":
+                keep = evidence < self.threshold
+            case "near-zero":
+                keep = evidence.abs() <= self.width
+        return kept(signal, keep), {
+            "evidence/kept": rate(scored, keep),
+            **diagnostics(scored, active=keep),
+        }
+
+
+@dataclass(frozen=True)
+class EvidenceWeight(Rule):
+    """RLSD without a verifier (2605.23493, its soft baseline): every token, weighed by evidence.
+
+        weight_t <- weight_t clip(exp(e_t), 1 - epsilon, 1 + epsilon)
+
+    Rates: mean, abs_mean, leverage, agreement as in `EvidenceMask`, all tokens being active;
+    shift, the mean |clip(exp(e)) - 1|.
+
+    Args:
+        epsilon: In [0, 1]. Not published for this method; 0.2 is RLSD's.
+    """
+
+    epsilon: float = 0.2
+
+    needs = ("plain",)
+
+    def __post_init__(self) -> None:
+        check(self, "epsilon", 0 <= self.epsilon <= 1, "a number in [0, 1]")
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        factor = evidence_of(scored).exp().clamp(1 - self.epsilon, 1 + self.epsilon)
+        return weighed(signal, factor), {
+            "evidence/shift": rate(scored, (factor - 1).abs()),
+            **diagnostics(scored, active=scored.batch.response_mask),
+        }
+
+
+@dataclass(frozen=True)
+class EvidenceMultiplier(Rule):
+    """RLSD (2604.03128): the verifier gives the direction, evidence the size.
+
+        A_t <- A_t [(1 - mix) + mix clip(exp(sign(A_t) e_t), 1 - epsilon, 1 + epsilon)]
+
+    of an advantage that came from rewards, such as GRPO's. No sign ever changes.
+
+    Rates: shift, the mean |factor - 1|.
+
+    Args:
+        epsilon: In [0, 1]; the authors' 0.2. 0 leaves the advantage as it is.
+        mix: In [0, 1], or a schedule of it; the authors' 1, which some of their runs decay.
+        evidence: What e is measured against. "teacher": the teacher without the text, as EDGE-OPD
+            (2605.23493) reads the method, so that the arms compare; "student": the student
+            without it, the original. They are one while the teacher is the student's first self.
+    """
+
+    epsilon: float = 0.2
+    mix: float | Schedule = 1.0
+    evidence: Literal["teacher", "student"] = "teacher"
+
+    shapes_advantage = True
+
+    def __post_init__(self) -> None:
+        check(self, "epsilon", 0 <= self.epsilon <= 1, "a number in [0, 1]")
+        ok = isinstance(self.mix, Schedule) or 0 <= self.mix <= 1
+        check(self, "mix", ok, "a number in [0, 1] or a schedule")
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("plain",) if self.evidence == "teacher" else ()
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        evidence = evidence_of(scored) if self.evidence == "teacher" else scored.log_ratio
+        mix = value_at(self.mix, scored.batch.totals.step)
+        power = (signal.advantage.sign() * evidence).exp()
+        factor = (1 - mix) + mix * power.clamp(1 - self.epsilon, 1 + self.epsilon)
+        return with_advantage(signal, signal.advantage * factor), {
+            "evidence/shift": rate(scored, (factor - 1).abs())
+        }

@@ -1,0 +1,120 @@
+"""Importance weights: the engine samples from a slightly different policy than the trainer's.
+
+    w = pi_theta(y) / mu(y), detached, a factor on the token's loss
+
+Only on rows that the student sampled under its own prompt; others (guided, from a teacher,
+recorded) were never meant to follow it and keep weight 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opd_lightning.rules.base import Rates, Rule, Scored, Signal
+from opd_lightning.rules.common import check, rate, step_mean, weighed
+
+BOUND = 20.0  # nats, of a log-ratio before it is exponentiated (verl's safety bound)
+
+
+def log_importance(scored: Scored) -> Tensor:
+    """`log pi_theta(y_t) - log mu(y_t)`, `[B, R]` nats; 0 off-policy and on padding."""
+    batch = scored.batch
+    ours = batch.response_mask & batch.on_policy[:, None]
+    return torch.where(ours, scored.student.logprobs - batch.behaviour_logprobs, 0.0)
+
+
+def bounded_exp(log_weight: Tensor) -> Tensor:
+    return log_weight.clamp(-BOUND, BOUND).exp()
+
+
+@dataclass(frozen=True)
+class TruncatedImportance(Rule):
+    """Truncated importance sampling, `w <- min(w, cap)`, as in verl and TRL.
+
+    Rates: weight, its mean; truncated, tokens whose ratio exceeded the cap.
+
+    Args:
+        level: "token": a ratio for each token; "sequence": the product of all ratios of a
+            response, on each of its tokens.
+        cap: Above 0. 5 is G-OPD's and SG-OPD's at token level; SDPO and TRL take 2.
+        unit_mean: Divide by the mean weight of the step, over on-policy tokens that take part at
+            token level and over their rollouts at sequence level. Costs the student one more
+            forward pass; off, as in verl.
+    """
+
+    level: Literal["token", "sequence"] = "token"
+    cap: float = 5.0
+    unit_mean: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, "cap", self.cap > 0, "more than 0")
+
+    @property
+    def step_wide(self) -> bool:  # type: ignore[override]
+        return self.unit_mean
+
+    def _ratio(self, scored: Scored) -> Tensor:
+        """`[B, R]`, or `[B, 1]` at sequence level."""
+        log_weight = log_importance(scored)
+        if self.level == "sequence":
+            log_weight = log_weight.sum(dim=1, keepdim=True)
+        return bounded_exp(log_weight)
+
+    def observe(self, signal: Signal, scored: Scored) -> Tensor:
+        """`[1, 2]`: the sum of the on-policy weights and how many there are."""
+        weight = self._ratio(scored).clamp(max=self.cap).double()
+        counted = signal.mask & scored.batch.on_policy[:, None]
+        if self.level == "sequence":
+            counted = counted.any(dim=1, keepdim=True)
+        return torch.stack([weight[counted].sum(), counted.sum().double()])[None]
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        ratio = self._ratio(scored)
+        weight = ratio.clamp(max=self.cap)
+        if self.unit_mean:
+            weight = weight / step_mean(observed).to(weight)
+        weight = torch.where(scored.batch.on_policy[:, None], weight, 1.0)
+        return weighed(signal, weight), {
+            "importance/weight": rate(scored, weight),
+            "importance/truncated": rate(scored, ratio > self.cap),
+        }
+
+
+@dataclass(frozen=True)
+class IcePop(Rule):
+    """IcePop (Ling team, 2510.18855): the ratio as it is, and 0 where it leaves a range.
+
+        w_t <- w_t 1[low <= w_t <= high]
+
+    A token that is dropped this way still counts in the loss's normaliser.
+
+    Rates: weight, its mean; dropped.
+
+    Args:
+        low: Above 0; the authors' 0.5.
+        high: The authors' 5.
+    """
+
+    low: float = 0.5
+    high: float = 5.0
+
+    def __post_init__(self) -> None:
+        check(self, "low", 0 < self.low <= 1, "a number in (0, 1]")
+        check(self, "high", self.high >= 1, "1 or more")
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        ratio = bounded_exp(log_importance(scored))
+        inside = (self.low <= ratio) & (ratio <= self.high)
+        weight = torch.where(inside, ratio, 0.0)
+        return weighed(signal, weight), {
+            "ice_pop/weight": rate(scored, weight),
+            "ice_pop/dropped": rate(scored, ~inside),
+        }

@@ -1,0 +1,93 @@
+"""Masks that look at a token's place or at its id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opd_lightning.losses.schedule import Schedule, value_at
+from opd_lightning.rules.base import Rates, Rule, Scored, Signal
+from opd_lightning.rules.common import check, kept, rate
+
+
+def positions(scored: Scored) -> Tensor:
+    """The number of response tokens before each, `[B, R]`: 0 for the first."""
+    return scored.batch.response_mask.cumsum(dim=1) - 1
+
+
+@dataclass(frozen=True)
+class PrefixWindow(Rule):
+    """Fast-OPD (2602.15260): only the first tokens of a response are learned from.
+
+    The saving comes from sampling no further either, by the rollouts' own length limit; a
+    response that is cut there is neither truncated nor a failure.
+
+    Rates: kept.
+
+    Args:
+        tokens: Length of the prefix, rounded down; `losses.schedule.Staircase` lets it grow.
+    """
+
+    tokens: float | Schedule
+
+    def __post_init__(self) -> None:
+        fixed = not isinstance(self.tokens, Schedule)
+        check(self, "tokens", not fixed or value_at(self.tokens, 0) >= 1, "1 or more")
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        length = int(value_at(self.tokens, scored.batch.totals.step))
+        keep = positions(scored) < length
+        return kept(signal, keep), {"prefix_window/kept": rate(scored, keep)}
+
+
+@dataclass(frozen=True)
+class SkipFirst(Rule):
+    """SDFT (2601.19897): the first tokens of a response are not learned from.
+
+    Rates: kept.
+
+    Args:
+        tokens: How many; the authors' code has 3.
+    """
+
+    tokens: int = 3
+
+    def __post_init__(self) -> None:
+        check(self, "tokens", self.tokens >= 0, "0 or more")
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        keep = positions(scored) >= self.tokens
+        return kept(signal, keep), {"skip_first/kept": rate(scored, keep)}
+
+
+@dataclass(frozen=True)
+class TokenMask(Rule):
+    """Special tokens are not learned from (2603.25562).
+
+    Where the two models were trained with other chat formats, formatting tokens have log-ratios
+    so large that they drown the rest.
+
+    Rates: kept.
+
+    Args:
+        token_ids: Ids to leave out, at least one.
+    """
+
+    token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        ok = len(self.token_ids) > 0 and min(self.token_ids) >= 0
+        check(self, "token_ids", ok, "at least one token id")
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        ids = scored.batch.response_ids
+        keep = ~torch.isin(ids, torch.tensor(self.token_ids, device=ids.device))
+        return kept(signal, keep), {"token_mask/kept": rate(scored, keep)}

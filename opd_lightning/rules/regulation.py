@@ -1,0 +1,173 @@
+"""Regulation of the advantage's size: clips, floors, a baseline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from opd_lightning.losses.divergence import ReverseKL
+from opd_lightning.rules.base import Compare, Rates, Rule, Scored, Signal
+from opd_lightning.rules.common import check, kept, rate, with_advantage
+
+
+@dataclass(frozen=True)
+class HardClip(Rule):
+    """`A_t <- clip(A_t, low, high)` (MOPD, 2606.30406; Demystifying OPD, 2607.13399).
+
+    Rates: clipped.
+
+    Args:
+        low: In nats; MOPD's -5.
+        high: In nats; MOPD's 5. The other paper does not publish its bounds.
+    """
+
+    low: float = -5.0
+    high: float = 5.0
+
+    shapes_advantage = True
+
+    def __post_init__(self) -> None:
+        check(self, "low", self.low <= self.high, f"at most high ({self.high})")
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        new = signal.advantage.clamp(self.low, self.high)
+        clipped = signal.mask & (new != signal.advantage)
+        return with_advantage(signal, new), {"hard_clip/clipped": rate(scored, clipped)}
+
+
+@dataclass(frozen=True)
+class SoftLog(Rule):
+    """`A_t <- sign(A_t) log(1 + |A_t|)` (Demystifying OPD, 2607.13399): odd, slope 1 at 0."""
+
+    shapes_advantage = True
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        old = signal.advantage
+        return with_advantage(signal, old.sign() * old.abs().log1p()), {}
+
+
+@dataclass(frozen=True)
+class VocabularyBaseline(Rule):
+    """vOPD (2605.07865): `A_t <- A_t + KL(pi_theta || pi_T)` of the token's prefix.
+
+    The baseline `E[d] = -KL` depends on the prefix alone, so the expected gradient of d_t stays
+    and only its variance changes. It takes whole distributions: a teacher in this process.
+
+    Rates: value, the baseline's mean.
+    """
+
+    comparison: ClassVar[str] = "baseline"  # its name among `Scored.values`, reverse KL in nats
+    shapes_advantage = True
+
+    def comparisons(self) -> Mapping[str, Compare]:
+        return {self.comparison: Compare("teacher", ReverseKL())}
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        divergence = scored.values[self.comparison]
+        return with_advantage(signal, signal.advantage + divergence), {
+            "baseline/value": rate(scored, -divergence)
+        }
+
+
+@dataclass(frozen=True)
+class Floor(Rule):
+    """REOPOLD's relaxed reward (2603.11137): `A_t <- max(A_t, log(mixing) / (1 - mixing))`.
+
+    The floor bounds the reward towards a target that mixes the student into the teacher,
+    `log((1 - mixing) e^d + mixing) / (1 - mixing) >= max(d, floor)`: -2.56 nats at 0.1, -1.72 at
+    0.3. There is no ceiling.
+
+    Rates: clipped.
+
+    Args:
+        mixing: lambda in [0, 1); 0 is no floor. Reports of the authors' value disagree between
+            0.1 and 0.3.
+    """
+
+    mixing: float = 0.3
+
+    shapes_advantage = True
+
+    def __post_init__(self) -> None:
+        check(self, "mixing", 0 <= self.mixing < 1, "a number in [0, 1)")
+
+    @property
+    def value(self) -> float:
+        """The floor in nats."""
+        return math.log(self.mixing) / (1 - self.mixing) if self.mixing else -math.inf
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        clipped = signal.mask & (signal.advantage < self.value)
+        raised = with_advantage(signal, signal.advantage.clamp(min=self.value))
+        return raised, {"floor/clipped": rate(scored, clipped)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhasedFloor(Floor):
+    """REOPOLD (2603.11137): the floor, and a mask by phase of the run.
+
+        before switch_step (exploration):  tokens whose advantage is at or above the floor
+        from it on (refinement):           tokens whose student entropy is among the step's highest
+
+    The refinement threshold is the (1 - top) quantile of the student's entropy over all tokens of
+    the step that take part. The authors divide by the tokens that are kept.
+
+    Rates: clipped as in `Floor`; kept.
+
+    Args:
+        switch_step: First optimiser step of the refinement; the authors' half of the run.
+        top: beta in (0, 1], the share of tokens that refinement keeps; the authors' 0.2.
+    """
+
+    switch_step: int
+    top: float = 0.2
+
+    step_wide = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "top", 0 < self.top <= 1, "a number in (0, 1]")
+        check(self, "switch_step", self.switch_step >= 0, "0 or more")
+
+    def _refines(self, scored: Scored) -> bool:
+        return scored.batch.totals.step >= self.switch_step
+
+    def observe(self, signal: Signal, scored: Scored) -> Tensor:
+        """Student entropies in nats, `[N, 1]`; none before the switch, when none is needed."""
+        entropy = scored.student.entropy[signal.mask][:, None].double()
+        return entropy if self._refines(scored) else entropy[:0]
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        raised, rates = super().apply(signal, scored)
+        if self._refines(scored):
+            assert observed is not None, "step-wide"
+            keep = scored.student.entropy >= _quantile(observed[:, 0], 1 - self.top)
+        else:
+            keep = signal.advantage >= self.value
+        return kept(raised, keep), {**rates, "floor/kept": rate(scored, keep)}
+
+
+def _quantile(values: Tensor, q: float) -> Tensor:
+    """The smallest value at or above the interpolated q-quantile of `[N]`; +inf if N is 0.
+
+    No value lies between the two, so comparing with either keeps the same tokens. torch.quantile
+    takes at most 2**24 values.
+    """
+    if not len(values):
+        return values.new_tensor(math.inf)
+    rank = math.ceil(q * (len(values) - 1) - 1e-9)  # 0.7 * 10 is a little more than 7
+    return values.kthvalue(rank + 1).values

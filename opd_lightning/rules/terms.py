@@ -1,0 +1,142 @@
+"""Terms: losses beside the method's own, with a gradient of their own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opd_lightning.errors import UserError
+from opd_lightning.losses.divergence import ReverseKL
+from opd_lightning.losses.estimators import estimate_kl
+from opd_lightning.losses.top_k import TopK
+from opd_lightning.rules.base import Compare, Scored
+from opd_lightning.teachers.base import Ask, Teacher
+from opd_lightning.types import TokenScores
+
+
+class Term(ABC):
+    """Adds a loss to every response token that the student wrote.
+
+    A term's name (see `name`) keys what it asks for and what is logged of it.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Unique among a run's terms; logged as `term/<name>`."""
+
+    def asks(self) -> Mapping[str, Ask]:
+        """Further models whose scores it reads, by name."""
+        return {}
+
+    def comparisons(self) -> Mapping[str, Compare]:
+        """Whole distributions that it reads, by name."""
+        return {}
+
+    @abstractmethod
+    def token_loss(
+        self, student: TokenScores, scored: Scored, values: Mapping[str, Tensor]
+    ) -> Tensor:
+        """`[B, R]` nats. The gradient comes through `student.logprobs` and `values`."""
+
+
+class TrustRegion(Term):
+    """Holds the student near a reference: `coefficient * KL(pi_theta || pi_ref)` per prefix.
+
+    EDGE-OPD (2605.23493) anchors at 0.05 to the frozen start, Stable-OPD (2604.08527) to the
+    initial student; neither publishes its estimator.
+
+    Args:
+        reference: Whom to stay near, on the student's own prompt.
+        coefficient: Weight of the divergence.
+        estimator: "k2" and "k3" read the sampled tokens alone. The gradient of k2 is that of the
+            reverse KL, of k3 that of the forward KL. "full" is the reverse KL itself.
+    """
+
+    name = "trust_region"
+
+    def __init__(
+        self,
+        reference: Teacher,
+        coefficient: float = 0.05,
+        estimator: Literal["k2", "k3", "full"] = "k2",
+    ) -> None:
+        self.reference = reference
+        self.coefficient = coefficient
+        self.estimator = estimator
+
+    def asks(self) -> Mapping[str, Ask]:
+        return {self.name: Ask(self.reference, "student")}
+
+    def comparisons(self) -> Mapping[str, Compare]:
+        return {self.name: Compare(self.name, ReverseKL())} if self.estimator == "full" else {}
+
+    def token_loss(
+        self, student: TokenScores, scored: Scored, values: Mapping[str, Tensor]
+    ) -> Tensor:
+        if self.estimator == "full":
+            return self.coefficient * values[self.name]
+        reference = scored.others[self.name].logprobs
+        return self.coefficient * estimate_kl(student.logprobs, reference, self.estimator)
+
+
+class EntropyBonus(Term):
+    """Rewards the student's entropy: `-coefficient * H(pi_theta)` over the whole vocabulary.
+
+    Args:
+        coefficient: Weight; the default is ours, small beside token losses of about 0.1.
+    """
+
+    name = "entropy_bonus"
+
+    def __init__(self, coefficient: float = 1e-3) -> None:
+        self.coefficient = coefficient
+
+    def comparisons(self) -> Mapping[str, Compare]:
+        return {self.name: Compare(None, _negative_entropy)}
+
+    def token_loss(
+        self, student: TokenScores, scored: Scored, values: Mapping[str, Tensor]
+    ) -> Tensor:
+        return self.coefficient * values[self.name]
+
+
+class EntropyGatedForwardKL(Term):
+    """EOPD (2603.07079): adds the teacher's forward KL where the teacher is unsure.
+
+        1[H(pi_T) > threshold] * sum_{v in top-k of T} T'(v) (log T'(v) - log S(v))
+
+    T' is the teacher renormalised on its top-k, S the student's full softmax. Additive: the
+    method's own loss stays on these tokens.
+
+    Args:
+        threshold: Of the teacher's full entropy, nats.
+        top_k: Size of the support.
+    """
+
+    name = "entropy_gated_forward_kl"
+
+    def __init__(self, threshold: float = 0.8, top_k: int = 16) -> None:
+        if top_k < 1:
+            raise UserError(f"EntropyGatedForwardKL.top_k: got {top_k}, expected at least 1")
+        self.threshold = threshold
+        self.divergence = TopK(
+            k=top_k, support="teacher", normalise="teacher", divergence="forward"
+        )
+
+    def comparisons(self) -> Mapping[str, Compare]:
+        return {self.name: Compare("teacher", self.divergence)}
+
+    def token_loss(
+        self, student: TokenScores, scored: Scored, values: Mapping[str, Tensor]
+    ) -> Tensor:
+        unsure = scored.teacher.entropy > self.threshold
+        return torch.where(unsure, values[self.name], 0.0)
+
+
+def _negative_entropy(student_logprobs: Tensor, _: Tensor | None) -> Tensor:
+    return (student_logprobs.exp() * student_logprobs).sum(dim=-1)

@@ -1,0 +1,155 @@
+"""Weights by the size of the log-ratio, by place, and by likelihood within a prompt's samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opd_lightning.rules.base import Rates, Rule, Scored, Signal
+from opd_lightning.rules.common import (
+    check,
+    is_correct,
+    is_wrong,
+    rate,
+    step_mean,
+    weighed,
+    with_advantage,
+)
+
+
+@dataclass(frozen=True)
+class StabilityWeight(Rule):
+    """SG-OPD's weight (2606.09304, section 3): tokens on which the models differ wildly count less.
+
+        phi_t = min(1, tau / |d_t|), divided by its mean over the step's tokens that take part
+
+    It changes no advantage, hence no gate.
+
+    Rates: softened, tokens with |d| > tau.
+
+    Args:
+        tau: In nats, above 0. Not published; 5 is ours. Infinity gives every token 1.
+    """
+
+    tau: float = 5.0
+
+    step_wide = True
+
+    def __post_init__(self) -> None:
+        check(self, "tau", self.tau > 0, "more than 0")
+
+    def _raw(self, scored: Scored) -> Tensor:
+        size = scored.log_ratio.abs()
+        return torch.where(size <= self.tau, 1.0, self.tau / size)
+
+    def observe(self, signal: Signal, scored: Scored) -> Tensor:
+        """`[1, 2]`: the sum of the raw weights and the number of tokens."""
+        raw = self._raw(scored)[signal.mask].double()
+        return torch.stack([raw.sum(), signal.mask.sum().double()])[None]
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        raw = self._raw(scored)
+        return weighed(signal, raw / step_mean(observed).to(raw)), {
+            "stability_weight/softened": rate(scored, scored.log_ratio.abs() > self.tau)
+        }
+
+
+@dataclass(frozen=True)
+class PositionWeight(Rule):
+    """IW-OPD (2606.22600): tokens count less the more the two models differed before them.
+
+        w_t = 1 + gamma (1 - sum_{s < t} |a_s| / sum_s |a_s|)
+
+    Falls from 1 + gamma towards 1 over the tokens that take part. The authors' a is measured from
+    the sampler's log-probs; ours is d_t, from the trainer's, like every log-ratio here.
+
+    Rates: value, the mean weight.
+
+    Args:
+        gamma: 0 or more; the authors' 0.5. 0 is plain OPD.
+    """
+
+    gamma: float = 0.5
+
+    def __post_init__(self) -> None:
+        check(self, "gamma", 0 <= self.gamma < float("inf"), "a finite number of 0 or more")
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        size = torch.where(signal.mask, scored.log_ratio.abs(), 0.0)
+        before = size.cumsum(dim=1) - size
+        total = size.sum(dim=1, keepdim=True)
+        share = torch.where(total > 0, before / total, 0.0)  # identical models: nothing to share
+        factor = 1 + self.gamma * (1 - share)
+        return weighed(signal, factor), {"position_weight/value": rate(scored, factor)}
+
+
+@dataclass(frozen=True)
+class ScopeWeight(Rule):
+    """SCOPE (2604.10688): correct rollouts are imitated, wrong ones corrected by the teacher.
+
+        correct: A_t = 1, maximum likelihood; w in proportion to PPL_S(y)^(1/temperature)
+        wrong:   A_t as it was (d_t);         w in proportion to PPL_T(y)^(-1/temperature)
+
+    among the correct, or the wrong, samples of one prompt. So of the correct ones those count most
+    that the student finds unlikely, and of the wrong ones those that the teacher finds plausible:
+    the paper's direction; the flags of the published script turn the first one round. Weights have
+    mean 1 over such a set, as in the authors' code (their paper: sum 1), so a lone sample has 1.
+    Perplexities are over the tokens that take part. A rollout without a score stays as it was.
+
+    Rates: correct; weight, its mean.
+
+    Args:
+        temperature: tau, above 0; the authors' 1. Infinity gives every rollout 1.
+        threshold: Score from which a rollout is correct; ours, the authors' scores are 0 or 1.
+    """
+
+    temperature: float = 1.0
+    threshold: float = 0.5
+
+    needs_rewards = True
+    shapes_advantage = True
+    step_wide = True  # a prompt's samples may lie in several micro-batches
+
+    def __post_init__(self) -> None:
+        check(self, "temperature", self.temperature > 0, "more than 0")
+        check(self, "threshold", 0 < self.threshold <= 1, "a number in (0, 1]")
+
+    def _rows(self, signal: Signal, scored: Scored) -> tuple[Tensor, Tensor]:
+        """(`[B, 3]` of group, correctness and logit; `[B]` bool, rows that take part)."""
+        correct = is_correct(scored, self.threshold)
+        scored_rows = (correct | is_wrong(scored, self.threshold))[:, 0]
+        tokens = signal.mask.sum(dim=1)
+        # log PPL is minus the mean log-prob: up with the student's, down with the teacher's.
+        logprobs = torch.where(correct, -scored.student.logprobs, scored.teacher.logprobs)
+        logprobs = torch.where(signal.mask, logprobs, 0.0).double()
+        logit = logprobs.sum(dim=1) / tokens.clamp(min=1) / self.temperature
+        # float64 holds group numbers exactly up to 2**53.
+        columns = [scored.batch.groups.double(), correct[:, 0].double(), logit]
+        return torch.stack(columns, dim=1), scored_rows & (tokens > 0)
+
+    def observe(self, signal: Signal, scored: Scored) -> Tensor:
+        """`[M, 3]` float64: group, 1 if correct, logit, of every rollout that takes part."""
+        rows, present = self._rows(signal, scored)
+        return rows[present]
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        assert observed is not None, "step-wide"
+        rows, present = self._rows(signal, scored)
+        peers = (rows[:, None, :2] == observed[None, :, :2]).all(dim=2)  # [B, M]
+        logits = torch.where(peers, observed[None, :, 2], -torch.inf)
+        share = (rows[:, 2] - logits.logsumexp(dim=1)).exp()  # softmax over the peers
+        factor = torch.where(present, share * peers.sum(dim=1), 1.0)[:, None]
+        correct = is_correct(scored, self.threshold)
+        routed = with_advantage(signal, torch.where(correct, 1.0, signal.advantage))
+        return weighed(routed, factor.to(signal.weight)), {
+            "scope/correct": rate(scored, correct),
+            "scope/weight": rate(scored, factor),
+        }

@@ -1,0 +1,90 @@
+"""Teachers made of the student itself: its frozen start, its running average, its bare base."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opd_lightning.errors import UserError
+from opd_lightning.teachers.local import LocalTeacher
+
+if TYPE_CHECKING:
+    from opd_lightning.student import Student
+
+
+class EMATeacher(LocalTeacher):
+    """A copy of the student that follows it slowly: `theta_T <- theta_T + rate (theta - theta_T)`.
+
+    It starts as the student's start. `callbacks.EMATeacherUpdate` moves it after optimiser steps
+    and keeps it in the checkpoint; without that callback a run is refused.
+
+    Args:
+        rate: Weight of the student in each update: SDFT's code 0.01, SDPO 0.05. 1 copies it whole,
+            as CRISP (2603.05433) does every 50 steps; 0 never moves.
+        every: Optimiser steps between updates.
+    """
+
+    def __init__(self, rate: float = 0.01, every: int = 1) -> None:
+        if not 0 <= rate <= 1:
+            raise UserError(f"EMATeacher.rate: got {rate}, expected a number in [0, 1]")
+        if every < 1:
+            raise UserError(f"EMATeacher.every: got {every} steps, expected at least 1")
+        self.rate = rate
+        self.every = every
+        self._model: Any = None
+
+    def load(self, device: torch.device, student: Student) -> None:
+        if self._model is None:
+            self._model = deepcopy(student.model).eval().requires_grad_(False)
+        self._model.to(device)
+
+    def model(self) -> Any:
+        return self._model
+
+    @torch.no_grad()
+    def follow(self, student: Student, step: int) -> None:
+        """Move towards the student after optimiser step number `step`, counted from 1.
+
+        Elementwise over the parameters that train, so LoRA adapters and shards move as they are.
+        """
+        if step % self.every == 0:
+            own = dict(self._model.named_parameters())
+            for name, parameter in student.model.named_parameters():
+                if parameter.requires_grad:
+                    own[name].lerp_(parameter.to(own[name].dtype), self.rate)
+
+    def state_dict(self, student: Student) -> dict[str, Tensor]:
+        """The parameters that move."""
+        own = dict(self._model.named_parameters())
+        return {n: own[n] for n, p in student.model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        own = dict(self._model.named_parameters())
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+class AdapterOffTeacher(LocalTeacher):
+    """The student without its LoRA adapter: the frozen start at the cost of no second model."""
+
+    _student: Student
+
+    def load(self, device: torch.device, student: Student) -> None:
+        if student.lora is None:
+            raise UserError(
+                "AdapterOffTeacher: the student has no LoRA adapter to switch off; set "
+                "student.lora, or use FrozenTeacher with the student's path"
+            )
+        self._student = student
+
+    def model(self) -> Any:
+        return self._student.model
+
+    def _reading(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = self._student.model.disable_adapter()
+        return context

@@ -1,0 +1,256 @@
+"""Full-vocabulary divergences against hand-made numbers, finite differences and TRL, float64."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
+
+from opd_lightning.errors import UserError
+from opd_lightning.losses.divergence import (
+    JSD,
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    SkewedForwardKL,
+    SkewedReverseKL,
+    reverse_kl,
+)
+
+VOCABULARY = 7
+ALL: list[Divergence] = [
+    ReverseKL(),
+    ForwardKL(),
+    *(JSD(beta) for beta in (0.0, 0.1, 0.5, 0.9, 1.0)),
+    *(SkewedForwardKL(alpha) for alpha in (0.0, 0.1, 0.7)),
+    *(SkewedReverseKL(alpha) for alpha in (0.0, 0.1, 0.7)),
+]
+# Finite for a teacher that gives some tokens no mass at all.
+BOUNDED = [ForwardKL(), JSD(0.0), JSD(0.3), SkewedForwardKL(0.1), SkewedReverseKL(0.1)]
+each = pytest.mark.parametrize("divergence", ALL, ids=repr)
+
+
+def random_logits(seed: int, rows: int = 4, spread: float = 2.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return spread * torch.randn(rows, VOCABULARY, generator=generator, dtype=torch.float64)
+
+
+STUDENT, TEACHER = random_logits(0), random_logits(1)
+S, T = STUDENT.softmax(-1), TEACHER.softmax(-1)
+
+
+def of_logits(divergence: Divergence, teacher: Tensor = TEACHER) -> Callable[[Tensor], Tensor]:
+    return lambda logits: divergence(logits.log_softmax(-1), teacher.log_softmax(-1))
+
+
+def value_and_gradient(function: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
+    at = at.clone().requires_grad_()
+    value = function(at)
+    (gradient,) = torch.autograd.grad(value.sum(), at)
+    return value.detach(), gradient
+
+
+def finite_difference(function: Callable[[Tensor], Tensor], at: Tensor, h: float = 1e-6) -> Tensor:
+    gradient = torch.zeros_like(at)
+    for i in range(at.numel()):
+        step = torch.zeros_like(at)
+        step.view(-1)[i] = h
+        gradient.view(-1)[i] = (function(at + step) - function(at - step)).sum() / (2 * h)
+    return gradient
+
+
+def close(actual: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
+@each
+def test_gradients_are_finite_differences(divergence: Divergence) -> None:
+    _, gradient = value_and_gradient(of_logits(divergence), STUDENT)
+    close(gradient, finite_difference(of_logits(divergence), STUDENT), atol=1e-6)
+    assert gradient.abs().max() > 0.01
+
+
+@each
+def test_u3_zero_at_equality_and_only_there(divergence: Divergence) -> None:
+    value, gradient = value_and_gradient(of_logits(divergence, STUDENT), STUDENT)
+    close(value, torch.zeros(4, dtype=torch.float64))
+    close(gradient, torch.zeros_like(gradient))
+    assert (of_logits(divergence)(STUDENT) > 0.01).all()
+
+
+@each
+def test_any_leading_shape_and_no_gradient_to_the_teacher(divergence: Divergence) -> None:
+    ours, theirs = STUDENT.log_softmax(-1), TEACHER.log_softmax(-1)
+    folded = divergence(ours.view(2, 2, -1), theirs.view(2, 2, -1))
+    assert torch.equal(folded.view(-1), divergence(ours, theirs))
+    assert not divergence(ours, theirs).requires_grad
+
+
+def test_kl_by_its_definition() -> None:
+    reverse, forward = (S * (S / T).log()).sum(-1), (T * (T / S).log()).sum(-1)
+    close(of_logits(ReverseKL())(STUDENT), reverse)
+    close(of_logits(ForwardKL())(STUDENT), forward)
+    assert ((reverse - forward).abs() > 0.01).all()
+    _, gradient = value_and_gradient(of_logits(ForwardKL()), STUDENT)
+    close(gradient, S - T)  # -sum_v T grad log S
+
+
+def test_u13_jsd_role_of_beta_by_hand() -> None:
+    """M = 0.8 (0.5, 0.3, 0.2) + 0.2 (0.1, 0.2, 0.7) = (0.42, 0.28, 0.30).
+
+    0.2 (0.1 ln(0.1 / 0.42) + 0.2 ln(0.2 / 0.28) + 0.7 ln(0.7 / 0.30))
+    + 0.8 (0.5 ln(0.5 / 0.42) + 0.3 ln(0.3 / 0.28) + 0.2 ln(0.2 / 0.30)), summed in decimals.
+    """
+    ours = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    theirs = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
+    assert JSD(0.2)(ours, theirs).item() == pytest.approx(0.097886347201046685, abs=1e-12)
+    # The other convention gives beta to the student.
+    assert JSD(0.8)(ours, theirs).item() == pytest.approx(0.100881747647107272, abs=1e-12)
+
+
+def test_u13_jsd_ends_and_limits() -> None:
+    forward, reverse = of_logits(ForwardKL())(STUDENT), of_logits(ReverseKL())(STUDENT)
+    assert torch.equal(of_logits(JSD(0.0))(STUDENT), forward)
+    assert torch.equal(of_logits(JSD(1.0))(STUDENT), reverse)
+    close(of_logits(JSD(1e-8))(STUDENT) / 1e-8, forward, atol=1e-5)
+    close(of_logits(JSD(1 - 1e-8))(STUDENT) / 1e-8, reverse, atol=1e-5)
+
+
+def test_u13_jsd_half_is_symmetric_and_at_most_log_2() -> None:
+    ours, theirs = STUDENT.log_softmax(-1), TEACHER.log_softmax(-1)
+    close(JSD(0.5)(ours, theirs), JSD(0.5)(theirs, ours))
+    assert (JSD(0.2)(ours, theirs) - JSD(0.2)(theirs, ours)).abs().max() > 1e-3
+    apart = torch.tensor([[200.0, 0.0], [0.0, 200.0]], dtype=torch.float64).log_softmax(-1)
+    assert JSD(0.5)(apart[0], apart[1]).item() == pytest.approx(math.log(2), abs=1e-12)
+    assert (JSD(0.5)(ours, theirs) < math.log(2)).all()
+
+
+def test_skew_0_is_the_kl() -> None:
+    assert torch.equal(of_logits(SkewedForwardKL(0.0))(STUDENT), of_logits(ForwardKL())(STUDENT))
+    assert torch.equal(of_logits(SkewedReverseKL(0.0))(STUDENT), of_logits(ReverseKL())(STUDENT))
+
+
+def test_skew_by_its_definition() -> None:
+    forward = (T * (T / (0.1 * T + 0.9 * S)).log()).sum(-1)
+    close(of_logits(SkewedForwardKL(0.1))(STUDENT), forward)
+    reverse = (S * (S / (0.1 * S + 0.9 * T)).log()).sum(-1)
+    close(of_logits(SkewedReverseKL(0.1))(STUDENT), reverse)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5])
+def test_skew_bounds_the_log_ratio(alpha: float) -> None:
+    """Disjoint models reach -log alpha, a token's log-ratio at its largest; nothing exceeds it."""
+    apart = torch.tensor([[300.0, 0.0], [0.0, 300.0]], dtype=torch.float64).log_softmax(-1)
+    for divergence in (SkewedForwardKL(alpha), SkewedReverseKL(alpha)):
+        largest = divergence(apart[0], apart[1]).item()
+        assert largest == pytest.approx(-math.log(alpha), abs=1e-12)
+        assert (of_logits(divergence)(STUDENT) < largest).all()
+
+
+@pytest.mark.parametrize("divergence", BOUNDED, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_teacher_without_mass_on_some_tokens(divergence: Divergence, dtype: torch.dtype) -> None:
+    """0 log 0 = 0: as a teacher of next to no mass there, without NaN."""
+    banned = torch.zeros(4, VOCABULARY, dtype=torch.bool)
+    banned[:, 2:4] = True
+    student = STUDENT.to(dtype)
+    none = TEACHER.masked_fill(banned, -torch.inf).to(dtype)
+    hardly = TEACHER.masked_fill(banned, -80.0).to(dtype)
+    value, gradient = value_and_gradient(of_logits(divergence, none), student)
+    expected, slope = value_and_gradient(of_logits(divergence, hardly), student)
+    torch.testing.assert_close(value, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(gradient, slope, atol=1e-6, rtol=0)
+
+
+@each
+def test_a_token_neither_model_can_say(divergence: Divergence) -> None:
+    """Vocabulary entries with logit -inf on both sides are as good as absent."""
+    filler = torch.full((4, 1), -torch.inf, dtype=torch.float64)
+    padded = torch.cat([TEACHER, filler], dim=-1)
+    value, gradient = value_and_gradient(
+        of_logits(divergence, padded), torch.cat([STUDENT, filler], dim=-1)
+    )
+    expected, slope = value_and_gradient(of_logits(divergence), STUDENT)
+    close(value, expected)
+    close(gradient, torch.cat([slope, torch.zeros_like(filler)], dim=-1))
+
+
+def test_reverse_kl_is_infinite_where_the_teacher_has_no_mass() -> None:
+    theirs = TEACHER.masked_fill(torch.arange(VOCABULARY) == 2, -torch.inf).log_softmax(-1)
+    assert reverse_kl(STUDENT.log_softmax(-1), theirs).isposinf().all()
+
+
+def test_t4_two_privileged_teachers_teach_their_geometric_mean() -> None:
+    """With hints hidden from the student, the mean reverse KL has one optimum (2605.11182)."""
+    teachers = random_logits(5, rows=2).log_softmax(-1)
+    logits = torch.zeros(VOCABULARY, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [logits],
+        max_iter=500,
+        tolerance_grad=1e-12,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = reverse_kl(logits.log_softmax(-1).expand(2, -1), teachers).mean()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    learnt = logits.detach().softmax(-1)
+    close(learnt, teachers.mean(dim=0).softmax(-1), atol=1e-6)
+    assert (learnt - teachers.exp().mean(dim=0)).abs().max() > 0.01  # not the marginal
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_jsd_is_that_of_trl(
+    beta: float, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.gkd import GKDTrainer
+
+    def theirs(logits: Tensor) -> Tensor:
+        return GKDTrainer.generalized_jsd_loss(
+            logits, TEACHER, beta=beta, temperature=temperature, reduction="none"
+        ).sum(-1)
+
+    def ours(logits: Tensor) -> Tensor:
+        return of_logits(JSD(beta), TEACHER / temperature)(logits / temperature)
+
+    value, gradient = value_and_gradient(ours, STUDENT)
+    expected, slope = value_and_gradient(theirs, STUDENT)
+    close(value, expected, atol=1e-5)
+    close(gradient, slope, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: JSD(1.5), "JSD: beta is 1.5, expected a number from 0 to 1"),
+        (lambda: JSD(math.nan), "JSD: beta is nan, expected a number from 0 to 1"),
+        (lambda: SkewedForwardKL(1.0), "SkewedForwardKL: alpha is 1.0, expected"),
+        (lambda: SkewedReverseKL(-0.1), "SkewedReverseKL: alpha is -0.1, expected"),
+    ],
+)
+def test_weights_out_of_range_are_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+class Consumer:
+    def __init__(self, divergence: Divergence) -> None:
+        self.divergence = divergence
+
+
+def test_a_configuration_names_them() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Consumer, "consumer")
+    chosen = {"class_path": "opd_lightning.losses.divergence.JSD", "init_args": {"beta": 0.2}}
+    config = parser.parse_object({"consumer": {"divergence": chosen}})
+    assert parser.instantiate(config).consumer.divergence == JSD(0.2)

@@ -1,0 +1,99 @@
+"""KL estimators: exact expectations over a vocabulary, float64."""
+
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from opd_lightning.losses.divergence import ForwardKL, ReverseKL
+from opd_lightning.losses.estimators import Estimator, estimate_kl
+
+VOCABULARY = 6
+GENERATOR = torch.Generator().manual_seed(3)
+STUDENT = torch.randn(VOCABULARY, generator=GENERATOR, dtype=torch.float64)
+TEACHER = torch.randn(VOCABULARY, generator=GENERATOR, dtype=torch.float64)
+S, T = STUDENT.softmax(-1), TEACHER.softmax(-1)
+KINDS: tuple[Estimator, ...] = get_args(Estimator)
+
+
+def expected_value(kind: Estimator) -> Tensor:
+    return (S * estimate_kl(S.log(), T.log(), kind)).sum()
+
+
+def expected_gradient(kind: Estimator) -> Tensor:
+    """E over sampled tokens of the gradient of their estimate, in the student's logits."""
+    logits = STUDENT.clone().requires_grad_()
+    total = (S * estimate_kl(logits.log_softmax(-1), T.log(), kind)).sum()
+    return torch.autograd.grad(total, logits)[0]
+
+
+def finite_difference(divergence: ReverseKL | ForwardKL | None, h: float = 1e-6) -> Tensor:
+    """Gradient of a divergence, or of the L1 distance."""
+
+    def value(logits: Tensor) -> Tensor:
+        if divergence is None:
+            return (logits.softmax(-1) - T).abs().sum()
+        return divergence(logits.log_softmax(-1), T.log())
+
+    steps = h * torch.eye(VOCABULARY, dtype=torch.float64)
+    return torch.stack([(value(STUDENT + s) - value(STUDENT - s)) / (2 * h) for s in steps])
+
+
+def close(actual: Tensor, expected: Tensor, atol: float) -> None:
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
+def test_u2_direct_k1_teaches_nothing() -> None:
+    close(expected_gradient("k1"), torch.zeros_like(STUDENT), atol=1e-12)
+
+
+def test_u2_gradients() -> None:
+    reverse, forward = finite_difference(ReverseKL()), finite_difference(ForwardKL())
+    assert (reverse - forward).abs().max() > 0.01  # the next lines tell them apart
+    close(expected_gradient("k2"), reverse, atol=1e-6)
+    close(expected_gradient("k3"), forward, atol=1e-6)
+    close(expected_gradient("abs"), finite_difference(None), atol=1e-6)
+
+
+def test_expected_values() -> None:
+    kl = ReverseKL()(S.log(), T.log())
+    close(expected_value("k1"), kl, atol=1e-12)
+    close(expected_value("k3"), kl, atol=1e-12)
+    assert (expected_value("k2") - kl).abs() > 0.01
+    # Equal to second order: the difference falls with the cube of the distance.
+    ratios = []
+    for distance in (1e-2, 1e-3):
+        near = (STUDENT + distance * TEACHER).log_softmax(-1)
+        k2 = (S * estimate_kl(S.log(), near, "k2")).sum()
+        ratios.append(((k2 / ReverseKL()(S.log(), near)) - 1).abs().item())
+    assert ratios[1] < 0.2 * ratios[0] < 0.01
+
+
+def test_by_hand() -> None:
+    ours = torch.tensor([[0.2, 0.5]], dtype=torch.float64).log()
+    theirs = torch.tensor([[0.4, 0.25]], dtype=torch.float64).log()
+    log_2 = torch.tensor(2.0, dtype=torch.float64).log().item()
+    expected = {
+        "k1": [-log_2, log_2],
+        "k2": [log_2**2 / 2, log_2**2 / 2],
+        "k3": [2 - 1 - log_2, 0.5 - 1 + log_2],
+        "abs": [log_2, log_2],
+    }
+    assert set(expected) == set(KINDS)
+    for kind in KINDS:
+        assert estimate_kl(ours, theirs, kind).tolist() == [pytest.approx(expected[kind])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_u3_zero_at_equality(kind: Estimator) -> None:
+    ours = S.log().requires_grad_()
+    value = estimate_kl(ours, S.log(), kind)
+    (gradient,) = torch.autograd.grad(value.sum(), ours)
+    assert value.abs().max() == 0
+    assert gradient.abs().max() == (1 if kind == "k1" else 0)  # k1 pushes without a reason
+
+
+def test_k3_is_never_negative_in_float32() -> None:
+    d = torch.linspace(-1e-3, 1e-3, 2001)
+    assert (estimate_kl(torch.zeros_like(d), d, "k3") >= 0).all()
