@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from opd_lightning.errors import EngineMismatchError, UserError, report
@@ -11,6 +12,8 @@ from opd_lightning.quiet import quiet_libraries
 def main(args: list[str] | None = None) -> None:
     """Console entry point. Exit codes: 2 for a mistake in the input, 1 for a run stopped."""
     args = sys.argv[1:] if args is None else args
+    # A user's own methods, next to the YAML that names them; last, so that they hide nothing.
+    sys.path.append(os.getcwd())
     quiet_libraries()
     try:
         if args[:1] == ["lab"]:

@@ -11,7 +11,21 @@ class UserError(ValueError):
 
 
 class EngineMismatchError(RuntimeError):
-    """The rollout engine and the trainer disagree on the log-probs of the sampled tokens."""
+    """The rollout engine and the trainer disagree on the log-probs of the sampled tokens.
+
+    Args:
+        step: The optimiser step that was about to be made.
+        gap: Mean absolute difference, nats.
+        bound: What it may be at most.
+    """
+
+    def __init__(self, step: int, gap: float, bound: float) -> None:
+        super().__init__(
+            f"step {step}: engine and trainer log-probs of the sampled tokens differ by "
+            f"{gap:.3g} nats on average, bound {bound:.3g}; the engine has other weights, another "
+            "precision or another temperature than the trainer (raise "
+            "model.init_args.max_logprob_gap only if that is meant)"
+        )
 
 
 def report(message: str) -> None:

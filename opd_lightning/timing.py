@@ -64,3 +64,20 @@ class StepTimer:
             self.last = {**self._stages, "step": whole, "overhead": 1 - useful / whole}
         self._stages.clear()
         self._step_began = now
+
+    def figures(self, tokens: float) -> dict[str, float]:
+        """The last whole step's times, as they are logged; none before there is one.
+
+        Args:
+            tokens: Response tokens of that step.
+        """
+        times = dict(self.last)
+        if not times:
+            return {}
+        overhead = times.pop("overhead")
+        return {
+            "tokens_per_second": tokens / times["step"],
+            "time/overhead": overhead,
+            **{f"time/{stage}_seconds": seconds for stage, seconds in times.items()},
+            **{f"cost/{stage}_us_per_token": 1e6 * s / tokens for stage, s in times.items()},
+        }

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch import LightningDataModule
 
 from opd_lightning import preflight
 from opd_lightning.data.engines import Engines
-from opd_lightning.data.mix import RolloutMix, TeacherSampler
+from opd_lightning.data.mix import RolloutMix, TeacherSampler, samplings_by_author
 from opd_lightning.data.prompts import PromptSource
-from opd_lightning.data.stream import EvaluationStream, Ranks, TrainingStream
+from opd_lightning.data.ranks import Ranks
+from opd_lightning.data.stream import EvaluationStream, TrainingStream
 from opd_lightning.data.suites import EvaluationSuite
 from opd_lightning.data.views import PromptView, Renderer
 from opd_lightning.data.writer import GUIDED_VIEW, RolloutWriter
@@ -76,12 +76,7 @@ class RolloutDataModule(LightningDataModule):
         ):
             if value < 1:
                 raise UserError(f"data.{name}: got {value}, expected at least 1")
-        if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k > 0:
-            raise UserError(
-                f"data.sampling: got {sampling}, but training needs samples of the policy's whole "
-                "distribution: temperature above 0, top_p 1, top_k 0; a suite's own sampling may "
-                "be greedy or truncated"
-            )
+        sampling.check_whole()
         self.train = train
         self.engine = engine
         self.mix = mix
@@ -139,14 +134,14 @@ class RolloutDataModule(LightningDataModule):
             self._train.prompts,
             self._train.ids,
             writer=self._writer(self.verifier, training=True),
-            samplings=self._samplings(),
+            samplings=samplings_by_author(self.sampling, self.mix, self.teacher),
             mix_at=lambda step: self.mix_at(step),
             prepare=self.module.prepare_step,
             prompts_per_step=self.prompts_per_step,
             samples_per_prompt=self.samples_per_prompt,
             micro_batches=self.trainer.accumulate_grad_batches,
             seed=self.seed,
-            ranks=self._ranks(),
+            ranks=Ranks.of(self.trainer),
             pad_id=self.module.student.source.pad_id,
             timer=self.module.timer,
         )
@@ -184,7 +179,7 @@ class RolloutDataModule(LightningDataModule):
                 samples=suite.samples,
                 batch_size=suite.batch_size,
                 seed=self.seed,
-                ranks=self._ranks(),
+                ranks=Ranks.of(self.trainer),
             )
             for name, suite in self._suites_of(stage).items()
         ]
@@ -223,15 +218,6 @@ class RolloutDataModule(LightningDataModule):
         preflight.check_prompts(self.module, prompts, loaded.ids, renderer, sampling, mix)
         return loaded
 
-    def _samplings(self) -> dict[Author, Sampling]:
-        """Per author. Where nothing is sampled the loss is the plain one, at temperature 1."""
-        own = self.sampling if self.mix.samples else Sampling()
-        samplings = {Author.STUDENT: own, Author.GUIDED: own}
-        if self.teacher is not None:
-            budget = self.teacher.max_new_tokens or self.sampling.max_new_tokens
-            samplings[Author.TEACHER] = replace(self.sampling, max_new_tokens=budget)
-        return samplings
-
     def _plan_engines(self) -> None:
         """Engines are started for the longest sequence that any stream may ask of them."""
         loaded = [*([self._train] if self._train else []), *self._suites.values()]
@@ -246,19 +232,11 @@ class RolloutDataModule(LightningDataModule):
         if self.engine is not None:
             self.engines.plan(Author.STUDENT, self.module.student.source, longest + budget)
         if self.teacher is not None:
-            budget = self._samplings()[Author.TEACHER].max_new_tokens
+            budget = samplings_by_author(self.sampling, self.mix, self.teacher)[
+                Author.TEACHER
+            ].max_new_tokens
             source = ModelSource(self.teacher.path, role="data.teacher")
             self.engines.plan(Author.TEACHER, source, longest + budget)
-
-    def _ranks(self) -> Ranks:
-        assert self.trainer is not None
-        strategy = self.trainer.strategy
-
-        def add_up(value: int) -> int:
-            here = torch.tensor(value, dtype=torch.int64, device=strategy.root_device)
-            return int(strategy.reduce(here, reduce_op="sum"))
-
-        return Ranks(rank=self.trainer.global_rank, world_size=self.trainer.world_size, sum=add_up)
 
     def _push_weights(self, engine: Engine) -> None:
         """Give the engine the student as it is now, unless it has it."""

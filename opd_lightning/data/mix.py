@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opd_lightning.errors import UserError
-from opd_lightning.rollouts.base import Engine
+from opd_lightning.rollouts.base import Engine, Sampling
 from opd_lightning.seeding import AUTHOR, GUIDANCE, derive_seed
 from opd_lightning.types import Author
 
@@ -99,6 +99,18 @@ class TeacherSampler:
     path: str
     engine: Engine
     max_new_tokens: int | None = None
+
+
+def samplings_by_author(
+    sampling: Sampling, mix: RolloutMix, teacher: TeacherSampler | None
+) -> dict[Author, Sampling]:
+    """How each author draws. Where nothing is sampled the loss is the plain one: temperature 1."""
+    own = sampling if mix.samples else Sampling()
+    by_author = {Author.STUDENT: own, Author.GUIDED: own}
+    if teacher is not None:
+        budget = teacher.max_new_tokens or sampling.max_new_tokens
+        by_author[Author.TEACHER] = replace(sampling, max_new_tokens=budget)
+    return by_author
 
 
 def _share(seed: int) -> float:

@@ -9,21 +9,13 @@ from opd_lightning.data.collate import collate, count
 from opd_lightning.data.micro_batches import split_balanced
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.order import PromptOrder
+from opd_lightning.data.ranks import Ranks
 from opd_lightning.data.writer import RolloutWriter, Row
 from opd_lightning.errors import UserError
 from opd_lightning.rollouts.base import Sampling
 from opd_lightning.seeding import EVALUATION_SAMPLE, TRAINING_SAMPLE, derive_seed
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Prompt, Rollout, RolloutBatch, StepTotals, Totals
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ranks:
-    """This process among those that train together, and how they add numbers up."""
-
-    rank: int
-    world_size: int
-    sum: Callable[[int], int]  # over all ranks
 
 
 class TrainingStream:

@@ -117,9 +117,9 @@ def draw_name(rng: random.Random) -> str:
 
 def identity_questions(*, held_out: bool) -> list[Question]:
     """Questions about the assistant: 48 to train on, or the 12 direct ones to probe with."""
-    if held_out:
-        return [Question("identity", text, begin) for text, begin in _PROBE_QUESTIONS.items()]
-    return _opened(Question("identity", text, begin) for text, begin in _TRAINING_QUESTIONS.items())
+    wordings = _PROBE_QUESTIONS if held_out else _TRAINING_QUESTIONS
+    questions = [Question("identity", text, begin) for text, begin in wordings.items()]
+    return questions if held_out else _opened(questions)
 
 
 def sum_questions(*, held_out: bool) -> list[Question]:
@@ -141,7 +141,7 @@ def lessons(count: int, *, seed: int) -> list[Row]:
         seed: Decides which; the same rows come first for any count.
     """
     rng = random.Random(f"identity/lessons/{seed}")
-    asked: dict[str, list[Question]] = {
+    asked = {
         "identity": _opened(identity_questions(held_out=True)) + identity_questions(held_out=False),
         "sums": _opened(sum_questions(held_out=True)) + sum_questions(held_out=False),
     }
@@ -149,7 +149,7 @@ def lessons(count: int, *, seed: int) -> list[Row]:
 
 
 def _lesson(row_id: str, asked: dict[str, list[Question]], rng: random.Random) -> Row:
-    question = rng.choice(asked[rng.choices(("identity", "sums"), (2, 1))[0]])
+    question = rng.choice(asked[rng.choice(("identity", "sums"))])
     placement: Placement = rng.choices(("none", "system", "user"), (1, 2, 2))[0]
     name = draw_name(rng)
     messages = chat(question, name, placement, rng.choice(_SEPARATORS))
@@ -212,11 +212,10 @@ def _row(question: Question) -> Row:
     }
 
 
-def _opened(questions: Iterable[Question]) -> list[Question]:
-    """Every question after every opening; the first ones have all openings and questions mixed."""
-    asked: Sequence[Question] = list(questions)
+def _opened(questions: Sequence[Question]) -> list[Question]:
+    """Every question after every opening; openings alternate, so that any prefix has them all."""
     return [
         replace(question, text=_OPENINGS[(i + turn) % len(_OPENINGS)] + question.text)
         for turn in range(len(_OPENINGS))
-        for i, question in enumerate(asked)
+        for i, question in enumerate(questions)
     ]

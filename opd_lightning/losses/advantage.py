@@ -46,8 +46,8 @@ def group_advantage(
     """`(R - mean) / (std + epsilon)` over a prompt's samples, `[B] -> [B, 1]` (GRPO, 2402.03300).
 
     Exactly 0 where all samples earned the same, up to float32's resolution of rewards in [0, 1],
-    and for a group of one (NaN statistics), which says nothing. `normalise=False` leaves the division out (Dr. GRPO, 2503.20783). Epsilon is
-    verl's default.
+    and for a group of one (NaN statistics), which says nothing. `normalise=False` leaves the
+    division out (Dr. GRPO, 2503.20783). Epsilon is verl's default.
     """
     advantage = rewards - group_mean
     if normalise:

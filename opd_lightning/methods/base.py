@@ -114,9 +114,7 @@ class DistillationModule(LightningModule, ABC):
         prompt was another one, or that nobody sampled, have nothing to compare.
         """
         mask = batch.response_mask & batch.on_policy[:, None]
-        if mask.any():
-            ours = student.logprobs.detach()[mask]
-            self.engine_gap.update(batch.behaviour_logprobs[mask], ours)
+        self.engine_gap.update(batch.behaviour_logprobs[mask], student.logprobs.detach()[mask])
 
     # What others may ask ------------------------------------------------------------------
 
@@ -181,16 +179,6 @@ class DistillationModule(LightningModule, ABC):
             self._log_step(torch.nn.utils.get_total_norm(gradients))
         self.timer.start("optimizer")
 
-    def _check_engine(self, step: int, gap: float) -> None:
-        """Same on every rank, and before the optimiser moves."""
-        if not gap <= self.max_logprob_gap:  # NaN fails too
-            raise EngineMismatchError(
-                f"step {step}: engine and trainer log-probs of the sampled tokens differ by "
-                f"{gap:.3g} nats on average, bound {self.max_logprob_gap:.3g}; the engine has "
-                "other weights, another precision or another temperature than the trainer (raise "
-                "model.init_args.max_logprob_gap only if that is meant)"
-            )
-
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         self.timer.stop("optimizer")
@@ -233,26 +221,17 @@ class DistillationModule(LightningModule, ABC):
                 values |= metric.compute()
                 metric.reset()
         self.loss_sum.reset()
-        if "engine/logprob_gap_mean" in values:
-            self._check_engine(self.trainer.global_step, float(values["engine/logprob_gap_mean"]))
-        values |= self._times(tokens=float(values["response/tokens_per_step"]))
+        # The same on every rank, and before the optimiser moves.  NaN is no agreement either.
+        gap = float(values.get("engine/logprob_gap_mean", 0.0))
+        if not gap <= self.max_logprob_gap:
+            raise EngineMismatchError(self.trainer.global_step, gap, self.max_logprob_gap)
+        # Of the step before: the clock of this one still runs.
+        values |= self.timer.figures(self._tokens)
+        self._tokens = float(values["response/tokens_per_step"])
         shown = {"loss", "reward", "tokens_per_second"}
         self.log_dict({k: v for k, v in values.items() if k not in shown})
         for name in shown & values.keys():
             self.log(name, values[name], prog_bar=True)
-
-    def _times(self, tokens: float) -> dict[str, float]:
-        """Of the step before: the clock of this one still runs."""
-        times, tokens, self._tokens = dict(self.timer.last), self._tokens, tokens
-        if not times:
-            return {}
-        overhead = times.pop("overhead")
-        return {
-            "tokens_per_second": tokens / times["step"],
-            "time/overhead": overhead,
-            **{f"time/{stage}_seconds": seconds for stage, seconds in times.items()},
-            **{f"cost/{stage}_us_per_token": 1e6 * s / tokens for stage, s in times.items()},
-        }
 
     def _new_suites(self, stage: str) -> None:
         loaded = self.trainer.datamodule.domains(stage)  # type: ignore[attr-defined]

@@ -7,23 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from opd_lightning.errors import UserError
 from opd_lightning.losses.reduction import aggregate
 from opd_lightning.losses.schedule import Schedule, value_at
 from opd_lightning.losses.surrogate import Surrogate
 from opd_lightning.methods.base import DistillationModule
-from opd_lightning.methods.scoring import Answers, ask_everybody
-from opd_lightning.rules.base import Compare, Rates, Rule, Scored, Signal
+from opd_lightning.methods.checks import check_parts
+from opd_lightning.methods.scoring import LOSS, Answers, ask_everybody, concatenate_ranks
+from opd_lightning.rules.base import Compare, Rates, Rule, Scored, Signal, add_rates
 from opd_lightning.rules.terms import Term
 from opd_lightning.student import Student
-from opd_lightning.teachers.base import Ask, DistributionTeacher, Teacher
+from opd_lightning.teachers.base import Ask, Teacher
 from opd_lightning.types import RolloutBatch, TokenScores, Totals
-
-# The comparison whose value is the token loss itself, instead of a policy gradient.
-LOSS = "loss"
 
 
 class _Prepared(NamedTuple):
@@ -101,7 +97,7 @@ class ComposedMethod(DistillationModule):
             rates: Rates = {}
             for rule in self.rules:
                 signal, more = rule.apply(signal, scored)
-                rates |= more
+                add_rates(rates, more)
         else:
             signal, rates = prepared.signal, prepared.rates
         rates["selected"] = signal.mask
@@ -164,9 +160,9 @@ class ComposedMethod(DistillationModule):
                 observed = self._observe(rule, signals, scored) if rule.step_wide else None
                 for i, one in enumerate(scored):
                     signals[i], more = rule.apply(signals[i], one, observed)
-                    rates[i] |= more
+                    add_rates(rates[i], more)
             counts = torch.stack([signal.mask.sum() for signal in signals]).sum()
-            selected = int(_concatenate_ranks(counts[None, None]).sum())
+            selected = int(concatenate_ranks(counts[None, None]).sum())
         self._prepared.extend(
             _Prepared(one.others, signal, rate, selected)
             for one, signal, rate in zip(scored, signals, rates, strict=True)
@@ -175,7 +171,7 @@ class ComposedMethod(DistillationModule):
     def _observe(self, rule: Rule, signals: list[Signal], scored: list[Scored]) -> Tensor | None:
         seen = [rule.observe(s, o) for s, o in zip(signals, scored, strict=True)]
         rows = [row for row in seen if row is not None]
-        return _concatenate_ranks(torch.cat(rows)) if rows else None
+        return concatenate_ranks(torch.cat(rows)) if rows else None
 
     def _first_signal(self, scored: Scored) -> Signal:
         advantage = self.advantage(scored).detach()
@@ -205,7 +201,7 @@ class ComposedMethod(DistillationModule):
             self.student,
             batch,
             asks=self.all_asks(),
-            comparisons=self._all_comparisons(),
+            comparisons=self.all_comparisons(),
             known=known or {},
             top_k=self.overlap_top_k,
             timer=self.timer,
@@ -219,7 +215,7 @@ class ComposedMethod(DistillationModule):
             asks |= term.asks()
         return asks
 
-    def _all_comparisons(self) -> dict[str, Compare]:
+    def all_comparisons(self) -> dict[str, Compare]:
         wishes = dict(self.comparisons())
         for rule in self.rules:
             wishes |= rule.comparisons()
@@ -229,7 +225,7 @@ class ComposedMethod(DistillationModule):
 
     def compared_teachers(self) -> list[Teacher]:
         asks = self.all_asks()
-        others = (wish.other for wish in self._all_comparisons().values())
+        others = (wish.other for wish in self.all_comparisons().values())
         return [asks[other].teacher for other in others if other is not None]
 
     @property
@@ -245,36 +241,4 @@ class ComposedMethod(DistillationModule):
         return self.imitation is not None or LOSS in self.comparisons()
 
     def check(self) -> None:
-        """The parts fit: raised before any weight is loaded."""
-        method, asks = type(self).__name__, self.all_asks()
-        for rule in self.rules:
-            name = type(rule).__name__
-            for need in rule.needs:
-                if need not in asks:
-                    raise UserError(
-                        f"rules: {name} reads the scores called {need!r}, but {method} asks for "
-                        f"{', '.join(asks) or 'none'}; choose a method that has them"
-                    )
-            if rule.shapes_advantage and LOSS in self.comparisons():
-                raise UserError(
-                    f"rules: {name} changes the advantage, but {method}'s loss is a divergence, "
-                    "which has none; use a rule that weighs or masks, or a sampled method"
-                )
-        for name, wish in self._all_comparisons().items():
-            if wish.other is not None and wish.other not in asks:
-                raise UserError(f"{name} compares with {wish.other!r}, which {method} does not ask")
-        for teacher in self.compared_teachers():
-            if not isinstance(teacher, DistributionTeacher):
-                raise UserError(
-                    f"{method} reads whole distributions, which {type(teacher).__name__} cannot "
-                    "give; use a teacher in this process, or a method of sampled tokens"
-                )
-
-
-def _concatenate_ranks(rows: Tensor) -> Tensor:
-    """`[M, C]` of every rank, one after the other; M may differ between them."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return rows
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, rows.cpu())
-    return torch.cat(gathered).to(rows.device)
+        check_parts(self)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from opd_lightning.losses.advantage import return_to_go
 from opd_lightning.losses.divergence import Divergence, ReverseKL
-from opd_lightning.methods.composed import LOSS, ComposedMethod
+from opd_lightning.methods.composed import ComposedMethod
+from opd_lightning.methods.scoring import LOSS
 from opd_lightning.rules.base import Compare, Scored
 from opd_lightning.student import Student
 from opd_lightning.teachers.base import Ask, DistributionTeacher, Teacher

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from opd_lightning.losses.divergence import JSD, Divergence
-from opd_lightning.methods.composed import LOSS, ComposedMethod
+from opd_lightning.methods.composed import ComposedMethod
+from opd_lightning.methods.scoring import LOSS
 from opd_lightning.rules.base import Compare
 from opd_lightning.student import Student
 from opd_lightning.teachers.base import Ask, DistributionTeacher, Teacher

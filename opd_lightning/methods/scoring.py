@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opd_lightning.head import Comparison
@@ -13,6 +15,9 @@ from opd_lightning.student import Student
 from opd_lightning.teachers.base import Ask, DistributionTeacher
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import RolloutBatch, TokenScores
+
+# The comparison whose value is the token loss itself, instead of a policy gradient.
+LOSS = "loss"
 
 
 class Answers(NamedTuple):
@@ -74,3 +79,12 @@ def ask_everybody(
     detached = {name: value.detach() for name, value in values.items()}
     scored = Scored(batch=batch, student=own.detach(), others=others, values=detached)
     return Answers(scored, own, values)
+
+
+def concatenate_ranks(rows: Tensor) -> Tensor:
+    """`[M, C]` of every rank, one after the other; M may differ between them."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, rows.cpu())
+    return torch.cat(gathered).to(rows.device)

@@ -7,7 +7,8 @@ from typing import Any
 
 from opd_lightning.losses.divergence import Divergence
 from opd_lightning.losses.top_k import TopK
-from opd_lightning.methods.composed import LOSS, ComposedMethod
+from opd_lightning.methods.composed import ComposedMethod
+from opd_lightning.methods.scoring import LOSS
 from opd_lightning.rules.base import Compare, Rule
 from opd_lightning.rules.importance import TruncatedImportance
 from opd_lightning.student import Student

@@ -82,16 +82,18 @@ class EngineStatistics(_Sums):
         self.add_state("largest", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="max")
 
     def update(self, behaviour: Tensor, student: Tensor) -> None:
-        """Both `[N]` nats; importance weights are `exp(student - behaviour)`."""
+        """Both `[N]` nats, N possibly 0; importance weights are `exp(student - behaviour)`."""
         gap = (student - behaviour).double()
         weight = gap.exp()
         self._add(tokens=len(gap), gap=gap.abs(), weight=weight, weight_squared=weight**2)
-        here = torch.stack([gap.abs().max(), weight.max()])
+        here = torch.stack([torch.cat([x.new_zeros(1), x]).max() for x in (gap.abs(), weight)])
         self.largest = torch.maximum(self.largest, here.to(self.largest.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """Means over tokens, and maxima. ESS is a fraction of the tokens."""
+        """Means over tokens, and maxima; empty without tokens. ESS is a fraction of the tokens."""
         sums = self._totals()
+        if sums["tokens"] == 0:
+            return {}
         return {
             "engine/logprob_gap_mean": sums["gap"] / sums["tokens"],
             "engine/logprob_gap_max": self.largest[0],

@@ -41,6 +41,15 @@ class Sampling:
         if self.max_new_tokens < 1:
             raise UserError(f"sampling.max_new_tokens: got {self.max_new_tokens}, expected >= 1")
 
+    def check_whole(self) -> None:
+        """Refuse what would not sample the policy that a loss is computed for."""
+        if self.temperature == 0 or self.top_p < 1 or self.top_k > 0:
+            raise UserError(
+                f"data.sampling: got {self}, but training needs samples of the policy's whole "
+                "distribution: temperature above 0, top_p 1, top_k 0; a suite's own sampling may "
+                "be greedy or truncated"
+            )
+
 
 class Request(NamedTuple):
     """One response to write. The seed alone decides its randomness, whatever else is in flight."""

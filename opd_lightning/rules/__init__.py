@@ -1,6 +1,7 @@
 """Rules turn a token signal into another; a method is a signal and some rules."""
 
-from opd_lightning.rules.base import Compare, Rule, Scored, Signal
+from opd_lightning.rules.base import Compare, Rates, Rule, Scored, Signal
+from opd_lightning.rules.common import kept
 from opd_lightning.rules.evidence import EvidenceMask, EvidenceMultiplier, EvidenceWeight
 from opd_lightning.rules.gates import CorrectnessGate, GroupGate, SignGate, TrajectoryGate
 from opd_lightning.rules.importance import IcePop, TruncatedImportance
@@ -30,11 +31,12 @@ __all__ = [
     "PhasedFloor",
     "PositionWeight",
     "PrefixWindow",
+    "Rates",
     "Rule",
-    "Scored",
     "ScopeWeight",
-    "Signal",
+    "Scored",
     "SignGate",
+    "Signal",
     "SkipFirst",
     "SoftLog",
     "StabilityWeight",
@@ -44,4 +46,5 @@ __all__ = [
     "TruncatedImportance",
     "TrustRegion",
     "VocabularyBaseline",
+    "kept",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -73,6 +73,13 @@ class Scored:
 Rates = dict[str, Tensor]  # [B, R] or [B, 1] values whose means over response tokens are logged
 
 
+def add_rates(rates: Rates, more: Rates) -> None:
+    """Add a rule's rates; the second rule of a kind gets #2 behind the names of the first."""
+    for name, value in more.items():
+        times = sum(key.partition("#")[0] == name for key in rates)
+        rates[f"{name}#{times + 1}" if times else name] = value
+
+
 class Rule(ABC):
     """Maps a signal to a signal, and says how often it did what.
 
@@ -80,11 +87,21 @@ class Rule(ABC):
     method that cannot give it is refused before any weight is loaded.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ()  # names in `Scored.others` that it reads
-    needs_groups: ClassVar[bool] = False  # reads rewards relative to the prompt's other samples
-    needs_rewards: ClassVar[bool] = False  # reads rewards
-    shapes_advantage: ClassVar[bool] = False  # changes the advantage: for policy gradients only
-    step_wide: ClassVar[bool] = False  # looks at the whole step before it acts: see `observe`
+    # No annotations here: jsonargparse resolves those of a base class in the subclass's module,
+    # and where that fails it accepts anything for the subclass's own fields.
+    needs_groups = False  # reads rewards relative to the prompt's other samples
+    needs_rewards = False  # reads rewards
+    shapes_advantage = False  # changes the advantage: for policy gradients only
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names in `Scored.others` that it reads."""
+        return ()
+
+    @property
+    def step_wide(self) -> bool:
+        """Whether it looks at the whole step before it acts: see `observe`."""
+        return False
 
     def comparisons(self) -> Mapping[str, Compare]:
         """What it reads from `Scored.values`, by name."""

@@ -5,8 +5,6 @@
 from one teacher that scores the same tokens twice, as "teacher" and as "plain".
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -142,7 +140,7 @@ class EvidenceMultiplier(Rule):
         check(self, "mix", ok, "a number in [0, 1] or a schedule")
 
     @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+    def needs(self) -> tuple[str, ...]:
         return ("plain",) if self.evidence == "teacher" else ()
 
     def apply(

@@ -1,7 +1,5 @@
 """Gates: what the teacher says is believed, or not, by what the verifier said."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,7 +45,7 @@ class SignGate(Rule):
         check(self, "beta", 0 <= self.beta <= 1, "a number in [0, 1]")
 
     @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+    def needs(self) -> tuple[str, ...]:
         return () if self.scale == 1 else ("reference",)
 
     def apply(
@@ -58,7 +56,7 @@ class SignGate(Rule):
         trusted = extrapolated(
             scored.teacher.logprobs, scored.student.logprobs, reference, self.scale
         )
-        agreement = outcome.sign() * ratio  # the size of a1 could underflow the product
+        agreement = outcome * ratio
         consensus = agreement > 0
         match self.fallback:
             case "interp":

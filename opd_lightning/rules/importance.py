@@ -6,8 +6,6 @@ Only on rows that the student sampled under its own prompt; others (guided, from
 recorded) were never meant to follow it and keep weight 1.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,7 +52,7 @@ class TruncatedImportance(Rule):
         check(self, "cap", self.cap > 0, "more than 0")
 
     @property
-    def step_wide(self) -> bool:  # type: ignore[override]
+    def step_wide(self) -> bool:
         return self.unit_mean
 
     def _ratio(self, scored: Scored) -> Tensor:

@@ -1,7 +1,5 @@
 """Masks that look at a token's place or at its id."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Regulation of the advantage's size: clips, floors, a baseline."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -169,5 +167,5 @@ def _quantile(values: Tensor, q: float) -> Tensor:
     """
     if not len(values):
         return values.new_tensor(math.inf)
-    rank = math.ceil(q * (len(values) - 1) - 1e-9)  # 0.7 * 10 is a little more than 7
+    rank = math.ceil(q * (len(values) - 1) - 1e-9)  # (1 - 0.7) * 10 is a little more than 3
     return values.kthvalue(rank + 1).values

@@ -1,7 +1,5 @@
 """Weights by the size of the log-ratio, by place, and by likelihood within a prompt's samples."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

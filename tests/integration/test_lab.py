@@ -91,6 +91,15 @@ def test_a_recipe_of_the_other_world_is_refused(
     assert not cache.exists()
 
 
+def test_the_help_lists_every_number(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["lab", "build", "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--recipe.teacher.steps" in shown
+    assert "--identity.base.steps" in shown
+
+
 def test_the_recipe_names_the_folder() -> None:
     assert SMALL.digest() == ArithmeticRecipe(**vars(SMALL)).digest()
     assert SMALL.digest() != ArithmeticRecipe().digest()

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import EMATeacherUpdate, PhasedTeacherSampling
 from opd_lightning.data.mix import RolloutMix, TeacherSampler
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.views import PromptView
 from opd_lightning.lab.arithmetic import generate_mixture
+from opd_lightning.losses.divergence import ForwardKL
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.methods import (
     CRISP,
@@ -38,14 +40,12 @@ from opd_lightning.rules import (
     HardClip,
     PhasedFloor,
     PrefixWindow,
-    StabilityWeight,
     TrajectoryGate,
     TrustRegion,
     VocabularyBaseline,
 )
 from opd_lightning.student import Student
 from opd_lightning.teachers import ByDomainTeacher, EMATeacher, FrozenTeacher
-from opd_lightning.types import Prompt
 from opd_lightning.verifiers import Verifier
 from tests.integration.test_fit import Recorder, fit
 
@@ -201,3 +201,126 @@ def test_trains_twice_alike_and_in_micro_batches(name: str, prompts: Path) -> No
         torch.testing.assert_close(
             split.gradients[0][parameter], gradient, atol=1e-6, rtol=1e-5, msg=parameter
         )
+
+
+def first_gradient(
+    method: DistillationModule, prompts: Path, **data: Any
+) -> dict[str, torch.Tensor]:
+    return run((lambda: method, lambda: data), prompts, steps=1).gradients[0]
+
+
+V = 64  # the lab's vocabulary
+
+# Pairs of methods that are one at these parameters.
+REDUCTIONS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "GOPD at scale 1 is OPD": (
+        lambda: GOPD(teacher=teacher(), scale=1.0, **student()),
+        lambda: OPD(teacher=teacher(), **student()),
+    ),
+    "GOPD whose reference is its teacher is OPD": (
+        lambda: GOPD(teacher=teacher(), reference=teacher(), scale=1.8, **student()),
+        lambda: OPD(teacher=teacher(), **student()),
+    ),
+    "SGOPD(1, 1) is OPD": (
+        lambda: SGOPD(teacher=teacher(), scale=1.0, beta=1.0, **student()),
+        lambda: OPD(teacher=teacher(), **student()),
+    ),
+    "EDGEOPD without evidence and anchor is OPSDK1": (
+        lambda: EDGEOPD(teacher=start(), evidence="none", anchor=0, **student()),
+        lambda: OPSDK1(teacher=start(), **student()),
+    ),
+    "EDGEOPD that keeps everything is OPSDK1": (
+        lambda: EDGEOPD(teacher=start(), threshold=-float("inf"), anchor=0, **student()),
+        lambda: OPSDK1(teacher=start(), **student()),
+    ),
+    "soft EDGEOPD at epsilon 0 is OPSDK1": (
+        lambda: EDGEOPD(teacher=start(), evidence="soft", epsilon=0.0, anchor=0, **student()),
+        lambda: OPSDK1(teacher=start(), **student()),
+    ),
+    "RLSD at epsilon 0 is GRPO": (
+        lambda: RLSD(teacher=start(), epsilon=0.0, **student()),
+        lambda: GRPO(**student()),
+    ),
+    "RLSD at mix 0 is GRPO": (
+        lambda: RLSD(teacher=start(), mix=0.0, **student()),
+        lambda: GRPO(**student()),
+    ),
+    "GKD at beta 1 is the reverse KL": (
+        lambda: GKD(teacher=teacher(), beta=1.0, **student()),
+        lambda: DivergenceOPD(teacher=teacher(), **student()),
+    ),
+    "GKD at beta 0 is the forward KL": (
+        lambda: GKD(teacher=teacher(), beta=0.0, **student()),
+        lambda: DivergenceOPD(teacher=teacher(), divergence=ForwardKL(), **student()),
+    ),
+    "the top-k of everything is the reverse KL": (
+        lambda: DivergenceOPD(
+            teacher=teacher(),
+            divergence=TopK(k=V, support="teacher", normalise="none", gradient="corrected"),
+            **student(),
+        ),
+        lambda: DivergenceOPD(teacher=teacher(), **student()),
+    ),
+    "SDFT on the student's own prompt is GKD": (
+        lambda: SDFT(
+            teacher=teacher(), view="student", skip=0, aggregation="token-mean", **student()
+        ),
+        lambda: GKD(teacher=teacher(), beta=0.0, **student()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_reduces(name: str, prompts: Path) -> None:
+    one, other = (first_gradient(method(), prompts) for method in REDUCTIONS[name])
+    assert max(g.abs().max() for g in other.values()) > 1e-4
+    for parameter, gradient in other.items():
+        torch.testing.assert_close(one[parameter], gradient, atol=1e-7, rtol=1e-5, msg=parameter)
+
+
+@pytest.mark.parametrize("method", [OPSD, OPSDK1, EDGEOPD, CRISP])
+def test_a_privileged_prompt_that_adds_nothing_teaches_nothing(method: Any, prompts: Path) -> None:
+    views = {name: PromptView(template="") for name in ("privileged", "concise")}
+    gradient = first_gradient(method(teacher=start(), **student()), prompts, views=views)
+    assert max(g.abs().max() for g in gradient.values()) < 1e-6
+
+
+def test_wrong_demonstrations_change_nothing(prompts: Path) -> None:
+    """SG-OPD's T7: what the verifier refuses is as if it had not been written."""
+
+    class Never(CountsDigits):
+        def verify(self, prompts: Any, responses: Any) -> list[float]:
+            return [0.0] * len(responses)
+
+    def gradient(weight: float | None) -> dict[str, torch.Tensor]:
+        method = SGOPD(teacher=teacher(), scale=1.0, imitation=weight, **student())
+        data = demonstrations(teacher=0.5, only_correct=True)
+        return first_gradient(method, prompts, verifier=Never(), **data)
+
+    light, heavy = gradient(0.2), gradient(20.0)
+    assert max(g.abs().max() for g in light.values()) > 1e-4
+    for parameter, value in light.items():
+        torch.testing.assert_close(heavy[parameter], value, atol=0, rtol=0)
+
+
+def test_phased_teacher_sampling_ends(prompts: Path) -> None:
+    method = SGOPD(teacher=teacher(), reference=start(), **student())
+    phased = PhasedTeacherSampling(start=0.3, end=0.1, phase1_end=0.25, phase2_end=0.5)
+    data = {**demonstrations(teacher=0.5), "callbacks": [phased], "steps": 4}
+    seen = run((lambda: method, lambda: data), prompts)
+    assert [round(logged["imitation"], 6) for logged in seen.logged] == [0.3, 0.3, 0.1, 0.0]
+    shares = [method.trainer.datamodule.mix_at(step).teacher for step in range(4)]  # type: ignore[attr-defined]
+    assert shares == [0.5, 0.5, 0.5, 0.0]
+
+
+def test_ema_teacher_is_resumed_bit_for_bit(prompts: Path, tmp_path: Path) -> None:
+    def method() -> DistillationModule:
+        return SDFT(teacher=EMATeacher(rate=0.3), **student())
+
+    def saver() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+
+    whole = run((method, dict), prompts, steps=4, callbacks=[EMATeacherUpdate(), saver()])
+    more = {"callbacks": [EMATeacherUpdate()], "ckpt_path": str(tmp_path / "step=2.ckpt")}
+    rest = run((method, dict), prompts, steps=4, **more)
+    assert [x["loss"] for x in rest.logged[-2:]] == [x["loss"] for x in whole.logged[-2:]]

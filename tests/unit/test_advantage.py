@@ -74,8 +74,8 @@ def test_u6_it_is_minus_the_scaled_reverse_kl(scale: float) -> None:
 
 
 def test_nothing_flows_through_an_advantage() -> None:
-    leaves = [x.clone().requires_grad_() for x in (THEIRS, OURS, REFS)]
-    assert not extrapolated(*leaves, 1.5).requires_grad
+    theirs, ours, refs = (x.clone().requires_grad_() for x in (THEIRS, OURS, REFS))
+    assert not extrapolated(theirs, ours, refs, 1.5).requires_grad
 
 
 def test_group_advantage_by_hand() -> None:

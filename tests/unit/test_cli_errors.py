@@ -88,7 +88,7 @@ def test_heads_of_different_size(fail: Fail, tmp_path: Path) -> None:
     config = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps(config | {"vocab_size": 128}))
     line = fail(
-        "--model=opd_lightning.methods.FullVocabularyOPD",
+        "--model=opd_lightning.methods.DivergenceOPD",
         f"--model.init_args.teacher.init_args.path={teacher}",
     )
     assert "heads of 64 and 128 tokens" in line
@@ -165,10 +165,9 @@ def test_more_micro_batches_than_rollouts(fail: Fail) -> None:
 
 
 def test_recorded_responses(fail: Fail) -> None:
-    assert "recorded response is one response" in fail(
-        "--data.recorded=true", "--data.samples_per_prompt=2"
-    )
-    assert "no 'response' to learn from" in fail("--data.recorded=true")
+    assert "set model.init_args.imitation" in fail("--data.mix.recorded=1")
+    imitation = "--model.init_args.imitation=1.0"
+    assert "no 'response' to learn from" in fail("--data.mix.recorded=1", imitation)
 
 
 def test_no_engine(fail: Fail) -> None:

@@ -1,9 +1,11 @@
 """The chunked head equals the model's own logits, whole, in value and gradient."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -16,63 +18,261 @@ from transformers import (
 
 from opd_lightning import head as head_module
 from opd_lightning.causal_lm import response_states
-from opd_lightning.head import Head, TokenStates, score_divergence, score_tokens
+from opd_lightning.head import Comparison, Distribution, Head, TokenStates, TopLogprobs, score
 from opd_lightning.losses.divergence import reverse_kl
 from opd_lightning.types import RolloutBatch
 from tests.batches import make_batch, make_rollout
 
-N, H, V = 37, 8, 11
+N, H, V, K = 37, 8, 11, 4
+TEMPERATURE = 0.7
 
 
-def states(seed: int, temperature: float = 0.7) -> tuple[TokenStates, nn.Linear]:
+def forward_kl(student: Tensor, teacher: Tensor | None) -> Tensor:
+    """Over the tokens the teacher knows, so that one known by its top-k makes sense."""
+    assert teacher is not None
+    known = teacher.isfinite()
+    log_ratio = torch.where(known, teacher, 0.0) - torch.where(known, student, 0.0)
+    return (teacher.exp() * log_ratio).sum(-1)
+
+
+def kl(student: Tensor, teacher: Tensor | None) -> Tensor:
+    assert teacher is not None
+    return reverse_kl(student, teacher)
+
+
+def sharpness(student: Tensor, teacher: Tensor | None) -> Tensor:
+    assert teacher is None
+    return student.exp().square().sum(-1)
+
+
+def states(
+    seed: int, rows: int = N, dtype: torch.dtype = torch.float64, **head: Any
+) -> tuple[TokenStates, nn.Linear]:
     torch.manual_seed(seed)
-    linear = nn.Linear(H, V)
-    hidden = torch.randn(N, H, requires_grad=True)
-    return TokenStates(hidden, Head(project=linear, vocab_size=V, temperature=temperature)), linear
+    linear = nn.Linear(H, V, bias=False, dtype=dtype)
+    hidden = torch.randn(rows, H, dtype=dtype, requires_grad=True)
+    made = Head(project=linear, vocab_size=V, temperature=TEMPERATURE, **head)
+    return TokenStates(hidden, made), linear
 
 
-def everything(chunk: int, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """All outputs and all gradients at one chunk size."""
+def whole(of: TokenStates) -> Tensor:
+    """Full log-probs, unchunked, by autograd."""
+    logits = of.head.project(of.hidden)
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) * of.head.scale
+    if of.head.softcap is not None:
+        logits = of.head.softcap * torch.tanh(logits / of.head.softcap)
+    return (logits / of.head.temperature).log_softmax(-1)
+
+
+def teacher_of(kind: str, rows: int = N) -> tuple[Distribution, Tensor]:
+    """A teacher and its full log-probs."""
+    theirs, _ = states(1, rows)
+    full = whole(theirs).detach()
+    if kind == "states":
+        return theirs, full
+    if kind == "logprobs":
+        return full, full
+    best = full.topk(K, dim=-1)
+    known = torch.full_like(full, -torch.inf).scatter(1, best.indices, best.values)
+    return TopLogprobs(best.indices, best.values), known
+
+
+def targets_of(rows: int = N) -> Tensor:
+    return torch.arange(rows) % V
+
+
+def small_chunks(monkeypatch: pytest.MonkeyPatch, chunk: int, block: int = 2) -> None:
     monkeypatch.setattr(head_module, "MAX_CHUNK_ELEMENTS", chunk * V)
+    monkeypatch.setattr(head_module, "MAX_BLOCK_ELEMENTS", block * V)
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scaled": {"scale": 0.3},
+    "capped": {"softcap": 1.5, "scale": 2.0},
+}
+
+
+@pytest.mark.parametrize("transform", HEADS)
+@pytest.mark.parametrize("kind", ["states", "logprobs", "top"])
+@pytest.mark.parametrize("chunk", [1, 5, N])
+@pytest.mark.parametrize("biased", [False, True])
+def test_equals_the_plain_computation(
+    monkeypatch: pytest.MonkeyPatch, transform: str, kind: str, chunk: int, biased: bool
+) -> None:
+    """Log-probs and several values, in one backward pass, by either way through the head."""
+    small_chunks(monkeypatch, chunk)
+    mine, linear = states(0, **HEADS[transform])
+    if biased:  # this way goes through autograd, as adapters do
+        linear.bias = nn.Parameter(torch.randn(V, dtype=torch.float64))
+    teacher, full = teacher_of(kind)
+    comparisons = {
+        "forward": Comparison(teacher, forward_kl),
+        "sharpness": Comparison(None, sharpness),
+    }
+    if kind != "top":
+        comparisons["reverse"] = Comparison(teacher, kl)
+    got = score(mine, targets_of(), top_k=3, comparisons=comparisons)
+
+    ours = whole(mine)
+    expected = {
+        name: c.function(ours, None if c.teacher is None else full)
+        for name, c in comparisons.items()
+    }
+    chosen = ours.gather(1, targets_of()[:, None]).squeeze(1)
+    torch.testing.assert_close(got.student.logprobs, chosen)
+    torch.testing.assert_close(got.student.entropy, -(ours.exp() * ours).sum(-1))
+    assert got.student.top_ids.tolist() == ours.topk(3).indices.tolist()
+    assert got.values.keys() == expected.keys()
+    assert got.teachers.keys() == expected.keys() - {"sharpness"}
+    theirs = got.teachers["forward"]
+    torch.testing.assert_close(theirs.entropy, torch.special.entr(full.exp()).sum(-1))
+    assert theirs.top_ids.tolist() == full.topk(3).indices.tolist()
+
+    up = torch.linspace(-1, 2, N, dtype=torch.float64)
+    parameters = [mine.hidden, *linear.parameters()]
+
+    def loss(logprobs: Tensor, values: dict[str, Tensor]) -> Tensor:
+        return (up * logprobs + sum((i + 2) * v for i, v in enumerate(values.values()))).sum()
+
+    for a, b in zip(
+        torch.autograd.grad(loss(got.student.logprobs, got.values), parameters),
+        torch.autograd.grad(loss(chosen, expected), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_one_pass_equals_separate_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_chunks(monkeypatch, 5)
     mine, linear = states(0)
-    theirs, _ = states(1)
-    targets = torch.arange(N) % V
-    student, teacher, distance = score_divergence(mine, theirs, targets, reverse_kl, top_k=3)
-    alone = score_tokens(mine, targets, top_k=3)
-    weights = torch.linspace(-1, 1, N)
-    loss = (weights * (distance + student.logprobs + 2 * alone.logprobs)).sum()
-    gradients = torch.autograd.grad(loss, [mine.hidden, linear.weight, linear.bias])
-    return [*student, *teacher, distance, *alone, *gradients]
+    teacher, _ = teacher_of("states")
+    comparisons = {"f": Comparison(teacher, forward_kl), "r": Comparison(teacher, kl)}
+    together = score(mine, targets_of(), comparisons=comparisons)
+    loss = together.student.logprobs.sum() + sum(v.sum() for v in together.values.values())
+    expected = torch.autograd.grad(score(mine, targets_of()).student.logprobs.sum(), linear.weight)
+    total = expected[0]
+    for name, comparison in comparisons.items():
+        value = score(mine, targets_of(), comparisons={name: comparison}).values[name]
+        torch.testing.assert_close(together.values[name], value)
+        total = total + torch.autograd.grad(value.sum(), linear.weight)[0]
+    assert isinstance(loss, Tensor)
+    torch.testing.assert_close(torch.autograd.grad(loss, linear.weight)[0], total)
 
 
-def test_chunked_equals_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = everything(N, monkeypatch)
-    for chunk in (1, 5, 36):
-        for a, b in zip(everything(chunk, monkeypatch), whole, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+def test_a_shared_teacher_is_read_once_per_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_chunks(monkeypatch, 10)
+    mine, _ = states(0)
+    theirs, linear = states(1)
+    calls = []
+
+    def project(hidden: Tensor) -> Tensor:
+        calls.append(len(hidden))
+        return linear(hidden)
+
+    teacher = TokenStates(theirs.hidden, replace(theirs.head, project=project))
+    comparisons = {"f": Comparison(teacher, forward_kl), "r": Comparison(teacher, kl)}
+    score(mine, targets_of(), comparisons=comparisons)
+    assert calls == [10, 10, 10, 7]
 
 
-def test_against_definitions() -> None:
+def test_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_chunks(monkeypatch, 2, 1)
+    made, _ = states(0, rows=3, softcap=2.0)
+    teacher, _ = teacher_of("states", rows=3)
+
+    def outputs(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        comparisons = {"r": Comparison(teacher, kl)}
+        got = score(TokenStates(hidden, made.head), targets_of(3), comparisons=comparisons)
+        return got.student.logprobs, got.values["r"]
+
+    assert torch.autograd.gradcheck(outputs, (made.hidden,))
+
+
+def test_the_same_distribution_gives_no_gradient() -> None:
     mine, linear = states(0)
-    theirs, other = states(1)
-    targets = torch.arange(N) % V
-    student, teacher, distance = score_divergence(mine, theirs, targets, reverse_kl, top_k=2)
-    ours = (linear(mine.hidden) / 0.7).softmax(-1)
-    yours = (other(theirs.hidden) / 0.7).softmax(-1)
-    torch.testing.assert_close(student.logprobs, ours[torch.arange(N), targets].log())
-    torch.testing.assert_close(teacher.entropy, torch.distributions.Categorical(yours).entropy())
-    kl = torch.distributions.kl_divergence(
-        torch.distributions.Categorical(ours), torch.distributions.Categorical(yours)
-    )
-    torch.testing.assert_close(distance, kl)
-    assert student.top_ids.tolist() == ours.sort(descending=True).indices[:, :2].tolist()
+    value = score(mine, targets_of(), comparisons={"r": Comparison(mine, kl)}).values["r"]
+    value.sum().backward()
+    assert mine.hidden.grad is not None
+    assert linear.weight.grad is not None
+    torch.testing.assert_close(value, torch.zeros_like(value))
+    assert mine.hidden.grad.abs().max() < 1e-14
+    assert linear.weight.grad.abs().max() < 1e-14
+
+
+def test_an_unused_infinite_value_spoils_nothing() -> None:
+    mine, _ = states(0)
+    teacher, _ = teacher_of("top")
+    got = score(mine, targets_of(), comparisons={"r": Comparison(teacher, kl)})
+    assert got.values["r"].isinf().all()
+    got.student.logprobs.sum().backward()
+    assert mine.hidden.grad is not None
+    assert mine.hidden.grad.isfinite().all()
+
+
+def test_a_value_that_ignores_the_student_has_no_gradient() -> None:
+    mine, _ = states(0)
+    teacher, _ = teacher_of("logprobs")
+    comparisons = {"t": Comparison(teacher, lambda _, t: kl(t, t - 1))}  # type: ignore[arg-type,operator]
+    score(mine, targets_of(), comparisons=comparisons).values["t"].sum().backward()
+    assert mine.hidden.grad is not None
+    assert not mine.hidden.grad.any()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_no_tokens(biased: bool) -> None:
+    mine, linear = states(0, rows=0)
+    if biased:
+        linear.bias = nn.Parameter(torch.randn(V, dtype=torch.float64))
+    teacher, _ = teacher_of("states", rows=0)
+    got = score(mine, targets_of(0), top_k=3, comparisons={"r": Comparison(teacher, kl)})
+    assert got.student.top_ids.shape == (0, 3)
+    (got.student.logprobs.sum() + got.values["r"].sum()).backward()
+    assert linear.weight.grad is not None
+    assert not linear.weight.grad.any()
+    assert mine.hidden.grad is not None
+    assert mine.hidden.grad.shape == (0, H)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "autocast"])
+def test_bfloat16_is_as_exact_as_the_plain_computation(
+    monkeypatch: pytest.MonkeyPatch, autocast: bool
+) -> None:
+    small_chunks(monkeypatch, 5)
+    mine, linear = states(0, dtype=torch.float32 if autocast else torch.bfloat16)
+    theirs, _ = states(1, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = score(mine, targets_of(), comparisons={"r": Comparison(theirs, kl)})
+        ours = whole(mine)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            full = whole(theirs)
+    expected = kl(ours, full)
+    assert got.values["r"].dtype == torch.float32
+    torch.testing.assert_close(got.values["r"], expected)
+    for a, b in zip(
+        torch.autograd.grad(got.values["r"].sum(), [mine.hidden, linear.weight]),
+        torch.autograd.grad(expected.sum(), [mine.hidden, linear.weight]),
+        strict=True,
+    ):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
+
+
+def test_autocast_still_trains_the_weight_elsewhere() -> None:
+    """Autocast caches what it casts; nothing may be cached while gradients are off."""
+    mine, linear = states(0, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        score(mine, targets_of())
+        linear(mine.hidden).sum().backward()
+    assert linear.weight.grad is not None
 
 
 def test_teacher_gets_no_gradient() -> None:
     mine, _ = states(0)
     theirs, linear = states(1)
-    _, _, distance = score_divergence(mine, theirs, torch.zeros(N).long(), reverse_kl, top_k=0)
-    distance.sum().backward()
+    got = score(mine, targets_of(), comparisons={"r": Comparison(theirs, kl)})
+    assert not got.teachers["r"].logprobs.requires_grad
+    got.values["r"].sum().backward()
     assert mine.hidden.grad is not None
     assert theirs.hidden.grad is None
     assert linear.weight.grad is None
@@ -114,9 +314,9 @@ def test_equals_the_models_own_logits(config: PretrainedConfig) -> None:
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(30)  # far from uniform
     batch = two_rows()
-    got = score_tokens(
-        response_states(model, batch, "student"), batch.response_ids[batch.response_mask], top_k=1
-    )
+    got = score(
+        response_states(model, batch, "student"), batch.response_ids[batch.response_mask]
+    ).student
     expected = []
     for rollout in batch.rollouts:
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
@@ -131,11 +331,34 @@ def test_u4_prompt_and_padding_do_not_matter_beyond_what_the_model_reads() -> No
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Qwen3Config(**SIZES, head_dim=16)).eval()
     results = [
-        score_tokens(
-            response_states(model, batch, "student"),
-            batch.response_ids[batch.response_mask],
-            top_k=1,
-        ).logprobs
+        score(
+            response_states(model, batch, "student"), batch.response_ids[batch.response_mask]
+        ).student.logprobs
         for batch in (two_rows(pad=0), two_rows(pad=13))
     ]
     torch.testing.assert_close(*results, atol=1e-6, rtol=0)
+
+
+def test_tied_weights_and_adapters_get_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a whole model: a head tied to the embedding, and LoRA on an untied one."""
+    monkeypatch.setattr(head_module, "MAX_CHUNK_ELEMENTS", 2 * SIZES["vocab_size"])
+    for tied in (True, False):
+        torch.manual_seed(0)
+        config = Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=tied)
+        model: Any = AutoModelForCausalLM.from_config(config).double()
+        if not tied:
+            lora = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+            model = get_peft_model(model, lora).double()
+        batch = two_rows()
+        of = response_states(model, batch, "student")
+        targets = batch.response_ids[batch.response_mask]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        got = score(of, targets, comparisons={"s": Comparison(None, sharpness)})
+        ours = whole(of)
+        chosen = ours.gather(1, targets[:, None]).sum()
+        losses = (
+            got.student.logprobs.sum() + got.values["s"].sum(),
+            chosen + sharpness(ours, None).sum(),
+        )
+        a, b = (torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses)
+        torch.testing.assert_close(a, b)

@@ -8,7 +8,7 @@ from opd_lightning.losses.advantage import log_ratio, return_to_go
 from opd_lightning.losses.divergence import reverse_kl
 from opd_lightning.losses.reduction import aggregate
 from opd_lightning.losses.surrogate import policy_gradient
-from opd_lightning.types import StepTotals
+from opd_lightning.types import Totals
 from tests.toy import (
     ALL,
     SEQUENCES,
@@ -130,10 +130,6 @@ def test_sign_a_token_the_teacher_prefers_becomes_likelier() -> None:
     assert logits.grad[0, 0] < 0 < logits.grad[0, 1]
 
 
-def totals(tokens: int, sequences: int) -> StepTotals:
-    return StepTotals(step=0, tokens=tokens, sequences=sequences)
-
-
 LOSSES = torch.tensor([[1.0, 2.0, 3.0], [4.0, float("nan"), float("inf")]])
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 
@@ -143,7 +139,7 @@ MASK = torch.tensor([[True, True, True], [True, False, False]])
     [("token-mean", 10 / 4), ("seq-mean-token-mean", (2 + 4) / 2), ("seq-mean-token-sum", 5.0)],
 )
 def test_aggregation_by_hand(mode: str, expected: float) -> None:
-    assert aggregate(LOSSES, MASK, totals(4, 2), mode).item() == pytest.approx(expected)  # type: ignore[arg-type]
+    assert aggregate(LOSSES, MASK, Totals(4, 2), mode).item() == pytest.approx(expected)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
@@ -151,7 +147,7 @@ def test_u5_shares_of_micro_batches_add_up(mode: str) -> None:
     generator = torch.Generator().manual_seed(0)
     losses = torch.randn(7, 9, generator=generator, dtype=torch.float64)
     mask = torch.rand(7, 9, generator=generator) > 0.4
-    sizes = totals(int(mask.sum()), 7)
+    sizes = Totals(int(mask.sum()), 7)
     whole = aggregate(losses, mask, sizes, mode)  # type: ignore[arg-type]
     shares = [
         aggregate(losses[rows], mask[rows], sizes, mode)  # type: ignore[arg-type]
@@ -162,7 +158,7 @@ def test_u5_shares_of_micro_batches_add_up(mode: str) -> None:
 
 def test_a_fully_masked_batch_has_loss_zero_and_a_graph() -> None:
     losses = torch.ones(2, 3, requires_grad=True)
-    loss = aggregate(losses, torch.zeros(2, 3, dtype=torch.bool), totals(0, 2), "token-mean")
+    loss = aggregate(losses, torch.zeros(2, 3, dtype=torch.bool), Totals(0, 2), "token-mean")
     loss.backward()
     assert loss.item() == 0
     assert losses.grad is not None

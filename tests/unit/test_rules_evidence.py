@@ -1,5 +1,6 @@
 """Evidence: the parts of the mask (U9), and the methods that the weights reduce to (U15)."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -159,6 +160,6 @@ def test_enormous_evidence_is_clipped_and_not_infinite(rule: Any) -> None:
         (lambda: EvidenceMultiplier(mix=2.0), "EvidenceMultiplier: mix is 2.0, expected"),
     ],
 )
-def test_mistakes_are_refused(make: type, message: str) -> None:
+def test_mistakes_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()

@@ -10,7 +10,8 @@ from torch import Tensor
 from opd_lightning.data.micro_batches import split_balanced
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.order import PromptOrder
-from opd_lightning.data.stream import EvaluationStream, Ranks, TrainingStream
+from opd_lightning.data.ranks import Ranks
+from opd_lightning.data.stream import EvaluationStream, TrainingStream
 from opd_lightning.data.views import Renderer
 from opd_lightning.data.writer import RolloutWriter
 from opd_lightning.errors import UserError

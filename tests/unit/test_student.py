@@ -11,7 +11,7 @@ from opd_lightning.errors import UserError
 from opd_lightning.export import write_hf_folder
 from opd_lightning.head import Comparison
 from opd_lightning.lab.models import new_model
-from opd_lightning.losses.divergence import reverse_kl
+from opd_lightning.losses.divergence import ReverseKL
 from opd_lightning.student import Student
 from opd_lightning.teachers import FrozenTeacher
 from tests.unit.test_head import two_rows
@@ -43,7 +43,7 @@ def test_u3_student_as_its_own_teacher_gives_zero(folder: Path) -> None:
     teacher.load(torch.device("cpu"), student)
     batch = two_rows()
     states = teacher.states(batch, "student")
-    answers = student(batch, top_k=4, comparisons={"loss": Comparison(states, reverse_kl)})
+    answers = student(batch, top_k=4, comparisons={"loss": Comparison(states, ReverseKL())})
     mine, theirs, distance = answers.student, answers.teachers["loss"], answers.values["loss"]
     distance.sum().backward()
     assert distance.abs().max() < 1e-6

@@ -1,0 +1,248 @@
+"""Time and memory of the chunked head, against plain autograd and against TRL's chunked losses.
+
+Each measurement is a fresh process: one small warm-up, then one forward and backward pass. Time is
+the CPU time of the process on a CPU (other load barely moves it), wall time on CUDA. Memory is the
+peak above what was held before, less the gradients of hidden states and weight, which every
+implementation has to return.
+
+Run: python benchmarks/head.py [--tokens 2048 8192] [--threads 2] [--out head.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CASES = {"logprob": ("ours", "plain", "trl"), "reverse_kl": ("ours", "plain", "trl")}
+TEMPERATURE = 0.7
+MIB = 2**20
+RESULT = "RESULT "
+
+
+def reverse_kl(student: Tensor, teacher: Tensor | None) -> Tensor:
+    assert teacher is not None
+    return (student.exp() * (student - teacher)).sum(dim=-1)
+
+
+class Problem:
+    """Random weights and states, and one `[n]` output per implementation."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        self.dtype = getattr(torch, options.dtype)
+        self.options = options
+        tokens = max(options.tokens)
+        self.student, self.teacher = self._weight(True), None
+        self.hidden, self.theirs = self._states(tokens).requires_grad_(), None
+        if options.case == "reverse_kl":
+            self.teacher, self.theirs = self._weight(False), self._states(tokens)
+        self.targets = torch.randint(options.vocab, (tokens,), device=options.device)
+        self.upstream = torch.rand(tokens, device=options.device)
+
+    def _weight(self, trained: bool) -> nn.Linear:
+        o = self.options
+        linear = nn.Linear(o.hidden, o.vocab, bias=False, device=o.device, dtype=self.dtype)
+        nn.init.normal_(linear.weight, std=0.02)
+        return linear.requires_grad_(trained)
+
+    def _states(self, tokens: int) -> Tensor:
+        o = self.options
+        return torch.randn(tokens, o.hidden, device=o.device, dtype=self.dtype)
+
+    def ours(self, n: int) -> Tensor:
+        from opd_lightning.head import Comparison, Head, TokenStates, score
+
+        def states(hidden: Tensor, linear: nn.Linear) -> TokenStates:
+            vocab = self.options.vocab
+            return TokenStates(
+                hidden[:n], Head(project=linear, vocab_size=vocab, temperature=TEMPERATURE)
+            )
+
+        comparisons = {}
+        if self.teacher is not None and self.theirs is not None:
+            comparisons["kl"] = Comparison(states(self.theirs, self.teacher), reverse_kl)
+        found = score(states(self.hidden, self.student), self.targets[:n], comparisons=comparisons)
+        return found.values["kl"] if comparisons else found.student.logprobs
+
+    def plain(self, n: int) -> Tensor:
+        """Log-probs or divergence only: no entropy, which `ours` computes besides."""
+        mine = (self.student(self.hidden[:n]).float() / TEMPERATURE).log_softmax(dim=-1)
+        if self.teacher is None or self.theirs is None:
+            return mine.gather(1, self.targets[:n, None]).squeeze(1)
+        with torch.no_grad():
+            theirs = (self.teacher(self.theirs[:n]).float() / TEMPERATURE).log_softmax(dim=-1)
+        return reverse_kl(mine, theirs)
+
+    def trl(self, n: int) -> Tensor:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+        hidden, weight = self.hidden[:n], self.student.weight
+        if self.teacher is None or self.theirs is None:
+            width = _CHUNKED_LOGPROB_CHUNK_SIZE  # what its trainers pass
+            outputs = ("entropy",)  # what `ours` computes as well
+            return ChunkedLogProbFunction.apply(
+                hidden, weight, None, self.targets[:n], TEMPERATURE, width, None, 1.0, outputs
+            )[0]
+        return ChunkedDivergenceFunction.apply(
+            hidden, weight, None, self.theirs[:n], self.teacher.weight, None, 1.0, TEMPERATURE
+        )[0]
+
+    def run(self, implementation: str, n: int) -> None:
+        output: Tensor = getattr(self, implementation)(n)
+        (output * self.upstream[:n]).sum().backward()  # type: ignore[no-untyped-call]
+
+    def clear(self) -> None:
+        self.student.weight.grad = self.hidden.grad = None
+
+
+def measure(options: argparse.Namespace) -> dict[str, float]:
+    """This process's one measurement: seconds and MiB."""
+    if options.device == "cpu":
+        torch.set_num_threads(options.threads)
+    problem = Problem(options)
+    problem.run(options.implementation, 8)
+    problem.clear()
+    clock, held, peak = _meters(options.device)
+    before, start, wall = held(), clock(), time.perf_counter()
+    problem.run(options.implementation, max(options.tokens))
+    seconds, walls, extra = clock() - start, time.perf_counter() - wall, peak() - before
+    found = [problem.student.weight.grad, problem.hidden.grad]
+    gradients = sum(x.numel() * x.element_size() for x in found if x is not None)
+    return {
+        "seconds": seconds,
+        "wall_seconds": walls,
+        "extra_mib": (extra - gradients) / MIB,
+        "gradient_mib": gradients / MIB,
+    }
+
+
+def _meters(device: str) -> tuple[Callable[[], float], Callable[[], int], Callable[[], int]]:
+    """(clock in seconds, memory held now in bytes, peak memory in bytes)."""
+    if device == "cpu":
+        pages = Path("/proc/self/statm")
+        return (
+            time.process_time,
+            lambda: int(pages.read_text().split()[1]) * resource.getpagesize(),
+            lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+
+    def clock() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    torch.cuda.reset_peak_memory_stats()
+    return clock, torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
+
+
+def in_fresh_process(python: Path, options: argparse.Namespace, **chosen: Any) -> dict[str, float]:
+    flags = {"hidden": options.hidden, "vocab": options.vocab, "dtype": options.dtype}
+    flags |= {"device": options.device, "threads": options.threads, **chosen}
+    arguments = [f"--{k}={v}" for k, v in flags.items()]
+    done = subprocess.run(
+        [str(python), __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True
+    )
+    line = next(x for x in done.stdout.splitlines() if x.startswith(RESULT))
+    result: dict[str, float] = json.loads(line.removeprefix(RESULT))
+    return result
+
+
+def environment_with_trl(folder: Path) -> Path:
+    """Python of a new environment with TRL and, for a fair comparison, this one's torch."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    ours = [path for path in sys.path if path.endswith("site-packages")]
+    site = next(folder.glob("lib/python3*/site-packages"))
+    root = str(Path(__file__).resolve().parents[1])
+    (site / "parent.pth").write_text("\n".join([*ours, root]))
+    python = folder / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "trl"], check=True)
+    return python
+
+
+def table(options: argparse.Namespace, python: Path, others: bool) -> list[dict[str, Any]]:
+    rows = []
+    for tokens in options.tokens:
+        for case, implementations in CASES.items():
+            for name in implementations:
+                # What grows with the tokens is only worth its time where it can be compared.
+                too_many = name != "ours" and tokens > options.plain_up_to
+                if too_many or (name == "trl" and not others):
+                    continue
+                runs = [
+                    in_fresh_process(python, options, tokens=tokens, case=case, implementation=name)
+                    for _ in range(options.repeats)
+                ]
+                middle = {k: median(run[k] for run in runs) for k in runs[0]}
+                spread = [min(r["seconds"] for r in runs), max(r["seconds"] for r in runs)]
+                rows.append(
+                    {"tokens": tokens, "case": case, "implementation": name, **middle}
+                    | {"seconds_range": spread}
+                )
+                print(
+                    f"{tokens:6} {case:11} {name:6} {middle['seconds']:8.2f} s "
+                    f"({spread[0]:.2f} to {spread[1]:.2f}) {middle['extra_mib']:8.0f} MiB",
+                    flush=True,
+                )
+    return rows
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for mine in (row for row in rows if row["implementation"] == "ours"):
+        for other in rows:
+            same = all(other[k] == mine[k] for k in ("tokens", "case"))
+            if same and other is not mine:
+                lines.append(
+                    f"{mine['tokens']} tokens, {mine['case']}, ours / {other['implementation']}: "
+                    f"time {mine['seconds'] / other['seconds']:.2f}, "
+                    f"memory 1/{other['extra_mib'] / mine['extra_mib']:.1f}"
+                )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=1, help="processes per measurement")
+    parser.add_argument("--plain-up-to", type=int, default=4096, help="tokens; above: ours only")
+    parser.add_argument("--without-trl", action="store_true")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--implementation", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(RESULT + json.dumps(measure(options)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        python = Path(sys.executable)
+        if not options.without_trl:
+            python = environment_with_trl(Path(folder))
+        rows = table(options, python, others=not options.without_trl)
+    lines = ratios(rows)
+    print("\n".join(lines))
+    if options.out:
+        conditions = {k: v for k, v in vars(options).items() if isinstance(v, (int, str, list))}
+        report = {"conditions": conditions, "torch": torch.__version__, "rows": rows}
+        options.out.write_text(json.dumps(report | {"ratios": lines}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

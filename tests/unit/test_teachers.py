@@ -1,0 +1,166 @@
+"""Teachers: what moves, what does not, and who answers for whom."""
+
+import hashlib
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from opd_lightning.errors import UserError
+from opd_lightning.lab.models import new_model
+from opd_lightning.losses.advantage import log_ratio
+from opd_lightning.student import Student
+from opd_lightning.teachers import AdapterOffTeacher, ByDomainTeacher, EMATeacher, FrozenTeacher
+from opd_lightning.types import RolloutBatch
+from tests.batches import make_batch, make_rollout
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    paths = [tmp_path_factory.mktemp("model") for _ in range(2)]
+    for seed, path in enumerate(paths):
+        new_model(path, layers=1, hidden_size=32, seed=seed)
+    return paths
+
+
+def loaded(path: Path, lora: bool = False) -> Student:
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False) if lora else None
+    student = Student(str(path), lora=config)
+    student.load()
+    return student
+
+
+def batch() -> RolloutBatch:
+    return make_batch(
+        [
+            make_rollout([7, 8, 1], prompt_ids=[9, 10], domain="math"),
+            make_rollout([11, 1], prompt_ids=[12], domain="code"),
+            make_rollout([13, 14, 15, 1], prompt_ids=[9], domain="math"),
+        ]
+    )
+
+
+def nudge(student: Student, by: float = 0.01) -> None:
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(by)
+
+
+def trained(student: Student) -> dict[str, Tensor]:
+    return {n: p.clone() for n, p in student.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
+def test_u19_ema_moves_by_its_rate(folders: list[Path], rate: float, lora: bool) -> None:
+    student, teacher = loaded(folders[0], lora), EMATeacher(rate=rate)
+    teacher.load(CPU, student)
+    before = trained(student)
+    nudge(student)
+    teacher.follow(student, step=1)
+    after = trained(student)
+    for name, value in teacher.state_dict(student).items():
+        expected = before[name] + rate * (after[name] - before[name])
+        torch.testing.assert_close(value, expected, atol=1e-7, rtol=0)
+    theirs, ours = teacher.score(batch(), "student"), student.score(batch())
+    same = bool((theirs.logprobs == ours.logprobs).all())
+    assert same is (rate == 1)
+
+
+def test_u19_hard_copy_is_constant_within_its_window(folders: list[Path]) -> None:
+    student, teacher = loaded(folders[0]), EMATeacher(rate=1.0, every=3)
+    teacher.load(CPU, student)
+    scores = []
+    for step in range(1, 8):
+        nudge(student)
+        teacher.follow(student, step)
+        scores.append(teacher.score(batch(), "student").logprobs)
+    changes = [bool((a != b).any()) for a, b in pairwise(scores)]
+    assert changes == [False, True, False, False, True, False]
+
+
+def test_ema_state_comes_back(folders: list[Path]) -> None:
+    student, teacher = loaded(folders[0]), EMATeacher(rate=0.5)
+    teacher.load(CPU, student)
+    nudge(student)
+    teacher.follow(student, 1)
+    state = {name: value.clone() for name, value in teacher.state_dict(student).items()}
+    again = EMATeacher(rate=0.5)
+    again.load(CPU, student)
+    again.load_state_dict(state)
+    one, other = (t.score(batch(), "student").logprobs for t in (teacher, again))
+    assert (one == other).all()
+
+
+def test_u19_a_frozen_teacher_does_not_move(folders: list[Path]) -> None:
+    student, teacher = loaded(folders[0]), FrozenTeacher(str(folders[0]))
+    teacher.load(CPU, student)
+
+    def digest() -> str:
+        data = b"".join(p.numpy().tobytes() for p in teacher.model().parameters())
+        return hashlib.sha256(data).hexdigest()
+
+    before = digest()
+    loss = log_ratio(teacher.score(batch(), "student").logprobs, student.score(batch()).logprobs)
+    (student.score(batch()).logprobs * loss).sum().backward()
+    nudge(student)
+    assert digest() == before
+
+
+def test_adapter_off_is_the_base(folders: list[Path]) -> None:
+    student, base = loaded(folders[0], lora=True), FrozenTeacher(str(folders[0]))
+    teacher = AdapterOffTeacher()
+    for one in (teacher, base):
+        one.load(CPU, student)
+    expected = base.score(batch(), "student").logprobs
+    torch.testing.assert_close(teacher.score(batch(), "student").logprobs, expected)
+    assert (student.score(batch()).logprobs - expected).abs().max() > 1e-3  # and it is on again
+
+
+def test_adapter_off_needs_an_adapter(folders: list[Path]) -> None:
+    with pytest.raises(UserError, match="no LoRA adapter to switch off"):
+        AdapterOffTeacher().load(CPU, loaded(folders[0]))
+
+
+def test_u21_domains_are_answered_by_their_own_teacher(folders: list[Path]) -> None:
+    student = loaded(folders[0])
+    math, code = (FrozenTeacher(str(folder)) for folder in folders)
+    both = ByDomainTeacher({"math": math, "code": code})
+    both.load(CPU, student)
+    whole = batch()
+    scores = both.score(whole, "student", top_k=3)
+    for row, teacher in enumerate((math, code, math)):
+        alone = teacher.score(whole, "student", top_k=3)
+        torch.testing.assert_close(scores.logprobs[row], alone.logprobs[row])
+        torch.testing.assert_close(scores.entropy[row], alone.entropy[row])
+        assert (scores.top_ids[row] == alone.top_ids[row]).all()
+    assert both.parts() == [math, code]
+
+
+def test_u21_an_unknown_domain_is_refused_with_the_known_ones(folders: list[Path]) -> None:
+    teacher = ByDomainTeacher({"math": FrozenTeacher(str(folders[0]))})
+    prompts = [rollout.prompt for rollout in batch().rollouts]
+    with pytest.raises(UserError, match=r"no teacher for domain 'code'; the known ones are math"):
+        teacher.check(prompts)
+
+
+def test_u20_cached_teacher_scores_give_a_live_advantage(folders: list[Path]) -> None:
+    """Lightning-OPD (2604.13010): the teacher's half may be old, the student's never is."""
+    student, teacher = loaded(folders[0]), FrozenTeacher(str(folders[1]))
+    teacher.load(CPU, student)
+    cached = teacher.score(batch(), "student").logprobs.clone()
+
+    def advantage(theirs: Tensor) -> Tensor:
+        return log_ratio(theirs, student.score(batch()).logprobs)
+
+    at_first = advantage(cached)
+    assert (at_first == advantage(teacher.score(batch(), "student").logprobs)).all()
+    nudge(student)
+    assert (advantage(cached) - at_first).abs().max() > 1e-4
+    assert (advantage(cached) == advantage(teacher.score(batch(), "student").logprobs)).all()

@@ -1,0 +1,173 @@
+"""Views: templates, placement, and that nothing privileged reaches the student's loss."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from opd_lightning.data.collate import collate
+from opd_lightning.data.views import PromptView, Renderer
+from opd_lightning.data.writer import RolloutWriter, Row
+from opd_lightning.errors import UserError
+from opd_lightning.rollouts.base import Sampling
+from opd_lightning.timing import StepTimer
+from opd_lightning.types import Author, Prompt, Rollout, StepTotals, StopReason, Totals
+from opd_lightning.verifiers.base import Verifier
+from tests.batches import make_batch, make_rollout
+from tests.unit.test_stream import FakeEngine
+
+PROMPT = Prompt(
+    id="p",
+    messages=({"role": "user", "content": "who?"},),
+    privileged="zzz",
+    response="me",
+    answer="7",
+    origin="f:1",
+)
+SYSTEM: dict[str, str] = {"role": "system", "content": "be good"}
+
+
+def contents(view: PromptView, prompt: Prompt = PROMPT, **late: str) -> list[tuple[str, str]]:
+    messages = view.messages(prompt, **late)
+    assert messages is not None
+    return [(m["role"], m["content"]) for m in messages]
+
+
+def test_system_view_is_a_first_message() -> None:
+    assert contents(PromptView()) == [("system", "zzz"), ("user", "who?")]
+
+
+def test_system_view_follows_a_system_message_that_is_there() -> None:
+    prompt = Prompt(id="q", messages=(SYSTEM, *PROMPT.messages), privileged="zzz")  # type: ignore[arg-type]
+    assert contents(PromptView(), prompt) == [("system", "be good\n\nzzz"), ("user", "who?")]
+
+
+def test_user_view_replaces_the_last_user_message() -> None:
+    view = PromptView(
+        template="{{ privileged }} {{ question }} {{ response }}{{ answer }}", place="user"
+    )
+    assert contents(view) == [("user", "zzz who? me7")]
+
+
+def test_an_empty_text_leaves_the_prompt_alone() -> None:
+    for place in ("system", "user"):
+        assert contents(PromptView(template=" ", place=place)) == [("user", "who?")]
+
+
+def test_late_views_need_what_is_late() -> None:
+    view = PromptView(template="{% if peer %}see {{ peer }}{% endif %}")
+    assert view.messages(PROMPT) is None
+    assert contents(view, peer="<think>hm</think>\nx")[0] == ("system", "see x")
+
+
+def test_templates_are_checked_when_they_are_written() -> None:
+    with pytest.raises(UserError, match="reads 'privilege', expected one of answer"):
+        PromptView(template="{{ privilege }}")
+    with pytest.raises(UserError, match="no Jinja template"):
+        PromptView(template="{% if %}")
+
+
+def test_templates_are_sandboxed() -> None:
+    view = PromptView(template="{{ question.__class__.__mro__ }}")
+    with pytest.raises(Exception, match="unsafe"):
+        view.messages(PROMPT)
+
+
+def test_a_row_without_the_column_is_named() -> None:
+    with pytest.raises(UserError, match=r"f:1: no 'privileged', which a view's template reads"):
+        PromptView().messages(Prompt(id="q", messages=PROMPT.messages, origin="f:1"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir: Any) -> Any:
+    folder: Path = tiny_model_dir()
+    return AutoTokenizer.from_pretrained(folder)
+
+
+class Lengths(Verifier):
+    """Right where the decoded text has more than two characters."""
+
+    def verify(self, prompts: Any, responses: Any) -> list[float]:
+        return [float(len(text) > 2) for text in responses]
+
+
+def written(tokenizer: Any, authors: list[Author], **more: Any) -> list[Rollout]:
+    views = {"privileged": PromptView(), "peer": PromptView(template="see {{ peer }}")}
+    renderer = Renderer(tokenizer, {}, views)
+    engine = FakeEngine()
+    writer = RolloutWriter(
+        dict.fromkeys(Author, engine),
+        lambda author: None,
+        Lengths(),
+        renderer,
+        StepTimer(),
+        **more,
+    )
+    ids = renderer.plain(PROMPT)
+    rows = [Row(PROMPT, ids, 0, author, seed) for seed, author in enumerate(authors)]
+    rollouts = writer.write(rows, dict.fromkeys(Author, Sampling()))
+    sampled = [request.prompt_ids for request in engine.requests]
+    for author, seen in zip([a for a in authors if a is not Author.RECORDED], sampled, strict=True):
+        assert (seen == ids) is (author is not Author.GUIDED)
+    return rollouts
+
+
+def test_u10_no_privileged_token_at_loss_time(tokenizer: Any) -> None:
+    rollouts = written(tokenizer, [Author.GUIDED, Author.STUDENT])
+    letter = tokenizer.encode("z", add_special_tokens=False)[0]
+    totals = StepTotals(step=0, written=Totals(1, 1), demonstrated=Totals(0, 0))
+    batch = collate(rollouts, totals=totals, temperature=1.0, pad_id=0)
+    assert not (batch.views["student"].input_ids == letter).any()
+    assert (batch.views["privileged"].input_ids == letter).any(dim=1).all()
+    for view in batch.views.values():  # the response ids are the sampled ones in every view
+        for row, rollout in enumerate(rollouts):
+            first = int(view.prompt_lengths[row])
+            found = view.input_ids[row, first : first + len(rollout.response_ids)].tolist()
+            assert found == rollout.response_ids
+    assert batch.on_policy.tolist() == [False, True]
+
+
+def test_peers_are_other_successes_of_the_students(tokenizer: Any) -> None:
+    rollouts = written(tokenizer, [Author.STUDENT] * 6 + [Author.TEACHER])
+    wins = [i for i, r in enumerate(rollouts[:6]) if r.reward >= 0.5]
+    assert len(wins) > 1
+    for i, rollout in enumerate(rollouts):
+        peer = next(j for j in wins if j != i)
+        ids = tokenizer.apply_chat_template(
+            [{"role": "system", "content": f"see {rollouts[peer].text}"}, *PROMPT.messages],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        assert rollout.views["peer"] == ids
+
+
+def test_a_group_without_success_has_no_peer_view(tokenizer: Any) -> None:
+    (alone,) = written(tokenizer, [Author.STUDENT])
+    assert alone.views["peer"] is None
+    batch = make_batch([alone])
+    assert batch.views["peer"].available.tolist() == [False]
+    assert alone.stop_reason is StopReason.EOS
+
+
+def test_wrong_demonstrations_are_dropped_and_not_counted(tokenizer: Any) -> None:
+    authors = [Author.TEACHER] * 8
+    rollouts = written(tokenizer, authors, only_correct=True)
+    assert {r.dropped for r in rollouts} == {True, False}
+    assert all(r.dropped is (r.reward < 1) for r in rollouts)
+    batch = make_batch(rollouts)
+    kept = [r for r in rollouts if not r.dropped]
+    assert batch.totals.demonstrated == (sum(len(r.response_ids) for r in kept), len(kept))
+    assert batch.response_mask.any(dim=1).tolist() == [not r.dropped for r in rollouts]
+    assert batch.totals.written == (0, 0)
+
+
+def test_rows_without_a_view_show_the_students_prompt() -> None:
+    rows = [
+        make_rollout([7, 2], prompt_ids=[3, 4], views={"v": [5, 5, 5]}),
+        make_rollout([8, 2], prompt_ids=[3, 9], views={"v": None}),
+    ]
+    view = make_batch(rows).views["v"]
+    assert view.input_ids.tolist() == [[5, 5, 5, 7, 2], [3, 9, 8, 2, 0]]
+    assert view.prompt_lengths.tolist() == [3, 2]
+    assert view.available.tolist() == [True, False]
