@@ -168,7 +168,9 @@ def environment_with_trl(folder: Path) -> Path:
     root = str(Path(__file__).resolve().parents[1])
     (site / "parent.pth").write_text("\n".join([*ours, root]))
     python = folder / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "trl"], check=True)
+    # Captured, because pip complains about requirements of this environment that it cannot see.
+    install = [python, "-m", "pip", "install", "-q", "trl"]
+    subprocess.run(install, check=True, capture_output=True)
     return python
 
 

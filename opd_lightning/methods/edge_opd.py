@@ -34,8 +34,10 @@ class EDGEOPD(ComposedMethod):
         region: Tokens that a mask keeps.
         threshold: See above; strict.
         epsilon: Of the soft weight; not published for these runs, RLSD's 0.2 here.
-        anchor: Weight of the KL to the teacher without the text (k2 on samples: the paper does not
-            name its estimator); 0 for none.
+        anchor: Weight of the KL to the teacher without the text; 0 for none.
+        estimator: Of that KL, see `TrustRegion`. The paper does not name its own; k3 is the default
+            of the framework it builds on. k2 pulls with the full log-ratio, which on guided tokens
+            is large, and undoes more of what is learnt.
         clip: Bound of |A_t|: guided responses hold tokens that the bare student hardly knows. None
             is the paper.
         shared: The arguments of `ComposedMethod` and `DistillationModule`.
@@ -51,6 +53,7 @@ class EDGEOPD(ComposedMethod):
         threshold: float = 0.0,
         epsilon: float = 0.2,
         anchor: float = 0.05,
+        estimator: Literal["k2", "k3", "full"] = "k3",
         clip: float | None = None,
         **shared: Any,
     ) -> None:
@@ -65,7 +68,7 @@ class EDGEOPD(ComposedMethod):
         if clip is not None:
             self.gates.append(HardClip(low=-clip, high=clip))
         if anchor:
-            self.terms = [*self.terms, TrustRegion(teacher, anchor)]
+            self.terms = [*self.terms, TrustRegion(teacher, anchor, estimator)]
 
     def asks(self) -> Mapping[str, Ask]:
         asks = {"teacher": Ask(self.teacher, self.view)}

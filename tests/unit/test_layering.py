@@ -14,9 +14,20 @@ FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")
 # What each floor must not reach up to.
 ABOVE = {
     "types.py": ("losses", "rollouts", "teachers", "verifiers", "data", "methods", "cli", "lab"),
-    "losses": ("rollouts", "teachers", "verifiers", "data", "methods", "student", "cli", "lab"),
+    "losses": (
+        "rules",
+        "rollouts",
+        "teachers",
+        "verifiers",
+        "data",
+        "methods",
+        "student",
+        "cli",
+        "lab",
+    ),
     "rollouts": ("losses", "teachers", "data", "methods", "student", "cli", "lab"),
-    "teachers": ("losses", "rollouts", "data", "methods", "cli", "lab"),
+    "rules": ("rollouts", "verifiers", "data", "methods", "student", "cli", "lab"),
+    "teachers": ("losses", "rules", "rollouts", "data", "methods", "cli", "lab"),
     "verifiers": ("losses", "rollouts", "teachers", "data", "methods", "student", "cli", "lab"),
     "data": ("losses", "teachers", "methods", "cli", "lab"),
     "methods": ("rollouts", "cli", "lightning_cli", "lab"),
@@ -56,7 +67,8 @@ def test_imports_point_down(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_small(path: Path) -> None:
     lines = len(path.read_text().splitlines())
-    limit = 150 if path.parts[-2] in ("methods", "callbacks") and path.name != "base.py" else 250
+    shared = path.name in ("base.py", "composed.py")
+    limit = 150 if path.parts[-2] in ("methods", "callbacks") and not shared else 250
     assert lines <= limit, f"{path} has {lines} lines; one concept a file"
 
 
