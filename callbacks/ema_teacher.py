@@ -45,4 +45,5 @@ class EMATeacherUpdate(Callback):
 
 
 def _ema_teachers(module: DistillationModule) -> list[EMATeacher]:
-    return [teacher for teacher in module.teachers() if isinstance(teacher, EMATeacher)]
+    parts = [part for teacher in module.teachers() for part in teacher.parts()]
+    return [part for part in dict.fromkeys(parts) if isinstance(part, EMATeacher)]

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 # Logits of one chunk: 2**25 float32 values are 128 MiB (220 tokens at a vocabulary of 152,064).
 MAX_CHUNK_ELEMENTS = 2**25
 MAX_BLOCK_ELEMENTS = 2**21  # logits turned into log-probs at a time, 8 MiB: a cache's worth
-Divergence = Callable[[Tensor, Tensor | None], Tensor]  # (student's, teacher's [n, V]) -> [n]
+Divergence = Callable[..., Tensor]  # (student's, teacher's [n, V]) -> [n]
 _Block = tuple[Tensor, dict[int, Tensor], slice]  # raw logits [n, V], models' among teachers', rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from opd_lightning.data.mix import RolloutMix
+from opd_lightning.data.mix import RolloutMix, TeacherSampler
 from opd_lightning.data.views import Renderer, recorded_response_ids, render
 from opd_lightning.errors import UserError
 from opd_lightning.model_source import ModelSource
@@ -50,7 +50,16 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
             f"data.views: got {', '.join(sorted(data.views))}, but {name} reads the view {view!r}; "
             "add its template"
         )
-    moving = [t for t in module.teachers() if isinstance(t, EMATeacher) and t.rate > 0]
+    early = {view for view, how in data.views.items() if not how.is_late}
+    told = early & module.views() or early
+    if data.mix.guided and data.mix.guided_view not in told:
+        raise UserError(
+            f"data.mix.guided_view: got {data.mix.guided_view!r}, expected "
+            f"{' or '.join(sorted(told))}: the sampler must be told what {name}'s teacher is told, "
+            "and before there are responses"
+        )
+    parts = [part for teacher in module.teachers() for part in teacher.parts()]
+    moving = [part for part in parts if isinstance(part, EMATeacher) and part.rate > 0]
     if moving and not any(getattr(c, "moves_ema_teachers", False) for c in trainer.callbacks):  # type: ignore[attr-defined]
         raise UserError(
             f"trainer.callbacks: nothing moves {name}'s EMATeacher (rate {moving[0].rate}); add "
@@ -73,6 +82,11 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
         check_usable(source)
         _check_same_tokens(module.student.source, source)
     foreign = data.mix.teacher or data.mix.reads_records
+    if module.needs_demonstrations and not foreign:
+        raise UserError(
+            f"data.mix: got the student's own responses, which {name} would imitate; set "
+            "data.mix.recorded or data.mix.teacher"
+        )
     if foreign and not module.takes_demonstrations:
         raise UserError(
             f"data.mix: got responses that the student did not write, which {name} takes for its "
@@ -87,15 +101,20 @@ def check_prompts(
     renderer: Renderer,
     sampling: Sampling,
     mix: RolloutMix,
+    sampler: TeacherSampler | None = None,
 ) -> None:
     """Every prompt fits every model's context together with its response, under every view."""
     sources = [module.student.source, *teacher_sources(module)]
+    longest_response = sampling.max_new_tokens
+    if sampler is not None:
+        sources.append(ModelSource(sampler.path, role="data.teacher"))
+        longest_response = max(longest_response, sampler.max_new_tokens or 0)
     context, role = min((source.context_length, source.role) for source in sources)
     for teacher in module.teachers():
         teacher.check(prompts)
     for prompt, ids in zip(prompts, prompt_ids, strict=True):
         sampled = mix.samples or mix.teacher > 0
-        budgets = {"max_new_tokens": sampling.max_new_tokens} if sampled else {}
+        budgets = {"max_new_tokens": longest_response} if sampled else {}
         if mix.reads_records:
             budgets["its response of"] = len(recorded_response_ids(prompt, renderer.tokenizer))
         what, budget = max(budgets.items(), key=lambda item: item[1])

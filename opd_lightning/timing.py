@@ -72,7 +72,7 @@ class StepTimer:
             tokens: Response tokens of that step.
         """
         times = dict(self.last)
-        if not times:
+        if not times or not tokens:
             return {}
         overhead = times.pop("overhead")
         return {

@@ -94,7 +94,8 @@ def build_tiny_model(folder: Path, *, hidden_size: int, layers: int, seed: int, 
 
 @pytest.fixture(scope="session")
 def untrained_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like a user's, with `lab/arithmetic` as configs/lab names it, models untrained."""
+    """A folder like a user's, with both labs as configs/lab names them, models untrained."""
+    from opd_lightning.lab import identity
     from opd_lightning.lab.arithmetic import generate_mixture, write_jsonl
     from opd_lightning.lab.models import new_model
 
@@ -109,6 +110,12 @@ def untrained_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_jsonl(lab / f"{name}.jsonl", problems)
     demonstrations = generate_mixture(domains, 16, seed=0, held_out=False)
     write_jsonl(lab / "demonstrations.jsonl", demonstrations, with_response=True)
+
+    lab = root / "lab" / "identity"
+    (lab / "base").mkdir(parents=True)
+    new_model(lab / "base", layers=2, hidden_size=32, seed=1)
+    for name, rows in {"train": identity.training_rows(), **identity.probe_rows()}.items():
+        identity.write_jsonl(lab / f"{name}.jsonl", rows)
     return root
 
 

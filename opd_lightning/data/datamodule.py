@@ -16,7 +16,7 @@ from opd_lightning.data.ranks import Ranks
 from opd_lightning.data.stream import EvaluationStream, TrainingStream
 from opd_lightning.data.suites import EvaluationSuite
 from opd_lightning.data.views import PromptView, Renderer
-from opd_lightning.data.writer import GUIDED_VIEW, RolloutWriter
+from opd_lightning.data.writer import RolloutWriter
 from opd_lightning.errors import UserError
 from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Engine, Sampling
@@ -83,7 +83,7 @@ class RolloutDataModule(LightningDataModule):
         self.mix_at: Callable[[int], RolloutMix] = lambda step: self.mix  # a callback may move it
         self.teacher = teacher
         self.verifier = verifier
-        self.views = {GUIDED_VIEW: PromptView()} | (views or {})
+        self.views = {"privileged": PromptView()} | (views or {})
         self.suites = {"validate": validation or {}, "test": test or {}}
         self.sampling = sampling
         self.prompts_per_step = prompts_per_step
@@ -191,12 +191,13 @@ class RolloutDataModule(LightningDataModule):
             verifier,
             self._renderer(training=training),
             self.module.timer,
+            guided_view=self.mix.guided_view,
             only_correct=self.mix.only_correct,
         )
 
     def _renderer(self, *, training: bool) -> Renderer:
         """Renders the student's prompts and, for training, every view that is read."""
-        names = self.module.views() | ({GUIDED_VIEW} if self.mix.guided else set())
+        names = self.module.views() | ({self.mix.guided_view} if self.mix.guided else set())
         views = {name: self.views[name] for name in sorted(names)} if training else {}
         return Renderer(self.module.student.source.tokenizer, self.template_args, views)
 
@@ -214,8 +215,8 @@ class RolloutDataModule(LightningDataModule):
             verifier.check(prompts)
         renderer = self._renderer(training=training)
         loaded = _Loaded(prompts, [renderer.plain(prompt) for prompt in prompts])
-        mix = self.mix if training else RolloutMix()
-        preflight.check_prompts(self.module, prompts, loaded.ids, renderer, sampling, mix)
+        mix, teacher = (self.mix, self.teacher) if training else (RolloutMix(), None)
+        preflight.check_prompts(self.module, prompts, loaded.ids, renderer, sampling, mix, teacher)
         return loaded
 
     def _plan_engines(self) -> None:
@@ -224,7 +225,8 @@ class RolloutDataModule(LightningDataModule):
         longest = max(len(ids) for one in loaded for ids in one.ids)
         if self.mix.guided and self._train is not None:
             renderer = self._renderer(training=True)
-            views = (renderer.view(GUIDED_VIEW, prompt) for prompt in self._train.prompts)
+            guided = self.mix.guided_view
+            views = (renderer.view(guided, prompt) for prompt in self._train.prompts)
             longest = max(longest, *(len(ids or ()) for ids in views))
         suites = [s for stage in self.suites.values() for s in stage.values()]
         samplings = [self.sampling, *(s.sampling for s in suites if s.sampling is not None)]

@@ -15,8 +15,9 @@ class RolloutMix:
     """Shares of a step's responses by author; the student writes the rest from its own prompt.
 
     Args:
-        guided: Chance of each of the student's responses to be written with the privileged view as
-            its prompt (EDGE-OPD, 2605.23493). The loss never sees that prompt.
+        guided: Chance of each of the student's responses to be written under a privileged view
+            of its prompt (EDGE-OPD, 2605.23493). The loss never sees that prompt.
+        guided_view: The name of that view.
         teacher: Share of a step's prompts, exact to rounding, that the teacher's engine answers
             instead, once each (SG-OPD's phased teacher sampling, 2606.09304).
         recorded: Share of a step's prompts whose recorded response is taken instead.
@@ -28,6 +29,7 @@ class RolloutMix:
     """
 
     guided: float = 0.0
+    guided_view: str = "privileged"
     teacher: float = 0.0
     recorded: float = 0.0
     whole_steps: bool = False

@@ -13,9 +13,6 @@ from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Completion, Prompt, Rollout, StopReason
 from opd_lightning.verifiers.base import Verifier
 
-# The view that guided rollouts are written under.
-GUIDED_VIEW = "privileged"
-
 # A response that the verifier scores at least this is shown to the others as a success.
 PEER_REWARD = 0.5
 
@@ -39,6 +36,7 @@ class RolloutWriter:
         verifier: Scores responses; None leaves rewards NaN.
         renderer: The student's tokenizer and the views that the method reads.
         timer: Charged for "generate" and "verify".
+        guided_view: What guided responses are written under.
         only_correct: Drop the demonstrations that the verifier does not score 1.
     """
 
@@ -49,6 +47,7 @@ class RolloutWriter:
         verifier: Verifier | None,
         renderer: Renderer,
         timer: StepTimer,
+        guided_view: str = "privileged",
         only_correct: bool = False,
     ) -> None:
         self.engines = engines
@@ -56,6 +55,7 @@ class RolloutWriter:
         self.verifier = verifier
         self.renderer = renderer
         self.timer = timer
+        self.guided_view = guided_view
         self.only_correct = only_correct
 
     def write(self, rows: Sequence[Row], samplings: Mapping[Author, Sampling]) -> list[Rollout]:
@@ -120,7 +120,7 @@ class RolloutWriter:
         """What the sampler reads; the loss always reads `row.prompt_ids`."""
         if row.author is not Author.GUIDED:
             return row.prompt_ids
-        ids = self.renderer.view(GUIDED_VIEW, row.prompt)
+        ids = self.renderer.view(self.guided_view, row.prompt)
         assert ids is not None, "the guided view depends on the prompt alone: checked at set-up"
         return ids
 

@@ -101,6 +101,11 @@ class DistillationModule(LightningModule, ABC):
         return False
 
     @property
+    def needs_demonstrations(self) -> bool:
+        """Whether responses that the student did not write are all there is to learn from."""
+        return False
+
+    @property
     def takes_demonstrations(self) -> bool:
         """Whether responses that the student did not write may be among the rollouts."""
         return True

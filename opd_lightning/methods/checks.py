@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from opd_lightning.errors import UserError
 from opd_lightning.methods.scoring import LOSS
+from opd_lightning.rules.importance import IcePop, TruncatedImportance
 from opd_lightning.teachers.base import DistributionTeacher
 
 if TYPE_CHECKING:
@@ -28,6 +29,17 @@ def check_parts(composed: ComposedMethod) -> None:
                 f"rules: {name} changes the advantage, but {method}'s loss is a divergence, "
                 "which has none; use a rule that weighs or masks, or a sampled method"
             )
+    names = [term.name for term in composed.terms]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"terms: two are called {name!r}; give one of them another name")
+    corrected = any(isinstance(rule, TruncatedImportance | IcePop) for rule in composed.rules)
+    if composed.surrogate.ratio_to == "sampler" and corrected:
+        raise UserError(
+            f"surrogate.ratio_to: got 'sampler', which corrects for the engine in full, but "
+            f"{method} has a rule that does so too; set importance_cap to null, or ratio_to to "
+            "'trainer'"
+        )
     for name, wish in composed.all_comparisons().items():
         if wish.other is not None and wish.other not in asks:
             raise UserError(f"{name} compares with {wish.other!r}, which {method} does not ask")

@@ -143,7 +143,8 @@ class ComposedMethod(DistillationModule):
     def prepare_step(self, batches: Sequence[RolloutBatch]) -> None:
         """Let the rules see the whole step, where one of them or the normaliser must.
 
-        Costs the student one forward pass more; the teachers are asked here and not again.
+        Costs the student one forward pass more, and teachers whose whole distribution is compared;
+        the others are asked here and not again.
         """
         self._prepared.clear()
         if self.aggregation != "mask-mean" and not any(rule.step_wide for rule in self.rules):

@@ -23,13 +23,13 @@ class EDGEOPD(ComposedMethod):
 
     Guided rollouts are `data.mix.guided` 0.5; they get no importance correction, deliberately. Z
     counts all response tokens (the paper does not say); aggregation "mask-mean" counts the kept.
-    `evidence: soft` keeps every token and weighs it by `clip(exp(e_t), 1 -+ epsilon)`: RLSD without
-    a verifier. `evidence: none` is OPSD-K1.
+    `evidence: soft` keeps every token and weighs it by `clip(exp(e_t), 1 -+ epsilon)`, which with
+    anchor 0 is RLSD without a verifier; `evidence: none` with anchor 0 is OPSD-K1.
 
     Args:
         student: The model that learns.
         teacher: The same model before training, frozen; asked with and without the text.
-        view: The privileged prompt.
+        view: The privileged prompt; `data.mix.guided_view` must be the same.
         evidence: What the evidence does: "mask", "soft" or "none".
         region: Tokens that a mask keeps.
         threshold: See above; strict.
@@ -68,7 +68,7 @@ class EDGEOPD(ComposedMethod):
         if clip is not None:
             self.gates.append(HardClip(low=-clip, high=clip))
         if anchor:
-            self.terms = [*self.terms, TrustRegion(teacher, anchor, estimator)]
+            self.terms = [*self.terms, TrustRegion(teacher, anchor, estimator, name="anchor")]
 
     def asks(self) -> Mapping[str, Ask]:
         asks = {"teacher": Ask(self.teacher, self.view)}

@@ -72,4 +72,6 @@ class GOPD(ComposedMethod):
         return extrapolated(scored.teacher.logprobs, scored.student.logprobs, reference, scale)
 
     def own_rules(self) -> Sequence[Rule]:
-        return [TruncatedImportance(cap=self.importance_cap)] if self.importance_cap else []
+        if self.importance_cap is None:
+            return []
+        return [TruncatedImportance(cap=self.importance_cap)]

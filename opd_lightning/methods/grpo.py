@@ -16,7 +16,9 @@ class GRPO(ComposedMethod):
 
         A = (R - mean) / (std + eps) within the prompt's group, the same for all of its tokens
 
-    A group of equal rewards gives nothing. Add `terms: [TrustRegion]` for the KL to a reference.
+    Averaged over tokens as in verl; the paper averages each sequence first (`aggregation:
+    seq-mean-token-mean`). A group of equal rewards gives nothing. Add `terms: [TrustRegion]` for
+    the KL to a reference.
 
     Args:
         student: The model that learns.

@@ -19,7 +19,8 @@ class OPSD(ComposedMethod):
         L = (1/Z) sum_t JSD_0.5(S_t(. | x), T_t(. | x, r))
 
     The authors sample at temperature 1.1 (which both sides' logits are divided by), train LoRA of
-    rank 64 at 2e-4 with 32 responses a step, and keep the teacher at the initial weights.
+    rank 64 at 2e-4 with 32 responses a step, and keep the teacher at the initial weights. They also
+    sample with top-p 0.95 and top-k 20, which is refused here: it is not the policy that is scored.
 
     Args:
         student: The model that learns, from the plain prompt.

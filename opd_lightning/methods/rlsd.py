@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from opd_lightning.losses.schedule import Schedule
 from opd_lightning.methods.composed import ComposedMethod
 from opd_lightning.rules.base import Rule, Scored
 from opd_lightning.rules.evidence import EvidenceMultiplier
@@ -28,7 +29,7 @@ class RLSD(ComposedMethod):
             "teacher" without the text (EDGE-OPD's account of RLSD) or the "student" (others').
             Equal at the first step of a frozen-start teacher.
         epsilon: Half-width of the multiplier.
-        mix: Share of the multiplier; some runs decay it.
+        mix: Share of the multiplier; some runs decay it by a schedule.
         shared: The arguments of `ComposedMethod` and `DistillationModule`.
     """
 
@@ -41,7 +42,7 @@ class RLSD(ComposedMethod):
         view: str = "privileged",
         baseline: Literal["teacher", "student"] = "teacher",
         epsilon: float = 0.2,
-        mix: float = 1.0,
+        mix: float | Schedule = 1.0,
         **shared: Any,
     ) -> None:
         super().__init__(student, **shared)

@@ -59,4 +59,6 @@ class SDPO(ComposedMethod):
         return {LOSS: Compare("teacher", self.divergence)}
 
     def own_rules(self) -> Sequence[Rule]:
-        return [TruncatedImportance(cap=self.importance_cap)] if self.importance_cap else []
+        if self.importance_cap is None:
+            return []
+        return [TruncatedImportance(cap=self.importance_cap)]

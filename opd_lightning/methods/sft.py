@@ -16,6 +16,8 @@ class SFT(DistillationModule):
     those that the teacher's engine writes (SeqKD, 1606.07947), verified with `only_correct`.
     """
 
+    needs_demonstrations = True
+
     def loss(self, batch: RolloutBatch) -> Tensor:
         with self.timer.stage("student"):
             student = self.student.score(batch)

@@ -25,6 +25,9 @@ class SGOPD(ComposedMethod):
         L   = L_gate + alpha(step) * cross-entropy on the teacher's verified responses
 
     The paper prints a2 with the opposite sign, against its own figures; d_t is what they show.
+    Token losses are averaged over the step's tokens, as in G-OPD's code that it builds on; the
+    equation's (1/|y|) is `aggregation: seq-mean-token-mean`.
+
     Phased teacher sampling is `data.mix.teacher` 0.125 with `only_correct`, and
     `callbacks.PhasedTeacherSampling`, which moves alpha and ends it. The published best setting is
     scale 1.8, beta 1; alpha and the stability weight's tau were not published.

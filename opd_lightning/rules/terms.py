@@ -12,6 +12,7 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.losses.divergence import ReverseKL
 from opd_lightning.losses.estimators import estimate_kl
+from opd_lightning.losses.schedule import Schedule, value_at
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.rules.base import Compare, Scored
 from opd_lightning.teachers.base import Ask, Teacher
@@ -19,15 +20,12 @@ from opd_lightning.types import TokenScores
 
 
 class Term(ABC):
-    """Adds a loss to every response token that the student wrote.
+    """Adds a loss to the response tokens that the method's own loss is on, masked or not.
 
-    A term's name (see `name`) keys what it asks for and what is logged of it.
+    `name`, unique among a run's terms, keys what it asks for and what is logged of it.
     """
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Unique among a run's terms; logged as `term/<name>`."""
+    name: str
 
     def asks(self) -> Mapping[str, Ask]:
         """Further models whose scores it reads, by name."""
@@ -52,9 +50,10 @@ class TrustRegion(Term):
 
     Args:
         reference: Whom to stay near, on the student's own prompt.
-        coefficient: Weight of the divergence.
+        coefficient: Weight of the divergence; a schedule anneals it (KDRL, 2506.02208).
         estimator: "k2" and "k3" read the sampled tokens alone. The gradient of k2 is that of the
             reverse KL, of k3 that of the forward KL. "full" is the reverse KL itself.
+        name: Of what is logged; two trust regions need two names.
     """
 
     name = "trust_region"
@@ -62,9 +61,11 @@ class TrustRegion(Term):
     def __init__(
         self,
         reference: Teacher,
-        coefficient: float = 0.05,
+        coefficient: float | Schedule = 0.05,
         estimator: Literal["k2", "k3", "full"] = "k2",
+        name: str = "trust_region",
     ) -> None:
+        self.name = name
         self.reference = reference
         self.coefficient = coefficient
         self.estimator = estimator
@@ -78,10 +79,11 @@ class TrustRegion(Term):
     def token_loss(
         self, student: TokenScores, scored: Scored, values: Mapping[str, Tensor]
     ) -> Tensor:
+        coefficient = value_at(self.coefficient, scored.batch.totals.step)
         if self.estimator == "full":
-            return self.coefficient * values[self.name]
+            return coefficient * values[self.name]
         reference = scored.others[self.name].logprobs
-        return self.coefficient * estimate_kl(student.logprobs, reference, self.estimator)
+        return coefficient * estimate_kl(student.logprobs, reference, self.estimator)
 
 
 class EntropyBonus(Term):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
+from opd_lightning.head import TokenStates
 from opd_lightning.teachers.local import LocalTeacher
+from opd_lightning.types import RolloutBatch
 
 if TYPE_CHECKING:
     from opd_lightning.student import Student
@@ -84,6 +87,12 @@ class AdapterOffTeacher(LocalTeacher):
 
     def model(self) -> Any:
         return self._student.model
+
+    def states(self, batch: RolloutBatch, view: str) -> TokenStates:
+        states = super().states(batch, view)
+        # The head is read later, when the adapter is on again: read the layer beneath it.
+        project = getattr(states.head.project, "base_layer", states.head.project)
+        return TokenStates(states.hidden, replace(states.head, project=project))
 
     def _reading(self) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = self._student.model.disable_adapter()

@@ -28,9 +28,7 @@ def test_groups_need_company(fail: Fail) -> None:  # noqa: F811
 
 
 def test_rewards_need_a_verifier(fail: Fail) -> None:  # noqa: F811
-    line = fail(
-        f"--model={METHODS}GRPO", "--data.samples_per_prompt=2", "--data.verifier=null"
-    )
+    line = fail(f"--model={METHODS}GRPO", "--data.samples_per_prompt=2", "--data.verifier=null")
     assert "data.verifier: got nothing, but GRPO reads rewards" in line
 
 
@@ -44,9 +42,7 @@ def test_a_rule_must_get_the_scores_it_reads(fail: Fail) -> None:  # noqa: F811
 
 
 def test_a_divergence_has_no_advantage_to_change(fail: Fail) -> None:  # noqa: F811
-    line = fail(
-        f"--model={METHODS}DivergenceOPD", f"--model.init_args.rules+={RULES}HardClip"
-    )
+    line = fail(f"--model={METHODS}DivergenceOPD", f"--model.init_args.rules+={RULES}HardClip")
     assert "HardClip changes the advantage, but DivergenceOPD's loss is a divergence" in line
 
 
@@ -58,6 +54,34 @@ def test_an_ema_teacher_must_be_moved(fail: Fail) -> None:  # noqa: F811
 def test_demonstrations_must_be_meant(fail: Fail) -> None:  # noqa: F811
     assert "data.teacher: got nothing for mix.teacher 0.5" in fail("--data.mix.teacher=0.5")
     assert "which OPD takes for its own" in fail("--data.mix.add_recorded=true")
+
+
+def test_the_sampler_is_told_what_the_teacher_is_told(fail: Fail) -> None:  # noqa: F811
+    line = fail(
+        f"--model={METHODS}OPSDK1",
+        "--model.init_args.view=other",
+        "--data.mix.guided=0.5",
+        '--data.views={"other": {"template": "x"}}',
+    )
+    assert "data.mix.guided_view: got 'privileged', expected other: the sampler" in line
+
+
+def test_supervised_training_needs_something_to_imitate(fail: Fail) -> None:  # noqa: F811
+    line = fail(f"--model={METHODS}SFT")
+    assert "data.mix: got the student's own responses, which SFT would imitate" in line
+
+
+def test_the_engine_is_not_corrected_for_twice(fail: Fail) -> None:  # noqa: F811
+    line = fail(
+        f"--model.init_args.rules+={RULES}TruncatedImportance",
+        "--model.init_args.surrogate.ratio_to=sampler",
+    )
+    assert "surrogate.ratio_to: got 'sampler'" in line
+
+
+def test_terms_have_names_of_their_own(fail: Fail) -> None:  # noqa: F811
+    bonus = f"--model.init_args.terms+={RULES}EntropyBonus"
+    assert "terms: two are called 'entropy_bonus'" in fail(bonus, bonus)
 
 
 @pytest.mark.parametrize(

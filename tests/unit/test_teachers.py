@@ -16,6 +16,7 @@ from opd_lightning.student import Student
 from opd_lightning.teachers import AdapterOffTeacher, ByDomainTeacher, EMATeacher, FrozenTeacher
 from opd_lightning.types import RolloutBatch
 from tests.batches import make_batch, make_rollout
+from tests.conftest import TinyModelDir
 
 CPU = torch.device("cpu")
 
@@ -121,6 +122,19 @@ def test_adapter_off_is_the_base(folders: list[Path]) -> None:
     expected = base.score(batch(), "student").logprobs
     torch.testing.assert_close(teacher.score(batch(), "student").logprobs, expected)
     assert (student.score(batch()).logprobs - expected).abs().max() > 1e-3  # and it is on again
+
+
+def test_adapter_off_is_the_base_in_the_head_too(tiny_model_dir: TinyModelDir) -> None:
+    folder = tiny_model_dir(tie=False)
+    config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    student = Student(str(folder), lora=config)
+    student.load()
+    base, teacher = FrozenTeacher(str(folder)), AdapterOffTeacher()
+    for one in (teacher, base):
+        one.load(CPU, student)
+    expected = base.score(batch(), "student").logprobs
+    torch.testing.assert_close(teacher.score(batch(), "student").logprobs, expected)
+    assert (student.score(batch()).logprobs - expected).abs().max() > 1e-3
 
 
 def test_adapter_off_needs_an_adapter(folders: list[Path]) -> None:

@@ -1,0 +1,56 @@
+"""Every lab configuration trains through `opd fit`; with vLLM twice, with the same curve."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from opd_lightning.cli import main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+LAB = sorted(path.stem for path in (CONFIGS / "lab").glob("*.yaml"))
+ENGINE = "opd_lightning.rollouts.VLLMEngine"
+
+
+def curve(name: str, run: Path, *more: str) -> dict[str, list[float]]:
+    """Train two small steps and return every scalar that is no time."""
+    text = (CONFIGS / "lab" / f"{name}.yaml").read_text()
+    steps = 2
+    several = int(re.findall(r"samples_per_prompt: (\d+)", text)[0] if "samples_per" in text else 1)
+    shorter = [
+        f"--trainer.max_steps={steps}",
+        f"--trainer.val_check_interval={steps}",
+        f"--trainer.logger.init_args.save_dir={run}",
+        "--trainer.enable_progress_bar=false",
+        f"--data.prompts_per_step={4 if several > 1 else 8}",
+        f"--data.samples_per_prompt={min(several, 2)}",
+        "--data.sampling.max_new_tokens=10",
+    ]
+    main(["fit", "--config", str(CONFIGS / "lab" / f"{name}.yaml"), *more, *shorter])
+    events = EventAccumulator(str(run))
+    events.Reload()
+    tags = [t for t in events.Tags()["scalars"] if not t.startswith(("time/", "cost/", "tokens_"))]
+    found = {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
+    assert len(found["loss"]) == steps
+    assert any(tag.startswith("val/") for tag in found)
+    return found
+
+
+@pytest.mark.usefixtures("in_lab")
+@pytest.mark.parametrize("name", LAB)
+def test_trains(name: str, tmp_path: Path) -> None:
+    found = curve(name, tmp_path / "run")
+    # Nothing that these random models write earns a reward.
+    learns = name not in ("grpo", "rlsd", "sdpo", "seqkd")
+    assert (max(found["optim/gradient_norm"]) > 0) is learns
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.usefixtures("in_lab")
+@pytest.mark.parametrize("name", LAB)
+def test_trains_on_vllm_twice_alike(name: str, tmp_path: Path) -> None:
+    vllm = ("--config", str(CONFIGS / "engine" / "vllm.yaml"))
+    first = curve(name, tmp_path / "first", *vllm)
+    assert first == curve(name, tmp_path / "second", *vllm)
