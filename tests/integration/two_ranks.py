@@ -14,6 +14,7 @@ from opd_lightning.data.prompts import PromptSource
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
 from opd_lightning.methods import OPD
 from opd_lightning.rollouts import HFEngine, Sampling
+from opd_lightning.rules import PhasedFloor, StabilityWeight
 from opd_lightning.student import Student
 from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.trainer import Trainer
@@ -52,6 +53,9 @@ def main(ranks: int, micro_batches: int, file: str) -> None:
     method = OPD(
         student,
         FrozenTeacher("lab/arithmetic/teacher"),
+        # What looks at the whole step must look at all of its ranks.
+        rules=[StabilityWeight(tau=0.5), PhasedFloor(mixing=0.3, switch_step=1)],
+        aggregation="mask-mean",
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
         max_logprob_gap=1e-3,
     )

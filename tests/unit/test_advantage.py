@@ -65,7 +65,7 @@ def test_u6_scale_0_does_not_depend_on_the_teacher() -> None:
     torch.testing.assert_close(one, REFS - OURS, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1.25])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 1.25, 1.8])
 def test_u6_it_is_minus_the_scaled_reverse_kl(scale: float) -> None:
     """The form of the official code; at 1 this compares the short cut with the general branch."""
     reverse_kl = (OURS - REFS) - scale * (THEIRS - REFS)
