@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from opd_lightning.errors import UserError
 from opd_lightning.methods.base import DistillationModule
 from opd_lightning.teachers import EMATeacher
 
@@ -17,12 +18,22 @@ class EMATeacherUpdate(Callback):
 
     def __init__(self) -> None:
         self._moved_at = 0  # optimiser steps that the teachers have seen
-        self._resumed: list[dict[str, Any]] = []
+        self._resumed: list[dict[str, Any]] | None = None
 
     def on_train_start(self, trainer: Trainer, module: DistillationModule) -> None:  # type: ignore[override]
-        for teacher, state in zip(_ema_teachers(module), self._resumed, strict=False):
-            teacher.load_state_dict(state)
-        self._resumed = []
+        self._moved_at = trainer.global_step
+        teachers = _ema_teachers(module)
+        if self._resumed is None:
+            return
+        if [state["rates"] for state in self._resumed] != [[t.rate, t.every] for t in teachers]:
+            raise UserError(
+                f"resume: the checkpoint holds EMA teachers of (rate, every) "
+                f"{[state['rates'] for state in self._resumed]}, the run has "
+                f"{[[t.rate, t.every] for t in teachers]}; make them alike"
+            )
+        for teacher, state in zip(teachers, self._resumed, strict=True):
+            teacher.load_state_dict(state["parameters"])
+        self._resumed = None
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, module: DistillationModule, *_: Any
@@ -35,13 +46,15 @@ class EMATeacherUpdate(Callback):
     def on_save_checkpoint(  # type: ignore[override]
         self, trainer: Trainer, module: DistillationModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["ema_teachers"] = [t.state_dict(module.student) for t in _ema_teachers(module)]
+        checkpoint["ema_teachers"] = [
+            {"rates": [t.rate, t.every], "parameters": t.state_dict(module.student)}
+            for t in _ema_teachers(module)
+        ]
 
     def on_load_checkpoint(  # type: ignore[override]
         self, trainer: Trainer, module: DistillationModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._resumed = checkpoint["ema_teachers"]
-        self._moved_at = checkpoint["global_step"]
+        self._resumed = checkpoint.get("ema_teachers", [])
 
 
 def _ema_teachers(module: DistillationModule) -> list[EMATeacher]:

@@ -19,7 +19,7 @@ class PhasedTeacherSampling(Callback):
     The weight alpha (`model.init_args.imitation`) is `start` up to `phase1_end`, falls along a
     cosine to `end` at `phase2_end` and is 0 after it; from there on `data.mix.teacher`, the share
     of prompts that the teacher answers, is 0 too. Both are functions of the optimiser step alone,
-    so a resumed run agrees.
+    so a resumed run agrees, with the same `trainer.max_steps`.
 
     Args:
         start: alpha at first. Not published; ours, after an ablation labelled 0.2.
@@ -45,8 +45,16 @@ class PhasedTeacherSampling(Callback):
         self.phase1_end = phase1_end
         self.phase2_end = phase2_end
 
-    def on_fit_start(self, trainer: Trainer, module: Any) -> None:
+    def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
+        if stage != "fit":
+            return
         data = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.max_steps < 1 or not data.mix.samples:
+            raise UserError(
+                f"PhasedTeacherSampling: got trainer.max_steps {trainer.max_steps} and mix.teacher "
+                f"{data.mix.teacher}, expected a number of steps whose shares are the phases, and "
+                "prompts left for the student"
+            )
         if not isinstance(module, ComposedMethod) or module.imitation is None:
             raise UserError(
                 f"PhasedTeacherSampling: {type(module).__name__} does not imitate; use a method "
@@ -65,8 +73,10 @@ class PhasedTeacherSampling(Callback):
             phase2_end=round(self.phase2_end * steps),
         )
 
+        without_teacher = replace(data.mix, teacher=0.0, only_correct=False)
+
         def mix_at(step: int) -> RolloutMix:
-            return data.mix if alpha(step) > 0 else replace(data.mix, teacher=0.0)
+            return data.mix if alpha(step) > 0 else without_teacher
 
         module.imitation = alpha
         data.mix_at = mix_at

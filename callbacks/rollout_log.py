@@ -53,13 +53,14 @@ class RolloutLog(Callback):
 
     def _table(self, rollouts: Sequence[Rollout]) -> str:
         """A Markdown table, one rollout a row."""
-        rows = ["| prompt | response | end | reward | mean log-prob |", "|---|---|---|---|---|"]
+        columns = ("prompt", "author", "response", "end", "reward", "mean log-prob")
+        rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         for r in rollouts:
             question = " ".join(f"[{m['role']}] {m['content']}" for m in r.prompt.messages)
             mean = sum(r.behaviour_logprobs) / max(len(r.behaviour_logprobs), 1)
             rows.append(
-                f"| {self._cell(question)} | {self._cell(r.text)} | {r.stop_reason} "
-                f"| {r.reward:.2f} | {mean:.3f} |"
+                f"| {self._cell(question)} | {r.author} | {self._cell(r.text)} "
+                f"| {r.stop_reason} | {r.reward:.2f} | {mean:.3f} |"
             )
         return "\n".join(rows)
 

@@ -37,18 +37,23 @@ def check_models(module: DistillationModule) -> None:
             raise UserError(
                 f"student {student.path!r} and teacher {source.path!r} have heads of "
                 f"{sizes[0]} and {sizes[1]} tokens, which {type(module).__name__} cannot compare "
-                "token by token; use opd_lightning.methods.OPD, which reads sampled tokens only"
+                "token by token; use a method, rules and terms of sampled tokens only"
             )
 
 
 def check_method(module: DistillationModule, data: RolloutDataModule, trainer: Trainer) -> None:
     """The data give the method everything that it reads."""
-    module.check()
     name = type(module).__name__
     for view in sorted(module.views() - data.views.keys()):
         raise UserError(
             f"data.views: got {', '.join(sorted(data.views))}, but {name} reads the view {view!r}; "
             "add its template"
+        )
+    read = module.views() | ({data.mix.guided_view} if data.mix.guided else set())
+    for view in sorted(data.user_views - read):
+        raise UserError(
+            f"data.views: got {view!r}, which {name} does not read; it reads "
+            f"{', '.join(sorted(read)) or 'the student prompt alone'}"
         )
     early = {view for view, how in data.views.items() if not how.is_late}
     told = early & module.views() or early
@@ -59,19 +64,26 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
             "and before there are responses"
         )
     parts = [part for teacher in module.teachers() for part in teacher.parts()]
+    coarse = module.student.lora is None and module.student.dtype != "float32"
     moving = [part for part in parts if isinstance(part, EMATeacher) and part.rate > 0]
     if moving and not any(getattr(c, "moves_ema_teachers", False) for c in trainer.callbacks):  # type: ignore[attr-defined]
         raise UserError(
             f"trainer.callbacks: nothing moves {name}'s EMATeacher (rate {moving[0].rate}); add "
             "callbacks.EMATeacherUpdate, or use a FrozenTeacher"
         )
+    if coarse and any(part.rate < 1 for part in moving):
+        raise UserError(
+            f"student.dtype: got {module.student.dtype!r}, in which small moves of an EMATeacher "
+            "round to nothing; use float32 with trainer.precision bf16-mixed"
+        )
     if module.needs_groups and data.samples_per_prompt < 2:
         raise UserError(
             f"data.samples_per_prompt: got {data.samples_per_prompt}, but {name} compares the "
             "rewards of a prompt's responses with one another; expected at least 2"
         )
+    reader = name if module.needs_rewards else "data.mix.only_correct"
     if (module.needs_rewards or data.mix.only_correct) and data.verifier is None:
-        raise UserError(f"data.verifier: got nothing, but {name} reads rewards; name a verifier")
+        raise UserError(f"data.verifier: got nothing, but {reader} reads rewards; name a verifier")
     if data.mix.teacher and data.teacher is None:
         raise UserError(
             f"data.teacher: got nothing for mix.teacher {data.mix.teacher}; name its path and "
@@ -82,11 +94,20 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
         check_usable(source)
         _check_same_tokens(module.student.source, source)
     foreign = data.mix.teacher or data.mix.reads_records
-    if module.needs_demonstrations and not foreign:
+    if module.needs_demonstrations and data.mix.samples:
         raise UserError(
-            f"data.mix: got the student's own responses, which {name} would imitate; set "
-            "data.mix.recorded or data.mix.teacher"
+            f"data.mix: got the student's own responses, which {name} would imitate; let "
+            "data.mix.recorded and data.mix.teacher add up to 1"
         )
+    for share, count in zip(
+        ("teacher", "recorded"), data.mix.counts(data.prompts_per_step), strict=True
+    ):
+        given = getattr(data.mix, share)
+        if given and not count and not data.mix.whole_steps:
+            raise UserError(
+                f"data.mix.{share}: got {given}, which is less than half a prompt of "
+                f"data.prompts_per_step {data.prompts_per_step}; raise one of them"
+            )
     if foreign and not module.takes_demonstrations:
         raise UserError(
             f"data.mix: got responses that the student did not write, which {name} takes for its "
@@ -102,15 +123,21 @@ def check_prompts(
     sampling: Sampling,
     mix: RolloutMix,
     sampler: TeacherSampler | None = None,
+    *,
+    training: bool = True,
 ) -> None:
-    """Every prompt fits every model's context together with its response, under every view."""
-    sources = [module.student.source, *teacher_sources(module)]
+    """Every prompt fits every model's context together with its response, under every view.
+
+    Teachers read training prompts only.
+    """
+    teachers = module.teachers() if training else []
+    sources = [module.student.source, *(teacher_sources(module) if training else [])]
     longest_response = sampling.max_new_tokens
     if sampler is not None:
         sources.append(ModelSource(sampler.path, role="data.teacher"))
         longest_response = max(longest_response, sampler.max_new_tokens or 0)
     context, role = min((source.context_length, source.role) for source in sources)
-    for teacher in module.teachers():
+    for teacher in teachers:
         teacher.check(prompts)
     for prompt, ids in zip(prompts, prompt_ids, strict=True):
         sampled = mix.samples or mix.teacher > 0
@@ -140,9 +167,10 @@ def check_step_size(trainer: Trainer, data: RolloutDataModule) -> None:
             f"data.prompts_per_step: got {data.prompts_per_step} for {world} processes, "
             "expected a multiple of their number"
         )
-    # A prompt that somebody else answers has one response.
-    samples = 1 if data.mix.teacher or data.mix.recorded else data.samples_per_prompt
-    rollouts = data.prompts_per_step // world * samples
+    share = data.prompts_per_step // world
+    # At worst all prompts that somebody else answers, with one response each, are one rank's.
+    others = share if data.mix.whole_steps else min(share, sum(data.mix.counts(share * world)))
+    rollouts = (share - others) * data.samples_per_prompt + others
     if rollouts < parts:
         raise UserError(
             f"trainer.accumulate_grad_batches: got {parts} for {rollouts} rollouts a step per "

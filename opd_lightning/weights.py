@@ -38,6 +38,12 @@ def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 def check_mergeable(model: Any) -> None:
     """Refuse LoRA variants that `full_weights` would not merge exactly."""
+    head = model.get_base_model().get_output_embeddings()
+    if model.config.tie_word_embeddings and hasattr(head, "modules_to_save"):
+        raise UserError(
+            "student.lora.modules_to_save: got the head, which this model shares with its "
+            "embedding, so training a copy would untie them; leave it out"
+        )
     parameters = dict(model.named_parameters())
     (adapter,) = model.active_adapters
     for name in parameters:

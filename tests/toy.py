@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.losses.divergence import reverse_kl
-from opd_lightning.losses.surrogate import policy_gradient
+from opd_lightning.losses.surrogate import Surrogate
 from opd_lightning.rules.base import Rates, Rule, Scored, Signal
 from opd_lightning.types import RolloutBatch, TokenScores
 
@@ -164,3 +164,9 @@ def expected_rule_gradient(rule: Rule | None, at: Tensor, teacher: Tensor, **fie
         return surrogate_loss(ours, signal)
 
     return expected_gradient(at, losses)
+
+
+def policy_gradient(student_logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """The surrogate as it is by default: strictly on-policy, no clip."""
+    nobody = torch.zeros(len(student_logprobs), dtype=torch.bool)
+    return Surrogate()(student_logprobs, advantages, student_logprobs.detach(), nobody)

@@ -40,10 +40,10 @@ class RolloutDataModule(LightningDataModule):
         train: Prompts to train on.
         engine: Who samples the student's responses.
         mix: Who writes the responses; by default all are the student's own.
-        teacher: Who writes the demonstrations that `mix.teacher` asks for.
+        teacher: Who writes the demonstrations of `mix.teacher`.
         verifier: Scores responses in [0, 1]; None where the method needs no reward.
-        views: Prompts for other readers, by name; "privileged" is there without being listed: the
-            row's privileged text as a system message.
+        views: Prompts for other readers, by name. "privileged", unless it is listed, is the row's
+            privileged text as a system message.
         validation: Suites for `opd fit` and `opd validate`, by name.
         test: Suites for `opd test`, by name.
         sampling: How responses are drawn.
@@ -80,9 +80,10 @@ class RolloutDataModule(LightningDataModule):
         self.train = train
         self.engine = engine
         self.mix = mix
-        self.mix_at: Callable[[int], RolloutMix] = lambda step: self.mix  # a callback may move it
+        self.mix_at: Callable[[int], RolloutMix] = lambda step: mix  # a callback may move it
         self.teacher = teacher
         self.verifier = verifier
+        self.user_views = set(views or {})
         self.views = {"privileged": PromptView()} | (views or {})
         self.suites = {"validate": validation or {}, "test": test or {}}
         self.sampling = sampling
@@ -103,6 +104,7 @@ class RolloutDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read and check everything that can be known before weights load."""
         assert self.trainer is not None
+        self.module.check()
         preflight.check_models(self.module)
         if stage != "fit" and not self._suites_of(stage):
             name = "data.test" if stage == "test" else "data.validation"
@@ -117,9 +119,8 @@ class RolloutDataModule(LightningDataModule):
         sampled = stage == "fit" and self.mix.samples
         if self.engine is None and (sampled or self._suites_of(stage)):
             raise UserError(
-                "data.engine: got nothing, but responses must be sampled; set an engine, e.g. "
-                "opd_lightning.rollouts.HFEngine, or train with data.mix.recorded 1 and without "
-                "validation"
+                "data.engine: got nothing, but responses must be sampled; set an engine, or train "
+                "with data.mix.recorded 1 and without validation"
             )
         for name, suite in self._suites_of(stage).items():
             self._suites[name] = self._load(
@@ -216,7 +217,9 @@ class RolloutDataModule(LightningDataModule):
         renderer = self._renderer(training=training)
         loaded = _Loaded(prompts, [renderer.plain(prompt) for prompt in prompts])
         mix, teacher = (self.mix, self.teacher) if training else (RolloutMix(), None)
-        preflight.check_prompts(self.module, prompts, loaded.ids, renderer, sampling, mix, teacher)
+        preflight.check_prompts(
+            self.module, prompts, loaded.ids, renderer, sampling, mix, teacher, training=training
+        )
         return loaded
 
     def _plan_engines(self) -> None:
@@ -225,8 +228,7 @@ class RolloutDataModule(LightningDataModule):
         longest = max(len(ids) for one in loaded for ids in one.ids)
         if self.mix.guided and self._train is not None:
             renderer = self._renderer(training=True)
-            guided = self.mix.guided_view
-            views = (renderer.view(guided, prompt) for prompt in self._train.prompts)
+            views = (renderer.view(self.mix.guided_view, p) for p in self._train.prompts)
             longest = max(longest, *(len(ids or ()) for ids in views))
         suites = [s for stage in self.suites.values() for s in stage.values()]
         samplings = [self.sampling, *(s.sampling for s in suites if s.sampling is not None)]
@@ -242,7 +244,7 @@ class RolloutDataModule(LightningDataModule):
 
     def _push_weights(self, engine: Engine) -> None:
         """Give the engine the student as it is now, unless it has it."""
-        assert self.trainer is not None
-        if engine.version != self.trainer.global_step:
+        step = self.module.global_step
+        if engine.version != step:
             with self.module.timer.stage("sync"):
-                engine.load_weights(self.trainer.global_step, self.module.student.weights())
+                engine.load_weights(step, self.module.student.weights())

@@ -41,6 +41,11 @@ class RolloutMix:
             share = getattr(self, name)
             if not 0 <= share <= 1:
                 raise UserError(f"mix.{name}: got {share}, expected a share in [0, 1]")
+        if self.only_correct and not self.teacher:
+            raise UserError(
+                "mix.only_correct: got true, but it is about the teacher's responses and "
+                "mix.teacher is 0; leave it out"
+            )
         if self.teacher + self.recorded > 1:
             raise UserError(
                 f"mix: got teacher {self.teacher} + recorded {self.recorded}, expected at most 1; "
@@ -49,8 +54,19 @@ class RolloutMix:
 
     @property
     def samples(self) -> bool:
-        """Whether the student writes anything."""
-        return self.teacher + self.recorded < 1
+        """Whether the student writes anything at any step."""
+        return self.teacher < 1 and (self.recorded if self.whole_steps else self._given) < 1
+
+    @property
+    def _given(self) -> float:
+        """Share of prompts that others than the student answer."""
+        return self.teacher + self.recorded
+
+    def counts(self, prompts: int) -> tuple[int, int]:
+        """How many of a step's prompts go to the teacher and to the records, coin aside."""
+        teacher = round(self.teacher * prompts)
+        given = prompts if self._given == 1 else teacher + round(self.recorded * prompts)
+        return teacher, given - teacher
 
     @property
     def reads_records(self) -> bool:
@@ -63,13 +79,13 @@ class RolloutMix:
         """
         first = step * prompts
         ranked = sorted(range(prompts), key=lambda p: derive_seed(AUTHOR, seed, step, first + p))
-        by_teacher = set(ranked[: round(self.teacher * prompts)])
+        teacher, given = self.counts(prompts)
+        by_teacher = set(ranked[:teacher])
         if self.whole_steps:
             tossed = _share(derive_seed(AUTHOR, seed, step)) < self.recorded
             recorded = set(ranked) - by_teacher if tossed else set()
         else:
-            end = len(by_teacher) + round(self.recorded * prompts)
-            recorded = set(ranked[len(by_teacher) : end])
+            recorded = set(ranked[teacher : teacher + given])
         result = []
         for p in range(prompts):
             if p in by_teacher:

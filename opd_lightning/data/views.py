@@ -85,7 +85,10 @@ class PromptView:
             return prompt.messages
         if self.place == "user":
             if not users:
-                raise UserError(f"{prompt.origin or prompt.id}: no user message to put a view in")
+                raise UserError(
+                    f"{prompt.origin or prompt.id}: no user message to put a view in; add one, or "
+                    "set the view's place to system"
+                )
             replaced: Message = {"role": "user", "content": text}
             return (*prompt.messages[: users[-1]], replaced, *prompt.messages[users[-1] + 1 :])
         first, *rest = prompt.messages

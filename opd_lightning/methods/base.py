@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import SumMetric
+from torchmetrics import Metric, SumMetric
 
 from opd_lightning.data.stream import EvaluationBatch
 from opd_lightning.errors import EngineMismatchError, UserError
@@ -115,8 +115,8 @@ class DistillationModule(LightningModule, ABC):
     def compare_with_engine(self, batch: RolloutBatch, student: TokenScores) -> None:
         """Note the gap between the engine's log-probs of its samples and the trainer's.
 
-        `on_before_optimizer_step` stops the run if the step's mean is too large. Rollouts whose
-        prompt was another one, or that nobody sampled, have nothing to compare.
+        A step whose mean is too large stops the run before the optimiser moves. Rollouts under
+        another prompt, or that nobody sampled, have nothing to compare.
         """
         mask = batch.response_mask & batch.on_policy[:, None]
         self.engine_gap.update(batch.behaviour_logprobs[mask], student.logprobs.detach()[mask])
@@ -144,8 +144,7 @@ class DistillationModule(LightningModule, ABC):
                 teacher.load(self.device, self.student)
 
     def configure_optimizers(self) -> Any:
-        trainable = [p for p in self.student.parameters() if p.requires_grad]
-        optimizer = self.optimizer(trainable)
+        optimizer = self.optimizer([p for p in self.student.parameters() if p.requires_grad])
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -155,8 +154,7 @@ class DistillationModule(LightningModule, ABC):
                 f"lr_scheduler.total_steps: got {planned} for trainer.max_steps "
                 f"{self.trainer.max_steps}; set both alike"
             )
-        schedule = {"scheduler": scheduler, "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
         if batch.totals.step != self.trainer.global_step:
@@ -171,6 +169,13 @@ class DistillationModule(LightningModule, ABC):
         # Lightning divides by the micro-batches and DDP averages over ranks; `loss` is already
         # this micro-batch's share of the whole step.
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def on_train_start(self) -> None:
+        for metric in self._metrics():
+            metric.reset()  # an exception may have left half a step behind
+
+    def _metrics(self) -> tuple[Metric, ...]:
+        return (self.loss_sum, self.responses, self.engine_gap, self.signal, self.rates)
 
     def on_before_backward(self, loss: Tensor) -> None:
         self.timer.start("backward")
@@ -221,14 +226,12 @@ class DistillationModule(LightningModule, ABC):
             "optim/gradient_norm": gradient_norm,
             "optim/learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
         }
-        for metric in (self.responses, self.engine_gap, self.signal, self.rates):
-            if metric.update_called:
+        for metric in self._metrics():
+            if metric.update_called and metric is not self.loss_sum:
                 values |= metric.compute()
-                metric.reset()
-        self.loss_sum.reset()
-        # The same on every rank, and before the optimiser moves.  NaN is no agreement either.
+            metric.reset()
         gap = float(values.get("engine/logprob_gap_mean", 0.0))
-        if not gap <= self.max_logprob_gap:
+        if not gap <= self.max_logprob_gap:  # NaN is no agreement either
             raise EngineMismatchError(self.trainer.global_step, gap, self.max_logprob_gap)
         # Of the step before: the clock of this one still runs.
         values |= self.timer.figures(self._tokens)

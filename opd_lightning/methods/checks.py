@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from opd_lightning.errors import UserError
+from opd_lightning.losses.surrogate import Surrogate
 from opd_lightning.methods.scoring import LOSS
 from opd_lightning.rules.importance import IcePop, TruncatedImportance
 from opd_lightning.teachers.base import DistributionTeacher
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 def check_parts(composed: ComposedMethod) -> None:
     """Raise UserError, before any weight is loaded, where a part reads what nobody gives."""
     method, asks = type(composed).__name__, composed.all_asks()
+    is_divergence = LOSS in composed.comparisons()
+    _check_names(composed)
     for rule in composed.rules:
         name = type(rule).__name__
         for need in rule.needs:
@@ -24,15 +28,16 @@ def check_parts(composed: ComposedMethod) -> None:
                     f"rules: {name} reads the scores called {need!r}, but {method} asks for "
                     f"{', '.join(asks) or 'none'}; choose a method that has them"
                 )
-        if rule.shapes_advantage and LOSS in composed.comparisons():
+        if rule.shapes_advantage and is_divergence:
             raise UserError(
                 f"rules: {name} changes the advantage, but {method}'s loss is a divergence, "
                 "which has none; use a rule that weighs or masks, or a sampled method"
             )
-    names = [term.name for term in composed.terms]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"terms: two are called {name!r}; give one of them another name")
+    if is_divergence and composed.surrogate != Surrogate():
+        raise UserError(
+            f"surrogate: got {composed.surrogate}, but {method}'s loss is a divergence, which has "
+            "no importance ratio; leave it out"
+        )
     corrected = any(isinstance(rule, TruncatedImportance | IcePop) for rule in composed.rules)
     if composed.surrogate.ratio_to == "sampler" and corrected:
         raise UserError(
@@ -41,11 +46,38 @@ def check_parts(composed: ComposedMethod) -> None:
             "'trainer'"
         )
     for name, wish in composed.all_comparisons().items():
-        if wish.other is not None and wish.other not in asks:
-            raise UserError(f"{name} compares with {wish.other!r}, which {method} does not ask")
-    for teacher in composed.compared_teachers():
+        if wish.other is None:
+            continue
+        if wish.other not in asks:
+            raise UserError(
+                f"{name} compares with the distribution of {wish.other!r}, but {method} asks for "
+                f"{', '.join(asks) or 'none'}; choose a method that has it"
+            )
+        teacher = asks[wish.other].teacher
         if not isinstance(teacher, DistributionTeacher):
             raise UserError(
                 f"{method} reads whole distributions, which {type(teacher).__name__} cannot "
                 "give; use a teacher in this process, or a method of sampled tokens"
             )
+
+
+def _check_names(composed: ComposedMethod) -> None:
+    """No part may answer to a name that means something else already."""
+    asks: dict[str, Any] = dict(composed.asks())
+    wishes: dict[str, Any] = dict(composed.comparisons())
+    for rule in composed.rules:
+        _add(wishes, rule.comparisons(), f"rules: {type(rule).__name__}")
+    for term in composed.terms:
+        owner = f"terms: {type(term).__name__}"
+        _add(asks, term.asks(), owner)
+        _add(wishes, term.comparisons(), owner)
+    names = [term.name for term in composed.terms]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"terms: two are called {name!r}; give one of them another name")
+
+
+def _add(known: dict[str, Any], more: Mapping[str, Any], owner: str) -> None:
+    for name, meaning in more.items():
+        if known.setdefault(name, meaning) != meaning:
+            raise UserError(f"{owner}: the name {name!r} is taken; give it another name")

@@ -91,7 +91,8 @@ class ComposedMethod(DistillationModule):
         scored, student, values = self._score(batch, prepared.others if prepared else {})
         self.compare_with_engine(batch, student)
         if "teacher" in scored.others:
-            self.signal.update(batch, student, scored.teacher)
+            mask = self._learnt(batch) & self._answered(batch)
+            self.signal.update(batch, student, scored.teacher, mask)
         if prepared is None:
             signal = self._first_signal(scored)
             rates: Rates = {}
@@ -149,11 +150,7 @@ class ComposedMethod(DistillationModule):
         self._prepared.clear()
         if self.aggregation != "mask-mean" and not any(rule.step_wide for rule in self.rules):
             return
-        with (
-            self.timer.stage("look_ahead"),
-            torch.no_grad(),
-            self.trainer.precision_plugin.forward_context(),
-        ):
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             scored = [self._score(batch.to(self.device)).scored for batch in batches]
             signals = [self._first_signal(one) for one in scored]
             rates: list[Rates] = [{} for _ in batches]
@@ -226,8 +223,8 @@ class ComposedMethod(DistillationModule):
 
     def compared_teachers(self) -> list[Teacher]:
         asks = self.all_asks()
-        others = (wish.other for wish in self.all_comparisons().values())
-        return [asks[other].teacher for other in others if other is not None]
+        others = {wish.other for wish in self.all_comparisons().values()}
+        return [ask.teacher for name, ask in asks.items() if name in others]
 
     @property
     def needs_groups(self) -> bool:

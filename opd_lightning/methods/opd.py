@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from opd_lightning.errors import UserError
 from opd_lightning.losses.advantage import return_to_go
 from opd_lightning.losses.divergence import Divergence, ReverseKL
 from opd_lightning.methods.composed import ComposedMethod
@@ -36,6 +37,8 @@ class OPD(ComposedMethod):
         self, student: Student, teacher: Teacher, discount: float = 0.0, **shared: Any
     ) -> None:
         super().__init__(student, **shared)
+        if not 0 <= discount <= 1:
+            raise UserError(f"discount: got {discount}, expected a number in [0, 1]")
         self.teacher = teacher
         self.discount = discount
 

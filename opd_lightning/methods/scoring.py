@@ -44,7 +44,7 @@ def ask_everybody(
         student: The model that learns.
         batch: The micro-batch.
         asks: Whom to ask under which view, by name. The same teacher under the same view is run
-            once, whatever it is called.
+            once, whatever it is called, and once more if its distribution is compared.
         comparisons: Functions of whole distributions, by name.
         known: Scores from an earlier look at this batch.
         top_k: Size of the top-k sets of the student and of the one called "teacher".
@@ -60,7 +60,7 @@ def ask_everybody(
                 states[name] = ask.teacher.states(batch, ask.view)
             elif name not in others:
                 if ask not in asked:
-                    wanted = top_k if name == "teacher" else 0
+                    wanted = top_k if ask == asks.get("teacher") else 0
                     asked[ask] = ask.teacher.score(batch, ask.view, top_k=wanted)
                 others[name] = asked[ask]
     with timer.stage("student"):

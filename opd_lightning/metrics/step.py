@@ -37,37 +37,48 @@ class _Sums(Metric):
 
 
 class ResponseStatistics(_Sums):
-    """Rewards, lengths and ends of the step's rollouts."""
+    """Rewards, lengths and ends of the step's rollouts, the student's and the others' apart."""
 
-    names = ("rollouts", "tokens", "truncated", "repetitive", "rewarded", "reward",
-             "grouped", "degenerate")  # fmt: skip
+    names = ("tokens", "rollouts", "length", "truncated", "repetitive", "rewarded", "reward",
+             "grouped", "degenerate",
+             "demonstrations", "demonstrated", "kept", "right")  # fmt: skip
 
     def update(self, batch: RolloutBatch) -> None:
-        rewarded = ~batch.rewards.isnan()
+        own = ~batch.demonstrated
+        rewarded = ~batch.rewards.isnan() & own
+        written = [r for r in batch.rollouts if not r.author.is_demonstrator()]
+        given = [r for r in batch.rollouts if r.author.is_demonstrator()]
         self._add(
-            rollouts=len(batch.rollouts),
             tokens=batch.response_mask,
-            truncated=batch.truncated,
-            repetitive=sum(is_repetitive(r.text) for r in batch.rollouts),
+            rollouts=len(written),
+            length=sum(len(r.response_ids) for r in written),
+            truncated=batch.truncated & own,
+            repetitive=sum(is_repetitive(r.text) for r in written),
             rewarded=rewarded,
             reward=batch.rewards[rewarded],
-            grouped=~batch.group_std.isnan(),
-            degenerate=batch.group_std == 0,
+            grouped=~batch.group_std.isnan() & own,
+            degenerate=(batch.group_std == 0) & own,
+            demonstrations=len(given),
+            demonstrated=sum(len(r.response_ids) for r in given),
+            kept=sum(not r.dropped for r in given),
+            right=batch.rewards[~own].nan_to_num(),
         )
 
     def compute(self) -> dict[str, Tensor]:
-        """Means over rollouts; about rewards and groups only where there are any."""
+        """Means over rollouts; about rewards, groups and authors only where there are any."""
         sums = self._totals()
-        result = {
-            "response/length": sums["tokens"] / sums["rollouts"],
-            "response/truncated": sums["truncated"] / sums["rollouts"],
-            "response/repetitive": sums["repetitive"] / sums["rollouts"],
-            "response/tokens_per_step": sums["tokens"],
-        }
+        result = {"response/tokens_per_step": sums["tokens"]}
+        if sums["rollouts"] > 0:
+            for name in ("length", "truncated", "repetitive"):
+                result[f"response/{name}"] = sums[name] / sums["rollouts"]
         if sums["rewarded"] > 0:
             result["reward"] = sums["reward"] / sums["rewarded"]
         if sums["grouped"] > 0:
             result["response/degenerate_groups"] = sums["degenerate"] / sums["grouped"]
+        if sums["demonstrations"] > 0:
+            result["demonstration/length"] = sums["demonstrated"] / sums["demonstrations"]
+            result["demonstration/kept"] = sums["kept"] / sums["demonstrations"]
+            result["demonstration/reward"] = sums["right"] / sums["demonstrations"]
         return result
 
 
@@ -115,8 +126,10 @@ class SignalStatistics(_Sums):
         super().__init__()
         self.add_state("log_ratios", [], dist_reduce_fx="cat")
 
-    def update(self, batch: RolloutBatch, student: TokenScores, teacher: TokenScores) -> None:
-        mask = batch.response_mask
+    def update(
+        self, batch: RolloutBatch, student: TokenScores, teacher: TokenScores, mask: Tensor
+    ) -> None:
+        """`mask [B, R]`: the tokens that the method's own loss is on."""
         ratio = (teacher.logprobs - student.logprobs.detach())[mask]
         assert isinstance(self.log_ratios, list)
         self.log_ratios.append(ratio)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from opd_lightning.errors import UserError
 from opd_lightning.losses.advantage import group_advantage
 from opd_lightning.types import RolloutBatch, TokenScores
 
@@ -43,8 +44,8 @@ class Compare(NamedTuple):
 class Scored:
     """A micro-batch and everything the models said about it, detached.
 
-    `others` holds the scores a method asked for, by name: "teacher" always, and where the method
-    has them "reference" (G-OPD's), "plain" (the teacher without privileged text).
+    `others` holds the scores a method asked for, by name: "teacher" but for GRPO, and where the
+    method has them "reference" (G-OPD's), "plain" (the teacher without privileged text).
     """
 
     batch: RolloutBatch
@@ -54,6 +55,11 @@ class Scored:
 
     @property
     def teacher(self) -> TokenScores:
+        if "teacher" not in self.others:
+            raise UserError(
+                f"a rule or term reads the teacher's scores, but only {', '.join(self.others)} "
+                "were asked; declare `needs` in the rule"
+            )
         return self.others["teacher"]
 
     @property

@@ -57,7 +57,7 @@ class EvidenceMask(Rule):
     threshold: float = 0.0
     width: float = 0.1
 
-    needs = ("plain",)
+    needs = ("teacher", "plain")
 
     def __post_init__(self) -> None:
         check(self, "threshold", self.threshold == self.threshold, "a number")
@@ -95,7 +95,7 @@ class EvidenceWeight(Rule):
 
     epsilon: float = 0.2
 
-    needs = ("plain",)
+    needs = ("teacher", "plain")
 
     def __post_init__(self) -> None:
         check(self, "epsilon", 0 <= self.epsilon <= 1, "a number in [0, 1]")
@@ -141,7 +141,7 @@ class EvidenceMultiplier(Rule):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("plain",) if self.evidence == "teacher" else ()
+        return ("teacher", "plain") if self.evidence == "teacher" else ("teacher",)
 
     def apply(
         self, signal: Signal, scored: Scored, observed: Tensor | None = None

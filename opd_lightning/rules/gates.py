@@ -46,13 +46,13 @@ class SignGate(Rule):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return () if self.scale == 1 else ("reference",)
+        return ("teacher",) if self.scale == 1 else ("teacher", "reference")
 
     def apply(
         self, signal: Signal, scored: Scored, observed: Tensor | None = None
     ) -> tuple[Signal, Rates]:
         ratio, outcome = scored.log_ratio, scored.outcome_advantage()
-        reference = scored.others[self.needs[0]].logprobs if self.needs else None
+        reference = scored.others["reference"].logprobs if self.scale != 1 else None
         trusted = extrapolated(
             scored.teacher.logprobs, scored.student.logprobs, reference, self.scale
         )
@@ -147,6 +147,7 @@ class TrajectoryGate(Rule):
 
     margin: float = 0.0
 
+    needs = ("teacher",)
     needs_groups = True
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ class StabilityWeight(Rule):
 
     tau: float = 5.0
 
+    needs = ("teacher",)
     step_wide = True
 
     def __post_init__(self) -> None:
@@ -73,6 +74,8 @@ class PositionWeight(Rule):
 
     gamma: float = 0.5
 
+    needs = ("teacher",)
+
     def __post_init__(self) -> None:
         check(self, "gamma", 0 <= self.gamma < float("inf"), "a finite number of 0 or more")
 
@@ -110,6 +113,7 @@ class ScopeWeight(Rule):
     temperature: float = 1.0
     threshold: float = 0.5
 
+    needs = ("teacher",)
     needs_rewards = True
     shapes_advantage = True
     step_wide = True  # a prompt's samples may lie in several micro-batches

@@ -91,7 +91,9 @@ class AdapterOffTeacher(LocalTeacher):
     def states(self, batch: RolloutBatch, view: str) -> TokenStates:
         states = super().states(batch, view)
         # The head is read later, when the adapter is on again: read the layer beneath it.
-        project = getattr(states.head.project, "base_layer", states.head.project)
+        project: Any = states.head.project
+        for beneath in ("base_layer", "original_module"):  # LoRA's, and that of modules_to_save
+            project = getattr(project, beneath, project)
         return TokenStates(states.hidden, replace(states.head, project=project))
 
     def _reading(self) -> AbstractContextManager[Any]:

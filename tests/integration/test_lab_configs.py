@@ -23,7 +23,7 @@ def curve(name: str, run: Path, *more: str) -> dict[str, list[float]]:
         f"--trainer.val_check_interval={steps}",
         f"--trainer.logger.init_args.save_dir={run}",
         "--trainer.enable_progress_bar=false",
-        f"--data.prompts_per_step={4 if several > 1 else 8}",
+        "--data.prompts_per_step=8",
         f"--data.samples_per_prompt={min(several, 2)}",
         "--data.sampling.max_new_tokens=10",
     ]

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from opd_lightning.losses.advantage import extrapolated, group_advantage, log_ratio
-from opd_lightning.losses.surrogate import policy_gradient
 from tests.toy import (
     expected_gradient,
     finite_difference,
     local_reverse_kl,
+    policy_gradient,
     random_logits,
     token_logprobs,
     visit_probabilities,

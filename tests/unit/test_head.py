@@ -213,7 +213,7 @@ def test_an_unused_infinite_value_spoils_nothing() -> None:
 def test_a_value_that_ignores_the_student_has_no_gradient() -> None:
     mine, _ = states(0)
     teacher, _ = teacher_of("logprobs")
-    comparisons = {"t": Comparison(teacher, lambda _, t: kl(t, t - 1))}  # type: ignore[arg-type,operator]
+    comparisons = {"t": Comparison(teacher, lambda _, t: kl(t, t - 1))}
     score(mine, targets_of(), comparisons=comparisons).values["t"].sum().backward()
     assert mine.hidden.grad is not None
     assert not mine.hidden.grad.any()

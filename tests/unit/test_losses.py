@@ -7,7 +7,6 @@ from torch import Tensor
 from opd_lightning.losses.advantage import log_ratio, return_to_go
 from opd_lightning.losses.divergence import reverse_kl
 from opd_lightning.losses.reduction import aggregate
-from opd_lightning.losses.surrogate import policy_gradient
 from opd_lightning.types import Totals
 from tests.toy import (
     ALL,
@@ -15,6 +14,7 @@ from tests.toy import (
     expected_gradient,
     finite_difference,
     local_reverse_kl,
+    policy_gradient,
     random_logits,
     sequence_probs,
     token_logprobs,

@@ -84,10 +84,58 @@ def test_terms_have_names_of_their_own(fail: Fail) -> None:  # noqa: F811
     assert "terms: two are called 'entropy_bonus'" in fail(bonus, bonus)
 
 
+def test_a_term_takes_no_name_that_is_taken(fail: Fail) -> None:  # noqa: F811
+    region = f"--model.init_args.terms+={RULES}TrustRegion"
+    frozen = f"--model.init_args.terms.init_args.reference={TEACHERS}FrozenTeacher"
+    path = "--model.init_args.terms.init_args.reference.init_args.path=lab/arithmetic/student"
+    line = fail(region, frozen, path, "--model.init_args.terms.init_args.name=teacher")
+    assert "terms: TrustRegion: the name 'teacher' is taken" in line
+
+
+@pytest.mark.parametrize("rule", ["StabilityWeight", "PositionWeight", "TrajectoryGate"])
+def test_rules_say_that_they_read_the_teacher(fail: Fail, rule: str) -> None:  # noqa: F811
+    line = fail(
+        f"--model={METHODS}GRPO",
+        "--data.samples_per_prompt=2",
+        f"--model.init_args.rules+={RULES}{rule}",
+    )
+    assert f"{rule} reads the scores called 'teacher', but GRPO asks for none" in line
+
+
+def test_a_baseline_needs_somebody_s_distribution(fail: Fail) -> None:  # noqa: F811
+    line = fail(
+        f"--model={METHODS}GRPO",
+        "--data.samples_per_prompt=2",
+        f"--model.init_args.rules+={RULES}VocabularyBaseline",
+    )
+    assert "baseline compares with the distribution of 'teacher', but GRPO asks for none" in line
+
+
+def test_a_divergence_has_no_ratio_to_clip(fail: Fail) -> None:  # noqa: F811
+    line = fail(f"--model={METHODS}DivergenceOPD", "--model.init_args.surrogate.clip_low=0.2")
+    assert "surrogate: got Surrogate(" in line
+
+
+def test_views_that_nobody_reads_are_named(fail: Fail) -> None:  # noqa: F811
+    line = fail('--data.views={"priviledged": {"template": "x"}}')
+    assert "data.views: got 'priviledged', which OPD does not read" in line
+
+
+def test_a_share_of_no_prompt_is_refused(fail: Fail) -> None:  # noqa: F811
+    line = fail(
+        "--model.init_args.imitation=0.1",
+        "--data.mix.recorded=0.1",
+        "--data.prompts_per_step=4",
+    )
+    assert "data.mix.recorded: got 0.1, which is less than half a prompt" in line
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ("--data.mix.guided=1.5", "mix.guided: got 1.5"),
+        ("--data.mix.only_correct=true", "mix.only_correct: got true"),
+        ("--model.init_args.discount=5", "discount: got 5.0, expected a number in [0, 1]"),
         ("--model.init_args.surrogate.dual_clip=0.5", "dual_clip is 0.5"),
     ],
 )

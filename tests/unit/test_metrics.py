@@ -10,7 +10,7 @@ from opd_lightning.metrics.evaluation import SuiteScores
 from opd_lightning.metrics.repetition import is_repetitive
 from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics, SignalStatistics
 from opd_lightning.timing import StepTimer
-from opd_lightning.types import TokenScores
+from opd_lightning.types import Author, TokenScores
 from tests.batches import make_batch, make_rollout
 
 
@@ -33,7 +33,7 @@ def test_signal_by_hand() -> None:
     student = scores([[-1.0, -2.0], [-1.0, 0.0]], entropy=0.5, top=[1, 2, 3, 4])
     teacher = scores([[-0.5, -5.0], [-3.0, 0.0]], entropy=0.2, top=[4, 9, 1, 8])
     metric = SignalStatistics()
-    metric.update(batch, student, teacher)
+    metric.update(batch, student, teacher, batch.response_mask)
     got = {k: v.item() for k, v in metric.compute().items()}
     # d = +0.5, -3, -2; the first rollout did better than its group, the second worse.
     assert got["signal/log_ratio_mean"] == pytest.approx(-1.5)
@@ -52,7 +52,7 @@ def test_u23_identical_and_disjoint_supports() -> None:
     one, other = scores([[-1, -1]], 1.0, [1, 2]), scores([[-1, -1]], 1.0, [3, 4])
     for teacher, overlap in ((one, 1.0), (other, 0.0)):
         metric = SignalStatistics()
-        metric.update(batch, one, teacher)
+        metric.update(batch, one, teacher, batch.response_mask)
         values = metric.compute()
         assert values["signal/overlap"].item() == overlap
         assert values["entropy/gap"].item() == 0
@@ -128,3 +128,20 @@ def test_timer_counts_stages_and_leaves_pauses_out(monkeypatch: pytest.MonkeyPat
     timer.resume()  # 15
     timer.next_step()  # 16
     assert timer.last == {"generate": 3.0, "step": 6.0, "overhead": 0.5}
+
+
+def test_what_others_wrote_is_counted_apart() -> None:
+    metric = ResponseStatistics()
+    given = {"author": Author.TEACHER, "group_mean": float("nan"), "group_std": float("nan")}
+    rows = [
+        make_rollout([5, 6, 7], reward=0.0),
+        make_rollout([5] * 9, reward=1.0, **given),  # type: ignore[arg-type]
+        make_rollout([5], reward=0.0, dropped=True, **given),  # type: ignore[arg-type]
+    ]
+    metric.update(make_batch(rows))
+    got = {name: value.item() for name, value in metric.compute().items()}
+    assert got["reward"] == 0
+    assert got["response/length"] == 3
+    assert got["response/tokens_per_step"] == 12
+    assert got["demonstration/length"] == 5
+    assert got["demonstration/kept"] == got["demonstration/reward"] == 0.5

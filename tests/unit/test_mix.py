@@ -74,3 +74,18 @@ def test_shares_are_checked(shares: dict[str, float]) -> None:
 def test_shares_of_prompts_must_fit() -> None:
     with pytest.raises(UserError, match="at most 1"):
         RolloutMix(teacher=0.7, recorded=0.7)
+
+
+@pytest.mark.parametrize("prompts", [3, 4, 5])
+def test_shares_that_add_up_to_one_leave_nothing(prompts: int) -> None:
+    mix = RolloutMix(teacher=0.5, recorded=0.5)
+    assert not mix.samples
+    for step in range(20):
+        authors = {author for written in mix.authors(0, step, prompts, 2) for author in written}
+        assert Author.STUDENT not in authors
+
+
+def test_who_samples_is_known_in_advance() -> None:
+    assert RolloutMix(recorded=0.5, teacher=0.5, whole_steps=True).samples
+    assert not RolloutMix(recorded=1.0, whole_steps=True).samples
+    assert not RolloutMix(teacher=1.0).samples

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
-from opd_lightning.losses.surrogate import Surrogate, policy_gradient
+from opd_lightning.losses.surrogate import Surrogate
 
 ON = torch.tensor([True])
 
@@ -36,7 +36,7 @@ def test_one_step_per_batch_is_the_plain_policy_gradient(surrogate: Surrogate) -
     mu = row(-9.0, torch.nan, 0.0)
     loss, gradient = loss_and_gradient(surrogate, student, advantage, mu)
     leaf = student.clone().requires_grad_()
-    plain = policy_gradient(leaf, advantage)
+    plain = -advantage * (leaf - leaf.detach()).exp()
     plain.sum().backward()
     assert torch.equal(loss, plain.detach())
     assert leaf.grad is not None
