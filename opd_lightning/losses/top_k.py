@@ -42,7 +42,7 @@ class TopK(Divergence):
             `S sg[log(S / T)]`; "corrected" is `S log(S / T) - S + T`, a loss of at least 0 with
             the same gradient, `sum_K S log(S / T) grad log S`. Once both sides sum to 1, all
             three gradients agree.
-        beta: Of `JSD`; given for "jsd" and only there.
+        beta: Of `JSD`, for "jsd" alone; None is its 0.5.
         clamp: Raise negative sums to 0, as verl does. Their gradient is lost with them.
     """
 
@@ -82,10 +82,10 @@ class TopK(Divergence):
                 f"TopK: clamp is true with normalise {self.normalise!r} and gradient "
                 f"{self.gradient!r}, expected normalise 'none' and gradient 'plain'"
             )
-        if (self.beta is None) == (self.divergence == "jsd"):
+        if self.beta is not None and self.divergence != "jsd":
             raise UserError(
-                f"TopK: beta is {self.beta} with divergence {self.divergence!r}, expected a "
-                "number with 'jsd' and nothing otherwise"
+                f"TopK: beta is {self.beta} with divergence {self.divergence!r}, expected it with "
+                "'jsd' only"
             )
         self._inner()  # refuses a beta out of range
 
@@ -145,8 +145,7 @@ class TopK(Divergence):
             case "forward":
                 return ForwardKL()
             case "jsd":
-                assert self.beta is not None
-                return JSD(self.beta)
+                return JSD() if self.beta is None else JSD(self.beta)
         assert_never(self.divergence)
 
 

@@ -41,7 +41,7 @@ class SDPO(ComposedMethod):
         teacher: DistributionTeacher,
         view: str = "feedback",
         divergence: Divergence = TopK(  # noqa: B008 - frozen, and shown by --help
-            k=100, support="student", normalise="tail", divergence="jsd", beta=0.5
+            k=100, support="student", normalise="tail", divergence="jsd"
         ),
         importance_cap: float | None = 2.0,
         **shared: Any,

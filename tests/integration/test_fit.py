@@ -244,7 +244,7 @@ def test_a_user_sees_the_run_and_exports_the_student(in_lab: Path, tmp_path: Pat
     assert len(events.Scalars("loss")) == 3
     assert "val/sums/score/add-2" in scalars
     (entry, *_) = events.Tensors("rollouts/text_summary")
-    assert "| prompt | response |" in entry.tensor_proto.string_val[0].decode()
+    assert "| prompt | author | response |" in entry.tensor_proto.string_val[0].decode()
 
     checkpoint = run / "checkpoints" / "last.ckpt"
     config = str(run / "config.yaml")

@@ -13,6 +13,7 @@ from callbacks import EMATeacherUpdate, PhasedTeacherSampling
 from opd_lightning.data.mix import RolloutMix, TeacherSampler
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.views import PromptView
+from opd_lightning.errors import UserError
 from opd_lightning.lab.arithmetic import generate_mixture
 from opd_lightning.losses.divergence import ForwardKL
 from opd_lightning.losses.top_k import TopK
@@ -324,3 +325,27 @@ def test_ema_teacher_is_resumed_bit_for_bit(prompts: Path, tmp_path: Path) -> No
     more = {"callbacks": [EMATeacherUpdate()], "ckpt_path": str(tmp_path / "step=2.ckpt")}
     rest = run((method, dict), prompts, steps=4, **more)
     assert [x["loss"] for x in rest.logged[-2:]] == [x["loss"] for x in whole.logged[-2:]]
+
+    other = SDFT(teacher=EMATeacher(rate=0.5), **student())
+    with pytest.raises(UserError, match=r"holds EMA teachers of \(rate, every\) \[\[0.3, 1\]\]"):
+        run((lambda: other, dict), prompts, steps=4, **more | {"callbacks": [EMATeacherUpdate()]})
+
+
+def test_one_ema_callback_serves_two_runs(prompts: Path) -> None:
+    callback = EMATeacherUpdate()
+    for _ in range(2):
+        method = SDFT(teacher=EMATeacher(rate=1.0), **student())
+        run((lambda method=method: method, dict), prompts, steps=2, callbacks=[callback])  # type: ignore[misc]
+        teacher = method.teachers()[0]
+        assert isinstance(teacher, EMATeacher)
+        moved = teacher.state_dict(method.student)
+        for name, parameter in method.student.model.named_parameters():
+            assert (moved[name] == parameter).all()
+
+
+def test_phases_need_a_length_and_a_student(prompts: Path) -> None:
+    for data in ({**demonstrations(teacher=1.0)}, {**demonstrations(teacher=0.5), "steps": -1}):
+        method = SGOPD(teacher=teacher(), scale=1.0, **student())
+        more = {**data, "callbacks": [PhasedTeacherSampling()]}
+        with pytest.raises(UserError, match="PhasedTeacherSampling: got"):
+            run((lambda method=method: method, dict), prompts, **more)  # type: ignore[misc]

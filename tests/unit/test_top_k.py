@@ -314,7 +314,6 @@ def test_sdpo_is_that_of_trl(beta: float, tail: bool, monkeypatch: pytest.Monkey
         ({"normalise": "tail", "clamp": True}, "clamp is true with normalise 'tail'"),
         ({"gradient": "stop-gradient", "clamp": True}, "clamp is true with normalise 'none'"),
         ({"beta": 0.5}, "beta is 0.5 with divergence 'reverse'"),
-        ({"divergence": "jsd"}, "beta is None with divergence 'jsd'"),
         ({"divergence": "jsd", "beta": 2.0}, "JSD: beta is 2.0"),
     ],
 )
