@@ -116,8 +116,8 @@ def test_flips_are_consensus_tokens_that_end_up_pushed_the_other_way() -> None:
 
 
 def test_a_reference_is_needed_only_to_extrapolate() -> None:
-    assert SignGate().needs == ("reference",)
-    assert SignGate(scale=1.0).needs == ()
+    assert SignGate().needs == ("teacher", "reference")
+    assert SignGate(scale=1.0).needs == ("teacher",)
 
 
 def test_the_gate_does_not_see_the_stability_weight() -> None:
