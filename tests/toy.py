@@ -43,12 +43,13 @@ def sequence_probs(logits: Tensor) -> Tensor:
 
 
 def finite_difference(function: Callable[[Tensor], Tensor], at: Tensor, h: float = 1e-6) -> Tensor:
+    """Gradient of the sum of `function(at)`, by central differences."""
     gradient = torch.zeros_like(at)
     for i in range(at.numel()):
         step = torch.zeros_like(at).view(-1)
         step[i] = h
         step = step.view_as(at)
-        gradient.view(-1)[i] = (function(at + step) - function(at - step)) / (2 * h)
+        gradient.view(-1)[i] = (function(at + step) - function(at - step)).sum() / (2 * h)
     return gradient
 
 

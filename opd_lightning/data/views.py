@@ -80,7 +80,13 @@ class PromptView:
                 )
         users = [i for i, message in enumerate(prompt.messages) if message["role"] == "user"]
         question = prompt.messages[users[-1]]["content"] if users else ""
-        text = _TEMPLATES.from_string(self.template).render(question=question, **own, **late)
+        try:
+            text = _TEMPLATES.from_string(self.template).render(question=question, **own, **late)
+        except TemplateError as error:
+            raise UserError(
+                f"{prompt.origin or prompt.id}: data.views: {self.template!r} cannot be rendered: "
+                f"{error}; correct it"
+            ) from error
         if not text.strip():
             return prompt.messages
         if self.place == "user":

@@ -38,7 +38,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """A straight line, then its end: Veto's beta to 0 (2601.07155), KDRL's coefficient.
+    """A straight line, then its end, such as KDRL's coefficient (2506.02208).
 
     Args:
         start: The value at step 0.

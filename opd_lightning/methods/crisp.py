@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from opd_lightning.losses.divergence import Divergence, ReverseKL
 from opd_lightning.losses.reduction import Aggregation
-from opd_lightning.methods.composed import ComposedMethod
-from opd_lightning.methods.scoring import LOSS
-from opd_lightning.rules.base import Compare
+from opd_lightning.methods.divergence import DivergenceMethod
 from opd_lightning.student import Student
-from opd_lightning.teachers.base import Ask, DistributionTeacher
+from opd_lightning.teachers.base import DistributionTeacher
 
 
-class CRISP(ComposedMethod):
+class CRISP(DivergenceMethod):
     """Concise-prompt self-distillation (2603.05433, also OPSDC).
 
         L = mean over sequences of (1/|y|) sum_t KL(S_t(. | x) || T_t(. | x, "be concise"))
@@ -41,13 +38,4 @@ class CRISP(ComposedMethod):
         aggregation: Aggregation = "seq-mean-token-mean",
         **shared: Any,
     ) -> None:
-        super().__init__(student, aggregation=aggregation, **shared)
-        self.teacher = teacher
-        self.view = view
-        self.divergence = divergence
-
-    def asks(self) -> Mapping[str, Ask]:
-        return {"teacher": Ask(self.teacher, self.view)}
-
-    def comparisons(self) -> Mapping[str, Compare]:
-        return {LOSS: Compare("teacher", self.divergence)}
+        super().__init__(student, teacher, view, divergence, aggregation=aggregation, **shared)

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from opd_lightning.errors import UserError
 from opd_lightning.losses.advantage import extrapolated
 from opd_lightning.losses.schedule import Schedule, value_at
 from opd_lightning.methods.composed import ComposedMethod
+from opd_lightning.methods.scoring import teacher_and_reference
 from opd_lightning.rules.base import Rule, Scored
 from opd_lightning.rules.importance import TruncatedImportance
 from opd_lightning.student import Student
@@ -47,22 +47,12 @@ class GOPD(ComposedMethod):
         **shared: Any,
     ) -> None:
         super().__init__(student, **shared)
-        if reference is None and scale != 1:
-            raise UserError(
-                f"reference: got nothing for scale {scale}; name the student's start or the "
-                "teacher's base, or set scale to 1, which is OPD"
-            )
-        self.teacher = teacher
-        self.reference = reference
+        self._asks = teacher_and_reference(teacher, reference, scale)
         self.scale = scale
         self.importance_cap = importance_cap
 
     def asks(self) -> Mapping[str, Ask]:
-        asks = {"teacher": Ask(self.teacher, "student")}
-        if self.scale != 1:
-            assert self.reference is not None
-            asks["reference"] = Ask(self.reference, "student")
-        return asks
+        return self._asks
 
     def advantage(self, scored: Scored) -> Tensor:
         if "reference" not in scored.others:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from opd_lightning.losses.divergence import JSD
-from opd_lightning.methods.composed import ComposedMethod
-from opd_lightning.methods.scoring import LOSS
-from opd_lightning.rules.base import Compare
+from opd_lightning.methods.divergence import DivergenceMethod
 from opd_lightning.student import Student
-from opd_lightning.teachers.base import Ask, DistributionTeacher
+from opd_lightning.teachers.base import DistributionTeacher
 
 
-class GKD(ComposedMethod):
+class GKD(DivergenceMethod):
     """Generalised knowledge distillation (2306.13649), in TRL's convention.
 
         L = (1/Z) sum_t beta KL(T || M) + (1 - beta) KL(S || M),   M = (1 - beta) S + beta T
@@ -31,12 +28,4 @@ class GKD(ComposedMethod):
     def __init__(
         self, student: Student, teacher: DistributionTeacher, beta: float = 0.5, **shared: Any
     ) -> None:
-        super().__init__(student, **shared)
-        self.teacher = teacher
-        self.divergence = JSD(beta=beta)
-
-    def asks(self) -> Mapping[str, Ask]:
-        return {"teacher": Ask(self.teacher, "student")}
-
-    def comparisons(self) -> Mapping[str, Compare]:
-        return {LOSS: Compare("teacher", self.divergence)}
+        super().__init__(student, teacher, "student", JSD(beta=beta), **shared)

@@ -11,8 +11,8 @@ from opd_lightning.errors import UserError
 from opd_lightning.losses.advantage import return_to_go
 from opd_lightning.losses.divergence import Divergence, ReverseKL
 from opd_lightning.methods.composed import ComposedMethod
-from opd_lightning.methods.scoring import LOSS
-from opd_lightning.rules.base import Compare, Scored
+from opd_lightning.methods.divergence import DivergenceMethod
+from opd_lightning.rules.base import Scored
 from opd_lightning.student import Student
 from opd_lightning.teachers.base import Ask, DistributionTeacher, Teacher
 
@@ -49,7 +49,7 @@ class OPD(ComposedMethod):
         return return_to_go(scored.log_ratio, scored.batch.response_mask, self.discount)
 
 
-class DivergenceOPD(ComposedMethod):
+class DivergenceOPD(DivergenceMethod):
     """A divergence between whole distributions at every visited prefix, differentiated directly.
 
         L = (1/Z) sum_t D(S_t, T_t)
@@ -72,12 +72,4 @@ class DivergenceOPD(ComposedMethod):
         divergence: Divergence = ReverseKL(),  # noqa: B008 - frozen, and shown by --help
         **shared: Any,
     ) -> None:
-        super().__init__(student, **shared)
-        self.teacher = teacher
-        self.divergence = divergence
-
-    def asks(self) -> Mapping[str, Ask]:
-        return {"teacher": Ask(self.teacher, "student")}
-
-    def comparisons(self) -> Mapping[str, Compare]:
-        return {LOSS: Compare("teacher", self.divergence)}
+        super().__init__(student, teacher, "student", divergence, **shared)

@@ -7,13 +7,12 @@ from typing import Any
 
 from opd_lightning.losses.divergence import JSD, Divergence
 from opd_lightning.methods.composed import ComposedMethod
-from opd_lightning.methods.scoring import LOSS
-from opd_lightning.rules.base import Compare
+from opd_lightning.methods.divergence import DivergenceMethod
 from opd_lightning.student import Student
 from opd_lightning.teachers.base import Ask, DistributionTeacher, Teacher
 
 
-class OPSD(ComposedMethod):
+class OPSD(DivergenceMethod):
     """On-policy self-distillation as published (2601.18734): a divergence over the vocabulary.
 
         L = (1/Z) sum_t JSD_0.5(S_t(. | x), T_t(. | x, r))
@@ -39,16 +38,7 @@ class OPSD(ComposedMethod):
         divergence: Divergence = JSD(beta=0.5),  # noqa: B008 - frozen, and shown by --help
         **shared: Any,
     ) -> None:
-        super().__init__(student, **shared)
-        self.teacher = teacher
-        self.view = view
-        self.divergence = divergence
-
-    def asks(self) -> Mapping[str, Ask]:
-        return {"teacher": Ask(self.teacher, self.view)}
-
-    def comparisons(self) -> Mapping[str, Compare]:
-        return {LOSS: Compare("teacher", self.divergence)}
+        super().__init__(student, teacher, view, divergence, **shared)
 
 
 class OPSDK1(ComposedMethod):

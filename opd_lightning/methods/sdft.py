@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from opd_lightning.losses.divergence import JSD, Divergence
 from opd_lightning.losses.reduction import Aggregation
-from opd_lightning.methods.composed import ComposedMethod
-from opd_lightning.methods.scoring import LOSS
-from opd_lightning.rules.base import Compare, Rule
+from opd_lightning.methods.divergence import DivergenceMethod
+from opd_lightning.rules.base import Rule
 from opd_lightning.rules.masks import SkipFirst
 from opd_lightning.student import Student
-from opd_lightning.teachers.base import Ask, DistributionTeacher
+from opd_lightning.teachers.base import DistributionTeacher
 
 
-class SDFT(ComposedMethod):
+class SDFT(DivergenceMethod):
     """Self-distillation fine-tuning (2601.19897) on the student's own rollouts.
 
         L = mean over sequences of the mean over t > skip of JSD_alpha(S_t(. | x), T_t(. | x, demo))
@@ -41,17 +40,8 @@ class SDFT(ComposedMethod):
         aggregation: Aggregation = "seq-mean-token-mean",
         **shared: Any,
     ) -> None:
-        super().__init__(student, aggregation=aggregation, **shared)
-        self.teacher = teacher
-        self.view = view
-        self.divergence = divergence
+        super().__init__(student, teacher, view, divergence, aggregation=aggregation, **shared)
         self.skip = skip
-
-    def asks(self) -> Mapping[str, Ask]:
-        return {"teacher": Ask(self.teacher, self.view)}
-
-    def comparisons(self) -> Mapping[str, Compare]:
-        return {LOSS: Compare("teacher", self.divergence)}
 
     def own_rules(self) -> Sequence[Rule]:
         return [SkipFirst(tokens=self.skip)]

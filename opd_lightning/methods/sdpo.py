@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from opd_lightning.losses.divergence import Divergence
 from opd_lightning.losses.top_k import TopK
-from opd_lightning.methods.composed import ComposedMethod
-from opd_lightning.methods.scoring import LOSS
-from opd_lightning.rules.base import Compare, Rule
+from opd_lightning.methods.divergence import DivergenceMethod
+from opd_lightning.rules.base import Rule
 from opd_lightning.rules.importance import TruncatedImportance
 from opd_lightning.student import Student
-from opd_lightning.teachers.base import Ask, DistributionTeacher
+from opd_lightning.teachers.base import DistributionTeacher
 
 
-class SDPO(ComposedMethod):
+class SDPO(DivergenceMethod):
     """Self-distillation policy optimisation (2601.20802).
 
         L = (1/Z) sum_t JSD_alpha(S_t(. | x), T_t(. | x, peer, feedback)) on top-k and a tail
@@ -46,17 +45,8 @@ class SDPO(ComposedMethod):
         importance_cap: float | None = 2.0,
         **shared: Any,
     ) -> None:
-        super().__init__(student, **shared)
-        self.teacher = teacher
-        self.view = view
-        self.divergence = divergence
+        super().__init__(student, teacher, view, divergence, **shared)
         self.importance_cap = importance_cap
-
-    def asks(self) -> Mapping[str, Ask]:
-        return {"teacher": Ask(self.teacher, self.view)}
-
-    def comparisons(self) -> Mapping[str, Compare]:
-        return {LOSS: Compare("teacher", self.divergence)}
 
     def own_rules(self) -> Sequence[Rule]:
         if self.importance_cap is None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from opd_lightning.errors import UserError
 from opd_lightning.losses.schedule import Schedule
 from opd_lightning.methods.composed import ComposedMethod
+from opd_lightning.methods.scoring import teacher_and_reference
 from opd_lightning.rules.base import Rule
 from opd_lightning.rules.gates import SignGate
 from opd_lightning.rules.importance import TruncatedImportance
@@ -61,23 +61,13 @@ class SGOPD(ComposedMethod):
         **shared: Any,
     ) -> None:
         super().__init__(student, imitation=imitation, **shared)
-        if reference is None and scale != 1:
-            raise UserError(
-                f"reference: got nothing for scale {scale}; name the student's start, or set "
-                "scale to 1"
-            )
-        self.teacher = teacher
-        self.reference = reference
+        self._asks = teacher_and_reference(teacher, reference, scale)
         self.gate = SignGate(scale=scale, fallback=fallback, beta=beta)
         self.stability = stability
         self.importance_cap = importance_cap
 
     def asks(self) -> Mapping[str, Ask]:
-        asks = {"teacher": Ask(self.teacher, "student")}
-        if self.gate.scale != 1:
-            assert self.reference is not None
-            asks["reference"] = Ask(self.reference, "student")
-        return asks
+        return self._asks
 
     def own_rules(self) -> Sequence[Rule]:
         rules: list[Rule] = [self.gate]

@@ -19,6 +19,7 @@ from opd_lightning.losses.divergence import (
     SkewedReverseKL,
     reverse_kl,
 )
+from tests.toy import finite_difference
 
 VOCABULARY = 7
 ALL: list[Divergence] = [
@@ -51,15 +52,6 @@ def value_and_gradient(function: Callable[[Tensor], Tensor], at: Tensor) -> tupl
     value = function(at)
     (gradient,) = torch.autograd.grad(value.sum(), at)
     return value.detach(), gradient
-
-
-def finite_difference(function: Callable[[Tensor], Tensor], at: Tensor, h: float = 1e-6) -> Tensor:
-    gradient = torch.zeros_like(at)
-    for i in range(at.numel()):
-        step = torch.zeros_like(at)
-        step.view(-1)[i] = h
-        gradient.view(-1)[i] = (function(at + step) - function(at - step)).sum() / (2 * h)
-    return gradient
 
 
 def close(actual: Tensor, expected: Tensor, atol: float = 1e-12) -> None:

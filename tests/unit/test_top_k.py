@@ -1,7 +1,6 @@
 """Top-k divergences: their identities, their gradients and what is refused, float64."""
 
 import math
-from collections.abc import Callable
 from itertools import product
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.losses.divergence import JSD, Divergence, ForwardKL, ReverseKL, reverse_kl
 from opd_lightning.losses.top_k import TopK
+from tests.toy import finite_difference
 
 VOCABULARY, ROWS, K = 8, 5, 3
 SUPPORTS = ("student", "teacher", "intersection", "union")
@@ -53,15 +53,6 @@ def value_and_gradient(
     value = divergence(student.log_softmax(-1), teacher.log_softmax(-1))
     (gradient,) = torch.autograd.grad(value.sum(), student)
     return value.detach(), gradient
-
-
-def finite_difference(function: Callable[[Tensor], Tensor], at: Tensor, h: float = 1e-6) -> Tensor:
-    gradient = torch.zeros_like(at)
-    for i in range(at.numel()):
-        step = torch.zeros_like(at)
-        step.view(-1)[i] = h
-        gradient.view(-1)[i] = (function(at + step) - function(at - step)).sum() / (2 * h)
-    return gradient
 
 
 def close(actual: Tensor, expected: Tensor, atol: float = 1e-10) -> None:

@@ -70,7 +70,7 @@ def test_templates_are_checked_when_they_are_written() -> None:
 
 def test_templates_are_sandboxed() -> None:
     view = PromptView(template="{{ question.__class__.__mro__ }}")
-    with pytest.raises(Exception, match="unsafe"):
+    with pytest.raises(UserError, match=r"cannot be rendered: .*unsafe"):
         view.messages(PROMPT)
 
 
