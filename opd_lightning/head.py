@@ -78,7 +78,7 @@ class FlatScores(NamedTuple):
 
 class HeadScores(NamedTuple):
     student: FlatScores
-    teachers: dict[str, FlatScores]  # by comparison, of those that have a teacher; detached
+    teachers: dict[str, FlatScores]  # by comparison, of its teacher as far as known; detached
     values: dict[str, Tensor]  # by comparison, [N]; carries the gradient to the student
 
 

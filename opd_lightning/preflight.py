@@ -138,7 +138,7 @@ def check_prompts(
         longest_response = max(longest_response, sampler.max_new_tokens or 0)
     context, role = min((source.context_length, source.role) for source in sources)
     for teacher in teachers:
-        teacher.check(prompts)
+        teacher.check(prompts, sampling.temperature)
     for prompt, ids in zip(prompts, prompt_ids, strict=True):
         sampled = mix.samples or mix.teacher > 0
         budgets = {"max_new_tokens": longest_response} if sampled else {}

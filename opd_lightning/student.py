@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
+import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from opd_lightning.causal_lm import Dtype, load_causal_lm, response_states
 from opd_lightning.errors import UserError
-from opd_lightning.head import Comparison, HeadScores, score
+from opd_lightning.head import Comparison, Divergence, HeadScores, TopLogprobs, score
 from opd_lightning.model_source import ModelSource
 from opd_lightning.types import RolloutBatch, TokenScores
 from opd_lightning.weights import check_mergeable, full_weights
+
+
+class LateComparison(NamedTuple):
+    """A comparison on the student's own likeliest tokens, with a teacher who must be told them."""
+
+    top_k: int
+    ask: Callable[[Tensor], TopLogprobs]  # the student's top ids [N, top_k] -> their log-probs
+    function: Divergence
 
 
 class Student(nn.Module):
@@ -80,15 +89,31 @@ class Student(nn.Module):
         batch: RolloutBatch,
         *,
         top_k: int = 0,
-        comparisons: Mapping[str, Comparison] | None = None,
+        comparisons: Mapping[str, Comparison | LateComparison] | None = None,
     ) -> HeadScores:
         """Backbone and head in one module call, so that sharding hooks see both.
 
-        Flat `[N]` results, in the order of the response mask; see `head.score`.
+        Flat `[N]` results, in the order of the response mask; see `head.score`. Late comparisons
+        cost one more pass of the head, without a gradient.
         """
         states = response_states(self.model, batch, view="student")
         targets = batch.response_ids[batch.response_mask]
-        return score(states, targets, top_k=top_k, comparisons=comparisons)
+        wishes = comparisons or {}
+        late = [wish.top_k for wish in wishes.values() if isinstance(wish, LateComparison)]
+        if late:
+            with torch.no_grad():
+                ids = score(states, targets, top_k=max(late)).student.top_ids
+        return score(
+            states,
+            targets,
+            top_k=top_k,
+            comparisons={
+                name: Comparison(wish.ask(ids[:, : wish.top_k]), wish.function)
+                if isinstance(wish, LateComparison)
+                else wish
+                for name, wish in wishes.items()
+            },
+        )
 
     def score(self, batch: RolloutBatch, *, top_k: int = 0) -> TokenScores:
         """Scores of the sampled tokens alone; the log-probs carry the gradient."""

@@ -214,8 +214,8 @@ class TokenScores:
     """
 
     logprobs: Tensor  # [B, R] float32 nats, 0 where the mask is False
-    entropy: Tensor  # [B, R] float32 nats of the full next-token distribution, detached
-    top_ids: Tensor  # [B, R, K] int64, most likely first; 0 where the mask is False
+    entropy: Tensor  # [B, R] float32 nats of the full next-token distribution; NaN if unknown
+    top_ids: Tensor  # [B, R, K] int64, most likely first; 0 where the mask is False; K may be 0
 
     @classmethod
     def unflatten(cls, flat: Iterable[Tensor], batch: RolloutBatch) -> Self:

@@ -7,17 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric, SumMetric
 
-from opd_lightning.data.stream import EvaluationBatch
 from opd_lightning.errors import EngineMismatchError, UserError
 from opd_lightning.losses.reduction import Aggregation
-from opd_lightning.metrics.evaluation import SuiteScores
+from opd_lightning.methods.evaluation import EvaluatedModule
 from opd_lightning.metrics.step import (
     EngineStatistics,
     Means,
@@ -30,7 +28,7 @@ from opd_lightning.timing import StepTimer
 from opd_lightning.types import RolloutBatch, TokenScores
 
 
-class DistillationModule(LightningModule, ABC):
+class DistillationModule(EvaluatedModule, ABC):
     """A method turns a micro-batch into a loss; everything else happens here.
 
     Args:
@@ -67,7 +65,6 @@ class DistillationModule(LightningModule, ABC):
         self.engine_gap = EngineStatistics()
         self.signal = SignalStatistics()
         self.rates = Means()
-        self.suites: dict[str, SuiteScores] = {}
         self._tokens = 0.0  # of the last step that was logged
 
     # What a method writes -----------------------------------------------------------------
@@ -156,6 +153,10 @@ class DistillationModule(LightningModule, ABC):
             )
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
+    def teardown(self, stage: str) -> None:
+        for teacher in self.teachers():
+            teacher.close()
+
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
         if batch.totals.step != self.trainer.global_step:
             raise UserError(
@@ -187,6 +188,8 @@ class DistillationModule(LightningModule, ABC):
         with self.timer.stage("log"):
             gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
             self._log_step(torch.nn.utils.get_total_norm(gradients))
+        for teacher in self.teachers():
+            teacher.rest()
         self.timer.start("optimizer")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -198,25 +201,6 @@ class DistillationModule(LightningModule, ABC):
 
     def on_validation_end(self) -> None:
         self.timer.resume()
-
-    def validation_step(
-        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self.suites[batch.suite].update(batch.rollouts)
-
-    test_step = validation_step
-
-    def on_validation_epoch_start(self) -> None:
-        self._new_suites("validate")
-
-    def on_test_epoch_start(self) -> None:
-        self._new_suites("test")
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_suites("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_suites("test")
 
     # Logs ---------------------------------------------------------------------------------
 
@@ -240,11 +224,3 @@ class DistillationModule(LightningModule, ABC):
         self.log_dict({k: v for k, v in values.items() if k not in shown})
         for name in shown & values.keys():
             self.log(name, values[name], prog_bar=True)
-
-    def _new_suites(self, stage: str) -> None:
-        loaded = self.trainer.datamodule.domains(stage)  # type: ignore[attr-defined]
-        self.suites = {n: SuiteScores(domains).to(self.device) for n, domains in loaded.items()}
-
-    def _log_suites(self, prefix: str) -> None:
-        for name, scores in self.suites.items():
-            self.log_dict({f"{prefix}/{name}/{k}": v for k, v in scores.compute().items()})

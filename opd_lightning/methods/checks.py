@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from opd_lightning.errors import UserError
 from opd_lightning.losses.surrogate import Surrogate
+from opd_lightning.losses.top_k import TopK
 from opd_lightning.methods.scoring import LOSS
 from opd_lightning.rules.importance import IcePop, TruncatedImportance
-from opd_lightning.teachers.base import DistributionTeacher
+from opd_lightning.teachers.base import DistributionTeacher, Teacher, TopKTeacher
 
 if TYPE_CHECKING:
     from opd_lightning.methods.composed import ComposedMethod
@@ -53,12 +54,26 @@ def check_parts(composed: ComposedMethod) -> None:
                 f"{name} compares with the distribution of {wish.other!r}, but {method} asks for "
                 f"{', '.join(asks) or 'none'}; choose a method that has it"
             )
-        teacher = asks[wish.other].teacher
-        if not isinstance(teacher, DistributionTeacher):
-            raise UserError(
-                f"{method} reads whole distributions, which {type(teacher).__name__} cannot "
-                "give; use a teacher in this process, or a method of sampled tokens"
-            )
+        _check_known(method, asks[wish.other].teacher, wish.function)
+
+
+def _check_known(method: str, teacher: Teacher, function: Any) -> None:
+    """A teacher can tell what a comparison reads."""
+    if isinstance(teacher, DistributionTeacher):
+        return
+    kind = type(teacher).__name__
+    if not (isinstance(teacher, TopKTeacher) and isinstance(function, TopK)):
+        raise UserError(
+            f"{method} reads whole distributions, which {kind} cannot give; use a teacher in this "
+            "process, a method of sampled tokens"
+            + (", or DivergenceOPD with TopK" if isinstance(teacher, TopKTeacher) else "")
+        )
+    told = ("teacher", "intersection", *(("student",) if teacher.scores_given_ids else ()))
+    if function.support not in told:
+        raise UserError(
+            f"TopK: support is {function.support!r}, of which {kind} cannot tell all log-probs; "
+            f"expected {' or '.join(told)}"
+        )
 
 
 def _check_names(composed: ComposedMethod) -> None:

@@ -14,7 +14,7 @@ from opd_lightning.losses.schedule import Schedule, value_at
 from opd_lightning.losses.surrogate import Surrogate
 from opd_lightning.methods.base import DistillationModule
 from opd_lightning.methods.checks import check_parts
-from opd_lightning.methods.scoring import LOSS, Answers, ask_everybody, concatenate_ranks
+from opd_lightning.methods.scoring import LOSS, Answers, announce, ask_everybody, concatenate_ranks
 from opd_lightning.rules.base import Compare, Rates, Rule, Scored, Signal, add_rates
 from opd_lightning.rules.terms import Term
 from opd_lightning.student import Student
@@ -148,6 +148,10 @@ class ComposedMethod(DistillationModule):
         the others are asked here and not again.
         """
         self._prepared.clear()
+        compared = {wish.other for wish in self.all_comparisons().values()}
+        sampled = {name: ask for name, ask in self.all_asks().items() if name not in compared}
+        for batch in batches:
+            announce(sampled, batch, self.overlap_top_k)
         if self.aggregation != "mask-mean" and not any(rule.step_wide for rule in self.rules):
             return
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():

@@ -10,7 +10,7 @@ from opd_lightning.methods.composed import ComposedMethod
 from opd_lightning.methods.scoring import LOSS
 from opd_lightning.rules.base import Compare
 from opd_lightning.student import Student
-from opd_lightning.teachers.base import Ask, DistributionTeacher
+from opd_lightning.teachers.base import Ask, Teacher
 
 
 class DivergenceMethod(ComposedMethod):
@@ -18,7 +18,8 @@ class DivergenceMethod(ComposedMethod):
 
     Args:
         student: The model that learns, from its own prompt.
-        teacher: A teacher in this process, with the student's vocabulary size.
+        teacher: Whom the student is compared with; has the student's vocabulary size. One that is
+            not in this process (remote, cached) knows a few tokens only: `TopK` alone reads those.
         view: The prompt that the teacher reads.
         divergence: D.
         shared: The arguments of `ComposedMethod` and `DistillationModule`.
@@ -27,7 +28,7 @@ class DivergenceMethod(ComposedMethod):
     def __init__(
         self,
         student: Student,
-        teacher: DistributionTeacher,
+        teacher: Teacher,
         view: str,
         divergence: Divergence,
         **shared: Any,

@@ -14,7 +14,7 @@ from opd_lightning.methods.composed import ComposedMethod
 from opd_lightning.methods.divergence import DivergenceMethod
 from opd_lightning.rules.base import Scored
 from opd_lightning.student import Student
-from opd_lightning.teachers.base import Ask, DistributionTeacher, Teacher
+from opd_lightning.teachers.base import Ask, Teacher
 
 
 class OPD(ComposedMethod):
@@ -60,7 +60,7 @@ class DivergenceOPD(DivergenceMethod):
 
     Args:
         student: The model that learns.
-        teacher: A teacher in this process, with the student's vocabulary size.
+        teacher: With the student's vocabulary size; in this process unless D is a `TopK`.
         divergence: Any of `opd_lightning.losses`' divergences.
         shared: The arguments of `ComposedMethod` and `DistillationModule`.
     """
@@ -68,7 +68,7 @@ class DivergenceOPD(DivergenceMethod):
     def __init__(
         self,
         student: Student,
-        teacher: DistributionTeacher,
+        teacher: Teacher,
         divergence: Divergence = ReverseKL(),  # noqa: B008 - frozen, and shown by --help
         **shared: Any,
     ) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.head import Comparison
 from opd_lightning.losses.schedule import Schedule
+from opd_lightning.methods.top_k_asker import TopKAsker
 from opd_lightning.rules.base import Compare, Scored
-from opd_lightning.student import Student
+from opd_lightning.student import LateComparison, Student
 from opd_lightning.teachers.base import Ask, DistributionTeacher, Teacher
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import RolloutBatch, TokenScores
@@ -61,7 +62,8 @@ def ask_everybody(
         student: The model that learns.
         batch: The micro-batch.
         asks: Whom to ask under which view, by name. The same teacher under the same view is run
-            once, whatever it is called, and once more if its distribution is compared.
+            once, whatever it is called, and once more if its distribution is compared. One that
+            knows only some tokens is asked once per comparison.
         comparisons: Functions of whole distributions, by name.
         known: Scores from an earlier look at this batch.
         top_k: Size of the top-k sets of the student and of the one called "teacher".
@@ -70,32 +72,37 @@ def ask_everybody(
     compared = {wish.other: name for name, wish in comparisons.items() if wish.other is not None}
     states, others = {}, dict(known)
     asked: dict[Ask, TokenScores] = {}
+    pairs: dict[str, Comparison | LateComparison] = {}
     with timer.stage("teacher"):
         for name, ask in asks.items():
-            if name in compared:
-                assert isinstance(ask.teacher, DistributionTeacher)  # checked at set-up
+            if name in compared and isinstance(ask.teacher, DistributionTeacher):
                 states[name] = ask.teacher.states(batch, ask.view)
-            elif name not in others:
+            elif name not in compared and name not in others:
                 if ask not in asked:
                     wanted = top_k if ask == asks.get("teacher") else 0
                     asked[ask] = ask.teacher.score(batch, ask.view, top_k=wanted)
                 others[name] = asked[ask]
+        for name, wish in comparisons.items():
+            if wish.other is None or wish.other in states:
+                pairs[name] = Comparison(states.get(wish.other or ""), wish.function)
+            else:
+                asker = TopKAsker(wish.other, asks[wish.other], batch, top_k, others, timer)
+                pairs[name] = asker.comparison(wish.function)
     with timer.stage("student"):
-        answers = student(
-            batch,
-            top_k=top_k,
-            comparisons={
-                name: Comparison(states[wish.other] if wish.other else None, wish.function)
-                for name, wish in comparisons.items()
-            },
-        )
-    for other, name in compared.items():
-        others[other] = TokenScores.unflatten(answers.teachers[name], batch)
+        answers = student(batch, top_k=top_k, comparisons=pairs)
+    for other in states.keys() & compared.keys():
+        others[other] = TokenScores.unflatten(answers.teachers[compared[other]], batch)
     own = TokenScores.unflatten(answers.student, batch)
     values = {name: batch.unflatten(value) for name, value in answers.values.items()}
     detached = {name: value.detach() for name, value in values.items()}
     scored = Scored(batch=batch, student=own.detach(), others=others, values=detached)
     return Answers(scored, own, values)
+
+
+def announce(asks: Mapping[str, Ask], batch: RolloutBatch, top_k: int) -> None:
+    """Tell every teacher what it will be asked, so that one elsewhere may begin."""
+    for ask in dict.fromkeys(asks.values()):
+        ask.teacher.expect(batch, ask.view, top_k=top_k if ask == asks.get("teacher") else 0)
 
 
 def concatenate_ranks(rows: Tensor) -> Tensor:

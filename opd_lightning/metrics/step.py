@@ -118,8 +118,8 @@ class EngineStatistics(_Sums):
 class SignalStatistics(_Sums):
     """The teacher's signal d_t on student states, and how alike the two models are there."""
 
-    names = ("tokens", "student_entropy", "teacher_entropy", "entropy_gap", "overlap",
-             "grouped", "agree", "disagree")  # fmt: skip
+    names = ("tokens", "student_entropy", "known", "teacher_entropy", "entropy_gap", "ranked",
+             "overlap", "grouped", "agree", "disagree")  # fmt: skip
     log_ratios: list[Tensor] | Tensor  # a tensor once ranks are gathered
 
     def __init__(self) -> None:
@@ -139,8 +139,10 @@ class SignalStatistics(_Sums):
         self._add(
             tokens=len(ratio),
             student_entropy=student.entropy[mask],
-            teacher_entropy=teacher.entropy[mask],
-            entropy_gap=(teacher.entropy - student.entropy).abs()[mask],
+            known=~teacher.entropy[mask].isnan(),
+            teacher_entropy=teacher.entropy[mask].nan_to_num(0.0),
+            entropy_gap=(teacher.entropy - student.entropy).abs()[mask].nan_to_num(0.0),
+            ranked=len(ratio) if theirs.shape[1] else 0,
             overlap=(ours[:, :, None] == theirs[:, None, :]).any(dim=2).float().mean(dim=1),
             grouped=~outcome.isnan(),
             agree=outcome * ratio > 0,
@@ -158,11 +160,14 @@ class SignalStatistics(_Sums):
             "signal/log_ratio_mean": ratio.mean(),
             "signal/log_ratio_abs_mean": ratio.abs().mean(),
             "signal/positive": (ratio > 0).double().mean(),
-            "signal/overlap": sums["overlap"] / sums["tokens"],
             "entropy/student": sums["student_entropy"] / sums["tokens"],
-            "entropy/teacher": sums["teacher_entropy"] / sums["tokens"],
-            "entropy/gap": sums["entropy_gap"] / sums["tokens"],
         }
+        # A teacher elsewhere tells neither its entropy nor, perhaps, its ranking.
+        if sums["known"] > 0:
+            result["entropy/teacher"] = sums["teacher_entropy"] / sums["known"]
+            result["entropy/gap"] = sums["entropy_gap"] / sums["known"]
+        if sums["ranked"] > 0:
+            result["signal/overlap"] = sums["overlap"] / sums["ranked"]
         # numpy, because torch.quantile takes at most 2**24 values.
         for q, value in zip(QUANTILES, np.quantile(ratio.cpu().numpy(), QUANTILES), strict=True):
             result[f"signal/log_ratio_q{round(100 * q):02d}"] = torch.tensor(value)

@@ -1,6 +1,6 @@
 """Teachers score what students wrote; one file per kind, all answer `score`."""
 
-from opd_lightning.teachers.base import Ask, DistributionTeacher, Teacher
+from opd_lightning.teachers.base import Ask, DistributionTeacher, Teacher, TopKTeacher
 from opd_lightning.teachers.by_domain import ByDomainTeacher
 from opd_lightning.teachers.frozen import FrozenTeacher
 from opd_lightning.teachers.of_student import AdapterOffTeacher, EMATeacher
@@ -13,4 +13,5 @@ __all__ = [
     "EMATeacher",
     "FrozenTeacher",
     "Teacher",
+    "TopKTeacher",
 ]

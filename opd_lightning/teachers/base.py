@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
-from opd_lightning.head import TokenStates
+from opd_lightning.head import TokenStates, TopLogprobs
 from opd_lightning.model_source import ModelSource
 from opd_lightning.types import Prompt, RolloutBatch, TokenScores
 
@@ -33,12 +34,41 @@ class Teacher(ABC):
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
         """Scores of the response tokens under one of `batch.views`."""
 
-    def check(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027 - most have nothing to check
-        """Raise UserError, before training, if some prompt is not its to score."""
+    # Most teachers have nothing to do at these moments.
+
+    def check(self, prompts: Sequence[Prompt], temperature: float) -> None:  # noqa: B027
+        """Raise UserError, before training, if it cannot score these at this temperature."""
+
+    def expect(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:  # noqa: B027
+        """`score` will be called with this during the step: whoever can may begin."""
+
+    def rest(self) -> None:  # noqa: B027
+        """Nothing is asked until the next step: give memory back."""
+
+    def close(self) -> None:  # noqa: B027
+        """The run is over."""
 
     def parts(self) -> list[Teacher]:
         """Itself, or the teachers it is made of."""
         return [self]
+
+
+class TopKTeacher(Teacher):
+    """A teacher elsewhere: it tells log-probs of some tokens, not its whole distribution.
+
+    `scores_given_ids` says whether these may be any tokens, or its own likeliest alone.
+    """
+
+    scores_given_ids: bool = False
+
+    @abstractmethod
+    def score_top(
+        self, batch: RolloutBatch, view: str, *, top_k: int, ids: Tensor | None = None
+    ) -> tuple[TokenScores, TopLogprobs]:
+        """Scores with `top_k` top ids, and log-probs at `ids [N, K]`, or at these top ids if None.
+
+        `ids` and the log-probs are in the order of the response mask.
+        """
 
 
 class DistributionTeacher(Teacher):

@@ -31,26 +31,46 @@ class ByDomainTeacher(Teacher):
     def parts(self) -> list[Teacher]:
         return [part for teacher in self.teachers.values() for part in teacher.parts()]
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
+    def check(self, prompts: Sequence[Prompt], temperature: float) -> None:
         for prompt in prompts:
             if prompt.domain not in self.teachers:
                 raise UserError(
                     f"{prompt.origin or prompt.id}: no teacher for domain {prompt.domain!r}; the "
                     f"known ones are {', '.join(sorted(self.teachers))}"
                 )
+        for domain, teacher in self.teachers.items():
+            teacher.check([prompt for prompt in prompts if prompt.domain == domain], temperature)
 
     def load(self, device: torch.device, student: Student) -> None:
         for teacher in self.teachers.values():
             teacher.load(device, student)
 
+    def rest(self) -> None:
+        for teacher in self.teachers.values():
+            teacher.rest()
+
+    def close(self) -> None:
+        for teacher in self.teachers.values():
+            teacher.close()
+
+    def expect(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
+        for domain, rows in self._rows(batch).items():
+            self.teachers[domain].expect(batch.select(rows), view, top_k=top_k)
+
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
-        domains = [rollout.prompt.domain for rollout in batch.rollouts]
         whole: dict[str, torch.Tensor] = {}
-        for domain in sorted(set(domains)):
-            rows = [i for i, name in enumerate(domains) if name == domain]
+        for domain, rows in self._rows(batch).items():
             scores = self.teachers[domain].score(batch.select(rows), view, top_k=top_k)
             for f in fields(scores):
                 part = getattr(scores, f.name)
-                into = whole.setdefault(f.name, part.new_zeros((len(domains), *part.shape[1:])))
-                into[rows] = part
+                full = part.new_zeros((len(batch.rollouts), *part.shape[1:]))
+                whole.setdefault(f.name, full)[rows] = part
         return TokenScores(**whole)
+
+    def _rows(self, batch: RolloutBatch) -> dict[str, list[int]]:
+        """Rows of the micro-batch by domain."""
+        domains = [rollout.prompt.domain for rollout in batch.rollouts]
+        return {
+            domain: [i for i, name in enumerate(domains) if name == domain]
+            for domain in sorted(set(domains))
+        }

@@ -161,7 +161,7 @@ def test_u21_an_unknown_domain_is_refused_with_the_known_ones(folders: list[Path
     teacher = ByDomainTeacher({"math": FrozenTeacher(str(folders[0]))})
     prompts = [rollout.prompt for rollout in batch().rollouts]
     with pytest.raises(UserError, match=r"no teacher for domain 'code'; the known ones are math"):
-        teacher.check(prompts)
+        teacher.check(prompts, 1.0)
 
 
 def test_u20_cached_teacher_scores_give_a_live_advantage(folders: list[Path]) -> None:

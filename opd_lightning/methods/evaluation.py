@@ -1,0 +1,46 @@
+"""Measuring a student on suites of prompts: what `opd validate` and `opd test` log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from opd_lightning.data.stream import EvaluationBatch
+from opd_lightning.metrics.evaluation import SuiteScores
+
+
+class EvaluatedModule(LightningModule):
+    """Scores every suite that the DataModule streams and logs it by the suite's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.suites: dict[str, SuiteScores] = {}
+
+    def validation_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.suites[batch.suite].update(batch.rollouts)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> None:
+        self.validation_step(*args, **kwargs)
+
+    def on_validation_epoch_start(self) -> None:
+        self._new_suites("validate")
+
+    def on_test_epoch_start(self) -> None:
+        self._new_suites("test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_suites("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_suites("test")
+
+    def _new_suites(self, stage: str) -> None:
+        loaded = self.trainer.datamodule.domains(stage)  # type: ignore[attr-defined]
+        self.suites = {n: SuiteScores(domains).to(self.device) for n, domains in loaded.items()}
+
+    def _log_suites(self, prefix: str) -> None:
+        for name, scores in self.suites.items():
+            self.log_dict({f"{prefix}/{name}/{k}": v for k, v in scores.compute().items()})
