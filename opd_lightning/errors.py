@@ -1,6 +1,7 @@
 """Errors written for the person who caused them: one line, what / got / expected / what to do."""
 
 import sys
+from typing import Self
 
 
 class UserError(ValueError):
@@ -11,16 +12,15 @@ class UserError(ValueError):
 
 
 class EngineMismatchError(RuntimeError):
-    """The rollout engine and the trainer disagree on the log-probs of the sampled tokens.
+    """The rollout engine does not hold the weights of the trainer.
 
-    Args:
-        step: The optimiser step that was about to be made.
-        gap: Mean absolute difference, nats.
-        bound: What it may be at most.
+    The command line prints the message alone and exits with code 1.
     """
 
-    def __init__(self, step: int, gap: float, bound: float) -> None:
-        super().__init__(
+    @classmethod
+    def of_logprobs(cls, step: int, gap: float, bound: float) -> Self:
+        """They disagree on the sampled tokens by a mean of `gap` nats, more than `bound`."""
+        return cls(
             f"step {step}: engine and trainer log-probs of the sampled tokens differ by "
             f"{gap:.3g} nats on average, bound {bound:.3g}; the engine has other weights, another "
             "precision or another temperature than the trainer (raise "

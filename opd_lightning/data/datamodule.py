@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningDataModule
 
 from opd_lightning import preflight
-from opd_lightning.data.engines import Engines
+from opd_lightning.data.engines import Engines, push
 from opd_lightning.data.mix import RolloutMix, TeacherSampler, samplings_by_author
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.ranks import Ranks
@@ -243,8 +243,5 @@ class RolloutDataModule(LightningDataModule):
             self.engines.plan(Author.TEACHER, source, longest + budget)
 
     def _push_weights(self, engine: Engine) -> None:
-        """Give the engine the student as it is now, unless it has it."""
-        step = self.module.global_step
-        if engine.version != step:
-            with self.module.timer.stage("sync"):
-                engine.load_weights(step, self.module.student.weights())
+        with self.module.timer.stage("sync"):
+            push(self.module.student, engine, version=self.module.global_step)

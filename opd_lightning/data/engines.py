@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Engine
+from opd_lightning.rollouts.weight_sums import PushedWeights
+from opd_lightning.student import Student
 from opd_lightning.types import Author
 
 
@@ -48,3 +50,11 @@ class Engines:
         """Close what was started."""
         while self._started:
             self._started.pop().close()
+
+
+def push(student: Student, engine: Engine, *, version: int) -> None:
+    """Give the engine the student as it is now, unless it has it; see that it arrived."""
+    if engine.version != version:
+        weights = PushedWeights(student.weights(), engine.weights_dtype)
+        engine.load_weights(version, weights)
+        weights.check(version, engine.weight_sums())

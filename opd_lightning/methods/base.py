@@ -216,7 +216,9 @@ class DistillationModule(EvaluatedModule, ABC):
             metric.reset()
         gap = float(values.get("engine/logprob_gap_mean", 0.0))
         if not gap <= self.max_logprob_gap:  # NaN is no agreement either
-            raise EngineMismatchError(self.trainer.global_step, gap, self.max_logprob_gap)
+            raise EngineMismatchError.of_logprobs(
+                self.trainer.global_step, gap, self.max_logprob_gap
+            )
         # Of the step before: the clock of this one still runs.
         values |= self.timer.figures(self._tokens)
         self._tokens = float(values["response/tokens_per_step"])

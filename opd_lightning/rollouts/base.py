@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
 from opd_lightning.model_source import ModelSource
+from opd_lightning.rollouts.weight_sums import EngineSum
 from opd_lightning.types import Completion
 
 
@@ -67,6 +69,7 @@ class Engine(ABC):
     """
 
     version: int = -1
+    weights_dtype: torch.dtype = torch.float32  # it keeps its weights in; known once it is started
 
     @abstractmethod
     def start(self, source: ModelSource, *, max_length: int) -> None:
@@ -75,6 +78,10 @@ class Engine(ABC):
     @abstractmethod
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace all weights by (Hugging Face name, full tensor) pairs; tied ones come once."""
+
+    def weight_sums(self) -> list[EngineSum]:
+        """Sums of the parameters it samples with, as far as they can be had."""
+        return []
 
     @abstractmethod
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:

@@ -16,6 +16,7 @@ from opd_lightning.errors import UserError
 from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.checks import check_lengths, checked_weights
+from opd_lightning.rollouts.weight_sums import EngineSum, engine_sums
 from opd_lightning.types import Completion, StopReason
 
 
@@ -57,6 +58,7 @@ class HFEngine(Engine):
         model.generation_config = GenerationConfig()
         self._device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = model.to(self._device).eval().requires_grad_(False)
+        self.weights_dtype = self._model.dtype
 
     @torch.no_grad()
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -69,6 +71,9 @@ class HFEngine(Engine):
         for name, tensor in checked_weights(weights, shapes):
             parameters[name].copy_(tensor)
         self.version = version
+
+    def weight_sums(self) -> list[EngineSum]:
+        return engine_sums(self._model.named_parameters(), fused={})
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in the order of the requests."""

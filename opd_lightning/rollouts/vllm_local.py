@@ -19,8 +19,10 @@ from opd_lightning.rollouts.vllm_process import (
     destroy_vllm_groups,
     launcher_variables,
     repack_heads,
+    sums_in_vllm,
     vllm_unavailable,
 )
+from opd_lightning.rollouts.weight_sums import EngineSum
 from opd_lightning.types import Completion, StopReason
 
 
@@ -101,6 +103,7 @@ class VLLMEngine(Engine):
         # vLLM seeds every global generator when it starts.
         with launcher_variables(), isolate_rng():
             self._llm = LLM(**arguments | self.engine_args)
+        self.weights_dtype = self._llm.llm_engine.model_config.dtype
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace all weights. `weights` yields (Hugging Face name, full tensor), tied ones once.
@@ -115,6 +118,12 @@ class VLLMEngine(Engine):
             self._llm.apply_model(repack_heads)
         self._llm.reset_prefix_cache()
         self.version = version
+
+    def weight_sums(self) -> list[EngineSum]:
+        """Whole weights on CUDA; the CPU build moves its linear layers' out of reach."""
+        if self.tensor_parallel_size > 1:
+            return []  # every worker has a part
+        return list(self._llm.apply_model(sums_in_vllm)[0])
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in the order of the requests."""

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from opd_lightning.rollouts.weight_sums import EngineSum, engine_sums
+
 
 def vllm_unavailable() -> str | None:
     """None if vLLM can be used here, else the reason in one line.
@@ -71,6 +73,11 @@ def destroy_vllm_groups() -> None:
     parallel_state.destroy_model_parallel()
     parallel_state.get_world_group().destroy()
     parallel_state._WORLD = None
+
+
+def sums_in_vllm(model: Any) -> list[EngineSum]:
+    """Runs in vLLM's worker, which fuses what Hugging Face has apart."""
+    return engine_sums(model.named_parameters(), getattr(model, "packed_modules_mapping", {}))
 
 
 def repack_heads(model: Any) -> None:

@@ -21,6 +21,7 @@ from opd_lightning.lab.arithmetic import ANSWER_PATTERN
 from opd_lightning.methods import OPD, SFT, DistillationModule, DivergenceOPD
 from opd_lightning.rollouts import Engine, HFEngine, Sampling, VLLMEngine
 from opd_lightning.rollouts.vllm_process import vllm_unavailable
+from opd_lightning.rollouts.weight_sums import EngineSum
 from opd_lightning.student import Student
 from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.trainer import Trainer
@@ -185,7 +186,7 @@ def test_resume_continues_bit_for_bit(stop: int, tmp_path: Path) -> None:
 
 
 class DeafEngine(HFEngine):
-    """Says that it took the weights and keeps the old ones."""
+    """Says that it has the new weights and never looked at them."""
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         if version == 0:
@@ -193,17 +194,41 @@ class DeafEngine(HFEngine):
         self.version = version
 
 
+class ForgetfulEngine(DeafEngine):
+    """Takes the weights and keeps the old ones."""
+
+    def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        super().load_weights(version, weights)
+        for _ in weights:
+            pass
+
+
+class SecretiveEngine(ForgetfulEngine):
+    """And cannot be asked what it holds, as some of vLLM's builds cannot."""
+
+    def weight_sums(self) -> list[EngineSum]:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("engine", "complaint"),
+    [
+        (DeafEngine, "the engine did not take the weights that were pushed"),
+        (ForgetfulEngine, "after the push the engine's 'model.embed_tokens.weight' has norm"),
+        (SecretiveEngine, "engine and trainer log-probs of the sampled tokens differ by"),
+    ],
+)
 @pytest.mark.usefixtures("in_lab")
 def test_a_stale_engine_stops_the_run_in_the_same_step(
-    capsys: pytest.CaptureFixture[str],
+    engine: type[HFEngine], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    deaf = f"--data.engine={__name__}.DeafEngine"
+    deaf = f"--data.engine={__name__}.{engine.__name__}"
     with pytest.raises(SystemExit) as ended:
         main(["fit", "--config", CONFIG, "--trainer.logger=false", deaf, *FAST])
     assert ended.value.code == 1
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opd: error:")]
     assert len(lines) == 1
-    assert "step 1: engine and trainer log-probs" in lines[0]
+    assert f"step 1: {complaint}" in lines[0]
 
 
 FAST = [
