@@ -178,3 +178,24 @@ def test_u20_cached_teacher_scores_give_a_live_advantage(folders: list[Path]) ->
     nudge(student)
     assert (advantage(cached) - at_first).abs().max() > 1e-4
     assert (advantage(cached) == advantage(teacher.score(batch(), "student").logprobs)).all()
+
+
+def test_an_offloaded_teacher_is_on_the_device_from_its_first_answer_to_its_rest(
+    folders: list[Path],
+) -> None:
+    student = loaded(folders[0])
+    plain, offloaded = FrozenTeacher(str(folders[0])), FrozenTeacher(str(folders[0]), offload=True)
+    for teacher in (plain, offloaded):
+        teacher.load(CPU, student)
+    expected = plain.score(batch(), "student").logprobs
+    for _ in range(2):
+        torch.testing.assert_close(offloaded.score(batch(), "student").logprobs, expected)
+        offloaded.rest()
+    home = [p.data_ptr() for p in offloaded._model.parameters()]
+    offloaded.load(torch.device("meta"), student)  # stands for a GPU: memory elsewhere
+    away = offloaded.model()
+    assert {x.device.type for x in (*away.parameters(), *away.buffers())} == {"meta"}
+    assert offloaded.model() is away  # once a step
+    offloaded.rest()
+    assert [p.data_ptr() for p in offloaded._model.parameters()] == home
+    assert offloaded.model() is not away
