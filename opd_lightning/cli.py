@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import sys
 
-from opd_lightning.errors import EngineMismatchError, UserError, report
+from opd_lightning.errors import (
+    EngineMismatchError,
+    NotReadyError,
+    ServerAwayError,
+    UserError,
+    report,
+)
 from opd_lightning.quiet import quiet_libraries
 
 
 def main(args: list[str] | None = None) -> None:
-    """Console entry point. Exit codes: 2 for a mistake in the input, 1 for a run stopped."""
+    """Console entry point. Exit codes: 2 for a mistake in the input, 1 for a run stopped or
+    not ready to start."""
     args = sys.argv[1:] if args is None else args
     # A user's own methods, next to the YAML that names them; last, so that they hide nothing.
     sys.path.append(os.getcwd())
@@ -27,6 +34,6 @@ def main(args: list[str] | None = None) -> None:
     except UserError as error:
         report(str(error))
         sys.exit(2)
-    except EngineMismatchError as error:
+    except (EngineMismatchError, NotReadyError, ServerAwayError) as error:
         report(str(error))
         sys.exit(1)

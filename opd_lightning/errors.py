@@ -28,6 +28,17 @@ class EngineMismatchError(RuntimeError):
         )
 
 
+class NotReadyError(RuntimeError):
+    """`opd check` found what would stop a run or make it learn from wrong numbers."""
+
+
+class ServerAwayError(RuntimeError):
+    """A server does not answer any more, and patience has run out.
+
+    The command line prints the message alone, without a traceback, and exits with code 1.
+    """
+
+
 def report(message: str) -> None:
     """The one line that a user sees."""
     print(f"opd: error: {message}", file=sys.stderr)

@@ -68,7 +68,7 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class OPDCLI(LightningCLI):
-    """`opd fit|validate|test|export`."""
+    """`opd fit|validate|test|check|export`."""
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
@@ -95,6 +95,7 @@ class OPDCLI(LightningCLI):
         standard = LightningCLI.subcommands()
         return {
             **{name: standard[name] for name in ("fit", "validate", "test")},
+            "check": {"model", "datamodule"},
             "export": {"model", "datamodule"},
         }
 

@@ -1,4 +1,4 @@
-"""Checks of configuration, models and prompts that need no weights."""
+"""Checks of configuration, models and prompts that need no weights; each raises UserError."""
 
 from __future__ import annotations
 

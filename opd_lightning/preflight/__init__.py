@@ -1,0 +1,21 @@
+"""What is looked at before a run: by `opd fit` before weights load, by `opd check` in numbers."""
+
+from opd_lightning.preflight.configuration import (
+    check_method,
+    check_models,
+    check_prompts,
+    check_step_size,
+    check_trainer,
+    check_usable,
+    teacher_sources,
+)
+
+__all__ = [
+    "check_method",
+    "check_models",
+    "check_prompts",
+    "check_step_size",
+    "check_trainer",
+    "check_usable",
+    "teacher_sources",
+]

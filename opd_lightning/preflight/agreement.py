@@ -1,0 +1,212 @@
+"""Do engine and trainer hold the same policy, and does a student have nothing to teach itself?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from opd_lightning.causal_lm import response_states
+from opd_lightning.head import score
+from opd_lightning.losses.reduction import aggregate
+from opd_lightning.losses.surrogate import Surrogate
+from opd_lightning.preflight.finding import Finding
+from opd_lightning.preflight.probe import Probe
+from opd_lightning.student import Student
+from opd_lightning.types import Rollout, RolloutBatch
+
+# Float32 passes over the same numbers differ by the order of sums at most.
+ZERO = 1e-4  # nats
+# A mean |d_t| that no rounding explains: bfloat16 keeps 8 bits of a logit.
+ROUNDING = 0.1  # nats
+# Noise on each weight, as a share of its tensor's spread: a gap that no rounding hides.
+NOISE = 0.5
+NOISY_TOKENS = 64  # a model that writes noise would fill any budget
+
+
+def check_alignment(probe: Probe, rollouts: list[Rollout]) -> Finding:
+    """Every view holds the sampled ids, where `prompt_lengths` says that they are."""
+    batches = probe.batches(rollouts)
+    for batch in batches:
+        rows, columns = batch.response_mask.nonzero(as_tuple=True)
+        for name, view in batch.views.items():
+            seen = view.input_ids[rows, view.prompt_lengths[rows] + columns]
+            if not torch.equal(seen, batch.response_ids[batch.response_mask]):
+                return Finding(
+                    "error",
+                    "alignment",
+                    f"view {name!r} holds other ids than were sampled",
+                    "its reader would score another text",
+                    "report it: no setting should be able to do this",
+                )
+    names = sorted(batches[0].views)
+    tokens = sum(int(batch.response_mask.sum()) for batch in batches)
+    return Finding(
+        "ok", "alignment", f"{tokens:,} response tokens in place under {', '.join(names)}"
+    )
+
+
+def check_engine(probe: Probe) -> Finding:
+    """The engine's log-probs of its samples against the trainer's."""
+    gaps = _gaps(probe, probe.own)
+    mean, largest, bound = float(gaps.mean()), float(gaps.max()), probe.module.max_logprob_gap
+    values = {"gap_mean": mean, "gap_max": largest, "max_logprob_gap": bound}
+    found = f"gap {mean:.2g} nats (mean), {largest:.2g} (largest), bound {bound:g}"
+    if mean <= bound:  # a NaN is no agreement
+        return Finding("ok", "engine and trainer", found, values=values)
+    return Finding(
+        "error",
+        "engine and trainer",
+        found,
+        "they hold other weights, another precision or another temperature: `opd fit` would stop "
+        "at its first step",
+        "check the engine's model and dtype; raise model.init_args.max_logprob_gap only if the "
+        "gap is rounding",
+        values,
+    )
+
+
+def check_push(probe: Probe) -> Finding:
+    """Weights that moved reach the engine: it must sample from them, not from the old ones."""
+    engine, student = probe.engine, probe.module.student
+    assert engine is not None
+    usual, before = float(_gaps(probe, probe.own).mean()), engine.version
+    with _moved(student):
+        engine.load_weights(before + 1, student.weights())
+        completions = probe.generate(probe.requests, at_most=NOISY_TOKENS)
+        rollouts = [
+            replace(rollout, response_ids=completion[0], behaviour_logprobs=completion[1])
+            for rollout, completion in zip(probe.own, completions, strict=True)
+        ]
+        to_new = float(_gaps(probe, rollouts).mean())
+    to_old = float(_gaps(probe, rollouts).mean())
+    engine.load_weights(before, student.weights())
+    values = {"gap_to_pushed": to_new, "gap_to_old": to_old}
+    found = f"gap {to_new:.2g} nats to weights just pushed, {to_old:.2g} to the old"
+    if not to_new <= to_old / 10:
+        meaning = "the engine goes on with old weights: training would leave the policy that writes"
+    elif to_new > 20 * max(usual, ZERO):
+        meaning = "more than the usual gap: perhaps some of the weights do not arrive"
+    else:
+        return Finding("ok", "weight push", found, values=values)
+    return Finding(
+        "warning" if to_new <= to_old / 10 else "error",
+        "weight push",
+        found,
+        meaning,
+        "check that the engine is this run's alone, and that its server reads what is pushed",
+        values,
+    )
+
+
+def check_seeds(probe: Probe) -> Finding:
+    """The same requests once more, the other way round."""
+    again = reversed(probe.generate(probe.requests[::-1]))
+    pairs = [(r.response_ids, c.response_ids) for r, c in zip(probe.own, again, strict=True)]
+    alike = sum(ours == theirs for ours, theirs in pairs)
+    found = f"{alike} of {len(pairs)} responses come again from the same seeds"
+    values = {"alike": alike, "responses": len(pairs)}
+    if alike == len(pairs):
+        return Finding("ok", "seeds", found, values=values)
+    exact = getattr(probe.engine, "dtype", None) == "float32"
+    return Finding(
+        "warning" if exact else "info",
+        "seeds",
+        found,
+        "a run cannot be repeated or resumed sample for sample; learning does not mind"
+        + ("" if exact else ", and reduced precision rounds with the company in a batch"),
+        "float32, or an engine that keeps per-request seeds" if exact else "",
+        values,
+    )
+
+
+def check_itself(probe: Probe, rollouts: list[Rollout]) -> Finding:
+    """OPD with the student as its own teacher: no signal, no gradient."""
+    student, module = probe.module.student, probe.module
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    ratios, gradients = [], [torch.zeros_like(p) for p in parameters]
+    for batch in probe.batches(rollouts):
+        theirs = _as_a_teacher(student, batch)
+        with probe.clock("student"):
+            logprobs = probe.logprobs(batch)
+            ratio = theirs - logprobs.detach()
+            losses = Surrogate()(logprobs, ratio, batch.behaviour_logprobs, batch.on_policy)
+            loss = aggregate(losses, batch.response_mask, batch.totals.all, "token-mean")
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        ratios.append(ratio[batch.response_mask])
+        for total, gradient in zip(gradients, found, strict=True):
+            if gradient is not None:
+                total += gradient
+    sizes = torch.cat(ratios).abs()
+    mean, largest = float(sizes.mean()), float(sizes.max())
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    text = f"|d_t| {mean:.2g} nats (mean), {largest:.2g} (largest), gradient norm {norm:.2g}"
+    values = {"d_max": largest, "d_mean": mean, "gradient_norm": norm}
+    exact = student.dtype == "float32" and module.trainer.precision == "32-true"
+    if exact and not largest <= ZERO:
+        return Finding(
+            "error",
+            "itself as teacher",
+            text,
+            "the student is another model when it trains than when it is read: every signal is "
+            "off by that much",
+            "look for dropout or other noise in the model's code",
+            values,
+        )
+    if not mean <= ROUNDING:
+        return Finding(
+            "warning",
+            "itself as teacher",
+            text,
+            "a teacher's signal smaller than this drowns in rounding",
+            "student.dtype float32 with trainer.precision bf16-mixed, or 32-true",
+            values,
+        )
+    return Finding("ok", "itself as teacher", text, values=values)
+
+
+@torch.no_grad()
+def _as_a_teacher(student: Student, batch: RolloutBatch) -> Tensor:
+    """The student's log-probs `[B, R]`, read as a teacher in this process is: evaluating, without
+    autocast."""
+    targets = batch.response_ids[batch.response_mask]
+    student.model.eval()
+    try:
+        with torch.autocast(targets.device.type, enabled=False):
+            states = response_states(student.model, batch, view="student")
+            return batch.unflatten(score(states, targets).student.logprobs)
+    finally:
+        student.model.train()
+
+
+@torch.no_grad()
+def _gaps(probe: Probe, rollouts: list[Rollout]) -> Tensor:
+    """|engine - trainer| of every response token, `[N]` nats."""
+    gaps = [
+        (probe.logprobs(batch) - batch.behaviour_logprobs)[batch.response_mask].abs()
+        for batch in probe.batches(rollouts)
+    ]
+    return torch.cat(gaps)
+
+
+@contextmanager
+def _moved(student: Student) -> Iterator[None]:
+    """The student with noise on what trains, for a while; the noise is always the same."""
+    generator = torch.Generator().manual_seed(0)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    kept = [p.detach().to("cpu", copy=True) for p in trained]
+    with torch.no_grad():
+        for parameter, before in zip(trained, kept, strict=True):
+            spread = float(before.float().std()) if before.numel() > 1 else 0.0
+            noise = torch.randn(before.shape, generator=generator)
+            # LoRA's B and constant norms have no spread of their own.
+            parameter.add_((NOISE * (spread or 0.1) * noise).to(parameter))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in zip(trained, kept, strict=True):
+                parameter.copy_(before)

@@ -1,0 +1,122 @@
+"""All that `opd check` looks at, in order: first what needs no weights, then the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from torch.optim import Optimizer
+
+from opd_lightning.preflight import agreement, configuration, cost, opinions
+from opd_lightning.preflight.finding import Finding, attempt
+from opd_lightning.preflight.probe import Probe
+from opd_lightning.preflight.rewards import check_rewards
+from opd_lightning.preflight.settings import check_settings
+from opd_lightning.preflight.tokens import check_tokens
+
+if TYPE_CHECKING:
+    from opd_lightning.data.datamodule import RolloutDataModule
+    from opd_lightning.methods.base import DistillationModule
+
+
+def look_at(
+    trainer: Trainer,
+    module: DistillationModule,
+    data: RolloutDataModule,
+    *,
+    samples: int,
+    compare_teachers: bool,
+) -> list[Finding]:
+    """Everything, as findings. Weights load only if nothing stands against it.
+
+    Args:
+        trainer: Connected to `module` and `data`.
+        module: The method.
+        data: Its data.
+        samples: Responses per kind of author that the numbers are taken of.
+        compare_teachers: Load the weights of teachers elsewhere, and compare.
+    """
+    errors = _configuration(trainer, module, data)
+    if errors:
+        readable = not attempt("", lambda: configuration.check_models(module))
+        later = Finding("info", "numbers", "not looked at: correct the errors and check again")
+        return [*errors, *(check_tokens(module, data) if readable else ()), later]
+    findings = [Finding("ok", "configuration", "all that `opd fit` checks before weights load")]
+    probe = Probe(module, data, data.train_dataloader(), samples)
+    findings += check_tokens(module, data, probe.stream.prompts)
+    findings += check_settings(module, data, probe.stream)
+    errors = attempt("weights", lambda: _load(trainer, module))
+    if not errors:
+        numbers = _numbers(probe, compare_teachers)
+        errors = attempt("numbers", lambda: findings.extend(numbers))
+    return findings + errors
+
+
+def _configuration(
+    trainer: Trainer, module: DistillationModule, data: RolloutDataModule
+) -> list[Finding]:
+    """What `opd fit` refuses before weights load; what depends on nothing is looked at anyway."""
+    parts = attempt("method", module.check)
+    models = attempt("models", lambda: configuration.check_models(module))
+    errors = [*parts, *models, *attempt("trainer", lambda: configuration.check_trainer(trainer))]
+    if not parts and not models:
+        errors += attempt("data", lambda: configuration.check_method(module, data, trainer))
+    errors += attempt("step", lambda: configuration.check_step_size(trainer, data))
+    return errors or attempt("set-up", lambda: _set_up(trainer, module, data))
+
+
+def _set_up(trainer: Trainer, module: DistillationModule, data: RolloutDataModule) -> None:
+    """The set-up of `opd fit` itself, so that nothing it refuses is missed.
+
+    Not Lightning's own callbacks, and nothing is written.
+    """
+    data.setup("fit")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        ours = not type(callback).__module__.startswith("lightning.")
+        if ours and not isinstance(callback, SaveConfigCallback):
+            callback.setup(trainer, module, "fit")
+
+
+def _load(trainer: Trainer, module: DistillationModule) -> None:
+    """In one process, unsharded."""
+    module.student.load()
+    module.to(trainer.strategy.root_device)
+    for teacher in module.teachers():
+        teacher.load(module.device, module.student)
+
+
+def _numbers(probe: Probe, compare_teachers: bool) -> Iterator[Finding]:
+    """One after the other, so that what was found before something breaks is kept."""
+    optimizers: list[Optimizer] = []
+    yield from attempt("optimiser", lambda: optimizers.append(_optimizer(probe)))
+    own = probe.own if probe.engine is not None else []
+    # What the verifier drops is read by everybody as well.
+    given = [replace(rollout, dropped=False) for rollout in probe.given]
+    learnt = [*(own if probe.data.mix.samples else []), *given]
+    yield from check_rewards(probe)
+    yield agreement.check_alignment(probe, learnt)
+    if own:
+        yield agreement.check_engine(probe)
+        yield agreement.check_seeds(probe)
+    yield agreement.check_itself(probe, learnt)
+    yield from opinions.check_teachers(probe, learnt, compare=compare_teachers)
+    if own:
+        yield agreement.check_push(probe)
+    tokens = cost.step_tokens(probe)
+    yield cost.tokens(tokens)
+    for optimizer in optimizers:
+        yield cost.memory(probe, optimizer)
+    yield cost.time(probe, tokens)
+
+
+def _optimizer(probe: Probe) -> Optimizer:
+    """The method's own, as Lightning will ask for it."""
+    made = probe.module.configure_optimizers()
+    return made[0][0] if isinstance(made, tuple) else made
+
+
+def _failed(findings: list[Finding]) -> bool:
+    return any(finding.level == "error" for finding in findings)

@@ -1,0 +1,147 @@
+"""Do the teachers answer, and do they know the language that the student writes?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from opd_lightning.model_source import ModelSource
+from opd_lightning.preflight.finding import Finding
+from opd_lightning.preflight.probe import Probe
+from opd_lightning.teachers.base import Ask, Teacher, TopKTeacher
+from opd_lightning.teachers.by_domain import ByDomainTeacher
+from opd_lightning.teachers.frozen import FrozenTeacher
+from opd_lightning.types import Rollout, RolloutBatch, TokenScores
+
+# Below this many nats a token, or below blind guessing, a model reads what it was not trained on.
+ABSURD = -8.0
+# Two copies of one model in different precisions stay below this on the mean token.
+COPIES = 0.1  # nats
+
+
+def check_teachers(probe: Probe, rollouts: list[Rollout], *, compare: bool) -> list[Finding]:
+    """A finding per question that the method asks.
+
+    Args:
+        probe: The run.
+        rollouts: What the run's teachers are asked about.
+        compare: Load the weights of teachers elsewhere, and compare.
+    """
+    findings = []
+    names: dict[Ask, list[str]] = {}
+    for name, ask in probe.module.all_asks().items():
+        names.setdefault(ask, []).append(name)
+    for ask, roles in names.items():
+        role = " and ".join(roles)
+        try:
+            with probe.clock("teachers"):
+                answers = _ask(probe, ask, rollouts)
+        except (ValueError, RuntimeError) as error:
+            findings.append(Finding("error", role, " ".join(str(error).split())[:400]))
+            continue
+        findings.append(_opinion(probe, role, ask, answers))
+        if compare and (twin := _local_twin(ask.teacher)) is not None:
+            findings.append(_compared(probe, role, Ask(twin, ask.view), answers))
+    return findings
+
+
+_Answers = list[tuple[RolloutBatch, TokenScores]]
+
+
+def _ask(probe: Probe, ask: Ask, rollouts: list[Rollout]) -> _Answers:
+    batches, top_k = probe.batches(rollouts), probe.module.overlap_top_k
+    for batch in batches:
+        ask.teacher.expect(batch, ask.view, top_k=top_k)
+    return [(batch, ask.teacher.score(batch, ask.view, top_k=top_k)) for batch in batches]
+
+
+def _opinion(probe: Probe, role: str, ask: Ask, answers: _Answers) -> Finding:
+    wrong = next((s for b, s in answers if s.logprobs.shape != b.response_mask.shape), None)
+    if wrong is not None:
+        return Finding(
+            "error",
+            role,
+            f"{type(ask.teacher).__name__} answers in shape {list(wrong.logprobs.shape)}, "
+            f"expected {list(answers[0][0].response_mask.shape)}",
+            "its log-probs belong to other tokens",
+            "let its `score` return [B, R]",
+        )
+    logprobs = torch.cat([s.logprobs[_asked(b, ask.view)] for b, s in answers])
+    if not len(logprobs):
+        return Finding("info", role, f"no response of the probe has the view {ask.view!r}")
+    if not logprobs.isfinite().all():
+        return Finding(
+            "error",
+            role,
+            f"{int((~logprobs.isfinite()).sum()):,} of {len(logprobs):,} log-probs are infinite "
+            "or NaN",
+            "the loss would be NaN",
+            "check its weights and dtype (float16 overflows)",
+        )
+    source = ask.teacher.source or probe.module.student.source
+    floor = max(ABSURD, -math.log(source.config.get_text_config().vocab_size))
+    mean = float(logprobs.mean())
+    values = {"logprob_mean": mean, "logprob_min": float(logprobs.min())}
+    found = f"{mean:.2f} nats a token (mean), {values['logprob_min']:.1f} (least), view {ask.view}"
+    if mean >= floor:
+        return Finding("ok", role, found, values=values)
+    return Finding(
+        "warning",
+        role,
+        found,
+        f"below {floor:.1f}: it finds the student's text less likely than blind guesses would be",
+        "check its path and chat template; a student this weak needs supervised training first",
+        values,
+    )
+
+
+def _compared(probe: Probe, role: str, ask: Ask, answers: _Answers) -> Finding:
+    """A teacher elsewhere against its own weights, loaded here."""
+    subject = f"{role}: here and there"
+    try:
+        ask.teacher.load(probe.module.device, probe.module.student)
+        here = [ask.teacher.score(batch, ask.view).logprobs for batch, _ in answers]
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        return Finding("info", subject, f"not compared, its weights do not load here: {reason}")
+    gaps = torch.cat(
+        [
+            (there.logprobs - own)[_asked(batch, ask.view)].abs()
+            for (batch, there), own in zip(answers, here, strict=True)
+        ]
+    )
+    mean, largest = float(gaps.mean()), float(gaps.max())
+    values = {"gap_mean": mean, "gap_max": largest}
+    found = f"log-probs differ by {mean:.2g} nats (mean), {largest:.2g} (largest)"
+    if mean <= COPIES:
+        return Finding("ok", subject, found, values=values)
+    return Finding(
+        "warning",
+        subject,
+        found,
+        "more than rounding: the server has other weights, quantised ones, or reads other prompts",
+        "start it from the folder that the configuration names",
+        values,
+    )
+
+
+def _local_twin(teacher: Teacher) -> Teacher | None:
+    """The same teacher with its remote parts in this process; None if it has no such parts."""
+    if isinstance(teacher, TopKTeacher) and isinstance(teacher.source, ModelSource):
+        source = teacher.source
+        return FrozenTeacher(source.path, trust_remote_code=source.trust_remote_code)
+    if isinstance(teacher, ByDomainTeacher):
+        twins: Mapping[str, Teacher | None] = {
+            domain: _local_twin(one) for domain, one in teacher.teachers.items()
+        }
+        if any(twins.values()):
+            return ByDomainTeacher({d: twins[d] or one for d, one in teacher.teachers.items()})
+    return None
+
+
+def _asked(batch: RolloutBatch, view: str) -> Tensor:
+    """`[B, R]` response tokens of the rows that have the view."""
+    return batch.response_mask & batch.views[view].available[:, None]

@@ -1,0 +1,158 @@
+"""The first responses of a run, written and collated as the run would."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from time import perf_counter
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from opd_lightning.data.collate import collate, count
+from opd_lightning.data.micro_batches import split_balanced
+from opd_lightning.data.stream import TrainingStream
+from opd_lightning.data.writer import Row
+from opd_lightning.rollouts.base import Engine, Request, Sampling
+from opd_lightning.seeding import TRAINING_SAMPLE, derive_seed
+from opd_lightning.types import Author, Completion, Rollout, RolloutBatch, StepTotals, Totals
+
+if TYPE_CHECKING:
+    from opd_lightning.data.datamodule import RolloutDataModule
+    from opd_lightning.methods.base import DistillationModule
+
+
+class Generation(NamedTuple):
+    """How long the engine took."""
+
+    rows: int
+    longest: int  # tokens: how often it decoded
+    seconds: float
+
+
+@dataclass
+class Probe:
+    """A run, set up and loaded, of which a few responses are looked at.
+
+    Args:
+        module: With student and teachers loaded, on its device.
+        data: Set up for "fit".
+        stream: The training stream.
+        samples: Responses per kind of author.
+    """
+
+    module: DistillationModule
+    data: RolloutDataModule
+    stream: TrainingStream
+    samples: int
+    generations: list[Generation] = field(default_factory=list)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.data.sampling
+
+    @property
+    def engine(self) -> Engine | None:
+        """The student's."""
+        return self.data.engine
+
+    @cached_property
+    def own(self) -> list[Rollout]:
+        """Of the student; also where only validation samples, because its engine is the same."""
+        return self._write(Author.STUDENT)
+
+    @cached_property
+    def given(self) -> list[Rollout]:
+        """Of the demonstrators that the run has."""
+        mix = self.data.mix
+        rollouts = self._write(Author.RECORDED) if mix.reads_records else []
+        return rollouts + (self._write(Author.TEACHER) if mix.teacher else [])
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those that `own` was written for."""
+        return [Request(row.prompt_ids, row.seed) for row in self._rows(Author.STUDENT)]
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Rollouts of the run's largest micro-batch."""
+        mix, prompts = self.data.mix, self.data.prompts_per_step // self.stream.ranks.world_size
+        samples = self.data.samples_per_prompt if mix.samples else 1
+        per_prompt = samples + mix.add_recorded
+        return -(-prompts * per_prompt // self.stream.micro_batches)
+
+    def generate(self, requests: list[Request], at_most: int | None = None) -> list[Completion]:
+        """What the student's engine writes, of at most so many tokens, on the clock."""
+        assert self.engine is not None
+        budget = min(self.sampling.max_new_tokens, at_most or self.sampling.max_new_tokens)
+        sampling = replace(self.sampling, max_new_tokens=budget)
+        began = perf_counter()
+        completions = self.engine.generate(requests, sampling)
+        longest = max(len(c.response_ids) for c in completions)
+        self.generations.append(Generation(len(requests), longest, perf_counter() - began))
+        return completions
+
+    @contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Add to `seconds[name]` what passes until the device is done."""
+        self._wait()
+        began = perf_counter()
+        yield
+        self._wait()
+        self.seconds[name] += perf_counter() - began
+
+    def _wait(self) -> None:
+        if self.module.device.type == "cuda":
+            torch.cuda.synchronize(self.module.device)
+
+    def batches(self, rollouts: list[Rollout]) -> list[RolloutBatch]:
+        """In micro-batches no larger than the run's, on the module's device."""
+        written, demonstrated = (
+            Totals(*count(rollouts, demonstrated=kind)) for kind in (False, True)
+        )
+        totals = StepTotals(step=0, written=written, demonstrated=demonstrated)
+        parts = -(-len(rollouts) // self.rows_per_batch)
+        return [
+            collate(
+                part,
+                totals=totals,
+                temperature=self.sampling.temperature,
+                pad_id=self.stream.pad_id,
+            ).to(self.module.device)
+            for part in split_balanced(rollouts, parts)
+        ]
+
+    def logprobs(self, batch: RolloutBatch) -> Tensor:
+        """The trainer's, `[B, R]`, as a step computes them."""
+        with self.module.trainer.precision_plugin.forward_context():
+            return self.module.student.score(batch).logprobs
+
+    def _write(self, author: Author) -> list[Rollout]:
+        samplings: Mapping[Author, Sampling] = {
+            **self.stream.samplings,
+            Author.STUDENT: self.sampling,
+        }
+        return self.stream.writer.write(self._rows(author), samplings)
+
+    def _rows(self, author: Author) -> list[Row]:
+        """The rows of the run's first prompts, with the run's seeds."""
+        stream = self.stream
+        per_prompt = 1 if author.is_demonstrator() else stream.samples_per_prompt
+        per_prompt = min(per_prompt, self.samples)
+        chosen = stream.order.take(0, self.samples // per_prompt)
+        return [
+            Row(
+                stream.prompts[i],
+                stream.prompt_ids[i],
+                position,
+                author,
+                derive_seed(TRAINING_SAMPLE, stream.seed, 0, position, sample),
+            )
+            for position, i in enumerate(chosen)
+            for sample in range(per_prompt)
+        ]

@@ -1,0 +1,68 @@
+"""Findings for people, and for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from opd_lightning.preflight.finding import Finding
+
+COLOURS = {"ok": "green", "info": "blue", "warning": "yellow", "error": "bold red"}
+WIDTH = 100  # characters; wider lines are hard to read
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """One line."""
+    levels = Counter(finding.level for finding in findings)
+    if levels["error"]:
+        return f"Not ready to train: {_count(levels['error'], 'error')}" + (
+            f", {_count(levels['warning'], 'warning')}." if levels["warning"] else "."
+        )
+    if levels["warning"]:
+        return f"Ready to train, with {_count(levels['warning'], 'warning')}."
+    return "Ready to train."
+
+
+def as_table(findings: Sequence[Finding], console: Console) -> None:
+    """A row a finding; what it means and what to change under it."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        text = Text(finding.found)
+        if finding.meaning:
+            text.append(f"\nmeans: {finding.meaning}", style="dim")
+        if finding.change:
+            text.append(f"\ndo: {finding.change}", style="bold")
+        table.add_row(Text(finding.level, style=COLOURS[finding.level]), finding.subject, text)
+    width = min(console.width, WIDTH)
+    console.print(table, width=width)
+    console.print()
+    console.print(verdict(findings), style="bold", width=width)
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """One object: the verdict, and every finding with its numbers."""
+    whole = {
+        "verdict": verdict(findings),
+        "ready": not any(finding.level == "error" for finding in findings),
+        "findings": [asdict(finding) | {"values": _numbers(finding)} for finding in findings],
+    }
+    return json.dumps(whole, allow_nan=False)
+
+
+def _numbers(finding: Finding) -> dict[str, float | None]:
+    """JSON knows neither NaN nor infinity."""
+    return {k: float(v) if math.isfinite(v) else None for k, v in finding.values.items()}
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -1,0 +1,88 @@
+"""Lengths, precisions and sampling: what was set, and what to expect of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from opd_lightning.data.stream import TrainingStream
+from opd_lightning.preflight.configuration import teacher_sources
+from opd_lightning.preflight.finding import Finding
+
+if TYPE_CHECKING:
+    from opd_lightning.data.datamodule import RolloutDataModule
+    from opd_lightning.methods.base import DistillationModule
+
+# What float32 on both sides stays below on the mean token; bfloat16 on either does not.
+FLOAT32_GAP = 1e-3
+
+
+def check_settings(
+    module: DistillationModule, data: RolloutDataModule, stream: TrainingStream
+) -> list[Finding]:
+    """Findings of what needs the prompts and no weights."""
+    return [_lengths(module, data, stream), _precisions(module, data), _sampling(data)]
+
+
+def _lengths(
+    module: DistillationModule, data: RolloutDataModule, stream: TrainingStream
+) -> Finding:
+    longest = max(map(len, stream.prompt_ids))
+    sources = [module.student.source, *teacher_sources(module)]
+    context, role = min((source.context_length, source.role) for source in sources)
+    budget = data.sampling.max_new_tokens
+    return Finding(
+        "ok",
+        "lengths",
+        f"prompts up to {longest:,} + responses up to {budget:,} tokens, "
+        f"context {context:,} ({role})",
+        values={"longest_prompt": longest, "max_new_tokens": budget, "context": context},
+    )
+
+
+def _precisions(module: DistillationModule, data: RolloutDataModule) -> Finding:
+    """Where the arithmetic of engine and trainer differs, the gap is rounding, and it is large."""
+    assert data.trainer is not None
+    engine, precision = getattr(data.engine, "dtype", None), data.trainer.precision
+    found = f"student {module.student.dtype}, trainer {precision}"
+    if data.engine is None:
+        return Finding("ok", "precision", found)
+    found += f", engine {engine or 'elsewhere'}"
+    if {module.student.dtype, engine} == {"float32"} and precision == "32-true":
+        if module.max_logprob_gap <= FLOAT32_GAP:
+            return Finding("ok", "precision", found)
+        return Finding(
+            "info",
+            "precision",
+            found,
+            "float32 on both sides agrees to about 1e-5 nats, so the bound of "
+            f"{module.max_logprob_gap} would let old weights pass",
+            "model.init_args.max_logprob_gap: 1e-4",
+        )
+    return Finding(
+        "warning" if module.max_logprob_gap <= FLOAT32_GAP else "info",
+        "precision",
+        found,
+        "rounding alone makes a gap of some thousandths to hundredths of a nat on the mean token, "
+        "many times that on unlikely ones",
+        "model.init_args.max_logprob_gap: 0.1" if module.max_logprob_gap <= FLOAT32_GAP else "",
+    )
+
+
+def _sampling(data: RolloutDataModule) -> Finding:
+    """Training samples whole distributions: `Sampling.check_whole` refuses anything else."""
+    own = f"temperature {data.sampling.temperature:g}, the whole distribution"
+    suites = data.suites["validate"] | data.suites["test"]
+    cut = {
+        name: "greedy" if suite.sampling.temperature == 0 else "truncated"
+        for name, suite in suites.items()
+        if suite.sampling is not None
+        and (suite.sampling.temperature == 0 or suite.sampling.top_p < 1 or suite.sampling.top_k)
+    }
+    if not cut:
+        return Finding("ok", "sampling", own)
+    return Finding(
+        "info",
+        "sampling",
+        f"training: {own}; " + ", ".join(f"suite {name}: {how}" for name, how in cut.items()),
+        "scores of these suites are not of the policy that trains",
+    )

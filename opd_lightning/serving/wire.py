@@ -1,0 +1,150 @@
+"""One server's line: a request out, its answer or its error in one line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from opd_lightning.errors import UserError
+
+KEY_VARIABLE = "OPD_SERVER_KEY"
+BUSY = (429, 503)  # the server is there, but cannot work now
+CONNECT_SECONDS = 10.0
+KEPT_SECONDS = 2.0  # that an idle connection is used again; servers close theirs after 5
+
+
+class LostError(Exception):
+    """A server that did not do its work, and may do it later.
+
+    Args:
+        reason: In a few words.
+        reached: Whether the request was with the server, and could be what broke it.
+    """
+
+    def __init__(self, reason: str, *, reached: bool) -> None:
+        super().__init__(reason)
+        self.reached = reached
+
+
+class Line:
+    """Connections to one server. The key is in the requests' headers and nowhere else."""
+
+    def __init__(self, url: str, key: str | None, timeout: float) -> None:
+        self.url = url
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._timeout = httpx.Timeout(timeout, connect=CONNECT_SECONDS)
+        self._ssl = httpx.create_ssl_context(trust_env=False)
+        self._idle: list[httpx.AsyncClient] = []
+
+    async def ask(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        """The answer, decoded; {} if it is empty. Raises `LostError` or `UserError`."""
+        # A client for each request that is under way: the connection pool of a shared one spends
+        # milliseconds on every request when it holds hundreds.
+        client = self._idle.pop() if self._idle else self._dial()
+        try:
+            return await self._ask(client, method, path, body)
+        finally:
+            self._idle.append(client)
+
+    async def close(self) -> None:
+        for client in self._idle:
+            await client.aclose()
+
+    def _dial(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            base_url=self.url,
+            headers=self._headers,
+            timeout=self._timeout,
+            limits=httpx.Limits(max_connections=1, keepalive_expiry=KEPT_SECONDS),
+            verify=self._ssl,
+            trust_env=False,  # a proxy has no business here, and must not see the key
+        )
+
+    async def _ask(
+        self, client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None
+    ) -> Any:
+        try:
+            response = await client.request(method, path, json=body)
+        except httpx.ConnectError as error:
+            raise LostError("could not be reached", reached=False) from error
+        except httpx.TimeoutException as error:
+            reached = not isinstance(error, httpx.ConnectTimeout)
+            raise LostError("took too long to answer", reached=reached) from error
+        except httpx.TransportError as error:
+            raise LostError("broke the connection", reached=True) from error
+        status = response.status_code
+        if status >= 500 or status in BUSY:
+            raise LostError(f"answered {status}: {_words(response)}", reached=status not in BUSY)
+        if status >= 300:
+            raise UserError(await self._complaint(client, response, path, body or {}))
+        try:
+            return response.json() if response.content else {}
+        except ValueError as error:
+            raise UserError(f"{self.url}{path}: answered no JSON; is it a vLLM server?") from error
+
+    async def _complaint(
+        self, client: httpx.AsyncClient, response: httpx.Response, path: str, body: dict[str, Any]
+    ) -> str:
+        status = response.status_code
+        if status == 401:
+            return (
+                f"{self.url}: answered 401, so the key is missing or wrong; give the server's "
+                f"in key_file or {KEY_VARIABLE}"
+            )
+        if status == 404 and "model" in body and (served := await _served(client)):
+            return f"{self.url}: got model {body['model']!r} to ask, but it serves {served}"
+        return f"{self.url}{path}: answered {status}: {_words(response)}"
+
+
+async def _served(client: httpx.AsyncClient) -> str:
+    """Names of the models that the server has; empty if it does not tell."""
+    try:
+        listed = (await client.get("/v1/models")).json()["data"]
+        return " and ".join(repr(model["id"]) for model in listed)
+    except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        return ""
+
+
+def checked_url(url: str) -> str:
+    """Without a slash at the end; a key in the address would end up in logs."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"servers: got {url!r}, expected an address like http://127.0.0.1:8000")
+    if parts.username or parts.password or parts.query:
+        raise UserError(
+            f"servers: {parts.scheme}://{parts.hostname}: got a name, password or query in the "
+            f"address; put the key into key_file or {KEY_VARIABLE}"
+        )
+    return url.rstrip("/")
+
+
+def read_key(key_file: str | None) -> str | None:
+    """The key of a file, or of the environment; None if there is neither."""
+    if key_file is None:
+        return os.environ.get(KEY_VARIABLE) or None
+    path = Path(key_file).expanduser()
+    try:
+        key = path.read_text().strip()
+        mode = path.stat().st_mode
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"key_file: cannot read {key_file!r}; give a file with the key") from error
+    if mode & 0o077:
+        raise UserError(f"key_file: others may read {key_file!r}; chmod 600 it")
+    if not key or len(key.split()) > 1 or not key.isascii():
+        raise UserError(f"key_file: expected the key alone, in one line, in {key_file!r}")
+    return key
+
+
+def _words(response: httpx.Response) -> str:
+    """The server's own explanation, in one line."""
+    try:
+        told = response.json()
+        for name in ("error", "detail", "message"):
+            told = told.get(name, told) if isinstance(told, dict) else told
+    except ValueError:
+        told = response.text
+    return " ".join(str(told).split())[:300] or response.reason_phrase

@@ -1,0 +1,405 @@
+"""`opd check`: a good configuration gives no warning, every planted fault gives its finding."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from opd_lightning.cli import main
+from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.data.prompts import PromptSource
+from opd_lightning.errors import NotReadyError
+from opd_lightning.head import TopLogprobs
+from opd_lightning.methods import OPD
+from opd_lightning.model_source import ModelSource
+from opd_lightning.preflight.cost import activation_bytes, student_bytes
+from opd_lightning.rollouts import HFEngine, Request, Sampling
+from opd_lightning.student import Student
+from opd_lightning.teachers import FrozenTeacher, TopKTeacher
+from opd_lightning.trainer import Trainer
+from opd_lightning.types import Completion, RolloutBatch, TokenScores
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "lab" / "opd.yaml")
+ENGINES = Path(__file__).parents[2] / "configs" / "engine"
+SMALL = (
+    "--data.sampling.max_new_tokens=8",
+    "--data.prompts_per_step=8",
+    "--samples=4",
+    "--trainer.logger=false",
+)
+
+Check = Callable[..., dict[str, Any]]
+Findings = dict[str, dict[str, Any]]
+
+
+@pytest.fixture
+def check(in_lab: Path, sound_teacher: str, capfd: pytest.CaptureFixture[str]) -> Check:
+    """Run `opd check --json` with changes; hands back what it printed and its exit code."""
+
+    def run(*changes: str, config: str = CONFIG) -> dict[str, Any]:
+        if config == CONFIG:
+            changes = (f"--model.init_args.teacher.init_args.path={sound_teacher}", *changes)
+        code = 0
+        try:
+            main(["check", "--config", config, *SMALL, "--json=true", *changes])
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        printed: dict[str, Any] = json.loads(capfd.readouterr().out)
+        assert code == (0 if printed["ready"] else 1)
+        return printed
+
+    return run
+
+
+@pytest.fixture
+def sound_teacher(in_lab: Path, tmp_path: Path) -> str:
+    """The student, a little elsewhere: a random model would talk a language of its own."""
+    return changed_weights(tmp_path / "sound", lambda weight: weight * 1.02)
+
+
+def changed_weights(folder: Path, change: Callable[[Tensor], Tensor]) -> str:
+    shutil.copytree("lab/arithmetic/student", folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(change(parameter))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def not_ok(printed: dict[str, Any]) -> dict[str, str]:
+    return {f["subject"]: f["level"] for f in printed["findings"] if f["level"] != "ok"}
+
+
+def by_subject(printed: dict[str, Any]) -> Findings:
+    return {f["subject"]: f for f in printed["findings"]}
+
+
+def both(student: Path, teacher: Path) -> tuple[str, str]:
+    return (
+        f"--model.init_args.student.path={student}",
+        f"--model.init_args.teacher.init_args.path={teacher}",
+    )
+
+
+# Good ----------------------------------------------------------------------------------
+
+
+def test_a_good_configuration(check: Check) -> None:
+    printed = check()
+    assert not not_ok(printed)
+    assert printed["verdict"] == "Ready to train."
+    findings = by_subject(printed)
+    assert findings["engine and trainer"]["values"]["gap_mean"] < 1e-5
+    assert findings["itself as teacher"]["values"]["d_max"] == 0
+    assert findings["itself as teacher"]["values"]["gradient_norm"] == 0
+    assert findings["weight push"]["values"]["gap_to_pushed"] < 1e-5
+    assert findings["tokens (estimate)"]["values"]["rollouts"] == 8
+    assert findings["time (estimate)"]["values"]["step_seconds"] > 0
+
+
+@pytest.mark.vllm
+def test_a_good_configuration_on_vllm(check: Check) -> None:
+    printed = check("--config", str(ENGINES / "vllm.yaml"))
+    assert not not_ok(printed)
+    assert by_subject(printed)["weight push"]["values"]["gap_to_pushed"] < 1e-5
+
+
+def test_a_table_for_people(
+    in_lab: Path,
+    sound_teacher: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    teacher = f"--model.init_args.teacher.init_args.path={sound_teacher}"
+    logger = f"--trainer.logger.init_args.save_dir={tmp_path / 'run'}"
+    main(["check", "--config", CONFIG, *SMALL[:3], teacher, logger])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].strip() == "Ready to train."
+    assert max(map(len, lines)) <= 80
+    assert not (tmp_path / "run").exists(), "a check leaves the run folder alone"
+
+
+@pytest.mark.parametrize("name", ["sdpo", "sft", "seqkd", "sg_opd"])
+def test_methods_with_other_authors_and_views(name: str, check: Check) -> None:
+    printed = check(config=str(Path(CONFIG).with_name(f"{name}.yaml")))
+    assert printed["ready"]
+    # Random models solve nothing, and find one another's text unlikely.
+    assert not_ok(printed).keys() <= {"precision", "teacher", "rewards", "demonstrations"}
+    assert by_subject(printed)["alignment"]["level"] == "ok"
+
+
+# Planted faults --------------------------------------------------------------------------
+
+
+def test_an_engine_that_keeps_its_weights(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget(engine: HFEngine, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        engine.version = version
+
+    monkeypatch.setattr(HFEngine, "load_weights", forget)
+    printed = check()
+    assert not_ok(printed) == {"weight push": "error"}
+
+
+def test_an_engine_that_misses_some_weights(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    @torch.no_grad()
+    def half(engine: HFEngine, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        parameters = dict(engine._model.named_parameters())
+        for name, weight in weights:
+            if "layers.1.mlp" not in name:
+                parameters[name].copy_(weight)
+        engine.version = version
+
+    monkeypatch.setattr(HFEngine, "load_weights", half)
+    assert not_ok(check()).keys() == {"weight push"}
+
+
+def test_an_engine_of_another_model(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    @torch.no_grad()
+    def shift(engine: HFEngine, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        parameters = dict(engine._model.named_parameters())
+        for name, weight in weights:
+            parameters[name].copy_(1.2 * weight)
+        engine.version = version
+
+    monkeypatch.setattr(HFEngine, "load_weights", shift)
+    finding = by_subject(check())["engine and trainer"]
+    assert finding["level"] == "error"
+    assert "max_logprob_gap" in finding["change"]
+
+
+def test_an_engine_that_ignores_seeds(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = HFEngine.generate
+    calls = iter(range(1000))
+
+    def drift(engine: HFEngine, requests: Sequence[Request], how: Sampling) -> list[Completion]:
+        by = next(calls)
+        return generate(engine, [Request(r.prompt_ids, r.seed + by) for r in requests], how)
+
+    monkeypatch.setattr(HFEngine, "generate", drift)
+    assert not_ok(check()) == {"seeds": "warning"}
+
+
+def test_a_student_that_trains_otherwise_than_it_is_read(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Student.load
+
+    def noisy(student: Student) -> None:
+        fresh = student.model is None
+        load(student)
+        if fresh:
+            layer = student.model.model.layers[0].mlp
+            layer.register_forward_hook(
+                lambda mlp, inputs, output: output + 0.1 if mlp.training else output
+            )
+
+    monkeypatch.setattr(Student, "load", noisy)
+    assert by_subject(check())["itself as teacher"]["level"] == "error"
+
+
+def test_a_teacher_with_more_padding(check: Check, sound_teacher: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(sound_teacher)
+    model.resize_token_embeddings(80, mean_resizing=False)
+    model.save_pretrained(sound_teacher)
+    printed = check()
+    assert not_ok(printed) == {"vocabulary padding": "info"}
+    assert "64 rows, the teacher's 80" in by_subject(printed)["vocabulary padding"]["found"]
+    printed = check("--model=opd_lightning.methods.DivergenceOPD")
+    assert not_ok(printed)["models"] == "error"
+
+
+def test_a_student_that_ends_elsewhere(check: Check, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree("lab/arithmetic/student", student)
+    config = json.loads((student / "generation_config.json").read_text())
+    (student / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [1, 9]}))
+    printed = check(f"--model.init_args.student.path={student}")
+    assert not_ok(printed) == {"end of a response": "warning"}
+    tokens = json.loads((student / "tokenizer_config.json").read_text())
+    (student / "tokenizer_config.json").write_text(json.dumps(tokens | {"eos_token": "<|pad|>"}))
+    printed = check(f"--model.init_args.student.path={student}")
+    assert "end their turns differently" in by_subject(printed)["models"]["found"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "level", "words"),
+    [
+        ("'<|assistant|>' -}}{%- endif -%}", "'<|assistant|>#' -}}{%- endif -%}", "warning",
+         "the prompt ends in '#' where"),
+        ("+ message.content", "+ ('()' if message.role == 'assistant' else '') + message.content",
+         "info", "it writes '()' before a reply"),
+        ("message.content + '<|end|>'", "message.content + '<|unknown|>'", "warning",
+         "closes a reply with <|unknown|> (2)"),
+    ],
+)  # fmt: skip
+def test_a_template_at_odds_with_itself(
+    old: str, new: str, level: str, words: str, check: Check, sound_teacher: str, tmp_path: Path
+) -> None:
+    shutil.copytree("lab/arithmetic/student", tmp_path / "student")
+    for folder in (tmp_path / "student", Path(sound_teacher)):
+        template = (folder / "chat_template.jinja").read_text()
+        assert old in template
+        (folder / "chat_template.jinja").write_text(template.replace(old, new))
+    printed = check(f"--model.init_args.student.path={tmp_path / 'student'}")
+    assert not_ok(printed) == {"chat template": level}
+    assert words in by_subject(printed)["chat template"]["found"]
+
+
+def test_a_prompt_that_is_too_long(check: Check, tmp_path: Path) -> None:
+    row = {"messages": "1+" * 150, "answer": "1"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row))
+    printed = check(f"--data.train.path={tmp_path / 'long.jsonl'}")
+    assert not_ok(printed) == {"set-up": "error", "numbers": "info"}
+    assert "long.jsonl:1: prompt of 303 tokens" in by_subject(printed)["set-up"]["found"]
+
+
+def test_several_mistakes_at_once(check: Check) -> None:
+    printed = check("--trainer.precision=bf16-true", "--trainer.accumulate_grad_batches=64",
+                    "--data.verifier=null", "--data.mix={recorded: 0.5}")  # fmt: skip
+    assert {"trainer", "step", "data"} <= {k for k, v in not_ok(printed).items() if v == "error"}
+    assert by_subject(printed)["chat template"]["level"] == "ok", "it depends on none of these"
+
+
+def test_a_teacher_of_something_else(check: Check, tmp_path: Path) -> None:
+    path = changed_weights(tmp_path / "other", lambda weight: 4 * weight.flip(0))
+    printed = check(f"--model.init_args.teacher.init_args.path={path}")
+    assert not_ok(printed) == {"teacher": "warning"}
+
+
+def test_a_teacher_that_overflows(check: Check, tmp_path: Path) -> None:
+    path = changed_weights(tmp_path / "broken", lambda weight: weight * torch.nan)
+    printed = check(f"--model.init_args.teacher.init_args.path={path}")
+    assert not_ok(printed) == {"teacher": "error"}
+
+
+def test_a_schedule_that_is_too_short(check: Check) -> None:
+    printed = check("--trainer.max_steps=300")
+    assert not_ok(printed) == {"optimiser": "error"}
+
+
+# A teacher elsewhere -----------------------------------------------------------------------
+
+
+class TeacherElsewhere(TopKTeacher):
+    """Answers as a server with (perhaps) other weights than its folder's would."""
+
+    def __init__(self, path: str, off_by: float) -> None:
+        self.inside = FrozenTeacher(path)
+        self.source = ModelSource(path, role="teacher")
+        self.off_by = off_by
+
+    def load(self, device: torch.device, student: Student) -> None:
+        self.inside.load(device, student)
+
+    def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
+        scores = self.inside.score(batch, view, top_k=top_k)
+        return TokenScores(
+            logprobs=scores.logprobs - self.off_by * batch.response_mask,
+            entropy=scores.entropy,
+            top_ids=scores.top_ids,
+        )
+
+    def score_top(
+        self, batch: RolloutBatch, view: str, *, top_k: int, ids: Tensor | None = None
+    ) -> tuple[TokenScores, TopLogprobs]:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("off_by", "level"), [(0.0, "ok"), (0.5, "warning")])
+def test_a_teacher_elsewhere_is_compared_with_its_folder(
+    off_by: float, level: str, sound_teacher: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_progress_bar=False)
+    data = RolloutDataModule(
+        PromptSource("lab/arithmetic/train.jsonl"),
+        HFEngine(),
+        sampling=Sampling(max_new_tokens=8),
+        prompts_per_step=8,
+    )
+    method = OPD(
+        Student("lab/arithmetic/student"), TeacherElsewhere(sound_teacher, off_by),
+        max_logprob_gap=1e-4,
+    )  # fmt: skip
+    trainer.check(method, data, samples=4, json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert by_subject(printed)["teacher: here and there"]["level"] == level
+
+
+def test_from_python_errors_raise(in_lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_progress_bar=False)
+    with pytest.raises(NotReadyError, match="1 error"):
+        trainer.check(
+            OPD(Student("lab/arithmetic/student"), FrozenTeacher("lab/arithmetic/student")),
+            RolloutDataModule(None, HFEngine()),
+        )
+    assert "data.train: got nothing" in capsys.readouterr().out
+
+
+# Cost --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.AdamW, {}),
+        (torch.optim.AdamW, {"amsgrad": True}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.SGD, {}),
+    ],
+)
+def test_memory_of_the_student_is_counted_exactly(
+    lora: LoraConfig | None, kind: Any, options: dict[str, Any], in_lab: Path
+) -> None:
+    student = Student("lab/arithmetic/student", lora=lora)
+    student.load()
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = kind(trained, lr=0.1, **options)
+    counted = student_bytes(student.parameters(), optimizer)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+
+    def measured(tensors: Iterable[Any]) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+    assert counted["weights"] == measured(student.parameters())
+    assert counted["gradients"] == measured(p.grad for p in trained)
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    assert counted["optimizer"] == measured(states)
+
+
+def test_memory_of_activations_is_near(in_lab: Path) -> None:
+    student = Student("lab/arithmetic/student")
+    student.load()
+    rows, length = 16, 50
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    known = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        states = student.model.model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+        )
+    assert states.last_hidden_state.requires_grad
+    config = student.source.config
+    estimate = activation_bytes(config, rows * length, 4, checkpointing=False)["activations"]
+    assert 0.7 < estimate / sum(kept.values()) < 1.5

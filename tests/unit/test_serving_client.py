@@ -1,0 +1,295 @@
+"""The client against real HTTP servers on loopback: patience, order, shares, one-line errors."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd_lightning.errors import ServerAwayError, UserError
+from opd_lightning.serving.client import Servers
+
+KEY = "a-secret-key"
+Answer = Callable[[dict[str, Any]], tuple[int, Any]]  # a body in; status and JSON out
+
+
+class Server:
+    """A server of one function, which remembers what it was asked."""
+
+    def __init__(self, answer: Answer, port: int = 0) -> None:
+        asked: list[dict[str, Any]] = []
+        self.asked = asked
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                length = int(self.headers.get("Content-Length", 0))
+                body = json.loads(self.rfile.read(length) or "{}")
+                asked.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
+                status, told = answer(asked[-1])
+                data = json.dumps(told).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_POST  # noqa: N815
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        class Quiet(ThreadingHTTPServer):
+            request_queue_size = 256
+            daemon_threads = True
+
+            def handle_error(self, *args: object) -> None:
+                pass
+
+        self.http = Quiet(("127.0.0.1", port), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+Start = Callable[..., Server]
+Client = Callable[..., Servers]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    started: list[Server] = []
+
+    def make(answer: Answer, port: int = 0) -> Server:
+        started.append(Server(answer, port))
+        return started[-1]
+
+    yield make
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture
+def client() -> Iterator[Client]:
+    made: list[Servers] = []
+
+    def make(*servers: Server | str, **options: Any) -> Servers:
+        urls = [s if isinstance(s, str) else s.url for s in servers]
+        made.append(Servers(urls, **options))
+        return made[-1]
+
+    yield make
+    for servers in made:
+        servers.close()
+
+
+def echo(body: dict[str, Any]) -> tuple[int, Any]:
+    return 200, {"n": body.get("n")}
+
+
+def numbers(servers: Servers, count: int) -> list[Any]:
+    futures = servers.spread("/ask", [{"n": n} for n in range(count)])
+    return [future.result(timeout=20)["n"] for future in futures]
+
+
+def test_answers_come_in_order(start: Start, client: Client) -> None:
+    def slow_first(body: dict[str, Any]) -> tuple[int, Any]:
+        time.sleep(0.2 if body["n"] == 0 else 0)
+        return echo(body)
+
+    assert numbers(client(start(slow_first)), 50) == list(range(50))
+
+
+def test_several_share_the_load(start: Start, client: Client) -> None:
+    one, other = start(echo), start(echo)
+    assert numbers(client(one, other), 100) == list(range(100))
+    assert 30 <= len(one.asked) <= 70
+    assert len(one.asked) + len(other.asked) == 100
+
+
+def test_a_busy_or_broken_moment_is_waited_out(start: Start, client: Client) -> None:
+    codes = iter([503, 500])
+    server = start(lambda body: (next(codes, 200), {"n": body["n"]}))
+    assert numbers(client(server), 3) == [0, 1, 2]
+    assert len(server.asked) == 5
+
+
+def test_a_server_that_comes_late_is_waited_for(start: Start, client: Client) -> None:
+    early = start(echo)
+    early.stop()
+    servers = client(early.url)
+    threading.Timer(0.5, lambda: start(echo, early.http.server_port)).start()
+    began = time.monotonic()
+    assert numbers(servers, 20) == list(range(20))
+    assert time.monotonic() - began > 0.5
+
+
+def test_the_work_of_a_dead_server_moves(start: Start, client: Client) -> None:
+    living, dead = start(echo), start(echo)
+    servers = client(living, dead)
+    assert numbers(servers, 4) == list(range(4))
+    dead.stop()
+    assert numbers(servers, 40) == list(range(40))
+
+
+def test_a_server_that_dies_at_work_is_left(start: Start, client: Client) -> None:
+    def hang_up(body: dict[str, Any]) -> tuple[int, Any]:
+        raise ConnectionAbortedError
+
+    assert numbers(client(start(echo), start(hang_up)), 40) == list(range(40))
+
+
+def test_patience_ends(start: Start, client: Client) -> None:
+    gone = start(echo)
+    gone.stop()
+    began = time.monotonic()
+    with pytest.raises(ServerAwayError, match=f"{gone.url}.*no answer for 0.5 s.*start it again"):
+        numbers(client(gone.url, patience=0.5), 30)
+    assert 0.4 < time.monotonic() - began < 3
+
+
+def test_a_request_that_breaks_its_server_is_given_up(start: Start, client: Client) -> None:
+    def poisoned(body: dict[str, Any]) -> tuple[int, Any]:
+        return (
+            (500, {"error": {"message": "index\nout of range"}}) if body["n"] == 7 else echo(body)
+        )
+
+    servers = client(start(poisoned), patience=2.0)
+    futures = servers.spread("/ask", [{"n": n} for n in range(10)])
+    with pytest.raises(ServerAwayError, match=r"5 times at one request.*500: index out of range"):
+        futures[7].result(timeout=20)
+    assert futures[9].result(timeout=20) == {"n": 9}
+
+
+def test_a_slow_request_counts_as_failed(start: Start, client: Client) -> None:
+    def sleeps_once(body: dict[str, Any]) -> tuple[int, Any]:
+        time.sleep(1 if len(server.asked) == 1 else 0)
+        return echo(body)
+
+    server = start(sleeps_once)
+    assert numbers(client(server, timeout=0.2), 1) == [0]
+    assert len(server.asked) == 2
+
+
+def test_a_mistake_is_not_tried_again(start: Start, client: Client) -> None:
+    server = start(lambda body: (400, {"error": {"message": "too\nlong", "code": 400}}))
+    with pytest.raises(UserError, match=r"/ask: answered 400: too long$"):
+        numbers(client(server), 1)
+    assert len(server.asked) == 1
+
+
+def test_another_model_is_named(start: Start, client: Client) -> None:
+    def serves_b(body: dict[str, Any]) -> tuple[int, Any]:
+        return (200, {"data": [{"id": "b"}]}) if body["path"] == "/v1/models" else (404, {})
+
+    with pytest.raises(UserError, match="got model 'a' to ask, but it serves 'b'"):
+        client(start(serves_b)).everywhere("/ask", {"model": "a"})
+
+
+def test_the_key_is_sent_and_never_shown(
+    start: Start, client: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def guarded(body: dict[str, Any]) -> tuple[int, Any]:
+        return (200, {}) if body["key"] == f"Bearer {KEY}" else (401, {"error": "no"})
+
+    server, file = start(guarded), tmp_path / "key"
+    file.write_text(KEY + "\n")
+    file.chmod(0o600)
+    servers = client(server, key_file=str(file))
+    caplog.set_level("DEBUG")
+    assert servers.everywhere("/ask") == [{}]
+    assert servers.read("/ask") == [{}]
+    assert KEY not in caplog.text + repr(vars(servers))
+    with pytest.raises(UserError, match=r"answered 401.*key_file or OPD_SERVER_KEY"):
+        client(server).everywhere("/ask")
+
+
+def test_the_key_may_come_from_the_environment(
+    start: Start, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPD_SERVER_KEY", KEY)
+    server = start(echo)
+    client(server).read("/ask")
+    assert server.asked[0]["key"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "told"),
+    [(KEY, 0o644, "others may read"), ("a b", 0o600, "the key alone"), (None, 0, "cannot read")],
+)
+def test_bad_key_files(
+    client: Client, tmp_path: Path, content: str | None, mode: int, told: str
+) -> None:
+    file = tmp_path / "key"
+    if content is not None:
+        file.write_text(content)
+        file.chmod(mode)
+    with pytest.raises(UserError, match=told):
+        client("http://127.0.0.1:1", key_file=str(file)).read("/")
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://x", f"http://me:{KEY}@x:1", "http://x?k=1"]
+)
+def test_bad_addresses(url: str) -> None:
+    with pytest.raises(UserError, match="address") as caught:
+        Servers([url])
+    assert KEY not in str(caught.value)
+
+
+def test_everywhere_asks_each(start: Start, client: Client) -> None:
+    both = start(lambda _: (200, {"who": 0})), start(lambda _: (200, {"who": 1}))
+    assert client(*both).everywhere("/ask", {"n": 1}) == [{"who": 0}, {"who": 1}]
+    assert [len(server.asked) for server in both] == [1, 1]
+
+
+def test_everywhere_waits_for_each(start: Start, client: Client) -> None:
+    living, dead = start(echo), start(echo)
+    dead.stop()
+    with pytest.raises(ServerAwayError, match=dead.url):
+        client(living, dead, patience=0.3).everywhere("/ask", {"n": 1})
+
+
+def test_a_cancelled_request_is_not_sent(start: Start, client: Client) -> None:
+    gone = start(echo)
+    gone.stop()
+    servers = client(gone.url)
+    first, *rest = servers.spread("/ask", [{"n": n} for n in range(3)])
+    for future in rest:
+        future.cancel()
+    back = start(echo, gone.http.server_port)
+    assert first.result(timeout=20) == {"n": 0}
+    assert len(back.asked) == 1
+
+
+def test_close_lets_nobody_wait(start: Start, client: Client) -> None:
+    def slow(body: dict[str, Any]) -> tuple[int, Any]:
+        time.sleep(0.5)
+        return echo(body)
+
+    server = start(slow)
+    servers = client(server)
+    (future,) = servers.spread("/ask", [{"n": 1}])
+    time.sleep(0.1)
+    servers.close()
+    assert future.cancelled()
+    assert numbers(servers, 1) == [0]
+
+
+def test_several_threads_may_ask(start: Start, client: Client) -> None:
+    servers, found = client(start(echo)), []
+    threads = [
+        threading.Thread(target=lambda: found.append(numbers(servers, 20))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [list(range(20))] * 4
