@@ -1,13 +1,13 @@
-"""Rollouts to tensors: padding and masks are decided here, once."""
+"""Rollouts to tensors: masks are decided here, once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from opd_lightning.types import Author, Rollout, RolloutBatch, StepTotals, View
+from opd_lightning.padding import make_view, pad
+from opd_lightning.types import Author, Rollout, RolloutBatch, StepTotals
 
 
 def collate(
@@ -23,10 +23,10 @@ def collate(
     """
     prompts = [r.prompt_ids for r in rollouts]
     responses = [r.response_ids for r in rollouts]
-    response_ids, response_mask = _pad(responses, pad_id)
+    response_ids, response_mask = pad(responses, pad_id)
     # A dropped rollout keeps its row and loses its tokens: no loss, no count.
     response_mask &= ~torch.tensor([r.dropped for r in rollouts])[:, None]
-    behaviour, _ = _pad([r.behaviour_logprobs for r in rollouts], 0.0)
+    behaviour, _ = pad([r.behaviour_logprobs for r in rollouts], 0.0)
     return RolloutBatch(
         views={"student": make_view(prompts, responses, pad_id)}
         | {
@@ -49,35 +49,7 @@ def collate(
     )
 
 
-def make_view(
-    prompts: Sequence[list[int] | None],
-    responses: list[list[int]],
-    pad_id: int,
-    fallback: Sequence[list[int]] = (),
-) -> View:
-    """The responses' own ids after one kind of prompt, or after `fallback` where there is none."""
-    available = torch.tensor([p is not None for p in prompts])
-    filled = [fallback[i] if p is None else p for i, p in enumerate(prompts)]
-    input_ids, mask = _pad([p + r for p, r in zip(filled, responses, strict=True)], pad_id)
-    return View(
-        input_ids=input_ids,
-        attention_mask=mask.long(),
-        prompt_lengths=torch.tensor([len(p) for p in filled]),
-        available=available,
-    )
-
-
 def count(rollouts: Sequence[Rollout], *, demonstrated: bool) -> tuple[int, int]:
     """(response tokens, rollouts) to learn from, of one kind of author."""
     kept = [r for r in rollouts if not r.dropped and r.author.is_demonstrator() is demonstrated]
     return sum(len(r.response_ids) for r in kept), len(kept)
-
-
-def _pad(rows: Sequence[Sequence[float]], fill: float) -> tuple[Tensor, Tensor]:
-    """(`[B, longest]` filled on the right, bool mask of what was there)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
-    dtype = torch.int64 if isinstance(fill, int) else torch.float32
-    padded = torch.full(mask.shape, fill, dtype=dtype)
-    padded[mask] = torch.tensor([value for row in rows for value in row], dtype=dtype)
-    return padded, mask

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from opd_lightning.chat import render
 from opd_lightning.errors import UserError
 from opd_lightning.types import Message, Prompt
 
@@ -138,29 +139,6 @@ class Renderer:
         if not view.is_late:
             self._early[name, prompt.id] = ids
         return ids
-
-
-def render(
-    prompt: Prompt,
-    tokenizer: Any,
-    template_args: dict[str, Any],
-    messages: tuple[Message, ...] | None = None,
-) -> list[int]:
-    """The chat template over a prompt's messages (or others in their place), as ids."""
-    try:
-        ids = tokenizer.apply_chat_template(
-            list(messages or prompt.messages),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **template_args,
-        )
-    except TemplateError as error:
-        raise UserError(
-            f"{prompt.origin or prompt.id}: the student's chat template refuses the messages: "
-            f"{error}; change the row or the template"
-        ) from error
-    return list(ids)
 
 
 def recorded_response_ids(prompt: Prompt, tokenizer: Any) -> list[int]:

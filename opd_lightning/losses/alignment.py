@@ -1,63 +1,47 @@
 """Comparing models with different tokenizers, which share nothing but the text.
 
-The response is decoded and tokenized again for the teacher; tokens are then grouped between the
-bytes where both tokenizations end a token (ULD, 2402.12030; TRL's GOLD trainer).
+`tokenization.align` groups the tokens of both; here the groups are compared (ULD, 2402.12030; TRL's
+GOLD trainer).
 
-Axes: n tokens, G groups, V a vocabulary.
+Axes: B rollouts, R response tokens (padded), n tokens of one response, G groups, V a vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from opd_lightning.errors import UserError
 from opd_lightning.losses.divergence import Divergence
 
 MergeStrategy = Literal["bayesian", "observed"]
 
 
-class Group(NamedTuple):
-    """The shortest runs of tokens, one on each side, that spell the same bytes."""
+def in_groups(student: Tensor, other: Tensor, ends: Tensor) -> Tensor:
+    """Another model's log-probs for comparing it with the student in groups of tokens, `[B, R]`.
 
-    student: range
-    teacher: range
+        l'_t = l_S,t + sum over t's group of (l - l_S)
 
-
-def align(student_tokens: Sequence[bytes], teacher_tokens: Sequence[bytes]) -> list[Group]:
-    """Groups of token positions that end at the same byte, in order, covering every token.
+    A group is one action, so each of its tokens carries the whole group's difference: the policy
+    gradient `-(l' - l_S) grad log pi` then adds up to the action's, where shares would be biased.
+    The differences between any two models treated so are those of their groups too. A group of
+    one token is unchanged; the tokens after the last end are the student's.
 
     Args:
-        student_tokens: The bytes of each token of the response. A character of several bytes may
-            be split among tokens. Tokens without bytes, such as an end of sequence, are left out.
-        teacher_tokens: The same text in the teacher's tokens.
-
-    Raises:
-        UserError: The two do not spell the same bytes, or a token has none.
+        student: Log-probs, `[B, R]` nats.
+        other: The same of the other model; only their sums over groups are read.
+        ends: bool, True at the last token of every group.
     """
-    text, other = b"".join(student_tokens), b"".join(teacher_tokens)
-    if text != other:
-        raise UserError(
-            f"align: the student's tokens spell {_shorten(text)} and the teacher's "
-            f"{_shorten(other)}, expected the same bytes"
-        )
-    if not all(student_tokens) or not all(teacher_tokens):
-        raise UserError("align: a token has no bytes, expected special tokens to be left out")
-    # The byte where a token ends -> the number of tokens up to there.
-    ends = {byte: i for i, byte in enumerate(accumulate(map(len, student_tokens)), 1)}
-    teacher_ends = {byte: i for i, byte in enumerate(accumulate(map(len, teacher_tokens)), 1)}
-    groups, start, teacher_start = [], 0, 0
-    for byte, end in ends.items():
-        if byte in teacher_ends:
-            teacher_end = teacher_ends[byte]
-            groups.append(Group(range(start, end), range(teacher_start, teacher_end)))
-            start, teacher_start = end, teacher_end
-    return groups
+    number = ends.cumsum(dim=1) - ends.long()
+    zeros = torch.zeros_like(student)
+    sums = zeros.scatter_add(1, number, other - student).gather(1, number)
+    sizes = zeros.scatter_add(1, number, torch.ones_like(student)).gather(1, number)
+    belongs = number < ends.sum(dim=1, keepdim=True)
+    grouped = torch.where(belongs, student + sums, student)
+    return torch.where(ends & (sizes == 1), other, grouped)
 
 
 def merge(
@@ -71,7 +55,7 @@ def merge(
     Args:
         logprobs: Row k predicts token k.
         token_ids: `[n]`, the tokens of the response.
-        groups: One side of `align`.
+        groups: One side of `tokenization.align`.
         strategy: "bayesian" takes the last position's distribution times the probability of the
             tokens before it: by the chain rule, the probability of the group with any last token.
             "observed" takes the first position's distribution times the probability of the tokens
@@ -143,7 +127,3 @@ def hybrid_uld(
         teacher_logprobs.exp().index_fill(-1, teacher_ids, 0.0),
     )
     return weight * matched + (1 - weight) * rest
-
-
-def _shorten(text: bytes) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + b"...")

@@ -98,6 +98,11 @@ class DistillationModule(EvaluatedModule, ABC):
         return False
 
     @property
+    def sums_tokens(self) -> bool:
+        """Whether it adds up the signals of a response's tokens."""
+        return False
+
+    @property
     def needs_demonstrations(self) -> bool:
         """Whether responses that the student did not write are all there is to learn from."""
         return False

@@ -21,6 +21,7 @@ def check_parts(composed: ComposedMethod) -> None:
     method, asks = type(composed).__name__, composed.all_asks()
     is_divergence = LOSS in composed.comparisons()
     _check_names(composed)
+    _check_tokens(composed)
     for rule in composed.rules:
         name = type(rule).__name__
         for need in rule.needs:
@@ -57,6 +58,29 @@ def check_parts(composed: ComposedMethod) -> None:
         _check_known(method, asks[wish.other].teacher, wish.function)
 
 
+def _check_tokens(composed: ComposedMethod) -> None:
+    """A teacher with other tokens is asked what it can tell: of groups, under the plain prompt."""
+    method = type(composed).__name__
+    summing = [method] if composed.sums_tokens else []
+    summing += [type(rule).__name__ for rule in composed.rules if rule.sums_tokens]
+    for ask in composed.all_asks().values():
+        for part in ask.teacher.parts():
+            if not part.has_own_tokenizer:
+                continue
+            kind = type(part).__name__
+            if ask.view != "student":
+                raise UserError(
+                    f"{method} shows its teacher the view {ask.view!r}, but {kind} reads the plain "
+                    "prompt alone; use a teacher with the student's tokenizer"
+                )
+            if summing:
+                raise UserError(
+                    f"{summing[0]} adds up log-ratios of single tokens, but {kind} tells those of "
+                    "groups, which would count several times; leave it out (OPD: discount 0), or "
+                    "use a teacher with the student's tokenizer"
+                )
+
+
 def _check_known(method: str, teacher: Teacher, function: Any) -> None:
     """A teacher can tell what a comparison reads."""
     if isinstance(teacher, DistributionTeacher):
@@ -65,7 +89,7 @@ def _check_known(method: str, teacher: Teacher, function: Any) -> None:
     if not (isinstance(teacher, TopKTeacher) and isinstance(function, TopK)):
         raise UserError(
             f"{method} reads whole distributions, which {kind} cannot give; use a teacher in this "
-            "process, a method of sampled tokens"
+            "process with the student's tokenizer, a method of sampled tokens"
             + (", or DivergenceOPD with TopK" if isinstance(teacher, TopKTeacher) else "")
         )
     told = ("teacher", "intersection", *(("student",) if teacher.scores_given_ids else ()))

@@ -88,7 +88,8 @@ class ComposedMethod(DistillationModule):
 
     def loss(self, batch: RolloutBatch) -> Tensor:
         prepared = self._prepared.popleft() if self._prepared else None
-        scored, student, values = self._score(batch, prepared.others if prepared else {})
+        answers = self._score(batch, prepared.others if prepared else {})
+        scored, student, values = answers.scored, answers.student, answers.values
         self.compare_with_engine(batch, student)
         if "teacher" in scored.others:
             mask = self._learnt(batch) & self._answered(batch)
@@ -155,7 +156,8 @@ class ComposedMethod(DistillationModule):
         if self.aggregation != "mask-mean" and not any(rule.step_wide for rule in self.rules):
             return
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            scored = [self._score(batch.to(self.device)).scored for batch in batches]
+            answers = [self._score(batch.to(self.device)) for batch in batches]
+            scored = [answer.scored for answer in answers]
             signals = [self._first_signal(one) for one in scored]
             rates: list[Rates] = [{} for _ in batches]
             for rule in self.rules:
@@ -166,8 +168,8 @@ class ComposedMethod(DistillationModule):
             counts = torch.stack([signal.mask.sum() for signal in signals]).sum()
             selected = int(concatenate_ranks(counts[None, None]).sum())
         self._prepared.extend(
-            _Prepared(one.others, signal, rate, selected)
-            for one, signal, rate in zip(scored, signals, rates, strict=True)
+            _Prepared(answer.others, signal, rate, selected)
+            for answer, signal, rate in zip(answers, signals, rates, strict=True)
         )
 
     def _observe(self, rule: Rule, signals: list[Signal], scored: list[Scored]) -> Tensor | None:

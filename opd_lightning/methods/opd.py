@@ -45,6 +45,10 @@ class OPD(ComposedMethod):
     def asks(self) -> Mapping[str, Ask]:
         return {"teacher": Ask(self.teacher, "student")}
 
+    @property
+    def sums_tokens(self) -> bool:
+        return self.discount > 0
+
     def advantage(self, scored: Scored) -> Tensor:
         return return_to_go(scored.log_ratio, scored.batch.response_mask, self.discount)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from opd_lightning.errors import UserError
 from opd_lightning.head import Comparison
+from opd_lightning.losses.alignment import in_groups
 from opd_lightning.losses.schedule import Schedule
 from opd_lightning.methods.top_k_asker import TopKAsker
 from opd_lightning.rules.base import Compare, Scored
@@ -29,6 +31,7 @@ class Answers(NamedTuple):
     scored: Scored  # everything, detached
     student: TokenScores  # log-probs with their gradient
     values: dict[str, Tensor]  # [B, R] per comparison, with its gradient
+    others: Mapping[str, TokenScores]  # as they were told, for another look at the batch
 
 
 def teacher_and_reference(
@@ -95,8 +98,23 @@ def ask_everybody(
     own = TokenScores.unflatten(answers.student, batch)
     values = {name: batch.unflatten(value) for name, value in answers.values.items()}
     detached = {name: value.detach() for name, value in values.items()}
-    scored = Scored(batch=batch, student=own.detach(), others=others, values=detached)
-    return Answers(scored, own, values)
+    grouped = _in_groups(own.detach(), others)
+    scored = Scored(batch=batch, student=own.detach(), others=grouped, values=detached)
+    return Answers(scored, own, values, others)
+
+
+def _in_groups(student: TokenScores, others: Mapping[str, TokenScores]) -> dict[str, TokenScores]:
+    """Everybody's log-probs in the finest groups of tokens that all of them can speak of."""
+    told = [scores.ends for scores in others.values() if scores.ends is not None]
+    if not told:
+        return dict(others)
+    ends = torch.stack(told).all(dim=0)
+    return {
+        name: replace(
+            scores, logprobs=in_groups(student.logprobs, scores.logprobs, ends), ends=ends
+        )
+        for name, scores in others.items()
+    }
 
 
 def announce(asks: Mapping[str, Ask], batch: RolloutBatch, top_k: int) -> None:

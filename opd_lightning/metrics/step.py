@@ -119,7 +119,7 @@ class SignalStatistics(_Sums):
     """The teacher's signal d_t on student states, and how alike the two models are there."""
 
     names = ("tokens", "student_entropy", "known", "teacher_entropy", "entropy_gap", "ranked",
-             "overlap", "grouped", "agree", "disagree")  # fmt: skip
+             "overlap", "groups", "grouped", "agree", "disagree")  # fmt: skip
     log_ratios: list[Tensor] | Tensor  # a tensor once ranks are gathered
 
     def __init__(self) -> None:
@@ -144,6 +144,7 @@ class SignalStatistics(_Sums):
             entropy_gap=(teacher.entropy - student.entropy).abs()[mask].nan_to_num(0.0),
             ranked=len(ratio) if theirs.shape[1] else 0,
             overlap=(ours[:, :, None] == theirs[:, None, :]).any(dim=2).float().mean(dim=1),
+            groups=0.0 if teacher.ends is None else teacher.ends[mask],
             grouped=~outcome.isnan(),
             agree=outcome * ratio > 0,
             disagree=outcome * ratio < 0,
@@ -168,6 +169,8 @@ class SignalStatistics(_Sums):
             result["entropy/gap"] = sums["entropy_gap"] / sums["known"]
         if sums["ranked"] > 0:
             result["signal/overlap"] = sums["overlap"] / sums["ranked"]
+        if sums["groups"] > 0:  # the teacher has other tokens
+            result["signal/group_length"] = sums["tokens"] / sums["groups"]
         # numpy, because torch.quantile takes at most 2**24 values.
         for q, value in zip(QUANTILES, np.quantile(ratio.cpu().numpy(), QUANTILES), strict=True):
             result[f"signal/log_ratio_q{round(100 * q):02d}"] = torch.tensor(value)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from opd_lightning.chat import render
 from opd_lightning.data.mix import RolloutMix, TeacherSampler
-from opd_lightning.data.views import Renderer, recorded_response_ids, render
+from opd_lightning.data.views import Renderer, recorded_response_ids
 from opd_lightning.errors import UserError
 from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Sampling
 from opd_lightning.teachers.of_student import EMATeacher
+from opd_lightning.tokenization import check_spelling
 from opd_lightning.types import Prompt
 
 if TYPE_CHECKING:
@@ -30,6 +32,10 @@ def check_models(module: DistillationModule) -> None:
     for source in teacher_sources(module):
         check_usable(source)
         _check_same_tokens(student, source)
+    for source in teacher_sources(module, foreign=True):
+        check_usable(source)
+        check_spelling(student)
+        check_spelling(source)
     for teacher in module.compared_teachers():
         source = teacher.source or student
         sizes = [s.config.get_text_config().vocab_size for s in (student, source)]
@@ -179,9 +185,10 @@ def check_step_size(trainer: Trainer, data: RolloutDataModule) -> None:
         )
 
 
-def teacher_sources(module: DistillationModule) -> list[ModelSource]:
-    """Folders of the teachers that have one of their own."""
+def teacher_sources(module: DistillationModule, *, foreign: bool = False) -> list[ModelSource]:
+    """Folders of the teachers that have one, and the student's tokens or, if `foreign`, others."""
     parts = [part for teacher in module.teachers() for part in teacher.parts()]
+    parts = [part for part in parts if part.has_own_tokenizer is foreign]
     return [part.source for part in parts if part.source is not None]
 
 
@@ -225,7 +232,8 @@ def _check_same_tokens(student: ModelSource, teacher: ModelSource) -> None:
         token = min(ours.items() ^ theirs.items(), key=lambda item: item[1])[0]
         raise UserError(
             f"{pair} have different tokenizers: {len(ours)} and {len(theirs)} tokens, token "
-            f"{token!r} is id {ours.get(token)} and {theirs.get(token)}; use models of one family"
+            f"{token!r} is id {ours.get(token)} and {theirs.get(token)}; use models of one family, "
+            "or CrossTokenizerTeacher"
         )
     if student.tokenizer.eos_token_id != teacher.tokenizer.eos_token_id:
         raise UserError(

@@ -97,6 +97,7 @@ class Rule(ABC):
     # and where that fails it accepts anything for the subclass's own fields.
     needs_groups = False  # reads rewards relative to the prompt's other samples
     needs_rewards = False  # reads rewards
+    sums_tokens = False  # adds up log-ratios of a response's tokens
     shapes_advantage = False  # changes the advantage: for policy gradients only
 
     @property

@@ -149,6 +149,7 @@ class TrajectoryGate(Rule):
 
     needs = ("teacher",)
     needs_groups = True
+    sums_tokens = True
 
     def __post_init__(self) -> None:
         check(self, "margin", 0 <= self.margin < float("inf"), "a finite number of 0 or more")

@@ -75,6 +75,7 @@ class PositionWeight(Rule):
     gamma: float = 0.5
 
     needs = ("teacher",)
+    sums_tokens = True
 
     def __post_init__(self) -> None:
         check(self, "gamma", 0 <= self.gamma < float("inf"), "a finite number of 0 or more")
@@ -114,6 +115,7 @@ class ScopeWeight(Rule):
     threshold: float = 0.5
 
     needs = ("teacher",)
+    sums_tokens = True
     needs_rewards = True
     shapes_advantage = True
     step_wide = True  # a prompt's samples may lie in several micro-batches

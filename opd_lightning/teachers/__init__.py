@@ -2,6 +2,7 @@
 
 from opd_lightning.teachers.base import Ask, DistributionTeacher, Teacher, TopKTeacher
 from opd_lightning.teachers.by_domain import ByDomainTeacher
+from opd_lightning.teachers.cross_tokenizer import CrossTokenizerTeacher
 from opd_lightning.teachers.frozen import FrozenTeacher
 from opd_lightning.teachers.of_student import AdapterOffTeacher, EMATeacher
 
@@ -9,6 +10,7 @@ __all__ = [
     "AdapterOffTeacher",
     "Ask",
     "ByDomainTeacher",
+    "CrossTokenizerTeacher",
     "DistributionTeacher",
     "EMATeacher",
     "FrozenTeacher",

@@ -21,10 +21,11 @@ class Teacher(ABC):
     """Scores sampled tokens without a gradient. It owns no optimiser.
 
     `source` is the model folder it comes from; None for one that is made of the student, whose
-    folder it shares.
+    folder it shares. One that `has_own_tokenizer` speaks of groups of tokens: `TokenScores.ends`.
     """
 
     source: ModelSource | None = None
+    has_own_tokenizer: bool = False
 
     @abstractmethod
     def load(self, device: torch.device, student: Student) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from opd_lightning.errors import UserError
 from opd_lightning.teachers.base import Teacher
@@ -58,13 +58,26 @@ class ByDomainTeacher(Teacher):
             self.teachers[domain].expect(batch.select(rows), view, top_k=top_k)
 
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
-        whole: dict[str, torch.Tensor] = {}
-        for domain, rows in self._rows(batch).items():
-            scores = self.teachers[domain].score(batch.select(rows), view, top_k=top_k)
-            for f in fields(scores):
-                part = getattr(scores, f.name)
+        told = [
+            (rows, self.teachers[domain].score(batch.select(rows), view, top_k=top_k))
+            for domain, rows in self._rows(batch).items()
+        ]
+        # What not all of them rank counts as not ranked.
+        ranked = min(scores.top_ids.shape[-1] for _, scores in told)
+        grouped = any(scores.ends is not None for _, scores in told)
+        whole: dict[str, Tensor] = {}
+        for rows, scores in told:
+            parts = {
+                "logprobs": scores.logprobs,
+                "entropy": scores.entropy,
+                "top_ids": scores.top_ids[..., :ranked],
+            }
+            if grouped:
+                alone = torch.ones_like(scores.logprobs, dtype=torch.bool)
+                parts["ends"] = alone if scores.ends is None else scores.ends
+            for name, part in parts.items():
                 full = part.new_zeros((len(batch.rollouts), *part.shape[1:]))
-                whole.setdefault(f.name, full)[rows] = part
+                whole.setdefault(name, full)[rows] = part
         return TokenScores(**whole)
 
     def _rows(self, batch: RolloutBatch) -> dict[str, list[int]]:

@@ -1,17 +1,25 @@
-"""Two tokenizations of one text: groups, merged distributions and losses, float64."""
+"""Models with different tokenizers: groups as actions, merged distributions, losses; float64."""
 
-from itertools import pairwise
+from itertools import product
 
-import pytest
 import torch
 from torch import Tensor
 
-from opd_lightning.errors import UserError
-from opd_lightning.losses.alignment import Group, align, hybrid_uld, merge, shared_tokens, uld
+from opd_lightning.losses.advantage import extrapolated
+from opd_lightning.losses.alignment import hybrid_uld, in_groups, merge, shared_tokens, uld
 from opd_lightning.losses.divergence import JSD, ReverseKL
+from opd_lightning.tokenization import align
+from tests.toy import (
+    LENGTH,
+    SEQUENCES,
+    expected_gradient,
+    finite_difference,
+    policy_gradient,
+    random_logits,
+    token_logprobs,
+)
 
 VOCABULARY = 6
-TEXT = "naïve 雪! 42 🙂".encode()
 
 
 def random_logprobs(seed: int, rows: int, size: int = VOCABULARY) -> Tensor:
@@ -19,54 +27,12 @@ def random_logprobs(seed: int, rows: int, size: int = VOCABULARY) -> Tensor:
     return torch.randn(rows, size, generator=generator, dtype=torch.float64).log_softmax(-1)
 
 
-def cut(text: bytes, at: list[int]) -> list[bytes]:
-    return [text[start:end] for start, end in pairwise([0, *at, len(text)])]
-
-
 def close(actual: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
-def test_groups_by_hand() -> None:
-    ours, theirs = [b"ab", b"c", b"def", b"g"], [b"a", b"bc", b"d", b"ef", b"g"]
-    assert align(ours, theirs) == [
-        Group(range(0, 2), range(0, 2)),
-        Group(range(2, 3), range(2, 4)),
-        Group(range(3, 4), range(4, 5)),
-    ]
-    assert align([], []) == []
-
-
-def test_u22_a_character_may_be_split_between_tokens() -> None:
-    """The two bytes of an i with diaeresis: one side cuts between them, the other does not."""
-    ours, theirs = [b"na", b"\xc3", b"\xafve"], [b"na\xc3\xaf", b"ve"]
-    assert b"".join(ours).decode() == "naïve"
-    assert align(ours, theirs) == [Group(range(0, 3), range(0, 2))]
-    assert align(ours, [b"na\xc3", b"\xaf", b"ve"]) == [
-        Group(range(0, 2), range(0, 1)),
-        Group(range(2, 3), range(1, 3)),
-    ]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_u22_groups_rebuild_the_text_and_are_the_shortest(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    cuts = [
-        (1 + torch.nonzero(torch.rand(len(TEXT) - 1, generator=generator) < 0.5))[:, 0].tolist()
-        for _ in range(2)
-    ]
-    ours, theirs = (cut(TEXT, at) for at in cuts)
-    groups = align(ours, theirs)
-    spelt = [b"".join(ours[i] for i in group.student) for group in groups]
-    assert spelt == [b"".join(theirs[i] for i in group.teacher) for group in groups]
-    assert b"".join(spelt) == TEXT
-    assert len(groups) == 1 + len(set(cuts[0]) & set(cuts[1]))
-    assert [i for group in groups for i in group.student] == list(range(len(ours)))
-    assert [i for group in groups for i in group.teacher] == list(range(len(theirs)))
-
-
 def test_u22_the_same_tokenizer_gives_the_jsd() -> None:
-    tokens = cut(TEXT, [1, 4, 7, 10])
+    tokens = [b"na", b"\xc3", b"\xafve", b" ", b"42"]
     groups = align(tokens, tokens)
     assert [(len(group.student), len(group.teacher)) for group in groups] == [(1, 1)] * 5
     ids = torch.arange(5)
@@ -177,8 +143,94 @@ def test_nothing_shared_is_uld() -> None:
     assert gradient.abs().max() > 0
 
 
-def test_another_text_is_refused() -> None:
-    with pytest.raises(UserError, match="spell b'abc' and the teacher's b'abd'"):
-        align([b"ab", b"c"], [b"a", b"bd"])
-    with pytest.raises(UserError, match="a token has no bytes"):
-        align([b"ab", b""], [b"ab"])
+# Groups as actions -----------------------------------------------------------------------
+
+
+def regrouped(student: Tensor, other: Tensor, ends: list[list[int]]) -> Tensor:
+    return in_groups(student, other, torch.tensor(ends).bool())
+
+
+def test_every_token_carries_its_groups_difference() -> None:
+    student = torch.tensor([[-1.0, -2.0, -3.0, -4.0, -5.0, 0.0]], dtype=torch.float64)
+    other = torch.tensor([[0.0, -1.5, -3.5, -1.0, -6.0, 0.0]], dtype=torch.float64)
+    # Groups of 2, 1 and 1; nothing is said of the fifth token, and the sixth is padding.
+    found = regrouped(student, other, [[0, 1, 1, 1, 0, 0]])
+    close(found - student, torch.tensor([[1.5, 1.5, -0.5, 3.0, 0.0, 0.0]], dtype=torch.float64))
+
+
+def test_groups_of_one_change_nothing_to_the_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, other = (-10 * torch.rand(4, 50, generator=generator) for _ in range(2))
+    assert torch.equal(in_groups(student, other, torch.ones(4, 50, dtype=torch.bool)), other)
+
+
+def test_only_a_groups_sum_is_read_and_the_sums_are_the_sequences() -> None:
+    student, other = random_logprobs(0, 3), random_logprobs(1, 3)
+    ends = [[0, 0, 1, 0, 1, 1], [1, 0, 0, 0, 0, 1], [0, 1, 1, 1, 1, 1]]
+    at_end = torch.zeros_like(other)
+    for row, marks in enumerate(ends):
+        for column in range(VOCABULARY):
+            at_end[row, column + marks[column:].index(1)] += other[row, column]
+    found = regrouped(student, other, ends)
+    close(regrouped(student, at_end, ends), found)
+    close(((found - student) * torch.tensor(ends)).sum(1), (other - student).sum(1))
+
+
+def test_one_text_distribution_in_two_tokenizations_gives_no_signal() -> None:
+    """The student writes the letters of every text; the teacher's tokens are pairs of them."""
+    student = token_logprobs(random_logits(0))
+    pairs = torch.zeros_like(student)
+    pairs[:, -1] = student.sum(1)
+    ends = torch.zeros_like(student, dtype=torch.bool)
+    ends[:, -1] = True
+    close(in_groups(student, pairs, ends), student)
+    assert (pairs - student).abs().min() > 1e-3  # token by token they seem to differ
+
+
+def test_a_token_that_tells_what_follows_only_moves_the_signal() -> None:
+    """The teacher has letters and "ab"; its "a" alone tells that no "b" comes next: a limit."""
+    first, then = torch.tensor([0.7, 0.3]), torch.tensor([[0.4, 0.6], [0.8, 0.2]])
+    student = torch.tensor(
+        [[first[x], then[x, y]] for x, y in product(range(2), repeat=2)], dtype=torch.float64
+    ).log()
+    teacher = student.clone()
+    teacher[0] = torch.stack([student[0].sum(), torch.tensor(0.0)])  # "a", "a"
+    teacher[1] = torch.stack([torch.tensor(0.0), student[1].sum()])  # "ab"
+    difference = regrouped(student, teacher, [[1, 1], [0, 1], [1, 1], [1, 1]]) - student
+    close(difference[1:], torch.zeros_like(difference[1:]))
+    close(difference[0].sum(), torch.tensor(0.0, dtype=torch.float64))
+    close(difference[0, 0], student[0, 1])
+
+
+def test_a_group_is_one_action_and_shares_of_it_would_be_biased() -> None:
+    """All of a sequence in one group: the gradient of the KL between sequence distributions."""
+    student, teacher = random_logits(0), random_logits(1)
+    whole = torch.tensor([[0] * (LENGTH - 1) + [1]]).expand(len(SEQUENCES), -1).bool()
+    theirs = token_logprobs(teacher)
+
+    def losses(ours: Tensor) -> Tensor:
+        told = in_groups(ours.detach(), theirs, whole)
+        return policy_gradient(ours, told - ours.detach())
+
+    def divergence(logits: Tensor) -> Tensor:
+        logprobs = token_logprobs(logits).sum(1)
+        return (logprobs.exp() * (logprobs - theirs.sum(1))).sum()
+
+    exact = finite_difference(divergence, student)
+    close(expected_gradient(student, losses), exact, atol=1e-7)
+
+    def shares(ours: Tensor) -> Tensor:
+        share = (theirs - ours.detach()).sum(1, keepdim=True) / LENGTH
+        return policy_gradient(ours, share.expand_as(ours))
+
+    assert (expected_gradient(student, shares) - exact).abs().max() > 1e-2
+
+
+def test_extrapolation_reads_the_groups_of_all_three() -> None:
+    student, teacher, reference = (random_logprobs(seed, 2) for seed in range(3))
+    ends = [[0, 1, 0, 0, 1, 1], [1, 1, 0, 1, 0, 1]]
+    told = [regrouped(student, x, ends) for x in (teacher, reference)]
+    found = extrapolated(told[0], student, told[1], 1.25)
+    by_token = (teacher - student) + 0.25 * (teacher - reference)
+    expected = regrouped(torch.zeros_like(student), by_token, ends)
+    close(found, expected)

@@ -1,0 +1,136 @@
+"""A frozen local model with a tokenizer of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from opd_lightning.causal_lm import Dtype
+from opd_lightning.chat import render
+from opd_lightning.errors import UserError
+from opd_lightning.model_source import ModelSource
+from opd_lightning.padding import make_view, pad
+from opd_lightning.teachers.base import Teacher
+from opd_lightning.teachers.frozen import FrozenTeacher
+from opd_lightning.tokenization import align, token_bytes, whole_characters
+from opd_lightning.types import Prompt, Rollout, RolloutBatch, TokenScores
+
+if TYPE_CHECKING:
+    from opd_lightning.student import Student
+
+_END = b"\xff"  # what both ends of sequence spell: a byte that no text has
+
+
+class _Translated(NamedTuple):
+    """A rollout in the teacher's tokens."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    columns: list[int]  # for each of these, the student's token that ends its group
+
+
+class CrossTokenizerTeacher(Teacher):
+    """A Hugging Face causal LM that reads the text of a response, whatever the student's tokens.
+
+    The messages go through the teacher's own chat template and the response through its tokenizer,
+    and its end of sequence follows if the student wrote one. Tokens are compared in groups: the
+    shortest runs on both sides that end at the same byte. A group is one action: all the teacher
+    says of it is the sum of its log-probs, and `losses.alignment.in_groups` gives every student
+    token of the group the whole difference.
+
+    Limits. Sampled tokens only, under the plain prompt. Of all the ways to write a text in the
+    teacher's tokens only its tokenizer's is scored, so its log-prob is at most the text's; and the
+    student may have written a text in another way than its own tokenizer would. Where groups end
+    may depend on later text. A temperature other than 1 divides the logits of either's own tokens:
+    equal distributions of text are then no longer equal. A special token within the response is
+    the text of its name, which is a special token again if the teacher has one of that name. Of a
+    character that the length limit cut off nothing is said; bytes that are no UTF-8 elsewhere are
+    read as U+FFFD.
+
+    Args:
+        path: Model folder or hub name.
+        dtype: Of weights and arithmetic; log-softmaxes are float32 whatever it is.
+        template_args: Extra variables for the teacher's chat template.
+        attn_implementation: transformers' attention kernel; None takes its default.
+        trust_remote_code: Run code that ships with the model.
+    """
+
+    has_own_tokenizer = True
+    _student: Any  # its tokenizer
+    _spelt: tuple[dict[int, bytes], dict[int, bytes]]  # by the student's tokens and the teacher's
+
+    def __init__(
+        self,
+        path: str,
+        dtype: Dtype = "float32",
+        template_args: dict[str, Any] | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._frozen = FrozenTeacher(path, dtype, attn_implementation, trust_remote_code)
+        self.source: ModelSource = self._frozen.source
+        self.template_args = template_args or {}
+        self._prompts: dict[str, list[int]] = {}
+
+    def check(self, prompts: Sequence[Prompt], temperature: float) -> None:
+        for prompt in prompts:
+            self._fit(prompt, self._prompt_ids(prompt), 1)
+
+    def load(self, device: torch.device, student: Student) -> None:
+        self._frozen.load(device, student)
+        self._student = student.source.tokenizer
+        self._spelt = token_bytes(student.source), token_bytes(self.source)
+
+    def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
+        rows = [self._translate(rollout) for rollout in batch.rollouts]
+        prompts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]
+        device, pad_id = batch.response_ids.device, self.source.pad_id
+        ids, mask = (x.to(device) for x in pad(responses, pad_id))
+        columns = pad([row.columns for row in rows], 0)[0].to(device)
+        seen = make_view(prompts, responses, pad_id).to(device)
+        translated = replace(batch, views={view: seen}, response_ids=ids, response_mask=mask)
+        theirs = self._frozen.score(translated, view).logprobs
+        sums = theirs.new_zeros(batch.response_ids.shape).scatter_add_(1, columns, theirs)
+        counts = torch.zeros_like(batch.response_ids).scatter_add_(1, columns, mask.long())
+        return TokenScores(
+            logprobs=torch.where(batch.response_mask, sums, 0.0),
+            entropy=torch.full_like(sums, torch.nan),
+            top_ids=batch.response_ids.new_zeros(*sums.shape, 0),
+            ends=batch.response_mask & (counts > 0),
+        )
+
+    def _translate(self, rollout: Rollout) -> _Translated:
+        ended = not rollout.stop_reason.is_truncated()
+        ids = rollout.response_ids[: -1 if ended else None]
+        spelt, their_spelt = self._spelt
+        # A head may be larger than its vocabulary; such tokens spell nothing.
+        ours = [spelt.get(i, b"") for i in ids]
+        if not ended:
+            ours = ours[: whole_characters(ours)]
+        text = self._student.decode(ids[: len(ours)], clean_up_tokenization_spaces=False)
+        response_ids = self.source.tokenizer.encode(text, add_special_tokens=False)
+        theirs = [their_spelt[i] for i in response_ids]
+        if ended:
+            response_ids.append(self.source.tokenizer.eos_token_id)
+            ours, theirs = [*ours, _END], [*theirs, _END]
+        columns = [group.student[-1] for group in align(ours, theirs) for _ in group.teacher]
+        prompt_ids = self._prompt_ids(rollout.prompt)
+        self._fit(rollout.prompt, prompt_ids, len(columns))
+        return _Translated(prompt_ids, response_ids[: len(columns)], columns)
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if prompt.id not in self._prompts:
+            ids = render(prompt, self.source.tokenizer, self.template_args, role="teacher")
+            self._prompts[prompt.id] = ids
+        return self._prompts[prompt.id]
+
+    def _fit(self, prompt: Prompt, prompt_ids: list[int], response: int) -> None:
+        if len(prompt_ids) + response > self.source.context_length:
+            raise UserError(
+                f"{prompt.origin or prompt.id}: prompt of {len(prompt_ids)} + response of "
+                f"{response} of the teacher's tokens exceed its context of "
+                f"{self.source.context_length}; shorten the row or lower sampling.max_new_tokens"
+            )

@@ -1,0 +1,317 @@
+"""A teacher with other tokens: what it says of a response, and that it is asked no more."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from opd_lightning.chat import render
+from opd_lightning.errors import UserError
+from opd_lightning.lab.models import new_model
+from opd_lightning.methods.scoring import ask_everybody
+from opd_lightning.student import Student
+from opd_lightning.teachers import (
+    Ask,
+    ByDomainTeacher,
+    CrossTokenizerTeacher,
+    FrozenTeacher,
+    Teacher,
+)
+from opd_lightning.timing import StepTimer
+from opd_lightning.types import Prompt, Rollout, RolloutBatch, TokenScores
+from tests.batches import make_batch, make_rollout
+from tests.tokenizers import byte_level, permute_vocabulary, sentence_piece, write_model
+from tests.unit.test_cli_errors import Fail, fail  # noqa: F401 - a fixture
+
+CPU = torch.device("cpu")
+PROMPT = Prompt(id="p", messages=({"role": "user", "content": "the fox"},), domain="math")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two models with the lab's tokens, and the second one with others."""
+    root = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("student", "teacher")):
+        new_model(root / name, layers=1, hidden_size=32, seed=seed)
+    permute_vocabulary(root / "teacher", root / "permuted")
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("kinds")
+    write_model(root / "bytes", byte_level(), "<end of turn>", seed=0)
+    write_model(root / "pieces", sentence_piece(strips=True), "</s>", seed=1)
+    return {path.name: path for path in root.iterdir()}
+
+
+def loaded(path: Path) -> Student:
+    student = Student(str(path))
+    student.load()
+    return student
+
+
+def answered(student: Student, text: str, *, ended: bool = True, dropped: bool = False) -> Rollout:
+    """A rollout in the student's tokens; `text` may be some of the tokens' own names."""
+    tokenizer = student.source.tokenizer
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids += [tokenizer.eos_token_id] if ended else []
+    rollout = make_rollout(
+        ids, prompt_ids=render(PROMPT, tokenizer, {}), truncated=not ended, dropped=dropped
+    )
+    return replace(rollout, prompt=PROMPT)
+
+
+def score(teacher: Teacher, student: Student, batch: RolloutBatch) -> TokenScores:
+    teacher.load(CPU, student)
+    return teacher.score(batch, "student")
+
+
+def plain_logprobs(path: Path, text: str, *, ended: bool, temperature: float) -> Tensor:
+    """Straight from transformers: log-probs of the text's own tokens behind the prompt."""
+    model = loaded(path)
+    tokenizer = model.source.tokenizer
+    prompt = render(PROMPT, tokenizer, {})
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids += [tokenizer.eos_token_id] if ended else []
+    with torch.no_grad():
+        logits = model.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    logprobs = (logits / temperature).log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+TEXTS = ["1+2=3", "the answer; 7", "", "x y"]
+
+
+@pytest.mark.parametrize(("name", "bound"), [("teacher", 1e-6), ("permuted", 1e-5)])
+def test_other_names_of_the_same_tokens_change_nothing(
+    lab: dict[str, Path], name: str, bound: float
+) -> None:
+    student = loaded(lab["student"])
+    rollouts = [answered(student, text, ended=i % 2 == 0) for i, text in enumerate(TEXTS)]
+    rollouts.append(answered(student, "dropped", dropped=True))
+    batch = make_batch(rollouts)
+    expected = score(FrozenTeacher(str(lab["teacher"])), student, batch)
+    found = score(CrossTokenizerTeacher(str(lab[name])), student, batch)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, atol=bound, rtol=0)
+    assert found.ends is not None
+    assert torch.equal(found.ends, batch.response_mask)
+    assert found.entropy.isnan().all()
+    assert found.top_ids.shape == (*batch.response_ids.shape, 0)
+    # That the tokens are called otherwise does matter to one who takes them for the student's.
+    wrong = score(FrozenTeacher(str(lab["permuted"])), student, batch)
+    assert (wrong.logprobs - expected.logprobs).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("text", ["the quick näive 雪 fox", "🙂\n the  fox", "雪"])
+def test_groups_hold_the_sums_of_the_teachers_own_tokens(
+    kinds: dict[str, Path], text: str, ended: bool
+) -> None:
+    for ours, theirs in (("bytes", "pieces"), ("pieces", "bytes")):
+        student = loaded(kinds[ours])
+        batch = make_batch([answered(student, text, ended=ended), answered(student, "the")])
+        found = score(CrossTokenizerTeacher(str(kinds[theirs])), student, batch)
+        own = plain_logprobs(kinds[theirs], text, ended=ended, temperature=batch.temperature)
+        torch.testing.assert_close(found.logprobs[0].sum(), own.sum(), atol=1e-4, rtol=0)
+        assert found.ends is not None
+        row, mask = found.ends[0], batch.response_mask[0]
+        assert row[mask][-1]
+        assert not (row & ~mask).any()
+        assert (found.logprobs[0][~row] == 0).all()
+        if ended:  # the end is a group of its own
+            torch.testing.assert_close(found.logprobs[0][mask][-1], own[-1], atol=1e-5, rtol=0)
+            assert row[mask][-2]
+
+
+def test_nothing_is_said_of_a_character_that_was_cut_off(kinds: dict[str, Path]) -> None:
+    student = loaded(kinds["bytes"])
+    whole = answered(student, "the 🙂", ended=False)
+    cut = replace(whole, response_ids=whole.response_ids[:-1])
+    text = student.source.tokenizer.decode(cut.response_ids)
+    assert text.endswith("\ufffd")
+    known = len(student.source.tokenizer.encode(text.rstrip("\ufffd")))
+    batch = make_batch([cut])
+    teacher = CrossTokenizerTeacher(str(kinds["pieces"]))
+    found = score(teacher, student, batch)
+    assert found.ends is not None
+    assert not found.ends[0, known:].any()
+    own = plain_logprobs(kinds["pieces"], "the ", ended=False, temperature=batch.temperature)
+    torch.testing.assert_close(found.logprobs.sum(), own.sum(), atol=1e-5, rtol=0)
+    answers = ask(student, batch, teacher=teacher)
+    ratio = answers.log_ratio[0]
+    assert (ratio[known:] == 0).all()
+    assert (ratio[:known] != 0).all()
+    nothing = make_batch([replace(cut, response_ids=cut.response_ids[known:])])
+    assert (ask(student, nothing, teacher=teacher).log_ratio == 0).all()
+
+
+def test_bytes_that_are_no_text_are_read_as_a_replacement(kinds: dict[str, Path]) -> None:
+    student = loaded(kinds["bytes"])
+    good = answered(student, "the fox")
+    byte = student.source.tokenizer.convert_tokens_to_ids("ÿ")  # byte 255
+    middle = [*good.response_ids[:1], byte, *good.response_ids[1:]]
+    batch = make_batch([replace(good, response_ids=middle), good])
+    found = score(CrossTokenizerTeacher(str(kinds["pieces"])), student, batch)
+    text = student.source.tokenizer.decode(middle[:-1])
+    assert "\ufffd" in text
+    own = plain_logprobs(kinds["pieces"], text, ended=True, temperature=batch.temperature)
+    torch.testing.assert_close(found.logprobs[0].sum(), own.sum(), atol=1e-4, rtol=0)
+    assert found.ends is not None
+    assert found.ends[0].sum() > 2
+
+
+def test_special_tokens_in_a_response_are_their_names(kinds: dict[str, Path]) -> None:
+    student = loaded(kinds["bytes"])
+    named = answered(student, "the <|user|> fox")
+    assert student.source.tokenizer.convert_tokens_to_ids("<|user|>") in named.response_ids
+    batch = make_batch([named])
+    found = score(CrossTokenizerTeacher(str(kinds["pieces"])), student, batch)
+    own = plain_logprobs(
+        kinds["pieces"], "the <|user|> fox", ended=True, temperature=batch.temperature
+    )
+    torch.testing.assert_close(found.logprobs.sum(), own.sum(), atol=1e-4, rtol=0)
+
+
+def test_ids_beyond_the_students_vocabulary_spell_nothing(kinds: dict[str, Path]) -> None:
+    student = loaded(kinds["bytes"])
+    good = answered(student, "the fox")
+    beyond = len(student.source.tokenizer) + 1
+    odd = replace(good, response_ids=[good.response_ids[0], beyond, *good.response_ids[1:]])
+    teacher = CrossTokenizerTeacher(str(kinds["pieces"]))
+    found, plain = (score(teacher, student, make_batch([x])) for x in (odd, good))
+    torch.testing.assert_close(found.logprobs.sum(), plain.logprobs.sum())
+
+
+# Asked together ---------------------------------------------------------------------------
+
+
+def ask(student: Student, batch: RolloutBatch, **teachers: Teacher):  # type: ignore[no-untyped-def]
+    for teacher in teachers.values():
+        teacher.load(CPU, student)
+    answers = ask_everybody(
+        student,
+        batch,
+        asks={name: Ask(teacher, "student") for name, teacher in teachers.items()},
+        comparisons={},
+        known={},
+        top_k=0,
+        timer=StepTimer(),
+    )
+    return answers.scored
+
+
+def test_everybody_is_compared_in_the_same_groups(kinds: dict[str, Path]) -> None:
+    student = loaded(kinds["pieces"])
+    batch = make_batch(
+        [answered(student, "the quick fox"), answered(student, "雪 the", ended=False)]
+    )
+    foreign = CrossTokenizerTeacher(str(kinds["bytes"]))
+    own = FrozenTeacher(str(kinds["pieces"]))
+    scored = ask(student, batch, teacher=foreign, reference=own)
+    ends = scored.others["teacher"].ends
+    assert ends is not None
+    assert (~ends & batch.response_mask).any()  # some group has several tokens
+    for row in range(2):
+        start = 0
+        for end in ends[row].nonzero()[:, 0].tolist():
+            group = slice(start, end + 1)
+            for name, teacher in (("teacher", foreign), ("reference", own)):
+                raw = teacher.score(batch, "student").logprobs[row, group]
+                expected = (raw - scored.student.logprobs[row, group]).sum()
+                difference = scored.others[name].logprobs - scored.student.logprobs
+                torch.testing.assert_close(
+                    difference[row, group], expected.expand(end + 1 - start), atol=1e-4, rtol=0
+                )
+            start = end + 1
+
+
+def test_scores_that_are_known_are_not_grouped_twice(kinds: dict[str, Path]) -> None:
+    student = loaded(kinds["pieces"])
+    batch = make_batch([answered(student, "the quick fox")])
+    teacher = CrossTokenizerTeacher(str(kinds["bytes"]))
+    teacher.load(CPU, student)
+    arguments = {
+        "asks": {"teacher": Ask(teacher, "student")},
+        "comparisons": {},
+        "top_k": 0,
+        "timer": StepTimer(),
+    }
+    first = ask_everybody(student, batch, known={}, **arguments)  # type: ignore[arg-type]
+    again = ask_everybody(student, batch, known=first.others, **arguments)  # type: ignore[arg-type]
+    assert torch.equal(first.scored.teacher.logprobs, again.scored.teacher.logprobs)
+
+
+def test_domains_may_have_teachers_of_both_kinds(lab: dict[str, Path]) -> None:
+    student = loaded(lab["student"])
+    other = replace(PROMPT, domain="code", id="q")
+    rollouts = [answered(student, text) for text in TEXTS]
+    rollouts[1:3] = [replace(rollout, prompt=other) for rollout in rollouts[1:3]]
+    batch = make_batch(rollouts)
+    frozen = FrozenTeacher(str(lab["teacher"]))
+    mixed = {"math": CrossTokenizerTeacher(str(lab["permuted"])), "code": frozen}
+    expected = score(frozen, student, batch)
+    found = score(ByDomainTeacher(dict(mixed)), student, batch)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+    assert found.ends is not None
+    assert found.ends[batch.response_mask].all()
+    assert found.top_ids.shape[-1] == 0
+
+
+# Mistakes ---------------------------------------------------------------------------------
+
+KIND = "opd_lightning.teachers.CrossTokenizerTeacher"
+TEACHER = f"--model.init_args.teacher={KIND}"
+PATH = "--model.init_args.teacher.init_args.path=lab/arithmetic/teacher"
+METHODS = "opd_lightning.methods."
+
+
+def test_the_plain_prompt_only(fail: Fail) -> None:  # noqa: F811
+    line = fail(f"--model={METHODS}OPSDK1", TEACHER, PATH)
+    assert "OPSDK1 shows its teacher the view 'privileged', but CrossTokenizerTeacher" in line
+
+
+def test_sampled_tokens_only(fail: Fail) -> None:  # noqa: F811
+    line = fail(f"--model={METHODS}DivergenceOPD", TEACHER, PATH)
+    assert "DivergenceOPD reads whole distributions, which CrossTokenizerTeacher cannot" in line
+
+
+@pytest.mark.parametrize("rule", ["TrajectoryGate", "PositionWeight", "ScopeWeight"])
+def test_groups_are_not_added_up(fail: Fail, rule: str) -> None:  # noqa: F811
+    line = fail(TEACHER, PATH, f"--model.init_args.rules+=opd_lightning.rules.{rule}")
+    assert f"{rule} adds up log-ratios of single tokens, but CrossTokenizerTeacher" in line
+
+
+def test_groups_are_not_added_up_over_the_rest(fail: Fail) -> None:  # noqa: F811
+    line = fail(TEACHER, PATH, "--model.init_args.discount=0.5")
+    assert "OPD adds up log-ratios of single tokens" in line
+
+
+def test_bytes_of_tokens_must_be_known(fail: Fail, tmp_path: Path) -> None:  # noqa: F811
+    folder = tmp_path / "odd"
+    new_model(folder, layers=1, hidden_size=32, seed=0)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    line = fail(TEACHER, f"--model.init_args.teacher.init_args.path={folder}")
+    assert f"teacher '{folder}': cannot tell the bytes of its tokens" in line
+    assert "WordPiece" in line
+
+
+def test_prompts_fit_the_teachers_own_context(fail: Fail, tmp_path: Path) -> None:  # noqa: F811
+    folder = tmp_path / "short"
+    new_model(folder, layers=1, hidden_size=32, seed=0)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8}))
+    line = fail(TEACHER, f"--model.init_args.teacher.init_args.path={folder}")
+    assert "of the teacher's tokens exceed its context of 8; shorten the row" in line
+
+
+def test_a_response_beyond_the_context_is_an_error(kinds: dict[str, Path]) -> None:
+    student = loaded(kinds["bytes"])
+    batch = make_batch([answered(student, "the fox " * 20)])
+    with pytest.raises(UserError, match="of the teacher's tokens exceed its context of 64"):
+        score(CrossTokenizerTeacher(str(kinds["pieces"])), student, batch)
