@@ -15,17 +15,35 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def load_causal_lm(
-    source: ModelSource, *, dtype: Dtype, attn_implementation: str | None = None
+    source: ModelSource,
+    *,
+    dtype: Dtype,
+    attn_implementation: str | None = None,
+    empty: bool = False,
 ) -> Any:
-    """The model of `source` with its weights, in eval mode."""
+    """The model of `source` with its weights, in eval mode; `empty` ones are on the meta device."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        source.path,
-        dtype=getattr(torch, dtype),
-        attn_implementation=attn_implementation,
-        trust_remote_code=source.trust_remote_code,
-    )
+    how = {
+        "dtype": getattr(torch, dtype),
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": source.trust_remote_code,
+    }
+    if not empty:
+        return AutoModelForCausalLM.from_pretrained(source.path, **how)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(source.config, **how).eval()
+
+
+class Reader(nn.Module):
+    """A causal LM whose forward call is `response_states`: what a teacher does with a model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: RolloutBatch, view: str) -> TokenStates:
+        return response_states(self.model, batch, view)
 
 
 def response_states(model: Any, batch: RolloutBatch, view: str) -> TokenStates:

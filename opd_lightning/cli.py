@@ -31,9 +31,19 @@ def main(args: list[str] | None = None) -> None:
             from opd_lightning.lightning_cli import OPDCLI
 
             OPDCLI(args)
+            _part()
     except UserError as error:
         report(str(error))
         sys.exit(2)
     except (EngineMismatchError, NotReadyError, ServerAwayError) as error:
         report(str(error))
         sys.exit(1)
+
+
+def _part() -> None:
+    """Leave the other processes of a finished run; gloo may abort one that just goes."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from opd_lightning.causal_lm import Dtype, load_causal_lm, response_states
 from opd_lightning.errors import UserError
-from opd_lightning.head import Comparison, Divergence, HeadScores, TopLogprobs, score
+from opd_lightning.head import (
+    Comparison,
+    Divergence,
+    HeadScores,
+    TokenStates,
+    TopLogprobs,
+    score,
+)
 from opd_lightning.model_source import ModelSource
+from opd_lightning.sharding import Sharding
 from opd_lightning.types import RolloutBatch, TokenScores
 from opd_lightning.weights import check_mergeable, full_weights
 
@@ -40,6 +50,7 @@ class Student(nn.Module):
     """
 
     model: Any  # set by load()
+    sharding: Sharding | None  # likewise; teachers in this process are sharded like the student
 
     def __init__(
         self,
@@ -62,27 +73,44 @@ class Student(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
         self.model = None
+        self.sharding = None
 
-    def load(self) -> None:
-        """Load the weights, once."""
+    def load(self, sharding: Sharding | None = None) -> None:
+        """Load the weights, once; with `sharding`, this process's part of them."""
         if self.model is not None:
             return
+        self.sharding = sharding
+        self.model = self.build(empty=sharding is not None and not sharding.reads)
+        if sharding is not None:
+            sharding.spread(self, compute_dtype=sharding.compute_dtype)
+            register_fsdp_forward_method(self, "states")
+
+    def build(self, *, empty: bool = False) -> Any:
+        """The model at its start, LoRA included; an `empty` one has shapes alone."""
         model = load_causal_lm(
-            self.source, dtype=self.dtype, attn_implementation=self.attn_implementation
+            self.source,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+            empty=empty,
         )
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.lora is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, self.lora)
+            with torch.device("meta") if empty else nullcontext():
+                model = get_peft_model(model, self.lora)
             check_mergeable(model)
         # transformers returns models in eval mode, where checkpointing does nothing.
-        self.model = _without_dropout(model.train())
+        return _without_dropout(model.train())
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor), LoRA merged: what an engine or an export wants."""
         return full_weights(self.model)
+
+    def states(self, batch: RolloutBatch, view: str) -> TokenStates:
+        """Where the model predicts the response tokens, for a teacher who is the student itself."""
+        return response_states(self.model, batch, view)
 
     def forward(
         self,

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
+from opd_lightning.sharding import whole
 
 
 def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, full detached tensor), one at a time, tied weights once.
 
-    LoRA is merged on the fly, weight by weight: at most one merged tensor exists beside the
-    model. Modules that peft trains whole (`modules_to_save`) come under their own names.
+    LoRA is merged on the fly, weight by weight: at most one full tensor exists beside the model.
+    Modules that peft trains whole (`modules_to_save`) come under their own names. Shards are
+    gathered, so all ranks must iterate together.
     """
     if not hasattr(model, "peft_config"):
         for name, parameter in model.named_parameters():
-            yield name, parameter.detach()
+            yield name, whole(parameter.detach())
         return
 
     modules = dict(model.named_modules())
@@ -27,13 +29,20 @@ def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         if ".lora_" in name or ".original_module." in name:
             continue
-        weight = parameter.detach()
+        weight = whole(parameter.detach())
         owner, found, _ = name.partition(".base_layer.weight")
         if found and adapter in getattr(modules[owner], "lora_A", {}):
-            with torch.no_grad():
-                weight = weight + modules[owner].get_delta_weight(adapter).to(weight.dtype)
+            weight = weight + _delta(modules[owner], adapter).to(weight.dtype)
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         yield plain.replace(f".modules_to_save.{adapter}.", "."), weight
+
+
+@torch.no_grad()
+def _delta(layer: Any, adapter: str) -> Tensor:
+    """What plain LoRA adds to a linear layer's weight, in float32."""
+    down, up = (whole(part[adapter].weight).float() for part in (layer.lora_A, layer.lora_B))
+    delta = layer.scaling[adapter] * (up @ down)
+    return delta.T if layer.fan_in_fan_out else delta
 
 
 def check_mergeable(model: Any) -> None:

@@ -137,6 +137,9 @@ class TrainingStream:
         first = self.ranks.rank * share
         mix = self.mix_at(step)
         authors = mix.authors(self.seed, step, self.prompts_per_step, self.samples_per_prompt)
+        if any(not author.is_demonstrator() for row in authors for author in row):
+            # Also where none of this rank's: it takes all ranks to gather sharded weights.
+            self.writer.prepare(Author.STUDENT)
         start = step * self.prompts_per_step + first
         rows = [
             Row(
@@ -189,12 +192,16 @@ class EvaluationStream:
         self.batch_size = batch_size
         self.seed = seed
         self.mine = range(ranks.rank, len(prompts), ranks.world_size)
+        self.batches = -(-len(prompts) // (ranks.world_size * batch_size))
 
     def __len__(self) -> int:
-        return -(-len(self.mine) // self.batch_size)
+        """Batches, as many on every rank; the last may be empty here."""
+        return self.batches
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        for first in range(0, len(self.mine), self.batch_size):
+        for first in range(0, self.batches * self.batch_size, self.batch_size):
+            # Also where there is nothing to write: all ranks gather sharded weights together.
+            self.writer.prepare(Author.STUDENT)
             chosen = self.mine[first : first + self.batch_size]
             rows = [
                 Row(
@@ -209,5 +216,5 @@ class EvaluationStream:
                 for i in chosen
                 for sample in range(self.samples)
             ]
-            rollouts = self.writer.write(rows, {Author.STUDENT: self.sampling})
+            rollouts = self.writer.write(rows, {Author.STUDENT: self.sampling}) if rows else []
             yield EvaluationBatch(suite=self.suite, rollouts=tuple(rollouts))

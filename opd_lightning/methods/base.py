@@ -22,6 +22,7 @@ from opd_lightning.metrics.step import (
     ResponseStatistics,
     SignalStatistics,
 )
+from opd_lightning.sharding import Sharding, whole
 from opd_lightning.student import Student
 from opd_lightning.teachers.base import Ask, Teacher
 from opd_lightning.timing import StepTimer
@@ -140,10 +141,15 @@ class DistillationModule(EvaluatedModule, ABC):
     # Lightning ----------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        self.student.load()
+        device, sharding = self.trainer.strategy.root_device, None
+        if self.device_mesh is not None:
+            autocast = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            mesh = self.device_mesh["data_parallel"]
+            sharding = Sharding(mesh=mesh, device=device, compute_dtype=autocast)
+        self.student.load(sharding)
         if self.trainer.state.fn == TrainerFn.FITTING:  # nobody else asks them
             for teacher in self.teachers():
-                teacher.load(self.device, self.student)
+                teacher.load(device, self.student)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.student.parameters() if p.requires_grad])
@@ -172,8 +178,8 @@ class DistillationModule(EvaluatedModule, ABC):
         loss = self.loss(batch)
         self.loss_sum.update(loss.detach())
         self.responses.update(batch)
-        # Lightning divides by the micro-batches and DDP averages over ranks; `loss` is already
-        # this micro-batch's share of the whole step.
+        # Lightning divides by the micro-batches, and DDP and FSDP average over ranks; `loss` is
+        # already this micro-batch's share of the whole step.
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def on_train_start(self) -> None:
@@ -192,7 +198,7 @@ class DistillationModule(EvaluatedModule, ABC):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         with self.timer.stage("log"):
             gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-            self._log_step(torch.nn.utils.get_total_norm(gradients))
+            self._log_step(whole(torch.nn.utils.get_total_norm(gradients)))
         for teacher in self.teachers():
             teacher.rest()
         self.timer.start("optimizer")

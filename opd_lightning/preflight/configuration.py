@@ -11,6 +11,7 @@ from opd_lightning.data.views import Renderer, recorded_response_ids
 from opd_lightning.errors import UserError
 from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Sampling
+from opd_lightning.sharding import check_strategy
 from opd_lightning.teachers.of_student import EMATeacher
 from opd_lightning.tokenization import check_spelling
 from opd_lightning.types import Prompt
@@ -199,6 +200,7 @@ def check_trainer(trainer: Trainer) -> None:
             f"trainer.precision: got {trainer.precision!r}, expected one of "
             f"{', '.join(PRECISIONS)}; for weights in bfloat16 set student.dtype"
         )
+    check_strategy(trainer.strategy)
     every, parts = trainer.val_check_interval, trainer.accumulate_grad_batches
     if isinstance(every, int) and every % parts:
         raise UserError(

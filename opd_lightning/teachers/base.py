@@ -49,6 +49,14 @@ class Teacher(ABC):
     def close(self) -> None:  # noqa: B027
         """The run is over."""
 
+    @property
+    def is_collective(self) -> bool:
+        """Whether asking takes all ranks, because each holds a part of the model.
+
+        Every rank must then ask equally often. Other kinds are in every process as a whole.
+        """
+        return False
+
     def parts(self) -> list[Teacher]:
         """Itself, or the teachers it is made of."""
         return [self]

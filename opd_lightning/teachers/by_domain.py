@@ -58,10 +58,14 @@ class ByDomainTeacher(Teacher):
             self.teachers[domain].expect(batch.select(rows), view, top_k=top_k)
 
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
-        told = [
-            (rows, self.teachers[domain].score(batch.select(rows), view, top_k=top_k))
-            for domain, rows in self._rows(batch).items()
-        ]
+        told = []
+        mine = self._rows(batch)
+        for domain, teacher in self.teachers.items():
+            rows = mine.get(domain, [])
+            if rows or teacher.is_collective:
+                # Other ranks may have rows of this domain, and need this one to read them.
+                part = batch.select(rows or [0])
+                told.append((rows, teacher.score(part, view, top_k=top_k)))
         # What not all of them rank counts as not ranked.
         ranked = min(scores.top_ids.shape[-1] for _, scores in told)
         grouped = any(scores.ends is not None for _, scores in told)
@@ -75,9 +79,9 @@ class ByDomainTeacher(Teacher):
             if grouped:
                 alone = torch.ones_like(scores.logprobs, dtype=torch.bool)
                 parts["ends"] = alone if scores.ends is None else scores.ends
-            for name, part in parts.items():
-                full = part.new_zeros((len(batch.rollouts), *part.shape[1:]))
-                whole.setdefault(name, full)[rows] = part
+            for name, value in parts.items():
+                full = value.new_zeros((len(batch.rollouts), *value.shape[1:]))
+                whole.setdefault(name, full)[rows] = value[: len(rows)]
         return TokenScores(**whole)
 
     def _rows(self, batch: RolloutBatch) -> dict[str, list[int]]:

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from opd_lightning.causal_lm import Dtype, load_causal_lm
+from opd_lightning.causal_lm import Dtype, Reader, load_causal_lm
+from opd_lightning.errors import UserError
+from opd_lightning.head import TokenStates
 from opd_lightning.model_source import ModelSource
-from opd_lightning.teachers.local import LocalTeacher
+from opd_lightning.teachers.local import OwnModelTeacher
+from opd_lightning.types import RolloutBatch
 
 if TYPE_CHECKING:
     from opd_lightning.student import Student
 
 
-class FrozenTeacher(LocalTeacher):
+class FrozenTeacher(OwnModelTeacher):
     """A Hugging Face causal LM that never changes.
-
-    Not an `nn.Module`, so that Lightning neither trains nor checkpoints it.
 
     Args:
         path: Model folder or hub name.
@@ -44,32 +45,51 @@ class FrozenTeacher(LocalTeacher):
         self.dtype: Dtype = dtype
         self.attn_implementation = attn_implementation
         self.offload = offload
-        self._model: Any = None
-        self._twin: Any = None  # an offloaded model's copy on the device
+        self._device: torch.device | None = None  # where an offloaded model is read
+        self._twin: Reader | None = None  # its copy there
 
     def load(self, device: torch.device, student: Student) -> None:
-        if self._model is None:
-            self._model = load_causal_lm(
-                self.source, dtype=self.dtype, attn_implementation=self.attn_implementation
+        if self._reader is not None:
+            return
+        sharding = self._sharding = student.sharding
+        if sharding is not None and self.offload:
+            raise UserError(
+                f"{self.source.role}.offload: got true for {self.source.path!r}, but this run "
+                "shards its models, which leaves each process a part; leave offload out"
             )
-            self._model.eval().requires_grad_(False)
-        self._device = device
-        if not self.offload:
-            self._model.to(device)
-
-    def model(self) -> Any:
-        if not self.offload:
-            return self._model
-        if self._twin is None:
-            # What deepcopy finds in its memo it takes for the copy: no weight is copied twice.
-            copies: dict[int, Any] = {id(x): x.to(self._device) for x in self._model.buffers()}
-            for x in self._model.parameters():
-                copies[id(x)] = nn.Parameter(x.to(self._device), requires_grad=False)
-            self._twin = deepcopy(self._model, copies)
-        return self._twin
+        model = load_causal_lm(
+            self.source,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+            empty=sharding is not None and not sharding.reads,
+        )
+        self._reader = Reader(model).eval().requires_grad_(False)
+        if sharding is not None:
+            sharding.spread(self._reader)
+        elif self.offload:
+            self._device = device
+        else:
+            self._reader.to(device)
 
     def rest(self) -> None:
-        """Drop the copy on the device: frozen weights need not be copied back."""
-        self._twin = None
-        if self.offload and self._device.type == "cuda":
+        super().rest()
+        if self._twin is not None:  # frozen weights need not be copied back
+            self._twin = None
             torch.cuda.empty_cache()
+
+    def _read(self, batch: RolloutBatch, view: str) -> TokenStates:
+        if self._device is None:
+            return super()._read(batch, view)
+        if self._twin is None:
+            assert self._reader is not None
+            self._twin = _copy_to(self._device, self._reader)
+        states: TokenStates = self._twin(batch, view)
+        return states
+
+
+def _copy_to(device: torch.device, model: Reader) -> Reader:
+    """A second model whose weights are there; what deepcopy finds in its memo it does not copy."""
+    memo: dict[int, Any] = {id(x): x.to(device) for x in model.buffers()}
+    for x in model.parameters():
+        memo[id(x)] = nn.Parameter(x.to(device), requires_grad=False)
+    return deepcopy(model, memo)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from opd_lightning.causal_lm import Reader
 from opd_lightning.errors import UserError
 from opd_lightning.head import TokenStates
-from opd_lightning.teachers.local import LocalTeacher
+from opd_lightning.sharding import fill, whole
+from opd_lightning.teachers.local import LocalTeacher, OwnModelTeacher
 from opd_lightning.types import RolloutBatch
 
 if TYPE_CHECKING:
     from opd_lightning.student import Student
 
 
-class EMATeacher(LocalTeacher):
+class EMATeacher(OwnModelTeacher):
     """A copy of the student that follows it slowly: `theta_T <- theta_T + rate (theta - theta_T)`.
 
     It starts as the student's start. `callbacks.EMATeacherUpdate` moves it after optimiser steps
@@ -38,15 +39,17 @@ class EMATeacher(LocalTeacher):
             raise UserError(f"EMATeacher.every: got {every} steps, expected at least 1")
         self.rate = rate
         self.every = every
-        self._model: Any = None
 
     def load(self, device: torch.device, student: Student) -> None:
-        if self._model is None:
-            self._model = deepcopy(student.model).eval().requires_grad_(False)
-        self._model.to(device)
-
-    def model(self) -> Any:
-        return self._model
+        if self._reader is not None:
+            return
+        sharding = self._sharding = student.sharding
+        model = deepcopy(student.model) if sharding is None else student.build(empty=True)
+        self._reader = Reader(model).eval().requires_grad_(False)
+        if sharding is None:
+            self._reader.to(device)
+        else:
+            sharding.copy(self._reader, student)
 
     @torch.no_grad()
     def follow(self, student: Student, step: int) -> None:
@@ -55,21 +58,30 @@ class EMATeacher(LocalTeacher):
         Elementwise over the parameters that train, so LoRA adapters and shards move as they are.
         """
         if step % self.every == 0:
-            own = dict(self._model.named_parameters())
+            own = dict(self.model().named_parameters())
             for name, parameter in student.model.named_parameters():
                 if parameter.requires_grad:
                     own[name].lerp_(parameter.to(own[name].dtype), self.rate)
 
     def state_dict(self, student: Student) -> dict[str, Tensor]:
-        """The parameters that move."""
-        own = dict(self._model.named_parameters())
-        return {n: own[n] for n, p in student.model.named_parameters() if p.requires_grad}
+        """The parameters that move, whole and on the CPU.
 
-    @torch.no_grad()
+        All ranks must ask where the student is sharded; rank 0 alone gets an answer.
+        """
+        own = dict(self.model().named_parameters())
+        state = {}
+        for name, parameter in student.model.named_parameters():
+            if parameter.requires_grad:
+                value = whole(own[name])
+                if self._sharding is None or self._sharding.reads:
+                    state[name] = value.cpu()
+        return state
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        own = dict(self._model.named_parameters())
+        """Take up whole parameters; every rank has them all."""
+        own = dict(self.model().named_parameters())
         for name, value in state.items():
-            own[name].copy_(value)
+            fill(own[name], value)
 
 
 class AdapterOffTeacher(LocalTeacher):
@@ -85,8 +97,9 @@ class AdapterOffTeacher(LocalTeacher):
             )
         self._student = student
 
-    def model(self) -> Any:
-        return self._student.model
+    @property
+    def is_collective(self) -> bool:
+        return self._student.sharding is not None
 
     def states(self, batch: RolloutBatch, view: str) -> TokenStates:
         states = super().states(batch, view)
@@ -96,6 +109,11 @@ class AdapterOffTeacher(LocalTeacher):
             project = getattr(project, beneath, project)
         return TokenStates(states.hidden, replace(states.head, project=project))
 
-    def _reading(self) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = self._student.model.disable_adapter()
-        return context
+    def _read(self, batch: RolloutBatch, view: str) -> TokenStates:
+        learning = [p for p in self._student.parameters() if p.requires_grad]
+        with self._student.model.disable_adapter():
+            # peft freezes what it switches off, and FSDP would carry that over to the gathered
+            # weights of one of the two sides of the switch; there is no gradient here anyway.
+            for parameter in learning:
+                parameter.requires_grad_(True)
+            return self._student.states(batch, view)

@@ -9,7 +9,7 @@ from opd_lightning.lightning_cli import OPDCLI
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 # Files that complete a method's config rather than being one.
-OVERLAYS = ("engine", "teacher")
+OVERLAYS = ("engine", "teacher", "strategy")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))

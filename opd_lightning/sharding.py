@@ -1,0 +1,158 @@
+"""FSDP2: every process keeps a part of each weight, and layers are whole while they are at work.
+
+A decoder layer is gathered for its forward pass and again for its backward pass. What is left of a
+model (embedding, last norm, head) is gathered by the forward call of its root, and stays whole
+until the root's backward pass is over, or until `rest` where there is none: the head of a teacher
+is read after its forward call, inside the student's and once more in the student's backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from opd_lightning.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """Which processes share the weights, and how.
+
+    `compute_dtype` is what autocast would turn the student's layers into: gathering them in it
+    halves the traffic, and frees them after their forward pass, where autocast would keep copies.
+    Gradients are added up in float32. Embedding, norm and head keep their own dtype.
+    """
+
+    mesh: DeviceMesh  # 1-D: all processes
+    device: torch.device
+    compute_dtype: torch.dtype | None = None
+
+    @property
+    def reads(self) -> bool:
+        """Whether this process reads weights from disk; the others get theirs from it."""
+        return dist.get_rank() == 0
+
+    def spread(self, root: nn.Module, *, compute_dtype: torch.dtype | None = None) -> None:
+        """Shard `root`: real where `reads` is true, on the meta device elsewhere.
+
+        Layer by layer: rank 0's weights go to everybody, and everybody keeps its part, so that
+        no device ever holds more than one whole layer, or what is no layer.
+        """
+        for layer, inside in _units(root):
+            _bring(inside, self.device)
+            for tensor in _tensors(inside):
+                dist.broadcast(tensor.detach(), src=0)
+            self._shard(layer, compute_dtype if layer is not root else None)
+
+    def copy(self, root: nn.Module, original: nn.Module) -> None:
+        """Shard `root`, on the meta device everywhere, with the weights of a sharded `original`."""
+        for layer, inside in _units(root):
+            _bring(inside, self.device)
+            self._shard(layer, None)
+        pairs = zip(_tensors(root.modules()), _tensors(original.modules()), strict=True)
+        with torch.no_grad():
+            for mine, theirs in pairs:
+                mine.copy_(theirs)
+
+    def _shard(self, unit: nn.Module, dtype: torch.dtype | None) -> None:
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype,
+            reduce_dtype=torch.float32 if dtype else None,
+            cast_forward_inputs=False,  # autocast decides, as it does without sharding
+        )
+        fully_shard(unit, mesh=self.mesh, mp_policy=policy)
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuse ways of sharing the work that teachers, weights and checkpoints know nothing of."""
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
+        raise UserError(
+            f"trainer.strategy: got {type(strategy).__name__}, expected ddp, or "
+            "ModelParallelStrategy to shard the weights; configs/strategy has both"
+        )
+    if isinstance(strategy, ModelParallelStrategy):
+        parts = strategy.device_mesh["tensor_parallel"].size()
+        if parts != 1:
+            raise UserError(
+                f"trainer.strategy.tensor_parallel_size: got {parts}, expected 1; set "
+                "data_parallel_size to the number of processes"
+            )
+
+
+def rest(root: nn.Module) -> None:
+    """Give back what the last forward call of a root without a backward pass left gathered."""
+    assert isinstance(root, FSDPModule)
+    root.reshard()
+    # FSDP notes the order of layers for the backward pass, which would empty the notes.
+    state = root._get_fsdp_state()
+    state._comm_ctx.post_forward_order.clear()
+    for one in state._state_ctx.all_states:
+        for group in one._fsdp_param_groups:
+            group._post_forward_indices.clear()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor behind a shard, and any other tensor as it is; all ranks must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def fill(target: Tensor, value: Tensor) -> None:
+    """Write a whole value, which every rank has, to a tensor or to this process's shard of it."""
+    if isinstance(target, DTensor):
+        here = value.to(target.device)
+        value = distribute_tensor(here, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(value)
+
+
+def _units(root: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """Every decoder layer, then the root, each with the modules that are its own."""
+    # transformers' own list of blocks that must stay together.
+    names = {n for m in root.modules() for n in getattr(m, "_no_split_modules", None) or ()}
+    layers = [module for module in root.modules() if type(module).__name__ in names]
+    if not layers:
+        raise UserError(
+            f"trainer.strategy: got sharding, but {type(root).__name__}'s model does not name its "
+            "layers (_no_split_modules); train it with strategy ddp"
+        )
+    units = [(layer, list(layer.modules())) for layer in layers]
+    taken = {module for _, inside in units for module in inside}
+    return [*units, (root, [module for module in root.modules() if module not in taken])]
+
+
+def _bring(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Move to `device`, tied parameters still tied; what was on the meta device has no value."""
+    moved: dict[Any, Any] = {}
+
+    def there(tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return torch.empty_like(tensor, device=device)
+        return tensor.detach().to(device)
+
+    for module in modules:
+        for name, old in list(module.named_parameters(recurse=False)):
+            if old not in moved:
+                moved[old] = nn.Parameter(there(old), requires_grad=old.requires_grad)
+            setattr(module, name, moved[old])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, there(buffer))
+
+
+def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Parameters, each once, and buffers."""
+    inside = list(modules)
+    parameters = dict.fromkeys(p for m in inside for p in m.parameters(recurse=False))
+    return [*parameters, *(b for m in inside for b in m.buffers(recurse=False))]
