@@ -27,8 +27,9 @@ class WeightSum(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
+        tensor = tensor.detach()
         total = float(tensor.sum(dtype=torch.float64))
-        norm = float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
+        norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
         return cls(total, norm, tensor.numel())
 
     @classmethod
