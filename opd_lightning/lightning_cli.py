@@ -24,6 +24,9 @@ TRAINER_DEFAULTS = {
     "max_epochs": -1,  # runs are measured in optimiser steps: trainer.max_steps
 }
 
+OWN_COMMANDS = ("check", "export", "write_responses", "cache_teacher")
+DASHED = [name.replace("_", "-") for name in OWN_COMMANDS]
+
 # Names that Lightning itself looks up.
 SYMBOLIC_CHECKPOINTS = ("last", "best", "hpc", "registry")
 
@@ -68,9 +71,11 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class OPDCLI(LightningCLI):
-    """`opd fit|validate|test|check|export`."""
+    """`opd fit|validate|test`, and the commands of our own trainer."""
 
-    def __init__(self, args: list[str] | None = None) -> None:
+    def __init__(self, args: list[str]) -> None:
+        # A command is a method of the trainer, whose name has no dash.
+        args = [word.replace("-", "_") if word in DASHED else word for word in args[:1]] + args[1:]
         super().__init__(
             DistillationModule,
             RolloutDataModule,
@@ -95,8 +100,7 @@ class OPDCLI(LightningCLI):
         standard = LightningCLI.subcommands()
         return {
             **{name: standard[name] for name in ("fit", "validate", "test")},
-            "check": {"model", "datamodule"},
-            "export": {"model", "datamodule"},
+            **{name: {"model", "datamodule"} for name in OWN_COMMANDS},
         }
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:

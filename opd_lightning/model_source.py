@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_lightning.errors import UserError
+from opd_lightning.model_identity import model_identity
 
 
 class ModelSource:
@@ -51,6 +52,11 @@ class ModelSource:
             listed = None
         ids |= set(listed if isinstance(listed, list) else [listed])
         return tuple(sorted(i for i in ids if i is not None))
+
+    @cached_property
+    def identity(self) -> str:
+        """What its weights are known by, wherever they are; see `model_identity`."""
+        return model_identity(self.path)
 
     @property
     def pad_id(self) -> int:

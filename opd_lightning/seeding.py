@@ -3,7 +3,7 @@
 import hashlib
 
 # What a seed is for; part of its coordinates, so that two uses never share a stream.
-PROMPT_ORDER, TRAINING_SAMPLE, EVALUATION_SAMPLE, AUTHOR, GUIDANCE = range(5)
+PROMPT_ORDER, TRAINING_SAMPLE, EVALUATION_SAMPLE, AUTHOR, GUIDANCE, WRITTEN_SAMPLE = range(6)
 
 
 def derive_seed(*coordinates: int) -> int:

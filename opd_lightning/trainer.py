@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch import Trainer as LightningTrainer
@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 
 from opd_lightning import preflight
+from opd_lightning.cache_teacher import fill
 from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.errors import NotReadyError, UserError
 from opd_lightning.export import load_student, write_hf_folder
@@ -21,10 +22,13 @@ from opd_lightning.preflight import report
 from opd_lightning.preflight.check import look_at
 from opd_lightning.progress import StepProgressBar
 from opd_lightning.quiet import only_warnings
+from opd_lightning.teachers.cached import CachedTeacher
+from opd_lightning.types import Author
+from opd_lightning.write_responses import write_responses
 
 
 class Trainer(LightningTrainer):
-    """Lightning's, with `check`, `export` and a progress bar in optimiser steps."""
+    """See Lightning's documentation; our own commands and a progress bar are added."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("enable_progress_bar") is not False:
@@ -91,3 +95,71 @@ class Trainer(LightningTrainer):
             report.as_table(findings, Console())
         if any(finding.level == "error" for finding in findings):
             raise NotReadyError(report.verdict(findings))
+
+    def cache_teacher(
+        self,
+        model: DistillationModule,
+        batch_tokens: int = 16384,
+        datamodule: RolloutDataModule | None = None,
+    ) -> None:
+        """Ask the teachers behind a run's CachedTeachers about its recorded responses.
+
+        Run it again to go on where it stopped. One process, on the trainer's first device.
+
+        Args:
+            batch_tokens: Most tokens of a batch, prompts and padding included.
+            datamodule: Holds the responses.
+        """
+        parts = [part for teacher in model.teachers() for part in teacher.parts()]
+        cached = [part for part in parts if isinstance(part, CachedTeacher)]
+        if not cached:
+            raise UserError(
+                "model: it asks no CachedTeacher, so there is nothing to cache; put one around the "
+                "teacher"
+            )
+        assert datamodule is not None
+        for teacher in cached:
+            teacher.note_unknown()
+        self.strategy.connect(model)
+        model.trainer = datamodule.trainer = self
+        datamodule.setup("fit")
+        for teacher in cached:
+            fill(
+                teacher,
+                student=model.student,
+                device=self.strategy.root_device,
+                batch_tokens=batch_tokens,
+            )
+
+    def write_responses(
+        self,
+        model: DistillationModule,
+        out: str,
+        author: Literal["student", "teacher"] = "student",
+        samples: int = 1,
+        batch_size: int = 256,
+        ckpt_path: str | None = None,
+        datamodule: RolloutDataModule | None = None,
+    ) -> None:
+        """Write responses to the prompts of data.train, as a prompt file of recorded responses.
+
+        Run it again to go on where it stopped.
+
+        Args:
+            out: File to write, JSON lines.
+            author: The student with data.engine, or the teacher of data.teacher.
+            samples: Responses per prompt.
+            batch_size: Prompts per call of the engine.
+            ckpt_path: Checkpoint of the student; without one it writes as it starts.
+            datamodule: Holds the prompts, the engines and the sampling.
+        """
+        assert datamodule is not None
+        write_responses(
+            model,
+            datamodule,
+            Path(out),
+            kind=Author(author),
+            samples=samples,
+            batch_size=batch_size,
+            ckpt_path=ckpt_path,
+        )

@@ -36,6 +36,7 @@ class Prompt:
     messages: tuple[Message, ...]  # the chat so far; the policy writes the next assistant turn
     answer: str | None = None  # the reference answer, for verifiers
     response: str | None = None  # a recorded response, for supervised training
+    response_ids: tuple[int, ...] | None = None  # the same as ids, EOS included; they win
     privileged: str | None = None  # text only a teacher may see
     domain: str = "default"  # group name for per-domain metrics and teachers
     origin: str = ""  # "file:line" it was read from, for error messages

@@ -129,7 +129,6 @@ class RolloutDataModule(LightningDataModule):
         self._plan_engines()
 
     def train_dataloader(self) -> TrainingStream:
-        assert self.trainer is not None
         assert self._train is not None
         return TrainingStream(
             self._train.prompts,
@@ -140,7 +139,7 @@ class RolloutDataModule(LightningDataModule):
             prepare=self.module.prepare_step,
             prompts_per_step=self.prompts_per_step,
             samples_per_prompt=self.samples_per_prompt,
-            micro_batches=self.trainer.accumulate_grad_batches,
+            micro_batches=self.module.trainer.accumulate_grad_batches,
             seed=self.seed,
             ranks=Ranks.of(self.trainer),
             pad_id=self.module.student.source.pad_id,
@@ -200,7 +199,8 @@ class RolloutDataModule(LightningDataModule):
         """Renders the student's prompts and, for training, every view that is read."""
         names = self.module.views() | ({self.mix.guided_view} if self.mix.guided else set())
         views = {name: self.views[name] for name in sorted(names)} if training else {}
-        return Renderer(self.module.student.source.tokenizer, self.template_args, views)
+        source = self.module.student.source
+        return Renderer(source.tokenizer, self.template_args, views, source.eos_ids)
 
     def _load(
         self,
@@ -236,9 +236,8 @@ class RolloutDataModule(LightningDataModule):
         if self.engine is not None:
             self.engines.plan(Author.STUDENT, self.module.student.source, longest + budget)
         if self.teacher is not None:
-            budget = samplings_by_author(self.sampling, self.mix, self.teacher)[
-                Author.TEACHER
-            ].max_new_tokens
+            by_author = samplings_by_author(self.sampling, self.mix, self.teacher)
+            budget = by_author[Author.TEACHER].max_new_tokens
             source = ModelSource(self.teacher.path, role="data.teacher")
             self.engines.plan(Author.TEACHER, source, longest + budget)
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from opd_lightning.data.rows import read_rows
 from opd_lightning.errors import UserError
 from opd_lightning.types import Message, Prompt
 
 log = logging.getLogger(__name__)
 
-FIELDS = ("messages", "answer", "response", "privileged", "domain", "id")
+TEXTS = ("answer", "response", "privileged", "domain", "id")
+FIELDS = ("messages", *TEXTS, "response_ids")
 NUMBERS_TOO = ("answer", "id")  # fields where 7 is as good as "7"
 ROLES = ("system", "user", "assistant")
-READABLE = "a .jsonl or .parquet file or a folder written by Dataset.save_to_disk"
 
 
 class BadRowError(ValueError):
@@ -30,9 +31,10 @@ class PromptSource:
     Args:
         path: A .jsonl or .parquet file, or a folder written by `datasets.Dataset.save_to_disk`.
         columns: Where our fields are in the file, as field: column. The fields are messages (a
-            chat, or text that becomes one user message), answer, response, privileged, domain and
-            id. A field that is not listed is read from the column of its name. Without a column
-            messages, the column prompt is read.
+            chat, or text that becomes one user message), answer, response, privileged, domain, id
+            and response_ids (the recorded response as token ids, EOS included, which is never
+            tokenised again). A field that is not listed is read from the column of its name.
+            Without a column messages, the column prompt is read.
         limit: Keep only the first this many prompts.
         on_bad_row: Stop at a row that cannot be used ("error") or leave it out ("skip").
 
@@ -67,7 +69,7 @@ class PromptSource:
         problems: list[str] = []
         lines_by_id: dict[str, int] = {}
         unseen = dict(self.columns)
-        for line, raw in _read(self.path):
+        for line, raw in read_rows(self.path):
             try:
                 row = _decode(raw) if isinstance(raw, bytes) else raw
                 unseen = {field: name for field, name in unseen.items() if name not in row}
@@ -110,7 +112,7 @@ class PromptSource:
     def _prompt(self, row: Mapping[str, Any], line: int) -> Prompt:
         texts = {
             field: _text(row, self.columns.get(field, field), number=field in NUMBERS_TOO)
-            for field in FIELDS[1:]
+            for field in TEXTS
         }
         column = self.columns.get("messages", "messages")
         if "messages" not in self.columns and row.get("messages") is None and "prompt" in row:
@@ -120,6 +122,7 @@ class PromptSource:
             messages=_messages(row, column),
             answer=texts["answer"],
             response=texts["response"],
+            response_ids=_ids(row, self.columns.get("response_ids", "response_ids")),
             privileged=texts["privileged"],
             domain=texts["domain"] or "default",
             origin=f"{self.path}:{line}",
@@ -165,6 +168,19 @@ def _text(row: Mapping[str, Any], column: str, *, number: bool) -> str | None:
     raise BadRowError(f"{column!r} must be {expected}, got {_show(value)}")
 
 
+def _ids(row: Mapping[str, Any], column: str) -> tuple[int, ...] | None:
+    """The token ids in a column, None if nothing is there."""
+    value = row.get(column)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value:
+        raise BadRowError(f"{column!r} must be a list of token ids, got {_show(value)}")
+    for i, token in enumerate(value):
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise BadRowError(f"'{column}[{i}]' must be a token id, got {_show(token)}")
+    return tuple(value)
+
+
 def _encodable(text: str, where: str) -> str:
     # Half a surrogate pair is legal in JSON ("\ud83d") but no tokenizer takes it.
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
@@ -192,55 +208,3 @@ def _show(value: Any) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _read(path: str) -> Iterator[tuple[int, bytes | Mapping[str, Any]]]:
-    """(number from 1, row) for each row; a JSON line is still bytes, so that it can be named."""
-    place = Path(path)
-    if place.is_dir():
-        return _read_folder(place)
-    if not place.is_file():
-        raise UserError(f"no prompt file at {path!r}; give {READABLE}")
-    if place.suffix == ".jsonl":
-        return _read_jsonl(place)
-    if place.suffix == ".parquet":
-        return _read_parquet(place)
-    raise UserError(f"cannot read {path!r}: unknown suffix {place.suffix!r}; give {READABLE}")
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            if raw.strip():
-                yield line, raw
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read '{path}' as parquet: {reason}; give {READABLE}") from error
-    with file:
-        row = 0
-        for batch in file.iter_batches():
-            for values in batch.to_pylist():
-                row += 1
-                yield row, values
-
-
-def _read_folder(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        raise UserError(
-            f"'{path}' holds several splits ({', '.join(splits)}); give the folder of one, such as "
-            f"'{path / splits[0]}'"
-        )
-    if not (path / "state.json").is_file():
-        raise UserError(f"'{path}' is not a saved dataset: it has no state.json; give {READABLE}")
-    from datasets import load_from_disk
-
-    yield from enumerate(load_from_disk(str(path)).with_format(None), start=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -111,12 +111,18 @@ class Renderer:
         tokenizer: A tokenizer with a chat template (rendered in transformers' Jinja sandbox).
         template_args: Extra variables for it, e.g. {"enable_thinking": False}.
         views: The views to render, by name.
+        eos_ids: What ends a recorded response.
     """
 
     def __init__(
-        self, tokenizer: Any, template_args: dict[str, Any], views: Mapping[str, PromptView]
+        self,
+        tokenizer: Any,
+        template_args: dict[str, Any],
+        views: Mapping[str, PromptView],
+        eos_ids: Sequence[int],
     ) -> None:
         self.tokenizer = tokenizer
+        self.eos_ids = eos_ids
         self.template_args = template_args
         self.views = views
         self._early: dict[tuple[str, str], list[int]] = {}
@@ -142,11 +148,16 @@ class Renderer:
 
 
 def recorded_response_ids(prompt: Prompt, tokenizer: Any) -> list[int]:
-    """The prompt's recorded response as the policy would have written it: text ids, then EOS."""
+    """The prompt's recorded response as the policy would have written it.
+
+    Ids are taken as they are; a text becomes its ids and EOS.
+    """
+    if prompt.response_ids is not None:
+        return list(prompt.response_ids)
     if prompt.response is None:
         raise UserError(
-            f"{prompt.origin}: no 'response' to learn from; add the column, or take "
-            "data.mix.recorded and add_recorded away"
+            f"{prompt.origin}: no 'response' or 'response_ids' to learn from; add the column, or "
+            "take data.mix.recorded and add_recorded away"
         )
     ids = tokenizer.encode(prompt.response, add_special_tokens=False)
     return [*ids, tokenizer.eos_token_id]

@@ -126,7 +126,9 @@ class RolloutWriter:
 
     def _recorded(self, prompt: Prompt) -> Completion:
         ids = recorded_response_ids(prompt, self.renderer.tokenizer)
-        return Completion(ids, [float("nan")] * len(ids), StopReason.EOS)
+        ended = ids[-1] in self.renderer.eos_ids
+        stop_reason = StopReason.EOS if ended else StopReason.LENGTH
+        return Completion(ids, [float("nan")] * len(ids), stop_reason)
 
     def _peer(
         self,

@@ -7,6 +7,7 @@ from opd_lightning.methods.edge_opd import EDGEOPD
 from opd_lightning.methods.g_opd import GOPD
 from opd_lightning.methods.gkd import GKD
 from opd_lightning.methods.grpo import GRPO
+from opd_lightning.methods.lightning_opd import LightningOPD
 from opd_lightning.methods.opd import OPD, DivergenceOPD
 from opd_lightning.methods.opsd import OPSD, OPSDK1
 from opd_lightning.methods.rlsd import RLSD
@@ -32,4 +33,5 @@ __all__ = [
     "ComposedMethod",
     "DistillationModule",
     "DivergenceOPD",
+    "LightningOPD",
 ]

@@ -16,12 +16,14 @@ from torchmetrics import Metric, SumMetric
 from opd_lightning.errors import EngineMismatchError, UserError
 from opd_lightning.losses.reduction import Aggregation
 from opd_lightning.methods.evaluation import EvaluatedModule
+from opd_lightning.methods.scoring import asked_top_k
 from opd_lightning.metrics.step import (
     EngineStatistics,
     Means,
     ResponseStatistics,
     SignalStatistics,
 )
+from opd_lightning.rules.base import Compare
 from opd_lightning.sharding import Sharding, whole
 from opd_lightning.student import Student
 from opd_lightning.teachers.base import Ask, Teacher
@@ -82,6 +84,10 @@ class DistillationModule(EvaluatedModule, ABC):
         """`asks`, and those of its parts."""
         return self.asks()
 
+    def all_comparisons(self) -> Mapping[str, Compare]:
+        """Functions of whole distributions that are read, by name."""
+        return {}
+
     def check(self) -> None:
         """Raise UserError, before any weight is loaded, if the method's parts do not fit."""
 
@@ -133,6 +139,10 @@ class DistillationModule(EvaluatedModule, ABC):
     def compared_teachers(self) -> list[Teacher]:
         """Those whose whole distribution is compared, token by token of the vocabulary."""
         return []
+
+    def asked_top_k(self) -> Mapping[str, int]:
+        """How many of its likeliest tokens everybody is asked for, by the names of `all_asks`."""
+        return asked_top_k(self.all_asks(), self.all_comparisons(), self.overlap_top_k)
 
     def views(self) -> set[str]:
         """Names of the prompt views that are read, besides the student's own."""

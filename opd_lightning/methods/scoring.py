@@ -14,6 +14,7 @@ from opd_lightning.errors import UserError
 from opd_lightning.head import Comparison
 from opd_lightning.losses.alignment import in_groups
 from opd_lightning.losses.schedule import Schedule
+from opd_lightning.losses.top_k import TopK
 from opd_lightning.methods.top_k_asker import TopKAsker
 from opd_lightning.rules.base import Compare, Scored
 from opd_lightning.student import LateComparison, Student
@@ -82,7 +83,7 @@ def ask_everybody(
                 states[name] = ask.teacher.states(batch, ask.view)
             elif name not in compared and name not in others:
                 if ask not in asked:
-                    wanted = top_k if ask == asks.get("teacher") else 0
+                    wanted = _overlap(ask, asks, top_k)
                     asked[ask] = ask.teacher.score(batch, ask.view, top_k=wanted)
                 others[name] = asked[ask]
         for name, wish in comparisons.items():
@@ -117,10 +118,26 @@ def _in_groups(student: TokenScores, others: Mapping[str, TokenScores]) -> dict[
     }
 
 
+def asked_top_k(
+    asks: Mapping[str, Ask], comparisons: Mapping[str, Compare], overlap_top_k: int
+) -> dict[str, int]:
+    """How many of its likeliest tokens everybody is asked for, by name."""
+    found = {name: _overlap(ask, asks, overlap_top_k) for name, ask in asks.items()}
+    for wish in comparisons.values():
+        if wish.other is not None and isinstance(wish.function, TopK):
+            found[wish.other] = max(found[wish.other], overlap_top_k, wish.function.k)
+    return found
+
+
 def announce(asks: Mapping[str, Ask], batch: RolloutBatch, top_k: int) -> None:
     """Tell every teacher what it will be asked, so that one elsewhere may begin."""
     for ask in dict.fromkeys(asks.values()):
-        ask.teacher.expect(batch, ask.view, top_k=top_k if ask == asks.get("teacher") else 0)
+        ask.teacher.expect(batch, ask.view, top_k=_overlap(ask, asks, top_k))
+
+
+def _overlap(ask: Ask, asks: Mapping[str, Ask], top_k: int) -> int:
+    """The one called "teacher" tells its top-k set, for the overlap that is logged."""
+    return top_k if ask == asks.get("teacher") else 0
 
 
 def concatenate_ranks(rows: Tensor) -> Tensor:

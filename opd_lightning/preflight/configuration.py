@@ -1,16 +1,12 @@
-"""Checks of configuration, models and prompts that need no weights; each raises UserError."""
+"""Checks of configuration and models that need no weights; each raises UserError."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from opd_lightning.chat import render
-from opd_lightning.data.mix import RolloutMix, TeacherSampler
-from opd_lightning.data.views import Renderer, recorded_response_ids
 from opd_lightning.errors import UserError
 from opd_lightning.model_source import ModelSource
-from opd_lightning.rollouts.base import Sampling
 from opd_lightning.sharding import check_strategy
 from opd_lightning.teachers.of_student import EMATeacher
 from opd_lightning.tokenization import check_spelling
@@ -32,7 +28,7 @@ def check_models(module: DistillationModule) -> None:
     check_usable(student)
     for source in teacher_sources(module):
         check_usable(source)
-        _check_same_tokens(student, source)
+        check_same_tokens(student, source)
     for source in teacher_sources(module, foreign=True):
         check_usable(source)
         check_spelling(student)
@@ -99,13 +95,14 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
     if data.teacher is not None:
         source = ModelSource(data.teacher.path, role="data.teacher")
         check_usable(source)
-        _check_same_tokens(module.student.source, source)
+        check_same_tokens(module.student.source, source)
     foreign = data.mix.teacher or data.mix.reads_records
     if module.needs_demonstrations and data.mix.samples:
         raise UserError(
-            f"data.mix: got the student's own responses, which {name} would imitate; let "
-            "data.mix.recorded and data.mix.teacher add up to 1"
+            f"data.mix: got the student's own responses, but {name} learns from given ones alone; "
+            "let data.mix.recorded and data.mix.teacher add up to 1"
         )
+    _check_prepared(module, data)
     for share, count in zip(
         ("teacher", "recorded"), data.mix.counts(data.prompts_per_step), strict=True
     ):
@@ -122,48 +119,23 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
         )
 
 
-def check_prompts(
-    module: DistillationModule,
-    prompts: Sequence[Prompt],
-    prompt_ids: Sequence[list[int]],
-    renderer: Renderer,
-    sampling: Sampling,
-    mix: RolloutMix,
-    sampler: TeacherSampler | None = None,
-    *,
-    training: bool = True,
-) -> None:
-    """Every prompt fits every model's context together with its response, under every view.
-
-    Teachers read training prompts only.
-    """
-    teachers = module.teachers() if training else []
-    sources = [module.student.source, *(teacher_sources(module) if training else [])]
-    longest_response = sampling.max_new_tokens
-    if sampler is not None:
-        sources.append(ModelSource(sampler.path, role="data.teacher"))
-        longest_response = max(longest_response, sampler.max_new_tokens or 0)
-    context, role = min((source.context_length, source.role) for source in sources)
-    for teacher in teachers:
-        teacher.check(prompts, sampling.temperature)
-    for prompt, ids in zip(prompts, prompt_ids, strict=True):
-        sampled = mix.samples or mix.teacher > 0
-        budgets = {"max_new_tokens": longest_response} if sampled else {}
-        if mix.reads_records:
-            budgets["its response of"] = len(recorded_response_ids(prompt, renderer.tokenizer))
-        what, budget = max(budgets.items(), key=lambda item: item[1])
-        longest = len(ids)
-        for name, view in renderer.views.items():
-            # A peer's response may be as long as they get.
-            peer = "?" if view.is_late else None
-            seen = renderer.view(name, prompt, peer, peer) or []
-            longest = max(longest, len(seen) + (sampling.max_new_tokens if view.is_late else 0))
-        if longest + budget > context:
-            raise UserError(
-                f"{prompt.origin}: prompt of {longest} tokens + {what} {budget} exceeds the "
-                f"{role}'s context of {context}; shorten the row"
-                + (" or lower sampling.max_new_tokens" if sampled else "")
-            )
+def _check_prepared(module: DistillationModule, data: RolloutDataModule) -> None:
+    """Teachers that know their answers in advance are asked about nothing else."""
+    for ask in module.all_asks().values():
+        for part in ask.teacher.parts():
+            kind = type(part).__name__
+            if part.answers_live:
+                continue
+            if data.mix.samples or data.mix.teacher:
+                raise UserError(
+                    f"data.mix: got responses that are yet to be sampled, which a {kind} cannot "
+                    "have scored; set data.mix.recorded to 1, or name the teacher itself"
+                )
+            if ask.view != "student" and data.views[ask.view].is_late:
+                raise UserError(
+                    f"data.views: {ask.view!r} depends on how responses are verified, which a "
+                    f"{kind} cannot know in advance; name the teacher itself"
+                )
 
 
 def check_step_size(trainer: Trainer, data: RolloutDataModule) -> None:
@@ -226,7 +198,7 @@ def check_usable(source: ModelSource) -> None:
         )
 
 
-def _check_same_tokens(student: ModelSource, teacher: ModelSource) -> None:
+def check_same_tokens(student: ModelSource, teacher: ModelSource) -> None:
     """Ids mean the same text to both, and a conversation ends alike."""
     pair = f"student {student.path!r} and teacher {teacher.path!r}"
     ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()

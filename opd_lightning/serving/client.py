@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,30 +18,12 @@ from functools import partial
 from typing import Any
 
 from opd_lightning.errors import ServerAwayError, UserError
-from opd_lightning.serving.wire import Line, LostError, checked_url, read_key
+from opd_lightning.serving.wire import FIRST_PAUSE, Line, LostError, Server, checked_url, read_key
 
 log = logging.getLogger(__name__)
 
-IN_FLIGHT = 256  # requests at one server; what vLLM computes at once by default
-FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0  # seconds between attempts to reach a lost server
+LONGEST_PAUSE = 8.0  # seconds between attempts to reach a lost server
 FAULTS = 5  # of one request that reached a server, before it is believed to be the request's
-
-
-class _Server:
-    """One address and how it does."""
-
-    def __init__(self, line: Line) -> None:
-        self.line = line
-        self.in_flight = 0
-        self.lost_since: float | None = None  # of the monotonic clock; None while it answers
-        self.retry_at = 0.0
-        self.pause = FIRST_PAUSE
-        self.is_probed = False  # a lost server gets one request at a time
-
-    def has_room(self, now: float) -> bool:
-        if self.lost_since is not None:
-            return not self.is_probed and now >= self.retry_at
-        return self.in_flight < IN_FLIGHT
 
 
 @dataclass(eq=False)
@@ -49,7 +31,8 @@ class _Job:
     method: str
     path: str
     body: dict[str, Any] | None
-    servers: Sequence[_Server]  # any of them may do it
+    servers: Sequence[Server]  # any of them may do it
+    read: Callable[[Any], Any] = lambda answer: answer
     future: Future[Any] = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
     faults: int = 0
@@ -87,19 +70,29 @@ class Servers:
         self.timeout = timeout
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._servers: list[_Server] = []
+        self._servers: list[Server] = []
         # Touched by the loop's thread alone.
         self._waiting: deque[_Job] = deque()
         self._running: set[asyncio.Task[None]] = set()
 
-    def spread(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[Future[dict[str, Any]]]:
+    def spread(
+        self,
+        path: str,
+        bodies: Sequence[dict[str, Any]],
+        readers: Sequence[Callable[[Any], Any]] | None = None,
+    ) -> list[Future[Any]]:
         """POST each body to one of the servers; the futures are in the order of the bodies.
 
-        Errors (`UserError`, `ServerAwayError`) come out of the futures. One that is cancelled is
-        taken back from its server.
+        `readers` turn the answers into something smaller as they arrive. Errors (`UserError`,
+        `ServerAwayError`) come out of the futures. Who cancels one takes it back from its server.
         """
         servers = self._open()
-        return self._submit([_Job("POST", path, body, servers) for body in bodies])
+        reads = readers or [_Job.read] * len(bodies)
+        jobs = [
+            _Job("POST", path, body, servers, read)
+            for body, read in zip(bodies, reads, strict=True)
+        ]
+        return self._submit(jobs)
 
     def everywhere(self, path: str, body: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """POST to each server; all must answer."""
@@ -119,11 +112,11 @@ class Servers:
 
     # In the caller's thread -----------------------------------------------------------------
 
-    def _open(self) -> list[_Server]:
+    def _open(self) -> list[Server]:
         with self._lock:
             if self._loop is None:
                 key = read_key(self.key_file)
-                self._servers = [_Server(Line(url, key, self.timeout)) for url in self.urls]
+                self._servers = [Server(Line(url, key, self.timeout)) for url in self.urls]
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=_run, args=(self._loop,), daemon=True).start()
             return self._servers
@@ -164,9 +157,9 @@ class Servers:
             job.future.add_done_callback(partial(_take_back, task))
         self._waiting.extendleft(reversed(passed_over))
 
-    async def _do(self, job: _Job, server: _Server) -> None:
+    async def _do(self, job: _Job, server: Server) -> None:
         try:
-            answer = await server.line.ask(job.method, job.path, job.body)
+            answer = job.read(await server.line.ask(job.method, job.path, job.body))
         except LostError as fault:
             self._note(fault, job, server)
         except UserError as error:
@@ -178,7 +171,7 @@ class Servers:
             self._heal(server)
             _settle(job, answer)
 
-    def _release(self, job: _Job, server: _Server, task: asyncio.Task[None]) -> None:
+    def _release(self, job: _Job, server: Server, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         if task.cancelled():
             job.future.cancel()
@@ -186,12 +179,12 @@ class Servers:
         server.is_probed = False
         self._pump()
 
-    def _heal(self, server: _Server) -> None:
+    def _heal(self, server: Server) -> None:
         if server.lost_since is not None:
             log.warning("%s answers again", server.line.url)
         server.lost_since, server.pause = None, FIRST_PAUSE
 
-    def _note(self, fault: LostError, job: _Job, server: _Server) -> None:
+    def _note(self, fault: LostError, job: _Job, server: Server) -> None:
         """A server did not do its work: let it rest, and give the work to whoever is there."""
         now = time.monotonic()
         if server.lost_since is None:

@@ -1,4 +1,4 @@
-"""One server's line: a request out, its answer or its error in one line."""
+"""One server: a request out, its answer or its error in one line, and how the server does."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from opd_lightning.errors import UserError
 
 KEY_VARIABLE = "OPD_SERVER_KEY"
 BUSY = (429, 503)  # the server is there, but cannot work now
+IN_FLIGHT = 256  # requests at one server; what vLLM computes at once by default
+FIRST_PAUSE = 0.25  # seconds before a lost server is tried again
 CONNECT_SECONDS = 10.0
 KEPT_SECONDS = 2.0  # that an idle connection is used again; servers close theirs after 5
 
@@ -98,6 +100,23 @@ class Line:
         if status == 404 and "model" in body and (served := await _served(client)):
             return f"{self.url}: got model {body['model']!r} to ask, but it serves {served}"
         return f"{self.url}{path}: answered {status}: {_words(response)}"
+
+
+class Server:
+    """A line, and how its other end does."""
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        self.in_flight = 0
+        self.lost_since: float | None = None  # of the monotonic clock; None while it answers
+        self.retry_at = 0.0
+        self.pause = FIRST_PAUSE
+        self.is_probed = False  # a lost server gets one request at a time
+
+    def has_room(self, now: float) -> bool:
+        if self.lost_since is not None:
+            return not self.is_probed and now >= self.retry_at
+        return self.in_flight < IN_FLIGHT
 
 
 async def _served(client: httpx.AsyncClient) -> str:

@@ -17,14 +17,26 @@ if TYPE_CHECKING:
     from opd_lightning.student import Student
 
 
+class RecordedQuestion(NamedTuple):
+    """What a run will ask about a recorded response; known before it starts."""
+
+    prompt: Prompt
+    prompt_ids: list[int]  # [P] the prompt under the view that is asked about
+    response_ids: Sequence[int]  # [T]
+    top_k: int  # how many of its likeliest tokens it will be asked for
+
+
 class Teacher(ABC):
     """Scores sampled tokens without a gradient. It owns no optimiser.
 
     `source` is the model folder it comes from; None for one that is made of the student, whose
-    folder it shares. One that `has_own_tokenizer` speaks of groups of tokens: `TokenScores.ends`.
+    folder it shares. `answers_live` says whether it can be asked about responses that are not
+    written yet when the run starts. One that `has_own_tokenizer` speaks of groups of tokens:
+    `TokenScores.ends`.
     """
 
     source: ModelSource | None = None
+    answers_live: bool = True
     has_own_tokenizer: bool = False
 
     @abstractmethod
@@ -39,6 +51,9 @@ class Teacher(ABC):
 
     def check(self, prompts: Sequence[Prompt], temperature: float) -> None:  # noqa: B027
         """Raise UserError, before training, if it cannot score these at this temperature."""
+
+    def check_question(self, question: RecordedQuestion) -> None:  # noqa: B027
+        """Raise UserError if it cannot answer this; called after `check`, for every row."""
 
     def expect(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:  # noqa: B027
         """`score` will be called with this during the step: whoever can may begin."""
@@ -60,6 +75,10 @@ class Teacher(ABC):
     def parts(self) -> list[Teacher]:
         """Itself, or the teachers it is made of."""
         return [self]
+
+    def responsible(self, prompt: Prompt) -> Teacher:
+        """Itself, or the one of its parts that scores responses to this prompt."""
+        return self
 
 
 class TopKTeacher(Teacher):

@@ -31,6 +31,9 @@ class ByDomainTeacher(Teacher):
     def parts(self) -> list[Teacher]:
         return [part for teacher in self.teachers.values() for part in teacher.parts()]
 
+    def responsible(self, prompt: Prompt) -> Teacher:
+        return self.teachers[prompt.domain].responsible(prompt)
+
     def check(self, prompts: Sequence[Prompt], temperature: float) -> None:
         for prompt in prompts:
             if prompt.domain not in self.teachers:

@@ -13,12 +13,26 @@ LAB = sorted(path.stem for path in (CONFIGS / "lab").glob("*.yaml"))
 ENGINE = "opd_lightning.rollouts.VLLMEngine"
 
 
+def prepared(name: str, folder: Path, *more: str) -> Path:
+    """The configuration with a run folder of its own, after what its header says comes first."""
+    text = (CONFIGS / "lab" / f"{name}.yaml").read_text()
+    path = folder / f"{name}.yaml"
+    path.write_text(text.replace(f"runs/lab-{name.replace('_', '-')}", str(folder)))
+    commands = path.read_text().split("\nseed_everything")[0].replace("\\\n#", "")
+    for command in re.findall(r"^#   opd ((?:write-|cache-).*)$", commands, re.MULTILINE):
+        words = [str(path) if word.endswith(f"{name}.yaml") else word for word in command.split()]
+        main([*words, *more])
+    return path
+
+
 def curve(name: str, run: Path, *more: str) -> dict[str, list[float]]:
     """Train two small steps and return every scalar that is no time."""
     text = (CONFIGS / "lab" / f"{name}.yaml").read_text()
     steps = 2
     several = int(re.findall(r"samples_per_prompt: (\d+)", text)[0] if "samples_per" in text else 1)
+    run.mkdir()
     shorter = [
+        *more,
         f"--trainer.max_steps={steps}",
         f"--trainer.val_check_interval={steps}",
         f"--trainer.logger.init_args.save_dir={run}",
@@ -27,7 +41,8 @@ def curve(name: str, run: Path, *more: str) -> dict[str, list[float]]:
         f"--data.samples_per_prompt={min(several, 2)}",
         "--data.sampling.max_new_tokens=10",
     ]
-    main(["fit", "--config", str(CONFIGS / "lab" / f"{name}.yaml"), *more, *shorter])
+    config = prepared(name, run, *shorter)
+    main(["fit", "--config", str(config), *shorter])
     events = EventAccumulator(str(run))
     events.Reload()
     tags = [t for t in events.Tags()["scalars"] if not t.startswith(("time/", "cost/", "tokens_"))]

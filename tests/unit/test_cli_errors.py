@@ -167,7 +167,7 @@ def test_more_micro_batches_than_rollouts(fail: Fail) -> None:
 def test_recorded_responses(fail: Fail) -> None:
     assert "set model.init_args.imitation" in fail("--data.mix.recorded=1")
     imitation = "--model.init_args.imitation=1.0"
-    assert "no 'response' to learn from" in fail("--data.mix.recorded=1", imitation)
+    assert "no 'response' or 'response_ids'" in fail("--data.mix.recorded=1", imitation)
 
 
 def test_no_engine(fail: Fail) -> None:

@@ -68,7 +68,7 @@ def test_the_sampler_is_told_what_the_teacher_is_told(fail: Fail) -> None:  # no
 
 def test_supervised_training_needs_something_to_imitate(fail: Fail) -> None:  # noqa: F811
     line = fail(f"--model={METHODS}SFT")
-    assert "data.mix: got the student's own responses, which SFT would imitate" in line
+    assert "data.mix: got the student's own responses, but SFT learns from given ones alone" in line
 
 
 def test_the_engine_is_not_corrected_for_twice(fail: Fail) -> None:  # noqa: F811

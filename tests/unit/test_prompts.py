@@ -55,6 +55,29 @@ def test_a_row_becomes_a_prompt(tmp_path: Path) -> None:
     assert prompt.origin == f"{path}:1"
 
 
+def test_a_response_may_be_ids(tmp_path: Path) -> None:
+    first = {"prompt": "2+2=", "response": "4", "response_ids": [7, 0, 2]}
+    (one, other) = PromptSource(write(tmp_path, first, {"prompt": "3+3="})).load()
+    assert one.response_ids == (7, 0, 2)
+    assert one.response == "4"
+    assert other.response_ids is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "complaint"),
+    [
+        ([], "'response_ids' must be a list of token ids, got []"),
+        ("7 2", "'response_ids' must be a list of token ids, got '7 2'"),
+        ([7, -1], "'response_ids[1]' must be a token id, got -1"),
+        ([7, 2.0], "'response_ids[1]' must be a token id, got 2.0"),
+        ([True], "'response_ids[0]' must be a token id, got True"),
+    ],
+)
+def test_bad_ids_are_named(tmp_path: Path, ids: Any, complaint: str) -> None:
+    path = write(tmp_path, {"prompt": "2+2=", "response_ids": ids})
+    assert f"{path}:1: {complaint}" in refusal(PromptSource(path))
+
+
 def test_a_bare_row_gets_the_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, "", {"messages": "2+2="}, "  ", {"prompt": "3+3="}, {"prompt": CHAT})
     first, second, third = PromptSource(path).load()
@@ -241,7 +264,7 @@ def test_wrong_settings_are_refused_at_construction() -> None:
         PromptSource("x.jsonl", columns={"question": "messages"})
     assert str(caught.value) == (
         "columns: unknown field 'question'; the fields are messages, answer, response, privileged, "
-        "domain, id, written as field: column"
+        "domain, id, response_ids, written as field: column"
     )
     with pytest.raises(UserError, match=r"^limit must be at least 1, got 0; leave it out"):
         PromptSource("x.jsonl", limit=0)

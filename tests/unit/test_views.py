@@ -1,5 +1,6 @@
 """Views: templates, placement, and that nothing privileged reaches the student's loss."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ class Lengths(Verifier):
 
 def written(tokenizer: Any, authors: list[Author], **more: Any) -> list[Rollout]:
     views = {"privileged": PromptView(), "peer": PromptView(template="see {{ peer }}")}
-    renderer = Renderer(tokenizer, {}, views)
+    renderer = Renderer(tokenizer, {}, views, (tokenizer.eos_token_id,))
     engine = FakeEngine()
     writer = RolloutWriter(
         dict.fromkeys(Author, engine),
@@ -126,6 +127,21 @@ def test_u10_no_privileged_token_at_loss_time(tokenizer: Any) -> None:
             found = view.input_ids[row, first : first + len(rollout.response_ids)].tolist()
             assert found == rollout.response_ids
     assert batch.on_policy.tolist() == [False, True]
+
+
+def test_recorded_ids_are_taken_as_they_are(tokenizer: Any) -> None:
+    eos = tokenizer.eos_token_id
+    text = tokenizer.encode("me", add_special_tokens=False)
+    # What this tokenizer would never make of its own text, with and without an end.
+    whole, cut = [eos + 1, text[0], eos], [text[1], text[0]]
+    renderer = Renderer(tokenizer, {}, {}, (eos,))
+    writer = RolloutWriter({}, lambda author: None, None, renderer, StepTimer())
+    prompts = [PROMPT, *(replace(PROMPT, response_ids=tuple(ids)) for ids in (whole, cut))]
+    rows = [Row(prompt, [5], i, Author.RECORDED, 0) for i, prompt in enumerate(prompts)]
+    rollouts = writer.write(rows, {})
+    assert [r.response_ids for r in rollouts] == [[*text, eos], whole, cut]
+    ends = [StopReason.EOS, StopReason.EOS, StopReason.LENGTH]
+    assert [r.stop_reason for r in rollouts] == ends
 
 
 def test_peers_are_other_successes_of_the_students(tokenizer: Any) -> None:

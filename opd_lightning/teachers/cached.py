@@ -1,0 +1,133 @@
+"""A teacher's scores of recorded responses, read from disk."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from opd_lightning.errors import UserError
+from opd_lightning.head import TopLogprobs
+from opd_lightning.model_source import ModelSource
+from opd_lightning.teachers.base import DistributionTeacher, RecordedQuestion, Teacher, TopKTeacher
+from opd_lightning.teachers.score_store import Description, ScoreStore, exists, row_key
+from opd_lightning.types import Prompt, RolloutBatch, TokenScores
+
+if TYPE_CHECKING:
+    from opd_lightning.student import Student
+
+
+class CachedTeacher(TopKTeacher):
+    """Remembers what another teacher said about the recorded responses of the prompt file.
+
+    `opd cache-teacher` asks `teacher`, once; `opd fit` reads the answers and never loads it. For
+    several domains, give `ByDomainTeacher` a cached one for each.
+
+    Args:
+        cache: Folder of the answers.
+        teacher: Who is asked: frozen, with a model folder of its own.
+    """
+
+    answers_live = False
+
+    def __init__(self, cache: str, teacher: Teacher) -> None:
+        known = isinstance(teacher, DistributionTeacher | TopKTeacher)
+        if not known or teacher.source is None or not teacher.answers_live:
+            raise UserError(
+                f"CachedTeacher.teacher: got a {type(teacher).__name__}, expected a teacher that "
+                "has a model folder of its own and never changes, such as FrozenTeacher"
+            )
+        self.folder = Path(cache)
+        self.teacher = teacher
+        # Reading needs the tokenizer alone, whatever else the teacher's source would ask for.
+        told = teacher.source
+        self.source = ModelSource(
+            told.path, trust_remote_code=told.trust_remote_code, role=told.role
+        )
+        self.store: ScoreStore | None = None
+        self.description: Description | None = None
+        self.unknown: dict[bytes, RecordedQuestion] | None = None
+
+    def note_unknown(self) -> None:
+        """From now on keep the questions that have no answer, instead of refusing them."""
+        self.unknown = {}
+        self.source = self.teacher.source
+
+    # Before the run -----------------------------------------------------------------------
+
+    def check(self, prompts: Sequence[Prompt], temperature: float) -> None:
+        assert self.teacher.source is not None
+        expected = Description(
+            teacher=self.teacher.source.identity, temperature=temperature, top_k=0
+        )
+        self.description = expected
+        if self.unknown is not None:
+            self.teacher.check(prompts, temperature)
+            if not exists(self.folder):
+                return
+        self.store = ScoreStore(self.folder)
+        found = self.store.description
+        for what in ("teacher", "temperature"):
+            theirs, ours = getattr(found, what), getattr(expected, what)
+            if theirs != ours:
+                raise UserError(
+                    f"cache {str(self.folder)!r} was made with {what} {theirs}, but this run has "
+                    f"{ours} ({self.teacher.source.path!r}); name another folder and run `opd "
+                    "cache-teacher` again"
+                )
+        self.description = found
+
+    def check_question(self, question: RecordedQuestion) -> None:
+        assert self.description is not None
+        if self.store is None:
+            self.description = replace(
+                self.description, top_k=max(self.description.top_k, question.top_k)
+            )
+        elif question.top_k > self.description.top_k:
+            raise UserError(
+                f"cache {str(self.folder)!r} holds the {self.description.top_k} likeliest tokens, "
+                f"but {question.top_k} are asked for; lower model.init_args.overlap_top_k or "
+                "TopK's k, or name another folder and run `opd cache-teacher` again"
+            )
+        key = row_key(question.prompt_ids, question.response_ids)
+        if self.store is not None and key in self.store:
+            return
+        if self.unknown is None:
+            raise UserError(
+                f"{question.prompt.origin}: not in the cache {str(self.folder)!r}; run `opd "
+                "cache-teacher` again"
+            )
+        # There may be many: four bytes a token, where a list takes up to 36.
+        response_ids = array("i", question.response_ids)
+        self.unknown.setdefault(key, question._replace(response_ids=response_ids))
+
+    def load(self, device: torch.device, student: Student) -> None:
+        """The answers stay where they are."""
+
+    # In training --------------------------------------------------------------------------
+
+    def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
+        return self.score_top(batch, view, top_k=top_k)[0]
+
+    def score_top(
+        self, batch: RolloutBatch, view: str, *, top_k: int, ids: Tensor | None = None
+    ) -> tuple[TokenScores, TopLogprobs]:
+        assert ids is None, "only the teacher's own likeliest tokens are known: checked at set-up"
+        assert self.store is not None, "checked at set-up"
+        rows = []
+        for rollout in batch.rollouts:
+            prompt_ids = rollout.prompt_ids if view == "student" else rollout.views[view]
+            if not rollout.dropped:
+                key = row_key(prompt_ids or rollout.prompt_ids, rollout.response_ids)
+                rows.append(self.store.read(key, top_k))
+        device = batch.response_ids.device
+        logprobs, entropy, top_ids, top_logprobs = (
+            torch.cat(part).to(device) for part in zip(*rows, strict=True)
+        )
+        scores = TokenScores.unflatten((logprobs, entropy, top_ids.long()), batch)
+        return scores, TopLogprobs(top_ids.long(), top_logprobs)

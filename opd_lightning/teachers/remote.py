@@ -1,0 +1,180 @@
+"""A teacher behind vLLM servers, on this machine or others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opd_lightning.errors import UserError
+from opd_lightning.head import TopLogprobs
+from opd_lightning.serving.client import Servers
+from opd_lightning.serving.scoring import PATH, WHOLE_VOCABULARY, Answer, Question, joined
+from opd_lightning.serving.served_model import ServedModel
+from opd_lightning.teachers.base import TopKTeacher
+from opd_lightning.types import Prompt, Rollout, RolloutBatch, TokenScores
+
+if TYPE_CHECKING:
+    from opd_lightning.student import Student
+
+
+class RemoteTeacher(TopKTeacher):
+    """A frozen model that servers read: `opd serve --model PATH`, or vLLM's own server.
+
+    One request per rollout, many at a time, spread over the servers. All of a step's are sent
+    before its first micro-batch is trained on. It tells log-probs at temperature 1, of the sampled
+    tokens, of its likeliest ones and of any that are named; its entropy is unknown.
+
+    Args:
+        path: Folder or hub name of the model that the servers have. Tokenizer and configuration
+            are read from it, and the weights' identity unless `served_model` is set.
+        servers: Their addresses, such as http://127.0.0.1:8000.
+        key_file: File with the servers' key; None takes the environment variable OPD_SERVER_KEY.
+        patience: Seconds that unreachable servers are waited for, before and during training.
+        timeout: Seconds that one request may take.
+        served_model: What the servers call the model, for those that `opd serve` did not start
+            (vLLM's need `--tokens-only`). Nothing then vouches for the weights.
+        trust_remote_code: Run code that ships with the model's tokenizer or configuration.
+    """
+
+    scores_given_ids = True
+    source: ServedModel
+
+    def __init__(
+        self,
+        path: str,
+        servers: list[str],
+        key_file: str | None = None,
+        patience: float = 600.0,
+        timeout: float = 600.0,
+        served_model: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.servers = Servers(servers, key_file=key_file, patience=patience, timeout=timeout)
+        self.source = ServedModel(
+            path,
+            self.servers,
+            name=served_model,
+            trust_remote_code=trust_remote_code,
+            role="teacher",
+        )
+        self._by_id = False
+        self._expected: dict[tuple[int, str, int], _Expected] = {}
+
+    def check(self, prompts: Sequence[Prompt], temperature: float) -> None:
+        if temperature != 1:
+            raise UserError(
+                f"data.sampling.temperature: got {temperature}, but servers tell a prompt's "
+                "log-probs at temperature 1 alone, whatever they are asked; set it to 1, or use a "
+                "teacher in this process"
+            )
+        # Waits for the servers, and refuses other models.
+        _ = self.source.context_length
+        self._ask_everywhere(Question([0, 0], 1, top_k=0, given_ids=None, by_id=False))
+
+    def load(self, device: torch.device, student: Student) -> None:
+        try:
+            self._ask_everywhere(Question([0, 0], 1, top_k=0, given_ids=None, by_id=True))
+        except UserError:  # vLLM's first model runner
+            self._by_id = False
+        else:
+            self._by_id = True
+
+    def expect(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
+        """Send what is not under way yet; `score` waits for it."""
+        new = {
+            (id(rollout), view, top_k): (rollout, count)
+            for rollout, count in _scored(batch)
+            if (id(rollout), view, top_k) not in self._expected
+        }
+        futures = self._send([self._question(*row, view, top_k) for row in new.values()])
+        for (key, (rollout, _)), future in zip(new.items(), futures, strict=True):
+            self._expected[key] = _Expected(rollout, future)
+
+    def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
+        return self.score_top(batch, view, top_k=top_k)[0]
+
+    def score_top(
+        self, batch: RolloutBatch, view: str, *, top_k: int, ids: Tensor | None = None
+    ) -> tuple[TokenScores, TopLogprobs]:
+        rows = _scored(batch)
+        if ids is None:
+            self.expect(batch, view, top_k=top_k)
+            futures = [self._expected[id(rollout), view, top_k].answer for rollout, _ in rows]
+        else:
+            self._check_can_score_ids()
+            parts = np.split(ids.cpu().numpy(), np.cumsum([count for _, count in rows])[:-1])
+            futures = self._send(
+                [
+                    self._question(rollout, count, view, top_k, part)
+                    for (rollout, count), part in zip(rows, parts, strict=False)
+                ]
+            )
+        given = 0 if ids is None else ids.shape[1]
+        answer = joined([future.result() for future in futures], self._width(top_k), given)
+        device = batch.response_ids.device
+        logprobs, top_ids, top_logprobs, asked = (torch.from_numpy(x).to(device) for x in answer)
+        unknown = torch.full_like(logprobs, torch.nan)
+        scores = TokenScores.unflatten((logprobs, unknown, top_ids), batch)
+        known = TopLogprobs(top_ids, top_logprobs) if ids is None else TopLogprobs(ids, asked)
+        return scores, known
+
+    def rest(self) -> None:
+        """Take back what was expected and not asked for, and forget the step."""
+        for expected in self._expected.values():
+            expected.answer.cancel()
+        self._expected.clear()
+
+    def close(self) -> None:
+        self.rest()
+        self.servers.close()
+
+    def _question(
+        self,
+        rollout: Rollout,
+        count: int,
+        view: str,
+        top_k: int,
+        given_ids: np.ndarray | None = None,
+    ) -> Question:
+        # A row without this view shows the student's prompt, as in `data/collate.py`.
+        prompt = (None if view == "student" else rollout.views[view]) or rollout.prompt_ids
+        sequence = [*prompt, *rollout.response_ids[:count]]
+        return Question(sequence, len(prompt), self._width(top_k), given_ids, self._by_id)
+
+    def _send(self, questions: Sequence[Question]) -> list[Future[Answer]]:
+        bodies = [question.body(self.source.name) for question in questions]
+        return self.servers.spread(PATH, bodies, [question.read for question in questions])
+
+    def _ask_everywhere(self, question: Question) -> None:
+        self.servers.everywhere(PATH, question.body(self.source.name))
+
+    def _width(self, top_k: int) -> int:
+        return min(top_k, self._vocabulary)
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.source.config.get_text_config().vocab_size)
+
+    def _check_can_score_ids(self) -> None:
+        if not self._by_id and self._vocabulary > WHOLE_VOCABULARY:
+            raise UserError(
+                "teacher: its servers cannot tell the log-probs of given ids, which takes vLLM's "
+                f"second model runner (a GPU, Triton) at a vocabulary of {self._vocabulary}; set "
+                "the divergence's support to 'teacher'"
+            )
+
+
+class _Expected(NamedTuple):
+    rollout: Rollout  # kept, so that nothing else gets its id()
+    answer: Future[Answer]
+
+
+def _scored(batch: RolloutBatch) -> list[tuple[Rollout, int]]:
+    """Rows that have response tokens, with their number."""
+    counts = batch.response_mask.sum(dim=1).tolist()
+    return [(row, n) for row, n in zip(batch.rollouts, counts, strict=True) if n]

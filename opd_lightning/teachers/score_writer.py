@@ -1,0 +1,102 @@
+"""Writing a store of scores: shard by shard, each whole or not there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from time import monotonic
+from typing import Self
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from opd_lightning.errors import UserError
+from opd_lightning.teachers.score_store import (
+    DESCRIPTION,
+    DIGEST,
+    Description,
+    RowScores,
+    exists,
+    shard_name,
+)
+
+SHARD_BYTES = 2**26
+SHARD_SECONDS = 60.0  # what a kill may cost at most
+PART = "unfinished.part"
+
+
+class ScoreWriter:
+    """Adds rows to a store, and begins it if it is not there.
+
+    A context: whatever ends it, what was added is written. A killed process loses no more than its
+    unfinished shard. Two writers in one folder are refused.
+
+    Args:
+        folder: Of the store.
+        description: For a store that begins.
+    """
+
+    def __init__(self, folder: Path, description: Description) -> None:
+        self.folder = folder
+        self.description = description
+        self._keys: list[bytes] = []
+        self._rows: list[RowScores] = []
+        self._bytes = 0
+        self._since = monotonic()
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise UserError(
+                f"another process is writing to {str(self.folder)!r}; wait until it is done"
+            ) from error
+        if not exists(self.folder):
+            content = json.dumps(asdict(self.description), indent=2) + "\n"
+            self._write(DESCRIPTION, content.encode())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.flush()
+        finally:
+            os.close(self._lock)
+
+    def add(self, key: bytes, scores: RowScores) -> None:
+        """Take a row in; a shard that is full, or old, is written."""
+        self._keys.append(key)
+        self._rows.append(scores)
+        self._bytes += sum(part.nbytes for part in scores)
+        if self._bytes >= SHARD_BYTES or monotonic() - self._since >= SHARD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was added since the last shard."""
+        if self._rows:
+            columns = {
+                name: torch.cat([getattr(row, name) for row in self._rows])
+                for name in RowScores._fields
+            }
+            keys = np.frombuffer(b"".join(self._keys), dtype=np.uint8).reshape(-1, DIGEST)
+            lengths = torch.tensor([len(row.logprobs) for row in self._rows])
+            places = {"keys": torch.from_numpy(keys.copy()), "ends": lengths.cumsum(0)}
+            content = save(places | columns)
+            self._write(shard_name(content), content)
+        self._keys, self._rows, self._bytes, self._since = [], [], 0, monotonic()
+
+    def _write(self, name: str, content: bytes) -> None:
+        """A file that is on the disk in full before it has its name."""
+        part = self.folder / PART
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(self.folder / name)
+        os.fsync(self._lock)

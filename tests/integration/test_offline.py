@@ -1,0 +1,277 @@
+"""Responses written once, scored once, trained on without a sampler or a teacher at hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from opd_lightning.cli import main
+from opd_lightning.data.mix import RolloutMix
+from opd_lightning.data.prompts import PromptSource
+from opd_lightning.losses.top_k import TopK
+from opd_lightning.methods import OPD, DivergenceOPD, LightningOPD
+from opd_lightning.student import Student
+from opd_lightning.teachers import CachedTeacher, FrozenTeacher, Teacher
+from opd_lightning.types import Rollout
+from tests.integration.test_fit import Recorder, fit
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "lab" / "lightning_opd.yaml")
+TRAIN = "lab/arithmetic/train.jsonl"
+
+pytestmark = pytest.mark.usefixtures("in_lab")
+
+
+def write(out: Path, *more: str) -> None:
+    main(
+        [
+            "write-responses",
+            *("--config", CONFIG, "--out", str(out)),
+            f"--data.train.path={TRAIN}",
+            "--data.sampling.max_new_tokens=12",
+            "--batch_size=6",
+            *more,
+        ]
+    )
+
+
+def cache(folder: Path, *more: str) -> None:
+    """Fill `folder/teacher` with the scores of `folder/responses.jsonl`."""
+    main(["cache-teacher", *("--config", CONFIG), *files(folder), "--batch_tokens=200", *more])
+
+
+def files(folder: Path) -> list[str]:
+    return [
+        f"--data.train.path={folder / 'responses.jsonl'}",
+        f"--model.init_args.teacher.init_args.cache={folder / 'teacher'}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(untrained_lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two responses to every prompt, and the teacher's scores of them."""
+    made = tmp_path_factory.mktemp("offline")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(untrained_lab)
+        write(made / "responses.jsonl", "--samples=2")
+        cache(made)
+    return made
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def frozen() -> FrozenTeacher:
+    return FrozenTeacher("lab/arithmetic/teacher")
+
+
+def cached(folder: Path, teacher: Teacher | None = None) -> CachedTeacher:
+    return CachedTeacher(str(folder / "teacher"), teacher or frozen())
+
+
+def train(method: type[OPD | DivergenceOPD], teacher: Teacher, file: Path, **more: Any) -> Recorder:
+    module = method(
+        Student("lab/arithmetic/student"),
+        teacher=teacher,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
+        **more,
+    )
+    return fit(
+        module,
+        engine=None,
+        micro_batches=2,
+        mix=RolloutMix(recorded=1),
+        train=PromptSource(str(file)),
+        samples_per_prompt=1,
+        prompts_per_step=8,
+    )
+
+
+# Writing --------------------------------------------------------------------------------
+
+
+def test_rows_are_prompts_with_exact_responses(folder: Path) -> None:
+    written, asked = rows(folder / "responses.jsonl"), PromptSource(TRAIN).load()
+    assert [row["id"] for row in written] == [f"{p.id}/{s}" for p in asked for s in range(2)]
+    tokenizer = Student("lab/arithmetic/student").source.tokenizer
+    loaded = PromptSource(str(folder / "responses.jsonl")).load()
+    for row, prompt in zip(written, loaded, strict=True):
+        assert prompt.response_ids == tuple(row["response_ids"])
+        assert tokenizer.decode(row["response_ids"], skip_special_tokens=True) == row["response"]
+        ended = row["response_ids"][-1] == tokenizer.eos_token_id
+        assert row["stop_reason"] == ("eos" if ended else "length")
+        assert ended or len(row["response_ids"]) == 12
+        assert row["reward"] in (0.0, 1.0)
+    assert {row["stop_reason"] for row in written} >= {"length"}
+    firsts = [tuple(row["response_ids"]) for row in written]
+    assert len(set(firsts)) > len(asked)  # the samples of a prompt are not one another's
+
+
+def test_writing_goes_on_where_it_was_cut(folder: Path, tmp_path: Path) -> None:
+    whole = (folder / "responses.jsonl").read_bytes()
+    out = tmp_path / "responses.jsonl"
+    out.write_bytes(whole[: len(whole) // 2])
+    write(out, "--samples=2")
+    assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--seed_everything=1"], "but this would be"),
+        (["--author=teacher"], "data.teacher: got nothing for --author teacher"),
+        (["--samples=0"], "--samples: got 0, expected at least 1"),
+    ],
+)
+def test_writing_refuses(
+    folder: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    before = (folder / "responses.jsonl").read_bytes()
+    assert message in refusal(capsys, lambda: write(folder / "responses.jsonl", *more))
+    assert (folder / "responses.jsonl").read_bytes() == before
+
+
+def test_the_teacher_writes_too(tmp_path: Path) -> None:
+    out = tmp_path / "responses.jsonl"
+    engine = '{"class_path": "opd_lightning.rollouts.HFEngine"}'
+    more = ["--data.teacher.path=lab/arithmetic/teacher", f"--data.teacher.engine={engine}"]
+    write(out, "--author=teacher", "--data.train.limit=4", *more)
+    written = rows(out)
+    assert len(written) == 4
+    assert written[0]["written_by"].startswith("teacher opd-")
+
+
+# Training -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", [None, TopK(k=8, support="teacher", normalise="tail")])
+def test_u20_a_cached_teacher_trains_like_the_one_behind_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, divergence: TopK | None
+) -> None:
+    file = folder / "responses.jsonl"
+    kind: type[OPD | DivergenceOPD] = LightningOPD if divergence is None else DivergenceOPD
+    more = {} if divergence is None else {"divergence": divergence}
+    live = train(kind, frozen(), file, **more)
+
+    def no_weights(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the teacher behind the cache was loaded")
+
+    monkeypatch.setattr("opd_lightning.teachers.frozen.load_causal_lm", no_weights)
+    read = train(kind, cached(folder), file, **more)
+    assert len(live.logged) == 3
+    names = [n for n in live.logged[0] if n == "loss" or n.startswith(("signal/", "entropy/"))]
+    assert len(names) > 5
+    for theirs, ours in zip(live.logged, read.logged, strict=True):
+        assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, abs=1e-5)
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+        assert ours["optim/gradient_norm"] > 0
+
+
+class FirstStep(Callback):
+    """Keeps the rollouts of the first step."""
+
+    def __init__(self) -> None:
+        self.rollouts: list[Rollout] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        if trainer.global_step == 0:
+            self.rollouts += batch.rollouts
+
+
+def test_u20_the_first_gradient_is_that_of_opd(tmp_path: Path) -> None:
+    """On the same rollouts, with the same average over responses."""
+    first = FirstStep()
+    student = Student("lab/arithmetic/student")
+    online = OPD(student, teacher=frozen(), aggregation="seq-mean-token-mean")
+    seen = fit(
+        online,
+        steps=1,
+        micro_batches=2,
+        callbacks=[first],
+        prompts_per_step=8,
+        samples_per_prompt=1,
+    )
+    written = {rollout.prompt.id: rollout.response_ids for rollout in first.rollouts}
+    assert len(written) == 8
+    file = tmp_path / "responses.jsonl"
+    with file.open("w") as lines:
+        for row in rows(Path(TRAIN)):
+            row["response_ids"] = written.get(row["id"], [5])
+            lines.write(json.dumps(row) + "\n")
+    offline = train(LightningOPD, frozen(), file)
+    assert offline.logged[0]["loss"] == pytest.approx(seen.logged[0]["loss"], abs=1e-6)
+    for name, gradient in seen.gradients[0].items():
+        torch.testing.assert_close(offline.gradients[0][name], gradient, atol=1e-6, rtol=1e-4)
+    assert max(float(g.abs().max()) for g in seen.gradients[0].values()) > 1e-3
+
+
+# Refusals -------------------------------------------------------------------------------
+
+
+def refusal(capsys: pytest.CaptureFixture[str], command: Any) -> str:
+    """The one line of a command that ends with code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        command()
+    assert ended.value.code == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opd: error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("model.init_args.teacher.init_args.cache=nowhere", "no cached scores in 'nowhere'"),
+        (
+            "model.init_args.teacher.init_args.teacher.init_args.path=lab/arithmetic/student",
+            "was made with teacher opd-",
+        ),
+        (f"data.train.path={TRAIN}", "no 'response' or 'response_ids' to learn from"),
+        (
+            "data.train.path=lab/arithmetic/demonstrations.jsonl",
+            "demonstrations.jsonl:1: not in the cache",
+        ),
+        ("data.mix.recorded=0.5", "got the student's own responses, but LightningOPD learns"),
+        ("model.init_args.overlap_top_k=20", "holds the 16 likeliest tokens, but 20 are asked for"),
+        ("model.init_args.imitation=1", "would take all of LightningOPD's responses"),
+    ],
+)
+def test_fit_refuses(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: str,
+    message: str,
+) -> None:
+    def no_weights(*args: object, **kwargs: object) -> None:
+        raise AssertionError("weights were loaded before the mistake was found")
+
+    monkeypatch.setattr("opd_lightning.student.load_causal_lm", no_weights)
+    monkeypatch.setattr("opd_lightning.teachers.frozen.load_causal_lm", no_weights)
+    command = ["fit", "--config", CONFIG, *files(folder), "--trainer.logger=false", f"--{more}"]
+    assert message in refusal(capsys, lambda: main(command))
+
+
+def test_live_responses_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--model=opd_lightning.methods.OPD", "--data.mix.recorded=0", "--trainer.logger=false"]
+    line = refusal(capsys, lambda: main(["fit", "--config", CONFIG, *files(folder), *more]))
+    assert "responses that are yet to be sampled, which a CachedTeacher cannot" in line
+
+
+def test_ids_beyond_the_vocabulary_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = rows(folder / "responses.jsonl")[0] | {"response_ids": [5, 64]}
+    (tmp_path / "responses.jsonl").write_text(json.dumps(row))
+    line = refusal(capsys, lambda: cache(tmp_path))
+    assert "responses.jsonl:1: 'response_ids' holds token 64, but the student's vocabulary" in line
+
+
+def test_there_must_be_something_to_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    config = CONFIG.replace("lightning_opd", "opd")
+    line = refusal(capsys, lambda: main(["cache-teacher", "--config", config]))
+    assert "it asks no CachedTeacher" in line
