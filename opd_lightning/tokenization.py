@@ -18,6 +18,7 @@ from opd_lightning.model_source import ModelSource
 
 _PROBE = "two words,\n\n  1+1=2; (and) so on?"
 _SPACE = "\u2581"  # SentencePiece's
+_SENTENCE_PIECE = {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"}  # steps of its decoders
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -83,21 +84,15 @@ def token_bytes(source: ModelSource) -> dict[int, bytes]:
     Raises:
         UserError: It is of another kind (WordPiece, say).
     """
-    backend = getattr(source.tokenizer, "backend_tokenizer", None)
-    steps = (
-        _steps(json.loads(backend.decoder.__getstate__())) if backend and backend.decoder else []
-    )
+    decoder = getattr(getattr(source.tokenizer, "backend_tokenizer", None), "decoder", None)
+    steps = _steps(json.loads(decoder.__getstate__())) if decoder else []
     kinds = {step["type"] for step in steps}
     vocabulary = source.tokenizer.get_vocab().items()
     if kinds == {"ByteLevel"}:
         return {i: _of_byte_characters(token) for token, i in vocabulary}
-    replaced = [s for s in steps if s["type"] == "Replace"]
-    is_plain = all((s["pattern"], s["content"]) == ({"String": _SPACE}, " ") for s in replaced)
-    if (
-        not kinds
-        or kinds - {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"}
-        or not is_plain
-    ):
+    replaced = [(s["pattern"], s["content"]) for s in steps if s["type"] == "Replace"]
+    is_known = kinds and kinds <= _SENTENCE_PIECE
+    if not is_known or any(pair != ({"String": _SPACE}, " ") for pair in replaced):
         raise UserError(
             f"{source.role} {source.path!r}: cannot tell the bytes of its tokens, which are "
             f"decoded by {', '.join(sorted(kinds)) or 'no decoder'}; use a model with a "

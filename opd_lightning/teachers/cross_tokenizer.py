@@ -43,8 +43,11 @@ class CrossTokenizerTeacher(Teacher):
 
     Limits. Sampled tokens only, under the plain prompt. Of all the ways to write a text in the
     teacher's tokens only its tokenizer's is scored, so its log-prob is at most the text's; and the
-    student may have written a text in another way than its own tokenizer would. Where groups end
-    may depend on later text. A temperature other than 1 divides the logits of either's own tokens:
+    student may have written a text in another way than its own tokenizer would. A token of
+    the teacher's also tells that the text does not go on as a longer one ("1" that it is not "10"),
+    which the student decides only later: the sum over a response is right, but part of it stands
+    a token too early, a bias where `discount` is 0 that can undo the learning if many groups end
+    so. A temperature other than 1 divides the logits of either's own tokens:
     equal distributions of text are then no longer equal. A special token within the response is
     the text of its name, which is a special token again if the teacher has one of that name. Of a
     character that the length limit cut off nothing is said; bytes that are no UTF-8 elsewhere are

@@ -2,6 +2,7 @@
 
 import random
 import string
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,18 @@ def test_signal_by_hand() -> None:
     assert got["entropy/gap"] == pytest.approx(0.3)
     assert got["signal/agree_with_reward"] == pytest.approx(2 / 3)
     assert got["signal/disagree_with_reward"] == pytest.approx(1 / 3)
+
+
+def test_tokens_per_group_of_a_teacher_with_other_tokens() -> None:
+    batch = make_batch([make_rollout([5, 6]), make_rollout([5])])
+    student = scores([[-1.0, -2.0], [-1.0, 0.0]], entropy=0.5, top=[1])
+    metric = SignalStatistics()
+    ends = torch.tensor([[False, True], [True, False]])
+    metric.update(batch, student, replace(student, ends=ends), batch.response_mask)
+    assert metric.compute()["signal/group_length"].item() == 1.5
+    metric.reset()
+    metric.update(batch, student, student, batch.response_mask)
+    assert "signal/group_length" not in metric.compute()
 
 
 def test_u23_identical_and_disjoint_supports() -> None:
