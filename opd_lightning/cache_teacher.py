@@ -49,11 +49,11 @@ def fill(
             ScoreWriter(cached.folder, description) as writer,
             tqdm(total=tokens, unit="token", unit_scale=True, disable=None) as bar,
         ):
-            for round_ in _rounds(cached.unknown, batch_tokens):
-                batches = [_collate(part, description, student).to(device) for part in round_]
+            for parts in _rounds(cached.unknown, batch_tokens):
+                batches = [_collate(part, description, student).to(device) for part in parts]
                 for batch in batches:
                     teacher.expect(batch, "student", top_k=description.top_k)
-                for part, batch in zip(round_, batches, strict=True):
+                for part, batch in zip(parts, batches, strict=True):
                     answers = _ask(teacher, batch, description.top_k)
                     for (key, _), scores in zip(part, answers, strict=True):
                         writer.add(key, scores)

@@ -149,10 +149,8 @@ class ComposedMethod(DistillationModule):
         the others are asked here and not again.
         """
         self._prepared.clear()
-        compared = {wish.other for wish in self.all_comparisons().values()}
-        sampled = {name: ask for name, ask in self.all_asks().items() if name not in compared}
         for batch in batches:
-            announce(sampled, batch, self.overlap_top_k)
+            announce(self.all_asks(), self.all_comparisons(), batch, self.overlap_top_k)
         if self.aggregation != "mask-mean" and not any(rule.step_wide for rule in self.rules):
             return
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():

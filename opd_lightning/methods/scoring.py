@@ -15,10 +15,10 @@ from opd_lightning.head import Comparison
 from opd_lightning.losses.alignment import in_groups
 from opd_lightning.losses.schedule import Schedule
 from opd_lightning.losses.top_k import TopK
-from opd_lightning.methods.top_k_asker import TopKAsker
+from opd_lightning.methods.top_k_asker import TopKAsker, announce_likeliest
 from opd_lightning.rules.base import Compare, Scored
 from opd_lightning.student import LateComparison, Student
-from opd_lightning.teachers.base import Ask, DistributionTeacher, Teacher
+from opd_lightning.teachers.base import Ask, DistributionTeacher, Teacher, TopKTeacher
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import RolloutBatch, TokenScores
 
@@ -129,10 +129,17 @@ def asked_top_k(
     return found
 
 
-def announce(asks: Mapping[str, Ask], batch: RolloutBatch, top_k: int) -> None:
+def announce(
+    asks: Mapping[str, Ask], comparisons: Mapping[str, Compare], batch: RolloutBatch, top_k: int
+) -> None:
     """Tell every teacher what it will be asked, so that one elsewhere may begin."""
-    for ask in dict.fromkeys(asks.values()):
+    compared = {wish.other for wish in comparisons.values()}
+    sampled = {ask: None for name, ask in asks.items() if name not in compared}
+    for ask in sampled:
         ask.teacher.expect(batch, ask.view, top_k=_overlap(ask, asks, top_k))
+    for wish in comparisons.values():
+        if wish.other is not None and isinstance(asks[wish.other].teacher, TopKTeacher):
+            announce_likeliest(asks[wish.other], batch, wish.function, top_k)
 
 
 def _overlap(ask: Ask, asks: Mapping[str, Ask], top_k: int) -> int:

@@ -15,6 +15,15 @@ from opd_lightning.timing import StepTimer
 from opd_lightning.types import RolloutBatch, TokenScores
 
 
+def announce_likeliest(
+    question: Ask, batch: RolloutBatch, function: Any, overlap_top_k: int
+) -> None:
+    """Announce what `TopKAsker` will ask, unless that depends on what the student says."""
+    if function.support != "student":
+        width = max(function.k, overlap_top_k)
+        question.teacher.expect(batch, question.view, top_k=width)
+
+
 class TopKAsker(NamedTuple):
     """Puts the questions of one comparison to a teacher who knows only some tokens."""
 

@@ -70,7 +70,7 @@ class ScoreStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.description = _read_description(folder)
+        self.description = read_description(folder)
         self.shards = sorted(folder.glob("scores-*.safetensors"))
         self._places: dict[bytes, tuple[int, int, int]] = {}  # shard, first token, last + 1
         for number, shard in enumerate(self.shards):
@@ -109,7 +109,7 @@ def shard_name(content: bytes) -> str:
     return f"scores-{blake2b(content, digest_size=DIGEST).hexdigest()}.safetensors"
 
 
-def _read_description(folder: Path) -> Description:
+def read_description(folder: Path) -> Description:
     place = folder / DESCRIPTION
     if not place.is_file():
         raise UserError(

@@ -21,6 +21,7 @@ from opd_lightning.teachers.score_store import (
     Description,
     RowScores,
     exists,
+    read_description,
     shard_name,
 )
 
@@ -58,10 +59,21 @@ class ScoreWriter:
             raise UserError(
                 f"another process is writing to {str(self.folder)!r}; wait until it is done"
             ) from error
-        if not exists(self.folder):
+        if exists(self.folder):
+            self._check_description()
+        else:
             content = json.dumps(asdict(self.description), indent=2) + "\n"
             self._write(DESCRIPTION, content.encode())
         return self
+
+    def _check_description(self) -> None:
+        found = read_description(self.folder)
+        if found != self.description:
+            os.close(self._lock)
+            raise UserError(
+                f"{str(self.folder)!r} holds scores of {found}, expected {self.description}; give "
+                "every teacher a folder of its own"
+            )
 
     def __exit__(self, *_: object) -> None:
         try:

@@ -262,6 +262,19 @@ def test_live_responses_are_refused(folder: Path, capsys: pytest.CaptureFixture[
     assert "responses that are yet to be sampled, which a CachedTeacher cannot" in line
 
 
+def test_views_of_what_is_not_known_in_advance_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [
+        "--model=opd_lightning.methods.OPSDK1",
+        "--model.init_args.view=corrected",
+        '--data.views={"corrected": {"template": "{{ feedback }}"}}',
+        "--trainer.logger=false",
+    ]
+    line = refusal(capsys, lambda: main(["fit", "--config", CONFIG, *files(folder), *more]))
+    assert "data.views: 'corrected' depends on how responses are verified" in line
+
+
 def test_ids_beyond_the_vocabulary_are_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,19 +9,25 @@ from opd_lightning.cache_teacher import fill
 from opd_lightning.student import Student
 from opd_lightning.teachers import CachedTeacher, FrozenTeacher, RecordedQuestion, RemoteTeacher
 from tests.batches import make_batch, make_rollout
-from tests.integration.test_remote_teacher import CPU, TEACHER, key, server  # noqa: F401
+from tests.integration.test_remote_teacher import CPU, TEACHER, key_file, server  # noqa: F401
 from tests.vllm_server import VLLMServer
 
-pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("in_lab", "key")]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.usefixtures("in_lab")]
 
 
-def test_what_servers_said_is_read_without_them(server: VLLMServer, tmp_path: Path) -> None:  # noqa: F811
+def test_what_servers_said_is_read_without_them(
+    server: VLLMServer,  # noqa: F811
+    key_file: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     batch = make_batch(
         [make_rollout([3 + n, 7, 5 + n, 1][: n % 4 + 1], prompt_ids=[9 + n]) for n in range(40)],
         temperature=1.0,
     )
     filling, reading = (
-        CachedTeacher(str(tmp_path / "cache"), RemoteTeacher(TEACHER, [server.url], patience=1.0))
+        CachedTeacher(
+            str(tmp_path / "cache"), RemoteTeacher(TEACHER, [server.url], str(key_file), patience=9)
+        )
         for _ in range(2)
     )
     filling.note_unknown()

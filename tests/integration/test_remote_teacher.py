@@ -44,13 +44,19 @@ def server(untrained_lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture(autouse=True)
-def key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPD_SERVER_KEY", KEY)
+def key_file(tmp_path: Path) -> Path:
+    return write_key(tmp_path / "server.key", KEY)
+
+
+def write_key(file: Path, key: str) -> Path:
+    file.write_text(key)
+    file.chmod(0o600)
+    return file
 
 
 @pytest.fixture
-def remote(server: VLLMServer) -> Iterator[RemoteTeacher]:
-    teacher = RemoteTeacher(TEACHER, [server.url])
+def remote(server: VLLMServer, key_file: Path) -> Iterator[RemoteTeacher]:
+    teacher = RemoteTeacher(TEACHER, [server.url], str(key_file))
     yield teacher
     teacher.close()
 
@@ -137,15 +143,9 @@ def test_nothing_to_score(remote: RemoteTeacher) -> None:
 def test_what_is_expected_is_asked_once_and_forgotten(
     remote: RemoteTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch, sent = ragged(), []
+    batch = ragged()
     remote.load(CPU, NOBODY)
-    spread = remote.servers.spread
-
-    def counted(path: str, bodies: Any, *more: Any) -> Any:
-        sent.extend(bodies)
-        return spread(path, bodies, *more)
-
-    monkeypatch.setattr(remote.servers, "spread", counted)
+    sent = count_requests(remote, monkeypatch)
     remote.expect(batch, "student", top_k=2)
     assert len(sent) == 4  # the dropped one has nothing to score
     before = remote.score(batch, "student", top_k=2)
@@ -156,6 +156,19 @@ def test_what_is_expected_is_asked_once_and_forgotten(
     remote.rest()
     remote.score(batch, "student", top_k=2)
     assert len(sent) == 8
+
+
+def count_requests(remote: RemoteTeacher, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that every request sent from now on is added to."""
+    sent: list[Any] = []
+    spread = remote.servers.spread
+
+    def counted(path: str, bodies: Any, *more: Any) -> Any:
+        sent.extend(bodies)
+        return spread(path, bodies, *more)
+
+    monkeypatch.setattr(remote.servers, "spread", counted)
+    return sent
 
 
 # Training ------------------------------------------------------------------------------
@@ -198,18 +211,37 @@ TOP_K: dict[str, Any] = {"k": 5, "normalise": "tail"}
     ],
 )
 def test_losses_and_gradients_are_the_local_ones(
-    server: VLLMServer, kind: Any, more: dict[str, Any]
+    remote: RemoteTeacher, kind: Any, more: dict[str, Any]
 ) -> None:
     def train(teacher: Teacher) -> Recorder:
         return fit(method(kind, teacher, **more), steps=2, micro_batches=2)
 
-    theirs, ours = train(RemoteTeacher(TEACHER, [server.url])), train(FrozenTeacher(TEACHER))
+    theirs, ours = train(remote), train(FrozenTeacher(TEACHER))
     for one, other in zip(theirs.logged, ours.logged, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
         assert one["optim/gradient_norm"] > 1e-3
     # Of the same weights: Adam makes the second step's weights differ where gradients are noise.
     for name, gradient in theirs.gradients[0].items():
         torch.testing.assert_close(gradient, ours.gradients[0][name], atol=1e-4, rtol=0)
+
+
+def test_all_of_a_step_is_sent_before_it_is_trained_on(
+    remote: RemoteTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    divergence = TopK(support="teacher", **TOP_K)
+    trained = method(DivergenceOPD, remote, divergence=divergence, overlap_top_k=2)
+    sent = count_requests(remote, monkeypatch)
+    seen: list[int] = []
+    loss = trained.loss
+
+    def noted(batch: RolloutBatch) -> Tensor:
+        seen.append(len(sent))
+        return loss(batch)
+
+    monkeypatch.setattr(trained, "loss", noted)
+    fit(trained, steps=2, micro_batches=2)
+    assert seen == [8, 8, 16, 16]
+    assert len(sent) == 16
 
 
 # Mistakes ------------------------------------------------------------------------------
@@ -221,15 +253,15 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *changes: str) -> str:
     with pytest.raises(SystemExit) as ended:
         main(["fit", *arguments])
     assert ended.value.code == code
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opd: error:")]
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    (line,) = [x for x in told.splitlines() if x.startswith("opd: error:")]
     return line
 
 
-def at(server: VLLMServer) -> str:
-    return f"--model.init_args.teacher.init_args.servers=[{server.url}]"
-
-
-NO_KEY_FILE = "--model.init_args.teacher.init_args.key_file=null"
+def at(server: VLLMServer, key_file: Path) -> tuple[str, ...]:
+    teacher = "--model.init_args.teacher.init_args"
+    return f"{teacher}.servers=[{server.url}]", f"{teacher}.key_file={key_file}"
 
 
 @pytest.fixture
@@ -241,37 +273,37 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_another_model_is_refused(server: VLLMServer, capsys: Any) -> None:
+def test_another_model_is_refused(server: VLLMServer, key_file: Path, capsys: Any) -> None:
     other = "--model.init_args.teacher.init_args.path=lab/arithmetic/student"
-    line = fails(capsys, 2, at(server), NO_KEY_FILE, other)
+    line = fails(capsys, 2, *at(server, key_file), other)
     assert line.count("opd-") == 2
     assert server.url in line
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_a_wrong_key_is_refused(server: VLLMServer, capsys: Any, tmp_path: Path) -> None:
-    file = tmp_path / "key"
-    file.write_text("guessed")
-    file.chmod(0o600)
-    line = fails(capsys, 2, at(server), f"--model.init_args.teacher.init_args.key_file={file}")
+def test_a_wrong_key_is_refused(server: VLLMServer, key_file: Path, capsys: Any) -> None:
+    write_key(key_file, "guessed")
+    line = fails(capsys, 2, *at(server, key_file))
     assert "answered 401" in line
     assert "guessed" not in line
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_another_temperature_is_refused(server: VLLMServer, capsys: Any) -> None:
-    line = fails(capsys, 2, at(server), NO_KEY_FILE, "--data.sampling.temperature=0.7")
+def test_another_temperature_is_refused(server: VLLMServer, key_file: Path, capsys: Any) -> None:
+    line = fails(capsys, 2, *at(server, key_file), "--data.sampling.temperature=0.7")
     assert "temperature" in line
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_too_long_for_the_server_is_refused(server: VLLMServer, capsys: Any) -> None:
-    line = fails(capsys, 2, at(server), NO_KEY_FILE, "--data.sampling.max_new_tokens=195")
+def test_too_long_for_the_server_is_refused(
+    server: VLLMServer, key_file: Path, capsys: Any
+) -> None:
+    line = fails(capsys, 2, *at(server, key_file), "--data.sampling.max_new_tokens=195")
     assert f"the teacher's context of {MAX_LENGTH - 1}" in line
 
 
-def test_a_server_of_somebody_else_s(server: VLLMServer) -> None:
-    teacher = RemoteTeacher(TEACHER, [server.url], served_model="their-name")
+def test_a_server_of_somebody_else_s(server: VLLMServer, key_file: Path) -> None:
+    teacher = RemoteTeacher(TEACHER, [server.url], str(key_file), served_model="their-name")
     with pytest.raises(UserError, match="expected their-name"):
         teacher.check([], 1.0)
     teacher.close()
@@ -280,9 +312,9 @@ def test_a_server_of_somebody_else_s(server: VLLMServer) -> None:
 # Losses of servers; they come last, for the module's server does not survive them --------
 
 
-def losses(run: Path, server: VLLMServer) -> list[float]:
+def losses(run: Path, server: VLLMServer, key_file: Path) -> list[float]:
     arguments = [
-        *("--config", CONFIG, "--config", REMOTE, at(server), NO_KEY_FILE),
+        *("--config", CONFIG, "--config", REMOTE, *at(server, key_file)),
         *("--trainer.max_steps=4", "--trainer.val_check_interval=1000"),
         *("--trainer.accumulate_grad_batches=2", "--trainer.enable_progress_bar=false"),
         *("--data.prompts_per_step=8", "--data.sampling.max_new_tokens=10"),
@@ -296,7 +328,8 @@ def losses(run: Path, server: VLLMServer) -> list[float]:
 
 def after_requests(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
     """Call `act` once, when the requests of a step have been sent and none was waited for."""
-    expect, seen = RemoteTeacher.expect, set()
+    expect = RemoteTeacher.expect
+    seen: set[int] = set()
 
     def expect_and_act(self: Any, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
         expect(self, batch, view, top_k=top_k)
@@ -307,17 +340,22 @@ def after_requests(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None
     monkeypatch.setattr(RemoteTeacher, "expect", expect_and_act)
 
 
+@pytest.mark.slow
 def test_a_lost_server_is_waited_for(
-    server: VLLMServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    server: VLLMServer,
+    key_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: Any,
 ) -> None:
-    undisturbed = losses(tmp_path / "undisturbed", server)
+    undisturbed = losses(tmp_path / "undisturbed", server, key_file)
 
     def lose() -> None:
         server.kill()
         threading.Timer(1.0, server.start).start()
 
     after_requests(monkeypatch, 2, lose)
-    disturbed = losses(tmp_path / "disturbed", server)
+    disturbed = losses(tmp_path / "disturbed", server, key_file)
     assert "answers again" in caplog.text
     # What is computed beside a sequence moves its last bits, in any vLLM.
     assert disturbed == pytest.approx(undisturbed, abs=2e-6)
@@ -325,13 +363,13 @@ def test_a_lost_server_is_waited_for(
 
 
 def test_a_server_that_stays_away_ends_the_run(
-    server: VLLMServer, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    server: VLLMServer, key_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     after_requests(monkeypatch, 1, server.kill)
     line = fails(
         capsys,
         1,
-        *(at(server), NO_KEY_FILE, "--trainer.limit_val_batches=0", "--data.prompts_per_step=8"),
+        *(*at(server, key_file), "--trainer.limit_val_batches=0", "--data.prompts_per_step=8"),
         *("--data.sampling.max_new_tokens=10", "--trainer.enable_progress_bar=false"),
         "--model.init_args.teacher.init_args.patience=1.5",
         "--trainer.callbacks=[]",

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,18 +15,24 @@ from opd_lightning.teachers.score_writer import PART, ScoreWriter
 
 WHO = Description(teacher="opd-0123456789ab", temperature=1.0, top_k=3)
 
-# Writes shard after shard of rows `row_key([n], [])` and says so, until it is killed.
+# Writes shard after shard of rows `row_key([n], [])` and says so, until it is killed; or until the
+# system ends it in the middle of writing shard `last`, whose file may not grow that large.
 ENDLESS = """
-import sys
+import resource, signal, sys
 from itertools import count
 from pathlib import Path
 from tests.unit.test_score_store import WHO, some_scores
 from opd_lightning.teachers.score_store import row_key
 from opd_lightning.teachers.score_writer import ScoreWriter
 
-with ScoreWriter(Path(sys.argv[1]), WHO) as writer:
-    for n in count(int(sys.argv[2])):
+folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+with ScoreWriter(folder, WHO) as writer:
+    for n in count(first):
         writer.add(row_key([n], []), some_scores(n, tokens=50_000))
+        if n == last:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
         writer.flush()
         print(n, flush=True)
 """
@@ -75,22 +82,29 @@ def test_a_key_knows_where_the_response_begins() -> None:
 
 
 def test_a_killed_writer_leaves_whole_shards_and_another_goes_on(tmp_path: Path) -> None:
-    said = -1
-    for _ in range(2):
-        command = [sys.executable, "-c", ENDLESS, str(tmp_path), str(said + 1)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None
-            for _ in range(4):
-                said = int(child.stdout.readline())
-            child.send_signal(signal.SIGKILL)
-            # What was renamed before the signal came may not have been said any more.
-            said = max([said, *map(int, child.stdout.read().split())])
+    def run(first: int, last: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", ENDLESS, str(tmp_path), str(first), str(last)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def check(least: int) -> int:
         store = ScoreStore(tmp_path)
-        said = max(said, len(store) - 1)
-        for n in range(said + 1):
+        for n in range(len(store)):
             found = store.read(row_key([n], []), 3)
             assert (found.logprobs == some_scores(n, tokens=50_000).logprobs).all()
-    assert said >= 7
+        assert len(store) >= least
+        return len(store)
+
+    with run(0, last=-1) as child:
+        assert child.stdout is not None
+        for _ in range(3):
+            child.stdout.readline()
+        child.kill()
+    whole = check(least=3)
+    with run(whole, last=whole + 2) as child:
+        child.communicate()
+    assert child.returncode == -signal.SIGXFSZ
+    assert check(least=0) == whole + 2
+    assert (tmp_path / PART).stat().st_size == 1_000_000
 
 
 def test_an_unfinished_shard_is_no_shard(tmp_path: Path) -> None:
@@ -138,6 +152,18 @@ def test_two_writers_are_refused(tmp_path: Path) -> None:
     ):
         pass
     write(tmp_path, 1)
+
+
+def test_two_teachers_do_not_share_a_folder(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    other = replace(WHO, teacher="opd-ba9876543210")
+    with (
+        pytest.raises(UserError, match="give every teacher a folder of its own"),
+        ScoreWriter(tmp_path, other),
+    ):
+        pass
+    write(tmp_path, 2)
+    assert len(ScoreStore(tmp_path)) == 2
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,167 @@
+"""Asking by id, which takes vLLM on a GPU: a stand-in that reads and writes vLLM's own types."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from opd_lightning.errors import UserError
+from opd_lightning.lab.models import new_model
+from opd_lightning.model_identity import model_identity
+from opd_lightning.serving import scoring
+from opd_lightning.teachers import FrozenTeacher, RemoteTeacher
+from opd_lightning.types import RolloutBatch
+from tests.batches import make_batch, make_rollout
+from tests.http_server import Server
+
+pytestmark = pytest.mark.vllm
+
+CPU = torch.device("cpu")
+NOBODY: Any = None  # the student, whom no teacher here reads
+LENGTH = 32
+
+
+class StandIn:
+    """Answers as vLLM's two model runners do, from a Hugging Face model in this process."""
+
+    def __init__(self, folder: Path, by_id: bool) -> None:
+        self.teacher = FrozenTeacher(str(folder))
+        self.teacher.load(CPU, NOBODY)
+        self.name = model_identity(str(folder))
+        self.by_id = by_id
+        self.sizes: list[tuple[int, ...]] = []  # of the matrices that it was asked for
+        self.server = Server(self.answer)
+
+    def answer(self, body: dict[str, Any]) -> tuple[int, Any]:
+        from vllm.entrypoints.scale_out.token_in_token_out.protocol import (
+            GenerateRequest,
+            GenerateTokensChoice,
+            GenerateTokensResponse,
+        )
+        from vllm.utils.serial_utils import numpy2base64
+
+        if body["path"] == "/v1/models":
+            return 200, {"data": [{"id": self.name, "max_model_len": LENGTH}]}
+        request = GenerateRequest(**{k: body[k] for k in ("model", "token_ids", "sampling_params")})
+        wanted = request.sampling_params
+        limits = SimpleNamespace(max_logprobs=64, get_vocab_size=lambda: 64, max_model_len=LENGTH)
+        wanted._validate_logprobs(limits)
+        logprobs = self.logprobs(request.token_ids)
+        matrix, ids = None, wanted.prompt_logprob_token_ids
+        if ids is not None:
+            if not self.by_id:
+                return 400, {"error": {"message": "requires the V2 model runner"}}
+            assert len(ids) == len(request.token_ids) - 1 - wanted.prompt_logprob_start
+            rows = logprobs[wanted.prompt_logprob_start :]
+            matrix = numpy2base64(rows.gather(1, torch.tensor(ids).long()).numpy())
+            self.sizes.append(ids.shape)
+        response = GenerateTokensResponse(
+            choices=[GenerateTokensChoice(index=0, token_ids=[0])],
+            prompt_logprobs=self.by_rank(request.token_ids, logprobs, wanted.prompt_logprobs),
+            prompt_token_id_logprobs=matrix,
+        )
+        return 200, response.model_dump(mode="json")
+
+    @torch.no_grad()
+    def logprobs(self, ids: list[int]) -> Tensor:
+        """`[prompt - 1, V]` of the tokens after the first."""
+        logits = self.teacher.model()(torch.tensor([ids])).logits[0, :-1]
+        return torch.log_softmax(logits, dim=-1)
+
+    def by_rank(self, ids: list[int], logprobs: Tensor, k: int | None) -> list[Any] | None:
+        from vllm.logprobs import Logprob
+
+        if k is None:
+            return None
+        told: list[Any] = [None]
+        for token, row in zip(ids[1:], logprobs, strict=True):
+            own = {token: Logprob(float(row[token]), int((row > row[token]).sum()) + 1)}
+            best = row.topk(64 if k == -1 else k)
+            top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            told.append(own | {t: Logprob(x, rank) for rank, (t, x) in enumerate(top, start=1)})
+        return told
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("vllm")
+    path = tmp_path_factory.mktemp("model")
+    new_model(path, layers=1, hidden_size=32, seed=0)
+    return path
+
+
+@pytest.fixture(params=[True, False], ids=["by id", "by rank"])
+def stand_in(folder: Path, request: pytest.FixtureRequest) -> Iterator[StandIn]:
+    made = StandIn(folder, by_id=request.param)
+    yield made
+    made.server.stop()
+
+
+@pytest.fixture
+def remote(folder: Path, stand_in: StandIn) -> Iterator[RemoteTeacher]:
+    teacher = RemoteTeacher(str(folder), [stand_in.server.url])
+    teacher.check([], temperature=1.0)
+    teacher.load(CPU, NOBODY)
+    stand_in.sizes.clear()
+    yield teacher
+    teacher.close()
+
+
+def batch() -> RolloutBatch:
+    return make_batch(
+        [
+            make_rollout([7, 8, 1], prompt_ids=[9, 10]),
+            make_rollout([11, 1], prompt_ids=[12], dropped=True),
+            make_rollout([13, 14, 15, 1], prompt_ids=[9]),
+        ],
+        temperature=1.0,
+    )
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_sampled_tokens(remote: RemoteTeacher, stand_in: StandIn, top_k: int) -> None:
+    theirs = remote.score(batch(), "student", top_k=top_k)
+    ours = stand_in.teacher.score(batch(), "student", top_k=top_k)
+    torch.testing.assert_close(theirs.logprobs, ours.logprobs, atol=1e-5, rtol=0)
+    assert torch.equal(theirs.top_ids, ours.top_ids)
+    # A matrix where it says all that was asked; nothing of the prompt travels with it.
+    assert sorted(stand_in.sizes) == ([(3, 1), (4, 1)] if stand_in.by_id and not top_k else [])
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_given_tokens(remote: RemoteTeacher, stand_in: StandIn, top_k: int) -> None:
+    ids = torch.randint(0, 64, (7, 6), generator=torch.Generator().manual_seed(0))
+    scores, known = remote.score_top(batch(), "student", top_k=top_k, ids=ids)
+    sequences = ([9, 10, 7, 8, 1], 3), ([9, 13, 14, 15, 1], 4)
+    expected = torch.cat([stand_in.logprobs(sequence)[-n:] for sequence, n in sequences])
+    torch.testing.assert_close(known.logprobs, expected.gather(1, ids), atol=1e-5, rtol=0)
+    ours = stand_in.teacher.score(batch(), "student", top_k=top_k)
+    torch.testing.assert_close(scores.logprobs, ours.logprobs, atol=1e-5, rtol=0)
+    assert torch.equal(scores.top_ids, ours.top_ids)
+    assert sorted(stand_in.sizes) == ([(3, 7), (4, 7)] if stand_in.by_id else [])
+
+
+def test_a_large_vocabulary_is_not_sent_by_rank(
+    remote: RemoteTeacher, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opd_lightning.teachers.remote.WHOLE_VOCABULARY", 63)
+    ids = torch.zeros(7, 1, dtype=torch.int64)
+    if stand_in.by_id:
+        remote.score_top(batch(), "student", top_k=0, ids=ids)
+        return
+    with pytest.raises(UserError, match="support to 'teacher'"):
+        remote.score_top(batch(), "student", top_k=0, ids=ids)
+
+
+def test_the_server_must_have_room_for_one_more(remote: RemoteTeacher) -> None:
+    assert remote.source.context_length == LENGTH - 1
+
+
+def test_no_log_probs_for_the_ids(stand_in: StandIn) -> None:
+    question = scoring.Question([1, 2], 1, top_k=0, given_ids=None, by_id=True)
+    with pytest.raises(UserError, match="told no log-probs"):
+        question.read({"prompt_logprobs": None, "prompt_token_id_logprobs": None})
