@@ -14,6 +14,7 @@ _NOT_FOR_USERS = (
     "Total length of `list` across ranks is zero",  # training without validation is a choice
     "`isinstance(treespec, LeafSpec)` is deprecated",  # Lightning against this torch
     "was deprecated in v4",  # Lightning against this jsonargparse
+    "assuming the intent is to load in a single process",  # it is: export reads shards alone
     "`torch.distributed.reduce_op` is deprecated",  # vLLM against this torch
 )
 

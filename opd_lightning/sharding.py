@@ -76,7 +76,7 @@ class Sharding:
         fully_shard(unit, mesh=self.mesh, mp_policy=policy)
 
 
-def check_strategy(strategy: Any) -> None:
+def check_strategy(strategy: Any, devices: int, nodes: int) -> None:
     """Refuse ways of sharing the work that teachers, weights and checkpoints know nothing of."""
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
         raise UserError(
@@ -84,11 +84,12 @@ def check_strategy(strategy: Any) -> None:
             "ModelParallelStrategy to shard the weights; configs/strategy has both"
         )
     if isinstance(strategy, ModelParallelStrategy):
-        parts = strategy.device_mesh["tensor_parallel"].size()
-        if parts != 1:
+        sizes = (strategy._data_parallel_size, strategy._tensor_parallel_size)
+        got = tuple(a if s == "auto" else s for s, a in zip(sizes, (nodes, devices), strict=True))
+        if got != (devices * nodes, 1):
             raise UserError(
-                f"trainer.strategy.tensor_parallel_size: got {parts}, expected 1; set "
-                "data_parallel_size to the number of processes"
+                f"trainer.strategy: got data_parallel_size {got[0]} and tensor_parallel_size "
+                f"{got[1]} for {devices} devices on {nodes} nodes, expected their product and 1"
             )
 
 
@@ -122,14 +123,17 @@ def _units(root: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
     """Every decoder layer, then the root, each with the modules that are its own."""
     # transformers' own list of blocks that must stay together.
     names = {n for m in root.modules() for n in getattr(m, "_no_split_modules", None) or ()}
-    layers = [module for module in root.modules() if type(module).__name__ in names]
-    if not layers:
+    units: list[tuple[nn.Module, list[nn.Module]]] = []
+    taken: set[nn.Module] = set()
+    for module in root.modules():
+        if type(module).__name__ in names and module not in taken:
+            units.append((module, list(module.modules())))
+            taken.update(module.modules())
+    if not units:
         raise UserError(
             f"trainer.strategy: got sharding, but {type(root).__name__}'s model does not name its "
             "layers (_no_split_modules); train it with strategy ddp"
         )
-    units = [(layer, list(layer.modules())) for layer in layers]
-    taken = {module for _, inside in units for module in inside}
     return [*units, (root, [module for module in root.modules() if module not in taken])]
 
 

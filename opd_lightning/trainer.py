@@ -22,6 +22,7 @@ from opd_lightning.preflight import report
 from opd_lightning.preflight.check import look_at
 from opd_lightning.progress import StepProgressBar
 from opd_lightning.quiet import only_warnings
+from opd_lightning.sharding import check_strategy
 from opd_lightning.teachers.cached import CachedTeacher
 from opd_lightning.types import Author
 from opd_lightning.write_responses import write_responses
@@ -37,6 +38,7 @@ class Trainer(LightningTrainer):
             if not any(isinstance(callback, ProgressBar) for callback in given):
                 kwargs["callbacks"] = [*given, StepProgressBar()]
         super().__init__(*args, **kwargs)
+        check_strategy(self.strategy, self.num_devices, self.num_nodes)
 
     def export(
         self,

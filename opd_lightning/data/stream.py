@@ -137,9 +137,8 @@ class TrainingStream:
         first = self.ranks.rank * share
         mix = self.mix_at(step)
         authors = mix.authors(self.seed, step, self.prompts_per_step, self.samples_per_prompt)
-        if any(not author.is_demonstrator() for row in authors for author in row):
-            # Also where none of this rank's: it takes all ranks to gather sharded weights.
-            self.writer.prepare(Author.STUDENT)
+        if _samples(authors) and not _samples(authors[first : first + share]):
+            self.writer.prepare(Author.STUDENT)  # it takes all ranks to gather sharded weights
         start = step * self.prompts_per_step + first
         rows = [
             Row(
@@ -200,8 +199,6 @@ class EvaluationStream:
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         for first in range(0, self.batches * self.batch_size, self.batch_size):
-            # Also where there is nothing to write: all ranks gather sharded weights together.
-            self.writer.prepare(Author.STUDENT)
             chosen = self.mine[first : first + self.batch_size]
             rows = [
                 Row(
@@ -216,5 +213,14 @@ class EvaluationStream:
                 for i in chosen
                 for sample in range(self.samples)
             ]
-            rollouts = self.writer.write(rows, {Author.STUDENT: self.sampling}) if rows else []
+            if rows:
+                rollouts = self.writer.write(rows, {Author.STUDENT: self.sampling})
+            else:
+                self.writer.prepare(Author.STUDENT)  # as the other ranks do
+                rollouts = []
             yield EvaluationBatch(suite=self.suite, rollouts=tuple(rollouts))
+
+
+def _samples(authors: Sequence[Sequence[Author]]) -> bool:
+    """Whether the student writes any of these responses."""
+    return any(not author.is_demonstrator() for row in authors for author in row)

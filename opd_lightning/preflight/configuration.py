@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from opd_lightning.chat import render
 from opd_lightning.errors import UserError
 from opd_lightning.model_source import ModelSource
-from opd_lightning.sharding import check_strategy
 from opd_lightning.teachers.of_student import EMATeacher
 from opd_lightning.tokenization import check_spelling
 from opd_lightning.types import Prompt
@@ -172,7 +171,6 @@ def check_trainer(trainer: Trainer) -> None:
             f"trainer.precision: got {trainer.precision!r}, expected one of "
             f"{', '.join(PRECISIONS)}; for weights in bfloat16 set student.dtype"
         )
-    check_strategy(trainer.strategy)
     every, parts = trainer.val_check_interval, trainer.accumulate_grad_batches
     if isinstance(every, int) and every % parts:
         raise UserError(

@@ -21,10 +21,14 @@ class LocalTeacher(DistributionTeacher):
     def _read(self, batch: RolloutBatch, view: str) -> TokenStates:
         """Run the model."""
 
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """Of the arithmetic. None: autocast is the student's business, not a teacher's."""
+        return None
+
     def states(self, batch: RolloutBatch, view: str) -> TokenStates:
-        # Autocast is the student's business: a teacher answers in its own dtype.
-        device_type = batch.response_ids.device.type
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+        device_type, dtype = batch.response_ids.device.type, self.compute_dtype
+        with torch.no_grad(), torch.autocast(device_type, dtype, enabled=dtype is not None):
             return self._read(batch, view)
 
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:

@@ -101,6 +101,11 @@ class AdapterOffTeacher(LocalTeacher):
     def is_collective(self) -> bool:
         return self._student.sharding is not None
 
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The one that the student's layers are gathered in."""
+        return None if self._student.sharding is None else self._student.sharding.compute_dtype
+
     def states(self, batch: RolloutBatch, view: str) -> TokenStates:
         states = super().states(batch, view)
         # The head is read later, when the adapter is on again: read the layer beneath it.

@@ -6,7 +6,7 @@ what it recorded of every way.
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +144,9 @@ def divergence() -> DistillationModule:
     return DivergenceOPD(student(), FrozenTeacher(TEACHER), **shared())
 
 
-def checkpointing() -> DistillationModule:
-    one = student(gradient_checkpointing=True)
-    return DivergenceOPD(one, FrozenTeacher(TEACHER), **shared())
-
-
 def moving() -> DistillationModule:
-    return GOPD(student(), FrozenTeacher(TEACHER), EMATeacher(rate=0.5), scale=1.5, **shared())
+    one = student(gradient_checkpointing=True)
+    return GOPD(one, FrozenTeacher(TEACHER), EMATeacher(rate=0.5), scale=1.5, **shared())
 
 
 def bare() -> DistillationModule:
@@ -172,20 +168,18 @@ def domains() -> DistillationModule:
     return OPD(student(), ByDomainTeacher(teachers), **shared())
 
 
-def continued(make: Callable[[], DistillationModule], folder: bool) -> dict[str, Any]:
-    """A run of four steps, and one that was interrupted after two."""
-    path = f"checkpoint-{folder}"
-    one = train(make(), 2, steps=4, folder=folder)
-    train(make(), 2, steps=2, folder=folder, save=path)
-    assert Path(path).is_dir() is folder
-    again = train(make(), 2, steps=4, folder=folder, resume=path)
-    return {"one": one, "again": again}
-
-
-def adam(make: Callable[[], DistillationModule]) -> DistillationModule:
-    method = make()
+def adam() -> DistillationModule:
+    method = moving()
     method.optimizer = lambda p: torch.optim.AdamW(p, lr=1e-2)
     return method
+
+
+def continued(folder: bool) -> dict[str, Any]:
+    """A run that is interrupted after two of four steps."""
+    path = f"checkpoint-{folder}"
+    first = train(adam(), 2, steps=2, folder=folder, save=path)
+    assert Path(path).is_dir() is folder
+    return {"first": first, "second": train(adam(), 2, steps=4, folder=folder, resume=path)}
 
 
 def main(ranks: int, file: str) -> None:
@@ -193,18 +187,19 @@ def main(ranks: int, file: str) -> None:
     found = {
         "sampled": train(sampled(), ranks, gradient_clip_val=0.05),
         "divergence": train(divergence(), ranks),
-        "checkpointing": train(checkpointing(), ranks),
         "moving": train(moving(), ranks),
         "bare": train(bare(), ranks),
         "adapters": train(adapters(), ranks),
         "domains": train(domains(), ranks),
         "bfloat16": train(divergence(), ranks, precision="bf16-mixed"),
+        "bfloat16 adapters": train(bare(), ranks, precision="bf16-mixed"),
         # Some ranks write nothing, and some micro-batches have nothing to learn from.
         "dropped": train(divergence(), ranks, mix=RolloutMix(teacher=0.5, only_correct=True)),
     }
     if ranks > 1:
+        found["unbroken"] = train(adam(), 2, steps=4)
         for folder in (False, True):
-            found[f"continued {folder}"] = continued(lambda: adam(moving), folder)
+            found[f"continued {folder}"] = continued(folder)
     if int(torch.distributed.get_rank() if ranks > 1 else 0) == 0:
         torch.save(found, file)
     if torch.distributed.is_initialized():  # gloo's threads may abort a process that leaves first

@@ -3,14 +3,17 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh
 
 from opd_lightning.errors import UserError
-from opd_lightning.sharding import check_strategy
+from opd_lightning.export import load_student
+from opd_lightning.sharding import Sharding, check_strategy
+from opd_lightning.student import Student
 from tests.conftest import build_tiny_model
 
 SCRIPT = Path(__file__).with_name("sharded.py")
@@ -18,7 +21,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 EXACT = (
     "sampled",
     "divergence",
-    "checkpointing",
     "moving",
     "bare",
     "adapters",
@@ -30,13 +32,19 @@ Runs = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def runs(untrained_lab: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Runs]:
+def folder(untrained_lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs leave what they recorded, and their checkpoints."""
     folder = tmp_path_factory.mktemp("sharded")
     (folder / "lab").symlink_to(untrained_lab / "lab")
     build_tiny_model(folder / "untied", hidden_size=64, layers=2, seed=0, tie=False)
     for ranks in (1, 2):
         command = [sys.executable, str(SCRIPT), str(ranks), f"{ranks}.pt"]
         subprocess.run(command, cwd=folder, check=True, timeout=240)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> list[Runs]:
     return [torch.load(folder / f"{ranks}.pt", weights_only=True) for ranks in (1, 2)]
 
 
@@ -66,28 +74,85 @@ def test_a_micro_batch_without_tokens_takes_part(runs: list[Runs]) -> None:
     assert two["empty"] > 0
 
 
-def test_layers_are_gathered_in_bfloat16_under_autocast(runs: list[Runs]) -> None:
-    """Not the same to the bit: norms' weights are rounded too, where autocast rounds matrices."""
-    one, two = (found["bfloat16"] for found in runs)
+@pytest.mark.parametrize("way", ["bfloat16", "bfloat16 adapters"])
+def test_layers_are_gathered_in_bfloat16_under_autocast(runs: list[Runs], way: str) -> None:
+    """Not to the bit: norms' weights are rounded too, and what a bare base is read with."""
+    one, two = (found[way] for found in runs)
     for alone, together in zip(one["logged"], two["logged"], strict=True):
         assert together["loss"] == pytest.approx(alone["loss"], rel=1e-2)
     largest = max(g.abs().max() for g in one["gradients"][0].values())
     for name, gradient in one["gradients"][0].items():
         torch.testing.assert_close(
-            two["gradients"][0][name], gradient, atol=1e-2 * float(largest), rtol=0
+            two["gradients"][0][name], gradient, atol=2e-2 * float(largest), rtol=0
         )
     assert two["weights"][0]["model.layers.0.mlp.up_proj.weight"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
-def test_resume_continues_bit_for_bit_with_an_ema_teacher(runs: list[Runs], folder: bool) -> None:
-    found = runs[1][f"continued {folder}"]
-    one, again = found["one"], found["again"]
-    assert len(one["gradients"]) == 4
-    torch.testing.assert_close(again["gradients"], one["gradients"][2:], atol=0, rtol=0)
-    torch.testing.assert_close(again["weights"][1], one["weights"][1], atol=0, rtol=0)
+@pytest.mark.parametrize("kind", [False, True], ids=["file", "folder"])
+def test_resume_continues_bit_for_bit_with_an_ema_teacher(runs: list[Runs], kind: bool) -> None:
+    unbroken, second = runs[1]["unbroken"], runs[1][f"continued {kind}"]["second"]
+    assert len(unbroken["gradients"]) == 4
+    torch.testing.assert_close(second["gradients"], unbroken["gradients"][2:], atol=0, rtol=0)
+    torch.testing.assert_close(second["weights"][1], unbroken["weights"][1], atol=0, rtol=0)
 
 
-def test_other_strategies_are_refused() -> None:
-    with pytest.raises(UserError, match=r"trainer.strategy: got FSDPStrategy, expected ddp, or"):
-        check_strategy(FSDPStrategy())
+@pytest.mark.parametrize("kind", [False, True], ids=["file", "folder"])
+def test_a_checkpoint_of_shards_is_exported(folder: Path, runs: list[Runs], kind: bool) -> None:
+    student = Student(str(folder / "lab" / "arithmetic" / "student"))
+    assert load_student(student, str(folder / f"checkpoint-{kind}")) == 2
+    expected = runs[1][f"continued {kind}"]["first"]["weights"][1]
+    torch.testing.assert_close(dict(student.weights()), expected, atol=0, rtol=0)
+
+
+def test_shards_of_another_student_are_refused(folder: Path) -> None:
+    student = Student(str(folder / "lab" / "arithmetic" / "teacher"))
+    with pytest.raises(UserError, match="is not of the student in this config"):
+        load_student(student, str(folder / "checkpoint-True"))
+    with pytest.raises(UserError, match=r"is no checkpoint: it has no meta\.pt"):
+        load_student(student, str(folder))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (FSDPStrategy(), "got FSDPStrategy, expected ddp, or ModelParallelStrategy"),
+        (ModelParallelStrategy(), "got data_parallel_size 1 and tensor_parallel_size 2"),
+        (ModelParallelStrategy(4, 1), "got data_parallel_size 4 and tensor_parallel_size 1"),
+    ],
+    ids=["fsdp1", "auto", "count"],
+)
+def test_strategies_that_are_refused(strategy: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_strategy(strategy, devices=2, nodes=1)
+    check_strategy(ModelParallelStrategy(2, 1), devices=2, nodes=1)
+
+
+def test_a_model_without_named_layers_is_refused() -> None:
+    sharding = Sharding(mesh=cast(DeviceMesh, None), device=torch.device("cpu"))
+    with pytest.raises(UserError, match="does not name its layers"):
+        sharding.spread(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+def test_the_overlay_trains_validates_and_exports(folder: Path) -> None:
+    run = "runs/fsdp2"
+    overlay = ("lab/opd.yaml", "strategy/fsdp2.yaml")
+    configs = [word for name in overlay for word in ("--config", str(CONFIGS / name))]
+    shorter = [
+        "--trainer.max_steps=2",
+        "--trainer.val_check_interval=2",
+        f"--trainer.logger.init_args.save_dir={run}",
+        "--trainer.enable_progress_bar=false",
+        "--data.prompts_per_step=8",
+        "--data.sampling.max_new_tokens=10",
+    ]
+    saved = ["--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/last.ckpt"]
+    for command in (
+        ["fit", *configs, *shorter],
+        ["validate", *saved],
+        ["export", *saved, "--out", "student"],
+    ):
+        subprocess.run(
+            [sys.executable, "-m", "opd_lightning", *command], cwd=folder, check=True, timeout=120
+        )
+    assert (folder / "student" / "model.safetensors").is_file()

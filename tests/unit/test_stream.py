@@ -78,7 +78,7 @@ def stream(
         IDS,
         writer=RolloutWriter(
             dict.fromkeys(Author, engine),
-            lambda author: engine.log.append("push"),
+            lambda author: engine.log.append("start" if author is Author.TEACHER else "push"),
             LengthVerifier(),
             Renderer(FakeTokenizer(), {}, {}, ()),
             timer,
@@ -138,6 +138,17 @@ def test_two_ranks_write_what_one_would() -> None:
     alone = sorted(rows(stream(FakeEngine())))
     together = [row for rank in (0, 1) for row in rows(stream(FakeEngine(), rank=rank, world=2))]
     assert sorted(together) == alone
+
+
+def test_all_ranks_push_weights_where_the_student_writes_for_any() -> None:
+    logs = []
+    for rank in range(4):
+        engine = FakeEngine()
+        source = stream(engine, rank=rank, world=4, micro=1, mix=RolloutMix(teacher=0.75))
+        next(iter(source))
+        logs.append(engine.log)
+    assert all(log.count("push") == 1 for log in logs)
+    assert sum("start" in log for log in logs) == 3
 
 
 @pytest.mark.parametrize("taken", [2, 4])
@@ -224,3 +235,6 @@ def test_evaluation_is_split_over_ranks_and_paired_between_steps() -> None:
     assert [len(b.rollouts) for b in suite(0, 1)] == [8, 8, 4]
     assert answers(suite(0, 1)) == answers(suite(0, 3), suite(1, 3), suite(2, 3))
     assert answers(suite(0, 1)) == answers(suite(0, 1))
+    many = [suite(rank, 12) for rank in range(12)]  # more than there are prompts
+    assert {len(one) for one in many} == {1}
+    assert answers(*many) == answers(suite(0, 1))
