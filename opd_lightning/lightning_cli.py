@@ -76,6 +76,8 @@ class OPDCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         # A command is a method of the trainer, whose name has no dash.
         args = [word.replace("-", "_") if word in DASHED else word for word in args[:1]] + args[1:]
+        # A bare flag; jsonargparse wants a value.
+        args = ["--json=true" if word == "--json" else word for word in args]
         super().__init__(
             DistillationModule,
             RolloutDataModule,

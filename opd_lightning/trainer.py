@@ -72,6 +72,8 @@ class Trainer(LightningTrainer):
     ) -> None:
         """Look at a run before it is started: settings, tokens, numbers, cost. Writes nothing.
 
+        In one process, with student and teachers whole on its device.
+
         Args:
             samples: Responses that the numbers are taken of.
             compare_teachers: Load the weights of teachers elsewhere too, and compare log-probs.
@@ -79,6 +81,8 @@ class Trainer(LightningTrainer):
         """
         if samples < 1:
             raise UserError(f"--samples: got {samples}, expected at least 1")
+        if not self.is_global_zero:
+            return
         only_warnings()
         self.strategy.connect(model)
         self.datamodule = datamodule

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torch.optim import Optimizer
 
 from opd_lightning.preflight import agreement, configuration, cost, opinions
-from opd_lightning.preflight.finding import Finding, attempt
+from opd_lightning.preflight.finding import Finding, attempt, gather
 from opd_lightning.preflight.probe import Probe
 from opd_lightning.preflight.rewards import check_rewards
 from opd_lightning.preflight.settings import check_settings
@@ -43,16 +43,14 @@ def look_at(
     if errors:
         readable = not attempt("", lambda: configuration.check_models(module))
         later = Finding("info", "numbers", "not looked at: correct the errors and check again")
-        return [*errors, *(check_tokens(module, data) if readable else ()), later]
+        tokens = gather("tokens", check_tokens(module, data)) if readable else []
+        return [*errors, *tokens, later]
     findings = [Finding("ok", "configuration", "all that `opd fit` checks before weights load")]
     probe = Probe(module, data, data.train_dataloader(), samples)
-    findings += check_tokens(module, data, probe.stream.prompts)
+    findings += gather("tokens", check_tokens(module, data, probe.stream.prompts))
     findings += check_settings(module, data, probe.stream)
-    errors = attempt("weights", lambda: _load(trainer, module))
-    if not errors:
-        numbers = _numbers(probe, compare_teachers)
-        errors = attempt("numbers", lambda: findings.extend(numbers))
-    return findings + errors
+    unloaded = attempt("weights", lambda: _load(trainer, module))
+    return findings + (unloaded or gather("numbers", _numbers(probe, compare_teachers)))
 
 
 def _configuration(

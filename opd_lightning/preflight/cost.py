@@ -9,12 +9,15 @@ from statistics import mean
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
 from opd_lightning.head import MAX_BLOCK_ELEMENTS, MAX_CHUNK_ELEMENTS
 from opd_lightning.preflight.finding import Finding
 from opd_lightning.preflight.probe import Probe
+from opd_lightning.rollouts import HFEngine, VLLMEngine
+from opd_lightning.rollouts.checks import parameter_shapes
 from opd_lightning.teachers.local import LocalTeacher
 from opd_lightning.types import Author, Rollout
 
@@ -93,14 +96,20 @@ def activation_bytes(
     """
     text = config.get_text_config()
     hidden, layers = text.hidden_size, text.num_hidden_layers
-    head_size = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
-    queries = text.num_attention_heads * head_size
-    keys = getattr(text, "num_key_value_heads", text.num_attention_heads) * head_size
+    queries, keys = text.num_attention_heads * _head_size(text), _key_width(text)
     block = 8 * hidden + 4 * queries + 4 * keys + 4 * text.intermediate_size
     per_token = layers * hidden + block if checkpointing else layers * block
     logits = tokens * text.vocab_size
     head = min(logits, MAX_CHUNK_ELEMENTS) * itemsize + 4 * 4 * min(logits, MAX_BLOCK_ELEMENTS)
     return {"activations": tokens * (per_token + hidden) * itemsize, "head": head}
+
+
+def _head_size(text: Any) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _key_width(text: Any) -> int:
+    return getattr(text, "num_key_value_heads", text.num_attention_heads) * _head_size(text)
 
 
 def engine_bytes(probe: Probe) -> dict[str, int]:
@@ -109,23 +118,21 @@ def engine_bytes(probe: Probe) -> dict[str, int]:
     vLLM takes its share of a GPU, or the KV cache that it is given on a CPU. The Hugging Face
     engine's cache grows with the rows that it decodes at once.
     """
-    engine, dtype = probe.engine, getattr(probe.engine, "dtype", None)
-    if engine is None or dtype is None:
+    engine, source = probe.engine, probe.module.student.source
+    if not isinstance(engine, VLLMEngine | HFEngine):
         return {}
-    if hasattr(engine, "gpu_memory_utilization") and torch.cuda.is_available():
+    if isinstance(engine, VLLMEngine) and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(probe.module.device).total_memory
         return {"engine": int(engine.gpu_memory_utilization * total)}
-    itemsize = 2 if dtype == "auto" else getattr(torch, dtype).itemsize
-    copy = itemsize * sum(t.numel() for _, t in probe.module.student.weights())
-    if hasattr(engine, "cpu_kv_cache_gib"):
+    # vLLM's "auto" halves what is not half already.
+    itemsize = 2 if engine.dtype == "auto" else getattr(torch, engine.dtype).itemsize
+    copy = itemsize * sum(shape.numel() for shape in parameter_shapes(source).values())
+    if isinstance(engine, VLLMEngine):
         return {"engine": copy + engine.cpu_kv_cache_gib * 2**30}
-    text = probe.module.student.source.config.get_text_config()
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    keys = getattr(text, "num_key_value_heads", text.num_attention_heads) * head_size
-    world, micro_batches = probe.stream.ranks.world_size, probe.stream.micro_batches
-    rows = min(probe.rows_per_batch * micro_batches, getattr(engine, "max_batch_size", world))
-    cache = 2 * text.num_hidden_layers * keys * rows * _longest(probe) * itemsize
-    return {"engine": copy + cache}
+    text = source.config.get_text_config()
+    rows = min(probe.rows_per_batch * probe.stream.micro_batches, engine.max_batch_size)
+    per_token = 2 * text.num_hidden_layers * _key_width(text) * itemsize
+    return {"engine": copy + rows * _longest(probe) * per_token}
 
 
 def _longest(probe: Probe) -> int:
@@ -143,12 +150,16 @@ def teacher_bytes(probe: Probe) -> int:
 
 
 def memory(probe: Probe, optimizer: Optimizer) -> Finding:
-    """Of one process on its device, at the largest: unsharded, all in memory at once."""
-    student = probe.module.student
+    """Of one process on its device, all in memory at once, for the longest responses.
+
+    Sharded weights, their gradients and states are divided by the number of processes.
+    """
+    student, strategy = probe.module.student, probe.module.trainer.strategy
+    shards = strategy.world_size if isinstance(strategy, ModelParallelStrategy) else 1
+    weights = student_bytes(student.parameters(), optimizer) | {"teachers": teacher_bytes(probe)}
     low = probe.module.trainer.precision != "32-true" or student.dtype != "float32"
     parts: dict[str, int] = {
-        **student_bytes(student.parameters(), optimizer),
-        "teachers": teacher_bytes(probe),
+        **{name: size // shards for name, size in weights.items()},
         **engine_bytes(probe),
         **activation_bytes(
             student.source.config,

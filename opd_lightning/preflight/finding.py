@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,3 +37,10 @@ def attempt(subject: str, check: Callable[[], object]) -> list[Finding]:
     except (UserError, RuntimeError) as error:
         return [Finding("error", subject, " ".join(str(error).split())[:400])]
     return []
+
+
+def gather(subject: str, findings: Iterable[Finding]) -> list[Finding]:
+    """All of them; what breaks them off, as `attempt` has it, becomes the last."""
+    found: list[Finding] = []
+    broken = attempt(subject, lambda: found.extend(findings))
+    return found + broken

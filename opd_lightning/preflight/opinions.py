@@ -16,7 +16,8 @@ from opd_lightning.teachers.by_domain import ByDomainTeacher
 from opd_lightning.teachers.frozen import FrozenTeacher
 from opd_lightning.types import Rollout, RolloutBatch, TokenScores
 
-# Below this many nats a token, or below blind guessing, a model reads what it was not trained on.
+# Below this many nats a token a model reads what it was not trained on; with a small vocabulary,
+# a nat below blind guessing.
 ABSURD = -8.0
 # Two copies of one model in different precisions stay below this on the mean token.
 COPIES = 0.1  # nats
@@ -37,6 +38,8 @@ def check_teachers(probe: Probe, rollouts: list[Rollout], *, compare: bool) -> l
     for ask, roles in names.items():
         role = " and ".join(roles)
         try:
+            _ask(probe, ask, rollouts)  # the first answer of anybody takes longest
+            ask.teacher.rest()
             with probe.clock("teachers"):
                 answers = _ask(probe, ask, rollouts)
         except (ValueError, RuntimeError) as error:
@@ -51,8 +54,16 @@ def check_teachers(probe: Probe, rollouts: list[Rollout], *, compare: bool) -> l
 _Answers = list[tuple[RolloutBatch, TokenScores]]
 
 
+@torch.no_grad()
+def _signal(probe: Probe, answers: _Answers) -> Tensor:
+    """d_t of every response token under the student's prompt, `[N]` nats."""
+    parts = [(s.logprobs - probe.logprobs(b))[b.response_mask] for b, s in answers]
+    return torch.cat(parts)
+
+
 def _ask(probe: Probe, ask: Ask, rollouts: list[Rollout]) -> _Answers:
-    batches, top_k = probe.batches(rollouts), probe.module.overlap_top_k
+    batches = probe.batches(rollouts)
+    top_k = probe.module.overlap_top_k if ask == probe.module.all_asks().get("teacher") else 0
     for batch in batches:
         ask.teacher.expect(batch, ask.view, top_k=top_k)
     return [(batch, ask.teacher.score(batch, ask.view, top_k=top_k)) for batch in batches]
@@ -82,17 +93,29 @@ def _opinion(probe: Probe, role: str, ask: Ask, answers: _Answers) -> Finding:
             "check its weights and dtype (float16 overflows)",
         )
     source = ask.teacher.source or probe.module.student.source
-    floor = max(ABSURD, -math.log(source.config.get_text_config().vocab_size))
+    floor = max(ABSURD, -math.log(source.config.get_text_config().vocab_size) - 1)
     mean = float(logprobs.mean())
     values = {"logprob_mean": mean, "logprob_min": float(logprobs.min())}
     found = f"{mean:.2f} nats a token (mean), {values['logprob_min']:.1f} (least), view {ask.view}"
+    if ask == probe.module.all_asks().get("teacher") and ask.view == "student":
+        signal = _signal(probe, answers)
+        values["d_mean"] = float(signal.mean())
+        if not signal.any():
+            return Finding(
+                "warning",
+                role,
+                "it says of every token what the student says",
+                "it is the student itself, under the same prompt: there is nothing to learn",
+                "check its path, or give it a view of its own",
+                values,
+            )
     if mean >= floor:
         return Finding("ok", role, found, values=values)
     return Finding(
         "warning",
         role,
         found,
-        f"below {floor:.1f}: it finds the student's text less likely than blind guesses would be",
+        f"below {floor:.1f}: no model says so of text in a form that it knows",
         "check its path and chat template; a student this weak needs supervised training first",
         values,
     )
@@ -100,7 +123,7 @@ def _opinion(probe: Probe, role: str, ask: Ask, answers: _Answers) -> Finding:
 
 def _compared(probe: Probe, role: str, ask: Ask, answers: _Answers) -> Finding:
     """A teacher elsewhere against its own weights, loaded here."""
-    subject = f"{role}: here and there"
+    subject = f"{role} from disk"
     try:
         ask.teacher.load(probe.module.device, probe.module.student)
         here = [ask.teacher.score(batch, ask.view).logprobs for batch, _ in answers]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from opd_lightning.data.views import render
+from jinja2 import TemplateError
+
+from opd_lightning.chat import render
 from opd_lightning.model_source import ModelSource
 from opd_lightning.preflight.configuration import teacher_sources
 from opd_lightning.preflight.finding import Finding
@@ -21,7 +23,7 @@ PROBE = Prompt(id="probe", messages=({"role": "user", "content": "1"},))
 
 def check_tokens(
     module: DistillationModule, data: RolloutDataModule, prompts: Sequence[Prompt] = ()
-) -> list[Finding]:
+) -> Iterator[Finding]:
     """Vocabularies, ends of turns and chat templates; `prompts` are the run's, if readable."""
     student = module.student.source
     others = teacher_sources(module)
@@ -31,13 +33,11 @@ def check_tokens(
     ours = student.tokenizer.get_vocab()
     others = [s for s in unique.values() if s.tokenizer.get_vocab() == ours]
     prompt = next((p for p in prompts if p.messages[-1]["role"] == "user"), PROBE)
-    return [
-        _vocabulary(student),
-        *(_padding(student, other) for other in others if _head(other) != _head(student)),
-        _ends(student, others),
-        _template(student, prompt, data),
-        *_same_prompts(student, others, prompt, data.template_args),
-    ]
+    yield _vocabulary(student)
+    yield from (_padding(student, other) for other in others if _head(other) != _head(student))
+    yield _ends(student, others)
+    yield _template(student, prompt, data)
+    yield from _same_prompts(student, others, prompt, data.template_args)
 
 
 def _head(source: ModelSource) -> int:
@@ -91,9 +91,14 @@ def _named(source: ModelSource, ids: Sequence[int]) -> str:
 
 def _template(student: ModelSource, prompt: Prompt, data: RolloutDataModule) -> Finding:
     """The prompt that is continued against the conversation as the template writes it."""
-    asked = _text(student, prompt.messages, data.template_args, ask=True)
     reply: Message = {"role": "assistant", "content": REPLY}
-    whole = _text(student, (*prompt.messages, reply), data.template_args, ask=False)
+    conversation = (*prompt.messages, reply)
+    try:
+        asked = _rendered(student, prompt.messages, data.template_args, ask=True)
+        whole = _rendered(student, conversation, data.template_args, ask=False)
+        ids = _rendered(student, conversation, data.template_args, ask=False, tokenize=True)
+    except TemplateError as error:
+        return Finding("warning", "chat template", f"it refuses a whole conversation: {error}")
     if not whole.startswith(asked):
         at = next(i for i, c in enumerate(asked) if whole[i : i + 1] != c)
         return Finding(
@@ -128,6 +133,16 @@ def _template(student: ModelSource, prompt: Prompt, data: RolloutDataModule) -> 
             "the student writes on after its turn, and its budget is spent on rubbish",
             "add that token to eos_token_id in the student's generation_config.json",
         )
+    prompt_ids = render(prompt, student.tokenizer, data.template_args)
+    if ids[: len(prompt_ids)] != prompt_ids:
+        return Finding(
+            "warning",
+            "chat template",
+            f"the prompt's last token {student.tokenizer.convert_ids_to_tokens(prompt_ids[-1])!r} "
+            "is another one where a reply follows",
+            "tokens reach across the border, so the student is asked in a way that it never read",
+            "end the prompt of the template in a special token or a line break, not in a space",
+        )
     return Finding("ok", "chat template", "a reply continues the prompt and ends alike")
 
 
@@ -151,14 +166,19 @@ def _same_prompts(
     ]
 
 
-def _text(
+def _rendered(
     source: ModelSource,
     messages: Sequence[Message],
     template_args: dict[str, Any],
     *,
     ask: bool,
-) -> str:
-    text = source.tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=ask, tokenize=False, **template_args
+    tokenize: bool = False,
+) -> Any:
+    """The conversation as text or ids; `ask` for a reply or take it as whole."""
+    return source.tokenizer.apply_chat_template(
+        list(messages),
+        add_generation_prompt=ask,
+        tokenize=tokenize,
+        return_dict=False,
+        **template_args,
     )
-    return str(text)

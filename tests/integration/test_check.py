@@ -23,13 +23,15 @@ from opd_lightning.methods import OPD
 from opd_lightning.model_source import ModelSource
 from opd_lightning.preflight.cost import activation_bytes, student_bytes
 from opd_lightning.rollouts import HFEngine, Request, Sampling
+from opd_lightning.rollouts.vllm_process import vllm_unavailable
 from opd_lightning.student import Student
 from opd_lightning.teachers import FrozenTeacher, TopKTeacher
 from opd_lightning.trainer import Trainer
 from opd_lightning.types import Completion, RolloutBatch, TokenScores
+from tests.vllm_server import KEY, VLLMServer
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "lab" / "opd.yaml")
-ENGINES = Path(__file__).parents[2] / "configs" / "engine"
+CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIG = str(CONFIGS / "lab" / "opd.yaml")
 SMALL = (
     "--data.sampling.max_new_tokens=8",
     "--data.prompts_per_step=8",
@@ -50,7 +52,7 @@ def check(in_lab: Path, sound_teacher: str, capfd: pytest.CaptureFixture[str]) -
             changes = (f"--model.init_args.teacher.init_args.path={sound_teacher}", *changes)
         code = 0
         try:
-            main(["check", "--config", config, *SMALL, "--json=true", *changes])
+            main(["check", "--config", config, *SMALL, "--json", *changes])
         except SystemExit as ended:
             code = int(ended.code or 0)
         printed: dict[str, Any] = json.loads(capfd.readouterr().out)
@@ -109,9 +111,19 @@ def test_a_good_configuration(check: Check) -> None:
 
 @pytest.mark.vllm
 def test_a_good_configuration_on_vllm(check: Check) -> None:
-    printed = check("--config", str(ENGINES / "vllm.yaml"))
+    if reason := vllm_unavailable():
+        pytest.skip(reason)
+    printed = check("--config", str(CONFIGS / "engine" / "vllm.yaml"))
     assert not not_ok(printed)
     assert by_subject(printed)["weight push"]["values"]["gap_to_pushed"] < 1e-5
+
+
+def test_several_processes_are_checked_in_one(check: Check) -> None:
+    two = ("--trainer.strategy=ddp", "--trainer.devices=2")
+    assert not not_ok(check(*two))
+    assert (
+        "7 for 2 processes" in by_subject(check(*two, "--data.prompts_per_step=7"))["step"]["found"]
+    )
 
 
 def test_a_table_for_people(
@@ -242,6 +254,8 @@ def test_a_student_that_ends_elsewhere(check: Check, tmp_path: Path) -> None:
          "info", "it writes '()' before a reply"),
         ("message.content + '<|end|>'", "message.content + '<|unknown|>'", "warning",
          "closes a reply with <|unknown|> (2)"),
+        ("{%- for message", "{%- if messages | length > 1 -%}{{ raise_exception('no') }}"
+         "{%- endif -%}{%- for message", "warning", "refuses a whole conversation"),
     ],
 )  # fmt: skip
 def test_a_template_at_odds_with_itself(
@@ -276,6 +290,12 @@ def test_a_teacher_of_something_else(check: Check, tmp_path: Path) -> None:
     path = changed_weights(tmp_path / "other", lambda weight: 4 * weight.flip(0))
     printed = check(f"--model.init_args.teacher.init_args.path={path}")
     assert not_ok(printed) == {"teacher": "warning"}
+
+
+def test_a_teacher_that_is_the_student(check: Check) -> None:
+    printed = check("--model.init_args.teacher.init_args.path=lab/arithmetic/student")
+    assert not_ok(printed) == {"teacher": "warning"}
+    assert "nothing to learn" in by_subject(printed)["teacher"]["meaning"]
 
 
 def test_a_teacher_that_overflows(check: Check, tmp_path: Path) -> None:
@@ -334,7 +354,33 @@ def test_a_teacher_elsewhere_is_compared_with_its_folder(
     )  # fmt: skip
     trainer.check(method, data, samples=4, json=True)
     printed = json.loads(capsys.readouterr().out)
-    assert by_subject(printed)["teacher: here and there"]["level"] == level
+    assert by_subject(printed)["teacher from disk"]["level"] == level
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_teacher_behind_a_server(check: Check, sound_teacher: str, tmp_path: Path) -> None:
+    if reason := vllm_unavailable():
+        pytest.skip(reason)
+    key = tmp_path / "key"
+    key.touch(mode=0o600)
+    key.write_text(KEY)
+    folder = Path(sound_teacher)
+    server = VLLMServer(folder, tmp_path / "log", max_length=200, max_batch_tokens=64)
+    teacher = "--model.init_args.teacher.init_args"
+    remote = (
+        *("--config", str(CONFIGS / "teacher" / "remote.yaml")),
+        *(f"{teacher}.servers=[{server.url}]", f"{teacher}.key_file={key}"),
+    )
+    try:
+        server.wait()
+        printed = check(*remote, f"{teacher}.path={sound_teacher}")
+        other = check(*remote, f"{teacher}.path=lab/arithmetic/student")
+    finally:
+        server.kill()
+    assert not not_ok(printed)
+    assert by_subject(printed)["teacher from disk"]["values"]["gap_max"] < 1e-4
+    assert not_ok(other) == {"set-up": "error", "numbers": "info"}
 
 
 def test_from_python_errors_raise(in_lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
