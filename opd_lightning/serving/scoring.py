@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from opd_lightning.errors import UserError
+from opd_lightning.serving.wire import LostError
 
 PATH = "/inference/v1/generate"
 WHOLE_VOCABULARY = 1024  # tokens; a larger one is not sent by rank
@@ -74,7 +74,7 @@ class Question:
         return {"model": model, "token_ids": self.token_ids, "sampling_params": parameters}
 
     def read(self, answer: dict[str, Any]) -> Answer:
-        """The arrays of an answer."""
+        """The arrays of an answer; `LostError` if it has to be asked again."""
         count = len(self.token_ids) - self.start
         top_ids = np.zeros((count, self.top_k), dtype=np.int64)
         top_logprobs = np.zeros((count, self.top_k), dtype=np.float32)
@@ -83,7 +83,7 @@ class Question:
             for i, position in enumerate(ranked):
                 top_ids[i], top_logprobs[i] = position.top(self.top_k)
         if self._has_matrix():
-            matrix = _matrix(answer["prompt_token_id_logprobs"])
+            matrix = _matrix(answer["prompt_token_id_logprobs"], count)
             return Answer(matrix[:, 0], top_ids, top_logprobs, matrix[:, 1:])
         own = [position.of(t) for position, t in zip(ranked, self._own(), strict=True)]
         given = np.zeros((count, 0), dtype=np.float32)
@@ -113,9 +113,10 @@ class _Position(NamedTuple):
         return [int(token) for token, _ in best], [known["logprob"] for _, known in best]
 
 
-def _matrix(encoded: str | None) -> np.ndarray:
+def _matrix(encoded: str | None, rows: int) -> np.ndarray:
     """A float32 matrix, sent as an npy file in base64."""
-    if encoded is None:
-        raise UserError("teacher's server: told no log-probs for the ids it was asked about")
+    if encoded is None:  # vLLM drops it where a crowded cache made it begin anew
+        raise LostError("told no log-probs of the ids that it was asked about", reached=True)
     matrix = np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
+    assert len(matrix) == rows, matrix.shape
     return np.asarray(matrix, dtype=np.float32)

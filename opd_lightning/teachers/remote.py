@@ -77,6 +77,7 @@ class RemoteTeacher(TopKTeacher):
         self._ask_everywhere(Question([0, 0], 1, top_k=0, given_ids=None, by_id=False))
 
     def load(self, device: torch.device, student: Student) -> None:
+        self.rest()  # an exception may have left half a step behind
         try:
             self._ask_everywhere(Question([0, 0], 1, top_k=0, given_ids=None, by_id=True))
         except UserError:  # vLLM's first model runner

@@ -12,7 +12,6 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.lab.models import new_model
 from opd_lightning.model_identity import model_identity
-from opd_lightning.serving import scoring
 from opd_lightning.teachers import FrozenTeacher, RemoteTeacher
 from opd_lightning.types import RolloutBatch
 from tests.batches import make_batch, make_rollout
@@ -34,6 +33,7 @@ class StandIn:
         self.name = model_identity(str(folder))
         self.by_id = by_id
         self.sizes: list[tuple[int, ...]] = []  # of the matrices that it was asked for
+        self.forgets = 0  # of the next answers, their matrix
         self.server = Server(self.answer)
 
     def answer(self, body: dict[str, Any]) -> tuple[int, Any]:
@@ -59,6 +59,8 @@ class StandIn:
             rows = logprobs[wanted.prompt_logprob_start :]
             matrix = numpy2base64(rows.gather(1, torch.tensor(ids).long()).numpy())
             self.sizes.append(ids.shape)
+            if self.forgets:
+                self.forgets, matrix = self.forgets - 1, None
         response = GenerateTokensResponse(
             choices=[GenerateTokensChoice(index=0, token_ids=[0])],
             prompt_logprobs=self.by_rank(request.token_ids, logprobs, wanted.prompt_logprobs),
@@ -145,14 +147,12 @@ def test_given_tokens(remote: RemoteTeacher, stand_in: StandIn, top_k: int) -> N
     assert sorted(stand_in.sizes) == ([(3, 7), (4, 7)] if stand_in.by_id else [])
 
 
+@pytest.mark.parametrize("stand_in", [False], indirect=True, ids=["by rank"])
 def test_a_large_vocabulary_is_not_sent_by_rank(
-    remote: RemoteTeacher, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+    remote: RemoteTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("opd_lightning.teachers.remote.WHOLE_VOCABULARY", 63)
     ids = torch.zeros(7, 1, dtype=torch.int64)
-    if stand_in.by_id:
-        remote.score_top(batch(), "student", top_k=0, ids=ids)
-        return
     with pytest.raises(UserError, match="support to 'teacher'"):
         remote.score_top(batch(), "student", top_k=0, ids=ids)
 
@@ -161,7 +161,12 @@ def test_the_server_must_have_room_for_one_more(remote: RemoteTeacher) -> None:
     assert remote.source.context_length == LENGTH - 1
 
 
-def test_no_log_probs_for_the_ids(stand_in: StandIn) -> None:
-    question = scoring.Question([1, 2], 1, top_k=0, given_ids=None, by_id=True)
-    with pytest.raises(UserError, match="told no log-probs"):
-        question.read({"prompt_logprobs": None, "prompt_token_id_logprobs": None})
+@pytest.mark.parametrize("stand_in", [True], indirect=True, ids=["by id"])
+def test_an_answer_without_its_matrix_is_asked_for_again(
+    remote: RemoteTeacher, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stand_in, "forgets", 1)
+    theirs = remote.score(batch(), "student")
+    ours = stand_in.teacher.score(batch(), "student")
+    torch.testing.assert_close(theirs.logprobs, ours.logprobs, atol=1e-5, rtol=0)
+    assert len(stand_in.sizes) == 3
