@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from opd_lightning.errors import UserError
 from opd_lightning.losses.advantage import extrapolated
 from opd_lightning.losses.schedule import Schedule, value_at
 from opd_lightning.methods.composed import ComposedMethod
-from opd_lightning.methods.scoring import teacher_and_reference
 from opd_lightning.rules.base import Rule, Scored
 from opd_lightning.rules.importance import TruncatedImportance
 from opd_lightning.student import Student
@@ -65,3 +65,18 @@ class GOPD(ComposedMethod):
         if self.importance_cap is None:
             return []
         return [TruncatedImportance(cap=self.importance_cap)]
+
+
+def teacher_and_reference(
+    teacher: Teacher, reference: Teacher | None, scale: float | Schedule
+) -> dict[str, Ask]:
+    """Whom G-OPD and its kin ask: at scale 1 the reference does not matter and is not asked."""
+    asks = {"teacher": Ask(teacher, "student")}
+    if scale != 1:
+        if reference is None:
+            raise UserError(
+                f"reference: got nothing for scale {scale}; name the student's start or the "
+                "teacher's base, or set scale to 1, which is OPD"
+            )
+        asks["reference"] = Ask(reference, "student")
+    return asks

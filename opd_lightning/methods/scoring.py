@@ -10,15 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_lightning.errors import UserError
 from opd_lightning.head import Comparison
 from opd_lightning.losses.alignment import in_groups
-from opd_lightning.losses.schedule import Schedule
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.methods.top_k_asker import TopKAsker, announce_likeliest
 from opd_lightning.rules.base import Compare, Scored
 from opd_lightning.student import LateComparison, Student
-from opd_lightning.teachers.base import Ask, DistributionTeacher, Teacher, TopKTeacher
+from opd_lightning.teachers.base import Ask, DistributionTeacher, TopKTeacher
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import RolloutBatch, TokenScores
 
@@ -33,21 +31,6 @@ class Answers(NamedTuple):
     student: TokenScores  # log-probs with their gradient
     values: dict[str, Tensor]  # [B, R] per comparison, with its gradient
     others: Mapping[str, TokenScores]  # as they were told, for another look at the batch
-
-
-def teacher_and_reference(
-    teacher: Teacher, reference: Teacher | None, scale: float | Schedule
-) -> dict[str, Ask]:
-    """Whom G-OPD and its kin ask: at scale 1 the reference does not matter and is not asked."""
-    asks = {"teacher": Ask(teacher, "student")}
-    if scale != 1:
-        if reference is None:
-            raise UserError(
-                f"reference: got nothing for scale {scale}; name the student's start or the "
-                "teacher's base, or set scale to 1, which is OPD"
-            )
-        asks["reference"] = Ask(reference, "student")
-    return asks
 
 
 def ask_everybody(

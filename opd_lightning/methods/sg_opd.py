@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from opd_lightning.losses.schedule import Schedule
 from opd_lightning.methods.composed import ComposedMethod
-from opd_lightning.methods.scoring import teacher_and_reference
+from opd_lightning.methods.g_opd import teacher_and_reference
 from opd_lightning.rules.base import Rule
 from opd_lightning.rules.gates import SignGate
 from opd_lightning.rules.importance import TruncatedImportance
