@@ -25,11 +25,11 @@ class EMATeacherUpdate(Callback):
         teachers = _ema_teachers(module)
         if self._resumed is None:
             return
-        if [state["rates"] for state in self._resumed] != [[t.rate, t.every] for t in teachers]:
+        if [state["rates"] for state in self._resumed] != [_pace(t) for t in teachers]:
             raise UserError(
-                f"resume: the checkpoint holds EMA teachers of (rate, every) "
+                f"resume: the checkpoint holds EMA teachers of (rate, every, warmup) "
                 f"{[state['rates'] for state in self._resumed]}, the run has "
-                f"{[[t.rate, t.every] for t in teachers]}; make them alike"
+                f"{[_pace(t) for t in teachers]}; make them alike"
             )
         for teacher, state in zip(teachers, self._resumed, strict=True):
             teacher.load_state_dict(state["parameters"])
@@ -47,7 +47,7 @@ class EMATeacherUpdate(Callback):
         self, trainer: Trainer, module: DistillationModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["ema_teachers"] = [
-            {"rates": [t.rate, t.every], "parameters": t.state_dict(module.student)}
+            {"rates": _pace(t), "parameters": t.state_dict(module.student)}
             for t in _ema_teachers(module)
         ]
 
@@ -60,3 +60,7 @@ class EMATeacherUpdate(Callback):
 def _ema_teachers(module: DistillationModule) -> list[EMATeacher]:
     parts = [part for teacher in module.teachers() for part in teacher.parts()]
     return [part for part in dict.fromkeys(parts) if isinstance(part, EMATeacher)]
+
+
+def _pace(teacher: EMATeacher) -> list[float]:
+    return [teacher.rate, teacher.every, teacher.warmup]

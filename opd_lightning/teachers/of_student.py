@@ -30,15 +30,20 @@ class EMATeacher(OwnModelTeacher):
         rate: Weight of the student in each update: SDFT's code 0.01, SDPO 0.05. 1 copies it whole,
             as CRISP (2603.05433) does every 50 steps; 0 never moves.
         every: Optimiser steps between updates.
+        warmup: Updates at the beginning of which the n-th has at least the rate 1 / (n + 1): so
+            long the teacher is the plain mean of its students, and its start soon fades.
     """
 
-    def __init__(self, rate: float = 0.01, every: int = 1) -> None:
+    def __init__(self, rate: float = 0.01, every: int = 1, warmup: int = 0) -> None:
         if not 0 <= rate <= 1:
             raise UserError(f"EMATeacher.rate: got {rate}, expected a number in [0, 1]")
         if every < 1:
             raise UserError(f"EMATeacher.every: got {every} steps, expected at least 1")
+        if warmup < 0:
+            raise UserError(f"EMATeacher.warmup: got {warmup} updates, expected at least 0")
         self.rate = rate
         self.every = every
+        self.warmup = warmup
 
     def load(self, device: torch.device, student: Student) -> None:
         if self._reader is not None:
@@ -57,11 +62,13 @@ class EMATeacher(OwnModelTeacher):
 
         Elementwise over the parameters that train, so LoRA adapters and shards move as they are.
         """
-        if step % self.every == 0:
+        update, remainder = divmod(step, self.every)
+        if remainder == 0:
+            rate = max(self.rate, 1 / (update + 1)) if update <= self.warmup else self.rate
             own = dict(self.model().named_parameters())
             for name, parameter in student.model.named_parameters():
                 if parameter.requires_grad:
-                    own[name].lerp_(parameter.to(own[name].dtype), self.rate)
+                    own[name].lerp_(parameter.to(own[name].dtype), rate)
 
     def state_dict(self, student: Student) -> dict[str, Tensor]:
         """The parameters that move, whole and on the CPU.

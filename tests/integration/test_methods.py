@@ -327,7 +327,9 @@ def test_ema_teacher_is_resumed_bit_for_bit(prompts: Path, tmp_path: Path) -> No
     assert [x["loss"] for x in rest.logged[-2:]] == [x["loss"] for x in whole.logged[-2:]]
 
     other = SDFT(teacher=EMATeacher(rate=0.5), **student())
-    with pytest.raises(UserError, match=r"holds EMA teachers of \(rate, every\) \[\[0.3, 1\]\]"):
+    with pytest.raises(
+        UserError, match=r"holds EMA teachers of \(rate, every, warmup\) \[\[0.3, 1, 0\]\]"
+    ):
         run((lambda: other, dict), prompts, steps=4, **more | {"callbacks": [EMATeacherUpdate()]})
 
 

@@ -87,6 +87,26 @@ def test_u19_hard_copy_is_constant_within_its_window(folders: list[Path]) -> Non
     assert changes == [False, True, False, False, True, False]
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_ema_warms_up_as_a_plain_mean(folders: list[Path], every: int) -> None:
+    student, teacher = loaded(folders[0]), EMATeacher(rate=0.1, every=every, warmup=4)
+    teacher.load(CPU, student)
+    seen = [trained(student)]
+    for step in range(1, 4 * every + 1):
+        nudge(student, by=0.01 * step)
+        teacher.follow(student, step)
+        if step % every == 0:
+            seen.append(trained(student))
+    for name, value in teacher.state_dict(student).items():
+        mean = torch.stack([student[name] for student in seen]).mean(0)
+        torch.testing.assert_close(value, mean, atol=1e-6, rtol=0)
+    before = {name: value.clone() for name, value in teacher.state_dict(student).items()}
+    teacher.follow(student, 5 * every)  # warm: the rate of 1 / 6 is over
+    for name, value in teacher.state_dict(student).items():
+        expected = before[name] + 0.1 * (seen[-1][name] - before[name])
+        torch.testing.assert_close(value, expected, atol=1e-6, rtol=0)
+
+
 def test_ema_state_comes_back(folders: list[Path]) -> None:
     student, teacher = loaded(folders[0]), EMATeacher(rate=0.5)
     teacher.load(CPU, student)
