@@ -5,13 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from opd_lightning.errors import (
-    EngineMismatchError,
-    NotReadyError,
-    ServerAwayError,
-    UserError,
-    report,
-)
+from opd_lightning.errors import RunStoppedError, UserError, report
 from opd_lightning.quiet import quiet_libraries
 
 
@@ -35,7 +29,7 @@ def main(args: list[str] | None = None) -> None:
     except UserError as error:
         report(str(error))
         sys.exit(2)
-    except (EngineMismatchError, NotReadyError, ServerAwayError) as error:
+    except RunStoppedError as error:
         report(str(error))
         sys.exit(1)
 

@@ -11,11 +11,15 @@ class UserError(ValueError):
     """
 
 
-class EngineMismatchError(RuntimeError):
-    """The rollout engine does not hold the weights of the trainer.
+class RunStoppedError(RuntimeError):
+    """A promise of training was about to be broken, so the run ends before the optimiser moves.
 
     The command line prints the message alone and exits with code 1.
     """
+
+
+class EngineMismatchError(RunStoppedError):
+    """The rollout engine does not hold the weights of the trainer."""
 
     @classmethod
     def of_logprobs(cls, step: int, gap: float, bound: float) -> Self:
@@ -28,15 +32,30 @@ class EngineMismatchError(RuntimeError):
         )
 
 
-class NotReadyError(RuntimeError):
+class NotReadyError(RunStoppedError):
     """`opd check` found what would stop a run or make it learn from wrong numbers."""
 
 
-class ServerAwayError(RuntimeError):
-    """A server does not answer any more, and patience has run out.
+class ServerAwayError(RunStoppedError):
+    """A server does not answer any more, and patience has run out."""
 
-    The command line prints the message alone, without a traceback, and exits with code 1.
+
+class StaleRolloutsError(RunStoppedError):
+    """Rollouts were not written by the weights that the step may learn from.
+
+    Args:
+        step: The optimiser step that was about to be made.
+        version: Optimiser steps that made the weights which wrote them.
+        max_staleness: How many steps older than the newest they may be.
     """
+
+    def __init__(self, step: int, version: int, max_staleness: int) -> None:
+        expected = f"version {step}" + (f" or {step - 1}" if max_staleness else "")
+        super().__init__(
+            f"step {step}: got rollouts of weights of version {version}, expected {expected} "
+            f"(data.max_staleness {max_staleness}); the engine did not take the weights that were "
+            "pushed to it, or does not say so"
+        )
 
 
 def report(message: str) -> None:

@@ -39,6 +39,10 @@ class StepTimer:
     def stop(self, name: str) -> None:
         self._stages[name] += perf_counter() - self._open.pop(name)
 
+    def add(self, name: str, seconds: float) -> None:
+        """Seconds of a stage that somebody else measured, such as work beside the step."""
+        self._stages[name] += seconds
+
     def pause(self) -> None:
         """Until `resume`, nothing counts: validation happens between steps, not in them."""
         self._paused = perf_counter(), dict(self._stages)

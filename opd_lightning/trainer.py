@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
@@ -17,6 +17,7 @@ from opd_lightning.cache_teacher import fill
 from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.errors import NotReadyError, UserError
 from opd_lightning.export import load_student, write_hf_folder
+from opd_lightning.interruption import SaveOnInterruption
 from opd_lightning.methods.base import DistillationModule
 from opd_lightning.preflight import report
 from opd_lightning.preflight.check import look_at
@@ -29,15 +30,21 @@ from opd_lightning.write_responses import write_responses
 
 
 class Trainer(LightningTrainer):
-    """See Lightning's documentation; our own commands and a progress bar are added."""
+    """See Lightning's documentation.
+
+    Added are our own commands, a progress bar in optimiser steps, and a checkpoint when a run is
+    cut short.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("enable_progress_bar") is not False:
-            given = kwargs.get("callbacks") or []
-            given = given if isinstance(given, list) else [given]
-            if not any(isinstance(callback, ProgressBar) for callback in given):
-                kwargs["callbacks"] = [*given, StepProgressBar()]
-        super().__init__(*args, **kwargs)
+        given = kwargs.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        ours: list[Callback] = [SaveOnInterruption()]
+        has_bar = any(isinstance(callback, ProgressBar) for callback in given)
+        if kwargs.get("enable_progress_bar") is not False and not has_bar:
+            ours.append(StepProgressBar())
+        kwargs["callbacks"] = [*given, *ours]
+        super().__init__(*args, **kwargs)  # to the letter: the parser reads it
         check_strategy(self.strategy, self.num_devices, self.num_nodes)
 
     def export(

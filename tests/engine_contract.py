@@ -214,6 +214,7 @@ class EngineContract:
         sampling = Sampling(max_new_tokens=8)
         before = engine.generate(REQUESTS, sampling)
         engine.sleep()
+        assert engine.version == -1
         engine.wake()
         engine.load_weights(2, model.named_parameters())
         assert engine.generate(REQUESTS, sampling) == before

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import LightningDataModule
 
 from opd_lightning import preflight
-from opd_lightning.data.engines import Engines, push
+from opd_lightning.data.engines import Engines, check_engines, push
+from opd_lightning.data.evaluation import EvaluationStream
 from opd_lightning.data.mix import RolloutMix, TeacherSampler, samplings_by_author
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.ranks import Ranks
-from opd_lightning.data.stream import EvaluationStream, TrainingStream
+from opd_lightning.data.stream import TrainingStream
 from opd_lightning.data.suites import EvaluationSuite
 from opd_lightning.data.views import PromptView, Renderer
 from opd_lightning.data.writer import RolloutWriter
@@ -49,6 +50,8 @@ class RolloutDataModule(LightningDataModule):
         sampling: How responses are drawn.
         prompts_per_step: Prompts per optimiser step, over all ranks.
         samples_per_prompt: Responses of the student per prompt.
+        max_staleness: 0 is strictly on-policy. 1 lets the engine write a step's rollouts while the
+            step before trains, so that their weights are one optimiser step old.
         template_args: Extra variables for the chat template.
         seed: Seed of prompt order, mix and sampling.
     """
@@ -66,16 +69,11 @@ class RolloutDataModule(LightningDataModule):
         sampling: Sampling = Sampling(),  # noqa: B008
         prompts_per_step: int = 64,
         samples_per_prompt: int = 1,
+        max_staleness: Literal[0, 1] = 0,
         template_args: dict[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("prompts_per_step", prompts_per_step),
-            ("samples_per_prompt", samples_per_prompt),
-        ):
-            if value < 1:
-                raise UserError(f"data.{name}: got {value}, expected at least 1")
         sampling.check_whole()
         self.train = train
         self.engine = engine
@@ -89,8 +87,12 @@ class RolloutDataModule(LightningDataModule):
         self.sampling = sampling
         self.prompts_per_step = prompts_per_step
         self.samples_per_prompt = samples_per_prompt
+        self.max_staleness = max_staleness
         self.template_args = template_args or {}
         self.seed = seed
+        for name in ("prompts_per_step", "samples_per_prompt"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name}: got {getattr(self, name)}, expected at least 1")
         self.engines = Engines(engine, teacher.engine if teacher else None, self._push_weights)
         self._train: _Loaded | None = None
         self._suites: dict[str, _Loaded] = {}
@@ -106,6 +108,7 @@ class RolloutDataModule(LightningDataModule):
         assert self.trainer is not None
         self.module.check()
         preflight.check_models(self.module)
+        check_engines(self, stage, evaluated=bool(self._suites_of(stage)))
         if stage != "fit" and not self._suites_of(stage):
             name = "data.test" if stage == "test" else "data.validation"
             raise UserError(f"{name}: got no suites, so there is nothing to measure; name one")
@@ -116,12 +119,6 @@ class RolloutDataModule(LightningDataModule):
             preflight.check_method(self.module, self, self.trainer)
             preflight.check_step_size(self.trainer, self)
             self._train = self._load(self.train, self.sampling, self.verifier, training=True)
-        sampled = stage == "fit" and self.mix.samples
-        if self.engine is None and (sampled or self._suites_of(stage)):
-            raise UserError(
-                "data.engine: got nothing, but responses must be sampled; set an engine, or train "
-                "with data.mix.recorded 1 and without validation"
-            )
         for name, suite in self._suites_of(stage).items():
             self._suites[name] = self._load(
                 suite.prompts, suite.sampling or self.sampling, suite.verifier or self.verifier
@@ -137,6 +134,9 @@ class RolloutDataModule(LightningDataModule):
             samplings=samplings_by_author(self.sampling, self.mix, self.teacher),
             mix_at=lambda step: self.mix_at(step),
             prepare=self.module.prepare_step,
+            now=lambda: self.module.global_step,
+            engines=self.engines,
+            max_staleness=self.max_staleness,
             prompts_per_step=self.prompts_per_step,
             samples_per_prompt=self.samples_per_prompt,
             micro_batches=self.module.trainer.accumulate_grad_batches,
@@ -236,8 +236,7 @@ class RolloutDataModule(LightningDataModule):
         if self.engine is not None:
             self.engines.plan(Author.STUDENT, self.module.student.source, longest + budget)
         if self.teacher is not None:
-            by_author = samplings_by_author(self.sampling, self.mix, self.teacher)
-            budget = by_author[Author.TEACHER].max_new_tokens
+            budget = self.teacher.max_new_tokens or self.sampling.max_new_tokens
             source = ModelSource(self.teacher.path, role="data.teacher")
             self.engines.plan(Author.TEACHER, source, longest + budget)
 

@@ -1,14 +1,20 @@
-"""The engines of a run: started on first use, and the student's kept up to date."""
+"""The engines of a run: started on first use, the student's kept up to date, asleep if told to."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from opd_lightning.data.ahead import RolloutsAhead
+from opd_lightning.errors import UserError
 from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Engine
 from opd_lightning.rollouts.weight_sums import PushedWeights
 from opd_lightning.student import Student
 from opd_lightning.types import Author
+
+if TYPE_CHECKING:
+    from opd_lightning.data.datamodule import RolloutDataModule
 
 
 class Engines:
@@ -18,12 +24,16 @@ class Engines:
         student: Writes the student's responses; None if nothing is sampled.
         teacher: Writes demonstrations with weights of its own.
         push: Brings the student's engine, started, to the newest weights.
+
+    `ahead` is who may use them beside the trainer.
     """
 
     def __init__(
         self, student: Engine | None, teacher: Engine | None, push: Callable[[Engine], None]
     ) -> None:
         self._push = push
+        self.ahead = RolloutsAhead()
+        self._asleep: list[Engine] = []
         self._sources: dict[int, tuple[ModelSource, int]] = {}
         self._started: list[Engine] = []
         self.by_author: dict[Author, Engine] = {}
@@ -37,17 +47,33 @@ class Engines:
         self._sources[id(self.by_author[author])] = (source, max_length)
 
     def prepare(self, author: Author) -> None:
-        """Start an author's engine unless it runs; give the student's its newest weights."""
+        """Start or wake an author's engine unless it runs; give the student's its newest weights.
+
+        Whatever it still writes for another step is waited for: nobody else may use it then.
+        """
+        self.ahead.wait()
         engine = self.by_author[author]
         if engine not in self._started:
             source, max_length = self._sources[id(engine)]
             engine.start(source, max_length=max_length)
             self._started.append(engine)
+        if engine in self._asleep:
+            engine.wake()
+            self._asleep.remove(engine)
         if author is not Author.TEACHER:
             self._push(engine)
 
+    def rest(self) -> None:
+        """Nothing is written until the next `prepare`: who was told to sleep does."""
+        for engine in self._started:
+            if engine.sleep_while_training and engine not in self._asleep:
+                engine.sleep()
+                self._asleep.append(engine)
+
     def close(self) -> None:
         """Close what was started."""
+        self.ahead.close()
+        self._asleep.clear()
         while self._started:
             self._started.pop().close()
 
@@ -58,3 +84,35 @@ def push(student: Student, engine: Engine, *, version: int) -> None:
         weights = PushedWeights(student.weights(), engine.weights_dtype)
         engine.load_weights(version, weights)
         weights.check(version, engine.weight_sums())
+
+
+def check_engines(data: RolloutDataModule, stage: str, *, evaluated: bool) -> None:
+    """There is an engine where one is needed, and what it is told fits the run."""
+    fits = stage == "fit"
+    if data.engine is None and (evaluated or (fits and data.mix.samples)):
+        raise UserError(
+            "data.engine: got nothing, but responses must be sampled; set an engine, or train "
+            "with data.mix.recorded 1 and without validation"
+        )
+    if data.teacher is not None and data.teacher.engine.sleep_while_training:
+        raise UserError(
+            "data.teacher.engine: sleep_while_training is on, but the teacher's weights, which "
+            "sleeping drops, are never pushed; leave it out"
+        )
+    if fits and data.max_staleness:
+        _check_ahead(data)
+
+
+def _check_ahead(data: RolloutDataModule) -> None:
+    """Rollouts may be written beside training, by weights that are one step old."""
+    if data.engine is not None and data.engine.sleep_while_training:
+        raise UserError(
+            "data.max_staleness: got 1, so the engine writes while the trainer works, but its "
+            "sleep_while_training is on; choose one of them"
+        )
+    if data.mix.samples and not data.module.corrects_staleness:
+        raise UserError(
+            f"data.max_staleness: got 1, but {type(data.module).__name__} takes every rollout for "
+            "the newest policy's; add opd_lightning.rules.TruncatedImportance (or IcePop) to its "
+            "rules, or set model.init_args.surrogate.ratio_to to 'sampler'"
+        )

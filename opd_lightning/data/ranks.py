@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """Which process this is, and how all of them add numbers up."""
+    """Which process this is, and how all of them tell one another things."""
 
     rank: int
     world_size: int
     sum: Callable[[int], int]  # over all ranks
+    gather: Callable[[Any], list[Any]]  # plain data of every rank, in their order
 
     @classmethod
     def of(cls, trainer: Any) -> Ranks:
@@ -26,4 +28,13 @@ class Ranks:
             here = torch.tensor(value, dtype=torch.int64, device=strategy.root_device)
             return int(strategy.reduce(here, reduce_op="sum"))
 
-        return cls(rank=trainer.global_rank, world_size=trainer.world_size, sum=add_up)
+        def gather(value: Any) -> list[Any]:
+            if trainer.world_size == 1:
+                return [value]
+            values: list[Any] = [None] * trainer.world_size
+            dist.all_gather_object(values, value)
+            return values
+
+        return cls(
+            rank=trainer.global_rank, world_size=trainer.world_size, sum=add_up, gather=gather
+        )

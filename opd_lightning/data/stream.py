@@ -1,34 +1,39 @@
-"""The streams that feed training and evaluation: sized, resumable, always current weights."""
+"""The stream that feeds training: sized, resumable, from weights whose version is proved."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 from opd_lightning.data.collate import collate, count
+from opd_lightning.data.engines import Engines
 from opd_lightning.data.micro_batches import split_balanced
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.order import PromptOrder
 from opd_lightning.data.ranks import Ranks
+from opd_lightning.data.saved_rollouts import from_plain, to_plain
 from opd_lightning.data.writer import RolloutWriter, Row
-from opd_lightning.errors import UserError
+from opd_lightning.errors import StaleRolloutsError, UserError
 from opd_lightning.rollouts.base import Sampling
-from opd_lightning.seeding import EVALUATION_SAMPLE, TRAINING_SAMPLE, derive_seed
+from opd_lightning.seeding import TRAINING_SAMPLE, derive_seed
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Prompt, Rollout, RolloutBatch, StepTotals, Totals
 
 
 class TrainingStream:
-    """Micro-batches of fresh rollouts, `micro_batches` per optimiser step.
+    """Micro-batches of rollouts, `micro_batches` per optimiser step.
 
-    Everything a step needs is generated at once, when its first micro-batch is asked for. The
-    stream has a length, so Lightning does not fetch ahead, and that moment comes after the
-    previous optimiser step: rollouts are strictly on-policy.
+    Everything a step needs is generated at once. The stream has a length, so Lightning does not
+    fetch ahead, and a step is asked for after the optimiser step before it: rollouts are strictly
+    on-policy. With `max_staleness` 1 those of the next step are written while this one trains, by
+    the weights that this one starts from.
 
-    A step's prompts and seeds depend on (seed, step) alone. The state is the next step's number;
-    a checkpoint taken between two steps resumes without a prompt lost or repeated.
+    A step's prompts and seeds depend on (seed, step) alone, and the step is the optimiser's: the
+    stream has no position of its own. A checkpoint taken anywhere in a step means its beginning.
+    What cannot be written again is in it: rollouts by weights that are gone.
 
-    `mix_at(step)` says who writes; `prepare` sees all micro-batches before the first goes out.
+    `mix_at(step)` says who writes; `prepare` sees all micro-batches before the first goes out;
+    `now()` is the number of optimiser steps made.
     """
 
     def __init__(
@@ -40,6 +45,9 @@ class TrainingStream:
         samplings: Mapping[Author, Sampling],
         mix_at: Callable[[int], RolloutMix],
         prepare: Callable[[list[RolloutBatch]], None],
+        now: Callable[[], int],
+        engines: Engines,
+        max_staleness: int,
         prompts_per_step: int,
         samples_per_prompt: int,
         micro_batches: int,
@@ -54,6 +62,9 @@ class TrainingStream:
         self.samplings = samplings
         self.mix_at = mix_at
         self.prepare = prepare
+        self.now = now
+        self.engines = engines
+        self.max_staleness = max_staleness
         self.prompts_per_step = prompts_per_step
         self.samples_per_prompt = samples_per_prompt
         self.micro_batches = micro_batches
@@ -63,32 +74,41 @@ class TrainingStream:
         self.timer = timer
         self.order = PromptOrder(len(prompts), seed)
         self.steps_per_epoch = max(1, len(prompts) // prompts_per_step)
-        self.next_step = 0
-        self.handed_out = 0  # micro-batches of next_step that are in the optimiser's gradient
+        self._in_training: tuple[int, list[Rollout]] = (-1, [])  # a step and its rollouts
 
     def __len__(self) -> int:
         """Micro-batches in an epoch (about one pass over the prompts)."""
         return self.steps_per_epoch * self.micro_batches
 
-    def state_dict(self) -> dict[str, int]:
-        return {"next_step": self.next_step, "handed_out": self.handed_out, **self._layout()}
+    def state_dict(self) -> dict[str, Any]:
+        """What a step's number stands for, and the rollouts of the step that comes next.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take up the cursor; refuse one that would not mean the same here."""
+        Those are of all ranks, and only where older weights wrote them. They are missing if the
+        thread that was to write them failed.
+        """
+        step = self.now()
+        state: dict[str, Any] = {"step": step, **self._layout()}
+        if self.max_staleness:
+            begun, rollouts = self._in_training
+            mine = rollouts if begun == step else self.engines.ahead.look(step, self.timer)
+            every = self.ranks.gather(mine if mine is None else to_plain(mine))
+            if None not in every:
+                state["rollouts"] = [row for rows in every for row in rows]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Refuse a state that would not mean the same here; take up its rollouts."""
         for name, here in self._layout().items():
-            if state[name] != here:
+            if state.get(name) != here:
                 raise UserError(
-                    f"resume: {name} was {state[name]} in the checkpoint and is {here} now, so "
-                    "steps would hold other prompts; set it back, or start a new run from an "
+                    f"resume: {name} was {state.get(name)} in the checkpoint and is {here} now, so "
+                    "steps would hold other rollouts; set it back, or start a new run from an "
                     "exported student"
                 )
-        if state["handed_out"]:
-            raise UserError(
-                f"resume: the checkpoint was taken after {state['handed_out']} of "
-                f"{self.micro_batches} micro-batches of a step, whose gradient it does not hold; "
-                "take another checkpoint, and save by every_n_train_steps"
-            )
-        self.next_step = state["next_step"]
+        if "rollouts" in state:
+            mine = set(self._positions(state["step"]))
+            rows = [row for row in state["rollouts"] if row["group"] in mine]
+            self.engines.ahead.restore(state["step"], from_plain(rows, self._prompt_at))
 
     def _layout(self) -> dict[str, int]:
         """What a step's number stands for."""
@@ -98,129 +118,86 @@ class TrainingStream:
             "samples_per_prompt": self.samples_per_prompt,
             "prompts": len(self.prompts),
             "seed": self.seed,
+            "max_staleness": self.max_staleness,
         }
 
     def __iter__(self) -> Iterator[RolloutBatch]:
         """The rest of the current epoch."""
-        for step in range(self.next_step, self._end_of_epoch()):
+        first = self.now()
+        end_of_epoch = (first // self.steps_per_epoch + 1) * self.steps_per_epoch
+        for step in range(first, end_of_epoch):
             self.timer.next_step()
-            rollouts = self._rollouts(step)
+            rollouts = self.engines.ahead.take(step, self.timer)
+            if rollouts is None:
+                rows = self._ready_rows(step)
+                rollouts = self.writer.write(rows, self.samplings)
+            check_versions(rollouts, step, self.max_staleness)
+            self._in_training = step, rollouts
+            if self.max_staleness:
+                self._write_ahead(step + 1)
+            else:
+                self.engines.rest()
             with self.timer.stage("collate"):
-                written, demonstrated = (
-                    Totals(*(self.ranks.sum(n) for n in count(rollouts, demonstrated=kind)))
-                    for kind in (False, True)
-                )
-                totals = StepTotals(step=step, written=written, demonstrated=demonstrated)
-                batches = [
-                    collate(
-                        part,
-                        totals=totals,
-                        temperature=self.samplings[Author.STUDENT].temperature,
-                        pad_id=self.pad_id,
-                    )
-                    for part in split_balanced(rollouts, self.micro_batches)
-                ]
+                batches = self._collate(step, rollouts)
             self.prepare(batches)
-            # The cursor moves before a batch goes out: a checkpoint taken after the last one's
-            # optimiser step must already point at the next step.
-            for self.handed_out, batch in enumerate(batches[:-1], start=1):
-                yield batch
-            self.next_step, self.handed_out = step + 1, 0
-            yield batches[-1]
+            yield from batches
 
-    def _end_of_epoch(self) -> int:
-        return (self.next_step // self.steps_per_epoch + 1) * self.steps_per_epoch
+    def _write_ahead(self, step: int) -> None:
+        """Push to the engines, and leave them to the thread."""
+        rows = self._ready_rows(step)
+        aside = self.writer.timed_by(StepTimer())
+        self.engines.ahead.start(step, lambda: aside.write(rows, self.samplings))
 
-    def _rollouts(self, step: int) -> list[Rollout]:
-        """This rank's rollouts: a slice of the step's prompts, all samples of each."""
+    def _collate(self, step: int, rollouts: list[Rollout]) -> list[RolloutBatch]:
+        written, demonstrated = (
+            Totals(*(self.ranks.sum(n) for n in count(rollouts, demonstrated=kind)))
+            for kind in (False, True)
+        )
+        totals = StepTotals(step=step, written=written, demonstrated=demonstrated)
+        return [
+            collate(
+                part,
+                totals=totals,
+                temperature=self.samplings[Author.STUDENT].temperature,
+                pad_id=self.pad_id,
+            )
+            for part in split_balanced(rollouts, self.micro_batches)
+        ]
+
+    def _positions(self, step: int) -> range:
+        """This rank's slice of the step's prompts, by position in the run's order."""
         share = self.prompts_per_step // self.ranks.world_size
-        first = self.ranks.rank * share
+        first = step * self.prompts_per_step + self.ranks.rank * share
+        return range(first, first + share)
+
+    def _prompt_at(self, position: int) -> tuple[Prompt, list[int]]:
+        (chosen,) = self.order.take(position, 1)
+        return self.prompts[chosen], self.prompt_ids[chosen]
+
+    def _ready_rows(self, step: int) -> list[Row]:
+        """What this rank writes in a step, all samples of its prompts, once its authors can."""
         mix = self.mix_at(step)
         authors = mix.authors(self.seed, step, self.prompts_per_step, self.samples_per_prompt)
-        if _samples(authors) and not _samples(authors[first : first + share]):
-            self.writer.prepare(Author.STUDENT)  # it takes all ranks to gather sharded weights
-        start = step * self.prompts_per_step + first
         rows = [
             Row(
-                self.prompts[chosen],
-                self.prompt_ids[chosen],
+                *self._prompt_at(position),
                 position,
                 author,
                 derive_seed(TRAINING_SAMPLE, self.seed, step, position, sample),
             )
-            for position, chosen in enumerate(self.order.take(start, share), start)
-            for sample, author in enumerate(authors[position - start + first])
+            for position in self._positions(step)
+            for sample, author in enumerate(authors[position - step * self.prompts_per_step])
         ]
-        return self.writer.write(rows, self.samplings)
+        own = [row.author for row in rows]
+        # Where the student writes on any rank: it takes all of them to gather sharded weights.
+        anywhere = [a for names in authors for a in names if not a.is_demonstrator()]
+        self.writer.prepare([*own, *anywhere[:1]])
+        return rows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationBatch:
-    """Scored rollouts of an evaluation suite."""
-
-    suite: str
-    rollouts: tuple[Rollout, ...]
-
-    def to(self, *_: object, **__: object) -> EvaluationBatch:
-        """Nothing here lives on a device."""
-        return self
-
-
-class EvaluationStream:
-    """Scored rollouts of a suite's prompts, a batch at a time, from the newest weights."""
-
-    def __init__(
-        self,
-        suite: str,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[list[int]],
-        *,
-        writer: RolloutWriter,
-        sampling: Sampling,
-        samples: int,
-        batch_size: int,
-        seed: int,
-        ranks: Ranks,
-    ) -> None:
-        self.suite = suite
-        self.prompts = prompts
-        self.prompt_ids = prompt_ids
-        self.writer = writer
-        self.sampling = sampling
-        self.samples = samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.mine = range(ranks.rank, len(prompts), ranks.world_size)
-        self.batches = -(-len(prompts) // (ranks.world_size * batch_size))
-
-    def __len__(self) -> int:
-        """Batches, as many on every rank; the last may be empty here."""
-        return self.batches
-
-    def __iter__(self) -> Iterator[EvaluationBatch]:
-        for first in range(0, self.batches * self.batch_size, self.batch_size):
-            chosen = self.mine[first : first + self.batch_size]
-            rows = [
-                Row(
-                    self.prompts[i],
-                    self.prompt_ids[i],
-                    i,
-                    Author.STUDENT,
-                    # Not the training step: two evaluations of the same weights agree, and
-                    # differences between steps are paired.
-                    derive_seed(EVALUATION_SAMPLE, self.seed, i, sample),
-                )
-                for i in chosen
-                for sample in range(self.samples)
-            ]
-            if rows:
-                rollouts = self.writer.write(rows, {Author.STUDENT: self.sampling})
-            else:
-                self.writer.prepare(Author.STUDENT)  # as the other ranks do
-                rollouts = []
-            yield EvaluationBatch(suite=self.suite, rollouts=tuple(rollouts))
-
-
-def _samples(authors: Sequence[Sequence[Author]]) -> bool:
-    """Whether the student writes any of these responses."""
-    return any(not author.is_demonstrator() for row in authors for author in row)
+def check_versions(rollouts: Sequence[Rollout], step: int, max_staleness: int) -> None:
+    """Whatever the student wrote is of weights that `step` may learn from."""
+    for rollout in rollouts:
+        version = rollout.policy_version
+        if not rollout.author.is_demonstrator() and not step - max_staleness <= version <= step:
+            raise StaleRolloutsError(step, version, max_staleness)

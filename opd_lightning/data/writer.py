@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ class RolloutWriter:
 
     Args:
         engines: Who samples, by author; none for recorded responses.
-        prepare: Makes an author's engine ready (started, weights pushed); called before it writes.
+        ready: Makes an author's engine ready (started, weights pushed).
         verifier: Scores responses; None leaves rewards NaN.
         renderer: The student's tokenizer and the views that the method reads.
         timer: Charged for "generate" and "verify".
@@ -43,7 +44,7 @@ class RolloutWriter:
     def __init__(
         self,
         engines: Mapping[Author, Engine],
-        prepare: Callable[[Author], None],
+        ready: Callable[[Author], None],
         verifier: Verifier | None,
         renderer: Renderer,
         timer: StepTimer,
@@ -51,12 +52,24 @@ class RolloutWriter:
         only_correct: bool = False,
     ) -> None:
         self.engines = engines
-        self.prepare = prepare
+        self.ready = ready
         self.verifier = verifier
         self.renderer = renderer
         self.timer = timer
         self.guided_view = guided_view
         self.only_correct = only_correct
+
+    def prepare(self, authors: Iterable[Author]) -> None:
+        """Make ready whoever will write; to be called before `write`."""
+        for author in dict.fromkeys(authors):
+            if author is not Author.RECORDED:
+                self.ready(author)
+
+    def timed_by(self, timer: StepTimer) -> RolloutWriter:
+        """The same writer, on another clock."""
+        other = copy(self)
+        other.timer = timer
+        return other
 
     def write(self, rows: Sequence[Row], samplings: Mapping[Author, Sampling]) -> list[Rollout]:
         """One rollout per row, in order. All rows of a group must come in one call."""
@@ -109,7 +122,6 @@ class RolloutWriter:
                 writers.setdefault(id(self.engines[row.author]), []).append(i)
         for chosen in writers.values():
             author = rows[chosen[0]].author
-            self.prepare(author)
             with self.timer.stage("generate"):
                 requests = [Request(self._sampler_ids(rows[i]), rows[i].seed) for i in chosen]
                 completions = self.engines[author].generate(requests, samplings[author])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,23 +13,22 @@ from torchmetrics import Metric, SumMetric
 
 from opd_lightning.errors import EngineMismatchError, UserError
 from opd_lightning.losses.reduction import Aggregation
+from opd_lightning.methods.contract import Contract
 from opd_lightning.methods.evaluation import EvaluatedModule
-from opd_lightning.methods.scoring import asked_top_k
 from opd_lightning.metrics.step import (
     EngineStatistics,
     Means,
     ResponseStatistics,
     SignalStatistics,
 )
-from opd_lightning.rules.base import Compare
+from opd_lightning.resumption import check_whole_steps, rewind
 from opd_lightning.sharding import Sharding, whole
 from opd_lightning.student import Student
-from opd_lightning.teachers.base import Ask, Teacher
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import RolloutBatch, TokenScores
 
 
-class DistillationModule(EvaluatedModule, ABC):
+class DistillationModule(Contract, EvaluatedModule):
     """A method turns a micro-batch into a loss; everything else happens here.
 
     Args:
@@ -69,55 +66,7 @@ class DistillationModule(EvaluatedModule, ABC):
         self.signal = SignalStatistics()
         self.rates = Means()
         self._tokens = 0.0  # of the last step that was logged
-
-    # What a method writes -----------------------------------------------------------------
-
-    @abstractmethod
-    def loss(self, batch: RolloutBatch) -> Tensor:
-        """This micro-batch's share of the step's loss; see `losses/reduction.py`."""
-
-    def asks(self) -> Mapping[str, Ask]:
-        """Whom the method asks, under which view, by the name it knows the answer by."""
-        return {}
-
-    def all_asks(self) -> Mapping[str, Ask]:
-        """`asks`, and those of its parts."""
-        return self.asks()
-
-    def all_comparisons(self) -> Mapping[str, Compare]:
-        """Functions of whole distributions that are read, by name."""
-        return {}
-
-    def check(self) -> None:
-        """Raise UserError, before any weight is loaded, if the method's parts do not fit."""
-
-    def prepare_step(self, batches: Sequence[RolloutBatch]) -> None:
-        """See all of a step's micro-batches, on the CPU, before the first of them is trained on."""
-
-    @property
-    def needs_rewards(self) -> bool:
-        """Whether responses must be verified."""
-        return self.needs_groups
-
-    @property
-    def needs_groups(self) -> bool:
-        """Whether rewards are compared between the responses to a prompt."""
-        return False
-
-    @property
-    def sums_tokens(self) -> bool:
-        """Whether it adds up the signals of a response's tokens."""
-        return False
-
-    @property
-    def needs_demonstrations(self) -> bool:
-        """Whether responses that the student did not write are all there is to learn from."""
-        return False
-
-    @property
-    def takes_demonstrations(self) -> bool:
-        """Whether responses that the student did not write may be among the rollouts."""
-        return True
+        self.moving = False  # weights, scheduler and callbacks are between two steps
 
     # What a method may use ----------------------------------------------------------------
 
@@ -125,28 +74,17 @@ class DistillationModule(EvaluatedModule, ABC):
         """Note the gap between the engine's log-probs of its samples and the trainer's.
 
         A step whose mean is too large stops the run before the optimiser moves. Rollouts under
-        another prompt, or that nobody sampled, have nothing to compare.
+        another prompt, or that nobody sampled, have nothing to compare. Those of older weights
+        differ rightly: of them only the importance weights are noted.
         """
         mask = batch.response_mask & batch.on_policy[:, None]
-        self.engine_gap.update(batch.behaviour_logprobs[mask], student.logprobs.detach()[mask])
-
-    # What others may ask ------------------------------------------------------------------
-
-    def teachers(self) -> list[Teacher]:
-        """Every teacher that the method asks, each once."""
-        return list(dict.fromkeys(ask.teacher for ask in self.all_asks().values()))
-
-    def compared_teachers(self) -> list[Teacher]:
-        """Those whose whole distribution is compared, token by token of the vocabulary."""
-        return []
-
-    def asked_top_k(self) -> Mapping[str, int]:
-        """How many of its likeliest tokens everybody is asked for, by the names of `all_asks`."""
-        return asked_top_k(self.all_asks(), self.all_comparisons(), self.overlap_top_k)
-
-    def views(self) -> set[str]:
-        """Names of the prompt views that are read, besides the student's own."""
-        return {ask.view for ask in self.all_asks().values()} - {"student"}
+        versions = [rollout.policy_version for rollout in batch.rollouts]
+        fresh = torch.tensor(versions, device=mask.device) == batch.totals.step
+        self.engine_gap.update(
+            batch.behaviour_logprobs[mask],
+            student.logprobs.detach()[mask],
+            fresh[:, None].expand_as(mask)[mask],
+        )
 
     # Lightning ----------------------------------------------------------------------------
 
@@ -179,12 +117,7 @@ class DistillationModule(EvaluatedModule, ABC):
             teacher.close()
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
-        if batch.totals.step != self.trainer.global_step:
-            raise UserError(
-                f"rollouts of step {batch.totals.step} met optimiser step "
-                f"{self.trainer.global_step}: a step was cut short; make "
-                "trainer.limit_train_batches a multiple of trainer.accumulate_grad_batches"
-            )
+        assert batch.totals.step == self.trainer.global_step
         loss = self.loss(batch)
         self.loss_sum.update(loss.detach())
         self.responses.update(batch)
@@ -193,8 +126,10 @@ class DistillationModule(EvaluatedModule, ABC):
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def on_train_start(self) -> None:
+        check_whole_steps(self.trainer)
         for metric in self._metrics():
             metric.reset()  # an exception may have left half a step behind
+        self.moving = False
 
     def _metrics(self) -> tuple[Metric, ...]:
         return (self.loss_sum, self.responses, self.engine_gap, self.signal, self.rates)
@@ -212,10 +147,17 @@ class DistillationModule(EvaluatedModule, ABC):
         for teacher in self.teachers():
             teacher.rest()
         self.timer.start("optimizer")
+        self.moving = True
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         self.timer.stop("optimizer")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.moving = self.validation_is_over = False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        rewind(checkpoint["loops"]["fit_loop"], self.trainer)
 
     def on_validation_start(self) -> None:
         self.timer.pause()

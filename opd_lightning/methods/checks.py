@@ -9,7 +9,6 @@ from opd_lightning.errors import UserError
 from opd_lightning.losses.surrogate import Surrogate
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.methods.scoring import LOSS
-from opd_lightning.rules.importance import IcePop, TruncatedImportance
 from opd_lightning.teachers.base import DistributionTeacher, Teacher, TopKTeacher
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def check_parts(composed: ComposedMethod) -> None:
             f"surrogate: got {composed.surrogate}, but {method}'s loss is a divergence, which has "
             "no importance ratio; leave it out"
         )
-    corrected = any(isinstance(rule, TruncatedImportance | IcePop) for rule in composed.rules)
+    corrected = any(rule.corrects_sampler for rule in composed.rules)
     if composed.surrogate.ratio_to == "sampler" and corrected:
         raise UserError(
             f"surrogate.ratio_to: got 'sampler', which corrects for the engine in full, but "
@@ -79,6 +78,12 @@ def _check_tokens(composed: ComposedMethod) -> None:
                     "groups, which would count several times; leave it out (OPD: discount 0), or "
                     "use a teacher with the student's tokenizer"
                 )
+
+
+def corrects_sampler(composed: ComposedMethod) -> bool:
+    """Whether a policy gradient is weighed by pi_theta / mu, the policy that sampled."""
+    by_rule = any(rule.corrects_sampler for rule in composed.rules)
+    return by_rule or composed.surrogate.ratio_to == "sampler"
 
 
 def _check_known(method: str, teacher: Teacher, function: Any) -> None:

@@ -13,7 +13,7 @@ from opd_lightning.losses.reduction import aggregate
 from opd_lightning.losses.schedule import Schedule, value_at
 from opd_lightning.losses.surrogate import Surrogate
 from opd_lightning.methods.base import DistillationModule
-from opd_lightning.methods.checks import check_parts
+from opd_lightning.methods.checks import check_parts, corrects_sampler
 from opd_lightning.methods.scoring import LOSS, Answers, announce, ask_everybody, concatenate_ranks
 from opd_lightning.rules.base import Compare, Rates, Rule, Scored, Signal, add_rates
 from opd_lightning.rules.terms import Term
@@ -241,6 +241,10 @@ class ComposedMethod(DistillationModule):
     @property
     def takes_demonstrations(self) -> bool:
         return self.imitation is not None or LOSS in self.comparisons()
+
+    @property
+    def corrects_staleness(self) -> bool:
+        return LOSS in self.comparisons() or corrects_sampler(self)
 
     def check(self) -> None:
         check_parts(self)

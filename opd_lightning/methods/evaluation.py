@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from opd_lightning.data.stream import EvaluationBatch
+from opd_lightning.data.evaluation import EvaluationBatch
 from opd_lightning.metrics.evaluation import SuiteScores
 
 
@@ -16,6 +16,7 @@ class EvaluatedModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.suites: dict[str, SuiteScores] = {}
+        self.validation_is_over = False  # all of its prompts are scored
 
     def validation_step(
         self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
@@ -33,6 +34,7 @@ class EvaluatedModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._log_suites("val")
+        self.validation_is_over = True
 
     def on_test_epoch_end(self) -> None:
         self._log_suites("test")

@@ -17,6 +17,7 @@ class SFT(DistillationModule):
     """
 
     needs_demonstrations = True
+    corrects_staleness = True  # demonstrations do not age
 
     def loss(self, batch: RolloutBatch) -> Tensor:
         with self.timer.stage("student"):

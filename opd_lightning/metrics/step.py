@@ -85,19 +85,28 @@ class ResponseStatistics(_Sums):
 class EngineStatistics(_Sums):
     """How far the engine's log-probs of its own samples are from the trainer's."""
 
-    names = ("tokens", "gap", "weight", "weight_squared")
+    names = ("tokens", "fresh", "gap", "weight", "weight_squared")
     largest: Tensor  # [2] float64: gap and importance weight
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("largest", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="max")
 
-    def update(self, behaviour: Tensor, student: Tensor) -> None:
-        """Both `[N]` nats, N possibly 0; importance weights are `exp(student - behaviour)`."""
-        gap = (student - behaviour).double()
-        weight = gap.exp()
-        self._add(tokens=len(gap), gap=gap.abs(), weight=weight, weight_squared=weight**2)
-        here = torch.stack([torch.cat([x.new_zeros(1), x]).max() for x in (gap.abs(), weight)])
+    def update(self, behaviour: Tensor, student: Tensor, fresh: Tensor) -> None:
+        """Both `[N]` nats, N possibly 0; importance weights are `exp(student - behaviour)`.
+
+        The gap is of the tokens that the student's newest weights sampled, `fresh [N]` bool.
+        """
+        ratio = (student - behaviour).double()
+        gap, weight = ratio[fresh].abs(), ratio.exp()
+        self._add(
+            tokens=len(ratio),
+            fresh=fresh,
+            gap=gap,
+            weight=weight,
+            weight_squared=weight**2,
+        )
+        here = torch.stack([torch.cat([x.new_zeros(1), x]).max() for x in (gap, weight)])
         self.largest = torch.maximum(self.largest, here.to(self.largest.device))
 
     def compute(self) -> dict[str, Tensor]:
@@ -105,9 +114,12 @@ class EngineStatistics(_Sums):
         sums = self._totals()
         if sums["tokens"] == 0:
             return {}
-        return {
-            "engine/logprob_gap_mean": sums["gap"] / sums["tokens"],
+        compared = {
+            "engine/logprob_gap_mean": sums["gap"] / sums["fresh"],
             "engine/logprob_gap_max": self.largest[0],
+        }
+        return (compared if sums["fresh"] > 0 else {}) | {
+            "engine/compared": sums["fresh"] / sums["tokens"],
             "engine/importance_mean": sums["weight"] / sums["tokens"],
             "engine/importance_max": self.largest[1],
             "engine/importance_ess": sums["weight"] ** 2

@@ -65,11 +65,13 @@ class Engine(ABC):
 
     The log-probs it returns are those of the distribution it sampled from: after temperature,
     top-k and top-p. `version` is the version of the last weights loaded, -1 for those it
-    started with.
+    started with and after `sleep`. With `sleep_while_training` it is put to sleep as soon as a
+    step's rollouts are written.
     """
 
     version: int = -1
     weights_dtype: torch.dtype = torch.float32  # it keeps its weights in; known once it is started
+    sleep_while_training: bool = False
 
     @abstractmethod
     def start(self, source: ModelSource, *, max_length: int) -> None:
@@ -89,7 +91,7 @@ class Engine(ABC):
 
     @abstractmethod
     def sleep(self) -> None:
-        """Give memory back until `wake`, if the engine can; weights must be pushed again after."""
+        """Give memory back until `wake`, if the engine can, and forget `version`: push again."""
 
     @abstractmethod
     def wake(self) -> None:

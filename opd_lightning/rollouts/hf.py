@@ -90,6 +90,7 @@ class HFEngine(Engine):
     def sleep(self) -> None:
         """Move the copy to CPU memory until `wake`; on the CPU there is nothing to give back."""
         self._model.to("cpu")
+        self.version = -1
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

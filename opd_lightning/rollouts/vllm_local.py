@@ -41,6 +41,8 @@ class VLLMEngine(Engine):
         enforce_eager: Skip CUDA graphs and compilation. None means on the CPU only.
         tensor_parallel_size: GPUs that share one copy. More than 1 needs a run of one process.
         cpu_kv_cache_gib: Size of the KV cache in GiB. CPU only.
+        sleep_while_training: Give weights and KV cache back to the GPU once a step's rollouts are
+            written, and take both again before the next; for a GPU that holds the trainer too.
         engine_args: Any further argument of `vllm.LLM`; these win over the ones set here.
     """
 
@@ -53,6 +55,7 @@ class VLLMEngine(Engine):
         enforce_eager: bool | None = None,
         tensor_parallel_size: int = 1,
         cpu_kv_cache_gib: int = 1,
+        sleep_while_training: bool = False,
         engine_args: dict[str, Any] | None = None,
     ) -> None:
         self.dtype = dtype
@@ -61,6 +64,7 @@ class VLLMEngine(Engine):
         self.enforce_eager = enforce_eager
         self.tensor_parallel_size = tensor_parallel_size
         self.cpu_kv_cache_gib = cpu_kv_cache_gib
+        self.sleep_while_training = sleep_while_training
         self.engine_args = dict(engine_args or {})
         self.version = -1
         self._llm: Any = None
@@ -152,10 +156,10 @@ class VLLMEngine(Engine):
         return [_to_completion(output.outputs[0]) for output in outputs]
 
     def sleep(self) -> None:
-        """Free the weights and the KV cache until `wake`. Does nothing on the CPU."""
+        """Free the weights and the KV cache until `wake`; on the CPU nothing can be freed."""
+        self.version = -1
         if torch.cuda.is_available():
-            self._llm.sleep(level=2)
-            self.version = -1  # level 2 drops the weights
+            self._llm.sleep(level=2)  # drops the weights
 
     def wake(self) -> None:
         """Take the memory back; the weights are rubbish until they are pushed again."""

@@ -99,6 +99,7 @@ class Rule(ABC):
     needs_rewards = False  # reads rewards
     sums_tokens = False  # adds up log-ratios of a response's tokens
     shapes_advantage = False  # changes the advantage: for policy gradients only
+    corrects_sampler = False  # weighs by pi_theta / mu: for policy gradients of another policy
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -2,6 +2,11 @@
 
     w = pi_theta(y) / mu(y), detached, a factor on the token's loss
 
+pi_theta is the trainer's policy at this step. mu is what the engine sampled from: other kernels,
+perhaps another precision and, with data.max_staleness 1, weights that are one optimiser step old. A
+ratio per token corrects the choice of that token given what was written before it; prefixes keep
+mu's distribution. The product over a response corrects both.
+
 Only on rows that the student sampled under its own prompt; others (guided, from a teacher,
 recorded) were never meant to follow it and keep weight 1.
 """
@@ -43,6 +48,8 @@ class TruncatedImportance(Rule):
             token level and over their rollouts at sequence level. Costs the student one more
             forward pass; off, as in verl.
     """
+
+    corrects_sampler = True
 
     level: Literal["token", "sequence"] = "token"
     cap: float = 5.0
@@ -98,6 +105,8 @@ class IcePop(Rule):
         low: Above 0; the authors' 0.5.
         high: The authors' 5.
     """
+
+    corrects_sampler = True
 
     low: float = 0.5
     high: float = 5.0

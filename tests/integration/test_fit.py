@@ -22,6 +22,7 @@ from opd_lightning.methods import OPD, SFT, DistillationModule, DivergenceOPD
 from opd_lightning.rollouts import Engine, HFEngine, Sampling, VLLMEngine
 from opd_lightning.rollouts.vllm_process import vllm_unavailable
 from opd_lightning.rollouts.weight_sums import EngineSum
+from opd_lightning.rules import TruncatedImportance
 from opd_lightning.student import Student
 from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.trainer import Trainer
@@ -210,25 +211,68 @@ class SecretiveEngine(ForgetfulEngine):
         return []
 
 
+class StuckEngine(SecretiveEngine):
+    """Takes no weights after its first, and does not say that it did."""
+
+    def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        super().load_weights(version, weights)
+        self.version = 0
+
+
+@pytest.mark.usefixtures("in_lab")
 @pytest.mark.parametrize(
-    ("engine", "complaint"),
+    ("engine", "said"),
     [
-        (DeafEngine, "the engine did not take the weights that were pushed"),
-        (ForgetfulEngine, "after the push the engine's 'model.embed_tokens.weight' has norm"),
-        (SecretiveEngine, "engine and trainer log-probs of the sampled tokens differ by"),
+        ("DeafEngine", "step 1: the engine did not take the weights that were pushed"),
+        ("ForgetfulEngine", "step 1: after the push the engine's 'model.embed_tokens.weight' has"),
+        ("SecretiveEngine", "step 1: engine and trainer log-probs of the sampled tokens differ by"),
+        ("StuckEngine", "step 1: got rollouts of weights of version 0, expected version 1"),
     ],
 )
-@pytest.mark.usefixtures("in_lab")
 def test_a_stale_engine_stops_the_run_in_the_same_step(
-    engine: type[HFEngine], complaint: str, capsys: pytest.CaptureFixture[str]
+    engine: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    deaf = f"--data.engine={__name__}.{engine.__name__}"
+    deaf = f"--data.engine={__name__}.{engine}"
     with pytest.raises(SystemExit) as ended:
         main(["fit", "--config", CONFIG, "--trainer.logger=false", deaf, *FAST])
     assert ended.value.code == 1
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opd: error:")]
     assert len(lines) == 1
-    assert f"step 1: {complaint}" in lines[0]
+    assert said in lines[0]
+
+
+@pytest.mark.usefixtures("in_lab")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rollouts_written_ahead_are_trained_on_and_corrected(engine: type[Engine]) -> None:
+    """One step old, in a thread: two runs agree, and the first step is proved as ever."""
+    if engine is VLLMEngine and (reason := vllm_unavailable()):
+        pytest.skip(reason)
+    runs = []
+    for _ in range(2):
+        method = method_of(rules=[TruncatedImportance()])
+        state = torch.get_rng_state()
+        seen = fit(method, engine=engine(), steps=4, micro_batches=2, max_staleness=1)
+        assert torch.equal(torch.get_rng_state(), state)
+        runs.append((weights(method), [logged["loss"] for logged in seen.logged]))
+    torch.testing.assert_close(runs[0], runs[1], atol=0, rtol=0)
+    first, *others = seen.logged
+    assert first["engine/compared"] == 1
+    assert 0 < first["engine/logprob_gap_max"] < 1e-4
+    for logged in others:
+        assert logged["engine/compared"] == 0
+        # A learning rate of 1e-2: a step makes another policy.
+        assert logged["engine/importance_max"] > 1.05
+    assert seen.logged[3]["time/generate_hidden_seconds"] > 0  # of the step before
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_a_step_that_would_be_cut_short_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(
+            ["fit", "--config", CONFIG, "--trainer.logger=false", *FAST,
+             "--trainer.limit_train_batches=3"]
+        )  # fmt: skip
+    assert "limit_train_batches: got 3 micro-batches" in capsys.readouterr().err
 
 
 FAST = [

@@ -1,6 +1,6 @@
-"""A script: `two_ranks.py RANKS MICRO_BATCHES FILE` trains in the untrained lab it is run in.
+"""A script: `two_ranks.py RANKS MICRO_BATCHES STALENESS FILE` trains in the untrained lab.
 
-Rank 0 writes the gradients before each optimiser step and what was logged.
+Rank 0 writes the gradients before each optimiser step, what was logged, and a checkpoint beside it.
 """
 
 import sys
@@ -14,7 +14,7 @@ from opd_lightning.data.prompts import PromptSource
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
 from opd_lightning.methods import OPD
 from opd_lightning.rollouts import HFEngine, Sampling
-from opd_lightning.rules import PhasedFloor, StabilityWeight
+from opd_lightning.rules import PhasedFloor, StabilityWeight, TruncatedImportance
 from opd_lightning.student import Student
 from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.trainer import Trainer
@@ -32,7 +32,7 @@ class Record(Callback):
         self.gradients.append({name: p.grad.clone() for name, p in named})
 
 
-def main(ranks: int, micro_batches: int, file: str) -> None:
+def main(ranks: int, micro_batches: int, staleness: int, file: str) -> None:
     record = Record()
     trainer = Trainer(
         accelerator="cpu",
@@ -54,7 +54,11 @@ def main(ranks: int, micro_batches: int, file: str) -> None:
         student,
         FrozenTeacher("lab/arithmetic/teacher"),
         # What looks at the whole step must look at all of its ranks.
-        rules=[StabilityWeight(tau=0.5), PhasedFloor(mixing=0.3, switch_step=1)],
+        rules=[
+            StabilityWeight(tau=0.5),
+            PhasedFloor(mixing=0.3, switch_step=1),
+            TruncatedImportance(unit_mean=True),
+        ],
         aggregation="mask-mean",
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
         max_logprob_gap=1e-3,
@@ -66,8 +70,10 @@ def main(ranks: int, micro_batches: int, file: str) -> None:
         sampling=Sampling(max_new_tokens=12),
         prompts_per_step=4,
         samples_per_prompt=3,
+        max_staleness=staleness,  # type: ignore[arg-type]
     )
     trainer.fit(method, datamodule=data)
+    trainer.save_checkpoint(f"{file}.ckpt")
     if trainer.is_global_zero:
         logged = {k: float(v) for k, v in trainer.callback_metrics.items()}
         torch.save({"gradients": record.gradients, "logged": logged}, file)
@@ -77,4 +83,5 @@ def main(ranks: int, micro_batches: int, file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    ranks, micro_batches, staleness = map(int, sys.argv[1:4])
+    main(ranks, micro_batches, staleness, sys.argv[4])

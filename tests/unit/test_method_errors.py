@@ -79,6 +79,49 @@ def test_the_engine_is_not_corrected_for_twice(fail: Fail) -> None:  # noqa: F81
     assert "surrogate.ratio_to: got 'sampler'" in line
 
 
+def test_stale_rollouts_are_corrected_or_refused(fail: Fail) -> None:  # noqa: F811
+    assert "data.max_staleness" in fail("--data.max_staleness=2")
+    stale = "--data.max_staleness=1"
+    assert "data.max_staleness: got 1, but OPD takes every rollout for the newest" in fail(stale)
+    assert "but GOPD takes" in fail(
+        stale,
+        f"--model={METHODS}GOPD",
+        "--model.init_args.scale=1",
+        "--model.init_args.importance_cap=null",
+    )
+    # These go on to the next mistake.
+    missing = "--data.train.path=nowhere.jsonl"
+    for method in (
+        [f"--model.init_args.rules+={RULES}TruncatedImportance"],
+        [f"--model.init_args.rules+={RULES}IcePop"],
+        ["--model.init_args.surrogate.ratio_to=sampler"],
+        [f"--model={METHODS}DivergenceOPD"],
+        [f"--model={METHODS}GOPD", "--model.init_args.scale=1"],
+    ):
+        assert "nowhere.jsonl" in fail(stale, missing, *method)
+
+
+def test_who_sleeps_cannot_write_ahead(fail: Fail) -> None:  # noqa: F811
+    line = fail(
+        "--data.max_staleness=1",
+        "--data.engine=opd_lightning.rollouts.VLLMEngine",
+        "--data.engine.init_args.sleep_while_training=true",
+    )
+    assert "data.max_staleness: got 1, so the engine writes while the trainer works" in line
+
+
+def test_a_demonstrator_does_not_sleep(fail: Fail) -> None:  # noqa: F811
+    engine = (
+        "{class_path: opd_lightning.rollouts.VLLMEngine, init_args: {sleep_while_training: true}}"
+    )
+    line = fail(
+        "--data.mix.teacher=0.5",
+        "--model.init_args.imitation=1.0",
+        f"--data.teacher={{path: lab/arithmetic/teacher, engine: {engine}}}",
+    )
+    assert "data.teacher.engine: sleep_while_training is on" in line
+
+
 def test_terms_have_names_of_their_own(fail: Fail) -> None:  # noqa: F811
     bonus = f"--model.init_args.terms+={RULES}EntropyBonus"
     assert "terms: two are called 'entropy_bonus'" in fail(bonus, bonus)

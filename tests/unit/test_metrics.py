@@ -97,14 +97,30 @@ def test_responses_by_hand_and_over_micro_batches() -> None:
 
 def test_engine_gap_by_hand() -> None:
     metric = EngineStatistics()
-    metric.update(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.0]))
-    metric.update(torch.tensor([-2.0]), torch.tensor([-2.0 + torch.tensor(3.0).log()]))
+    fresh = torch.tensor([True])
+    metric.update(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.0]), fresh.expand(2))
+    metric.update(torch.tensor([-2.0]), torch.tensor([-2.0 + torch.tensor(3.0).log()]), fresh)
     got = {k: v.item() for k, v in metric.compute().items()}
     assert got["engine/logprob_gap_mean"] == pytest.approx(1.0986 / 3, abs=1e-4)
     assert got["engine/logprob_gap_max"] == pytest.approx(1.0986, abs=1e-4)
     assert got["engine/importance_mean"] == pytest.approx(5 / 3)
     assert got["engine/importance_max"] == pytest.approx(3.0)
     assert got["engine/importance_ess"] == pytest.approx(25 / (11 * 3))
+    assert got["engine/compared"] == 1
+
+
+def test_the_gap_is_that_of_the_newest_weights_alone() -> None:
+    metric = EngineStatistics()
+    behaviour, student = torch.tensor([-1.0, -1.0]), torch.tensor([-1.5, -4.0])
+    metric.update(behaviour, student, torch.tensor([True, False]))
+    got = {k: v.item() for k, v in metric.compute().items()}
+    assert got["engine/logprob_gap_mean"] == got["engine/logprob_gap_max"] == 0.5
+    assert got["engine/importance_mean"] == pytest.approx((0.60653 + 0.04979) / 2, abs=1e-4)
+    assert got["engine/compared"] == 0.5
+    metric.reset()
+    metric.update(behaviour, student, torch.tensor([False, False]))
+    assert "engine/logprob_gap_mean" not in metric.compute()
+    assert metric.compute()["engine/compared"] == 0
 
 
 def test_repetition_fixtures() -> None:

@@ -1,103 +1,26 @@
-"""Prompt order, seeds, micro-batches and the cursor of the training stream."""
+"""Prompt order, seeds, micro-batches, versions and resumption of the training stream."""
 
+import itertools
 import statistics
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import pytest
 from torch import Tensor
 
+from opd_lightning.data.evaluation import EvaluationStream
 from opd_lightning.data.micro_batches import split_balanced
-from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.order import PromptOrder
 from opd_lightning.data.ranks import Ranks
-from opd_lightning.data.stream import EvaluationStream, TrainingStream
+from opd_lightning.data.stream import check_versions
 from opd_lightning.data.views import Renderer
 from opd_lightning.data.writer import RolloutWriter
-from opd_lightning.errors import UserError
-from opd_lightning.rollouts.base import Engine, Request, Sampling
+from opd_lightning.errors import StaleRolloutsError, UserError
+from opd_lightning.rollouts.base import Sampling
 from opd_lightning.seeding import derive_seed
 from opd_lightning.timing import StepTimer
-from opd_lightning.types import Author, Completion, Prompt, RolloutBatch, StopReason
-from opd_lightning.verifiers.base import Verifier
+from opd_lightning.types import Author
 from tests.batches import make_rollout
-
-PROMPTS = [Prompt(id=str(i), messages=({"role": "user", "content": str(i)},)) for i in range(10)]
-IDS = [[100 + i] for i in range(10)]
-
-
-class FakeEngine(Engine):
-    """Writes `seed % 5 + 1` tokens and records who asked for what."""
-
-    version = 0
-
-    def __init__(self) -> None:
-        self.requests: list[Request] = []
-        self.log: list[str] = []
-
-    def start(self, source: Any, *, max_length: int) -> None: ...
-    def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None: ...
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        self.log.append("generate")
-        self.requests += requests
-        return [
-            Completion([7] * (r.seed % 5 + 1), [-0.5] * (r.seed % 5 + 1), StopReason.EOS)
-            for r in requests
-        ]
-
-    def sleep(self) -> None: ...
-    def wake(self) -> None: ...
-    def close(self) -> None: ...
-
-
-class FakeTokenizer:
-    def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
-        return [str(len(row)) for row in rows]
-
-
-class LengthVerifier(Verifier):
-    def verify(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        return [float(int(text) > 2) for text in responses]
-
-    def check(self, prompts: Sequence[Prompt]) -> None: ...
-
-
-def stream(
-    engine: FakeEngine,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    micro: int = 2,
-    per_step: int = 4,
-    mix: RolloutMix = RolloutMix(),  # noqa: B008 - frozen
-) -> TrainingStream:
-    timer = StepTimer()
-    return TrainingStream(
-        PROMPTS,
-        IDS,
-        writer=RolloutWriter(
-            dict.fromkeys(Author, engine),
-            lambda author: engine.log.append("start" if author is Author.TEACHER else "push"),
-            LengthVerifier(),
-            Renderer(FakeTokenizer(), {}, {}, ()),
-            timer,
-        ),
-        samplings={author: Sampling() for author in Author},
-        mix_at=lambda step: mix,
-        prepare=lambda batches: None,
-        prompts_per_step=per_step,
-        samples_per_prompt=3,
-        micro_batches=micro,
-        seed=5,
-        ranks=Ranks(rank=rank, world_size=world, sum=lambda n: n * world),
-        pad_id=0,
-        timer=timer,
-    )
-
-
-def rows(batches: Iterable[RolloutBatch]) -> list[tuple[str, int]]:
-    return [(r.prompt.id, len(r.response_ids)) for b in batches for r in b.rollouts]
+from tests.streams import IDS, PROMPTS, FakeEngine, FakeTokenizer, Run, plain, rows, written
 
 
 def test_order_takes_every_prompt_once_a_pass() -> None:
@@ -116,59 +39,46 @@ def test_seeds_are_functions_of_coordinates() -> None:
 
 
 def test_a_step_is_generated_once_with_current_weights() -> None:
-    engine = FakeEngine()
-    batches = iter(stream(engine, micro=3))
-    first = [next(batches) for _ in range(3)]
-    assert engine.log == ["push", "generate"]
-    next(batches)
-    assert engine.log == ["push", "generate"] * 2
+    run = Run(micro=3)
+    first = run.steps(1)
+    assert run.engine.log == ["start", "push 0", "generate"]
+    run.steps(1)
+    assert run.engine.log[3:] == ["push 1", "generate"]
     assert len(rows(first)) == 12
     assert {b.totals.step for b in first} == {0}
     assert {b.totals.all.tokens for b in first} == {sum(n for _, n in rows(first))}
 
 
 def test_length_and_epochs() -> None:
-    source = stream(FakeEngine())
-    assert len(source) == 2 * 2  # 10 prompts, 4 a step, 2 micro-batches
-    assert [b.totals.step for b in source] == [0, 0, 1, 1]
-    assert [b.totals.step for b in source] == [2, 2, 3, 3]
+    run = Run()
+    assert len(run.stream) == 2 * 2  # 10 prompts, 4 a step, 2 micro-batches
+    assert [b.totals.step for b in run] == [0, 0, 1, 1]
+    assert [b.totals.step for b in run] == [2, 2, 3, 3]
 
 
 def test_two_ranks_write_what_one_would() -> None:
-    alone = sorted(rows(stream(FakeEngine())))
-    together = [row for rank in (0, 1) for row in rows(stream(FakeEngine(), rank=rank, world=2))]
+    alone = sorted(rows(Run()))
+    together = [row for rank in (0, 1) for row in rows(Run(rank=rank, world=2))]
     assert sorted(together) == alone
 
 
-def test_all_ranks_push_weights_where_the_student_writes_for_any() -> None:
-    logs = []
-    for rank in range(4):
-        engine = FakeEngine()
-        source = stream(engine, rank=rank, world=4, micro=1, mix=RolloutMix(teacher=0.75))
-        next(iter(source))
-        logs.append(engine.log)
-    assert all(log.count("push") == 1 for log in logs)
-    assert sum("start" in log for log in logs) == 3
-
-
-@pytest.mark.parametrize("taken", [2, 4])
-def test_resume_repeats_and_skips_nothing(taken: int) -> None:
-    whole = stream(FakeEngine())
-    expected = [b for _ in range(3) for b in whole]
-    first = stream(FakeEngine())
-    seen: list[RolloutBatch] = []
-    batches = iter(first)
-    while len(seen) < taken:
-        seen.append(next(batches))
-    second = stream(FakeEngine())
-    second.load_state_dict(first.state_dict())
-    while len(seen) < len(expected):
-        seen += list(second)
-    assert rows(seen) == rows(expected)
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("taken", [2, 3, 4, 7])  # after a step, inside one, at an epoch's end
+def test_resume_repeats_and_skips_nothing(taken: int, staleness: int) -> None:
+    expected = written(Run(staleness=staleness).steps(6))
+    first = Run(staleness=staleness)
+    batches = itertools.chain.from_iterable(itertools.repeat(first))
+    seen = written([next(batches) for _ in range(taken)])
+    state = plain(first.stream.state_dict())
+    second = Run(staleness=staleness, step=first.step)
+    second.stream.load_state_dict(state)
+    whole = taken // 2
+    resumed = written(second.steps(6 - whole))
+    assert seen[: 2 * whole] + resumed == expected
 
 
 def test_groups_carry_their_mean_and_spread() -> None:
-    rollouts = [r for batch in list(stream(FakeEngine()))[:2] for r in batch.rollouts]
+    rollouts = [r for batch in Run().steps(1) for r in batch.rollouts]
     for rollout in rollouts:
         group = [r.reward for r in rollouts if r.prompt.id == rollout.prompt.id]
         assert len(group) == 3
@@ -178,16 +88,64 @@ def test_groups_carry_their_mean_and_spread() -> None:
     assert len({r.group_mean for r in rollouts}) > 1
 
 
-def test_a_cursor_that_means_something_else_is_refused() -> None:
-    state = stream(FakeEngine()).state_dict()
+def test_a_step_number_that_means_something_else_is_refused() -> None:
+    state = Run().stream.state_dict()
     with pytest.raises(UserError, match="accumulate_grad_batches was 2 in the checkpoint and is 3"):
-        stream(FakeEngine(), micro=3).load_state_dict(state)
+        Run(micro=3).stream.load_state_dict(state)
     with pytest.raises(UserError, match="prompts_per_step was 4"):
-        stream(FakeEngine(), per_step=2).load_state_dict(state)
-    source = stream(FakeEngine())
-    next(iter(source))
-    with pytest.raises(UserError, match="after 1 of 2 micro-batches"):
-        stream(FakeEngine()).load_state_dict(source.state_dict())
+        Run(per_step=2).stream.load_state_dict(state)
+    with pytest.raises(UserError, match="max_staleness was 0 in the checkpoint and is 1 now"):
+        Run(staleness=1).stream.load_state_dict(state)
+
+
+class StuckEngine(FakeEngine):
+    """Takes its first weights and no others."""
+
+    def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        if self.version < 0:
+            super().load_weights(version, weights)
+
+
+@pytest.mark.parametrize(("staleness", "step"), [(0, 1), (1, 2)])
+def test_rollouts_of_older_weights_stop_the_step(staleness: int, step: int) -> None:
+    run = Run(StuckEngine(), staleness=staleness)
+    run.steps(step)
+    with pytest.raises(StaleRolloutsError, match=f"step {step}: got rollouts .* of version 0"):
+        run.steps(1)
+
+
+def test_demonstrations_have_no_version_to_prove() -> None:
+    given = [make_rollout([7], author=author) for author in (Author.TEACHER, Author.RECORDED)]
+    check_versions(given, step=5, max_staleness=0)
+    for author in (Author.STUDENT, Author.GUIDED):
+        with pytest.raises(StaleRolloutsError, match="version 0, expected version 5 or 4"):
+            check_versions([*given, make_rollout([7], author=author)], step=5, max_staleness=1)
+
+
+def test_an_engine_sleeps_while_the_trainer_works() -> None:
+    run = Run(FakeEngine(sleep_while_training=True))
+    batches = iter(run)
+    next(batches)
+    assert run.engine.log == ["start", "push 0", "generate", "sleep"]
+    next(batches)
+    run.engines.prepare(Author.STUDENT)  # a validation
+    assert run.engine.log[4:] == ["wake", "push 1"]
+    next(batches)
+    assert run.engine.log[6:] == ["generate", "sleep"]
+    next(batches)
+    run.steps(1)
+    assert run.engine.log[8:] == ["wake", "push 2", "generate", "sleep"]
+    run.engines.close()
+    assert run.engine.log[12:] == ["close"]
+
+
+def test_what_slept_is_pushed_to_again() -> None:
+    """Within one step too: the weights it wakes with are rubbish."""
+    run = Run(FakeEngine(sleep_while_training=True))
+    for _ in range(2):
+        run.engines.prepare(Author.STUDENT)
+        run.engines.rest()
+    assert run.engine.log == ["start", "push 0", "sleep", "wake", "push 0", "sleep"]
 
 
 def test_micro_batches_are_balanced_and_complete() -> None:
@@ -223,7 +181,7 @@ def test_evaluation_is_split_over_ranks_and_paired_between_steps() -> None:
             samples=2,
             batch_size=4,
             seed=0,
-            ranks=Ranks(rank=rank, world_size=world, sum=lambda n: n),
+            ranks=Ranks(rank=rank, world_size=world, sum=lambda n: n, gather=lambda x: [x]),
         )
 
     def answers(*streams: EvaluationStream) -> list[tuple[str, int]]:

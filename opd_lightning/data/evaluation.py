@@ -1,0 +1,76 @@
+"""Evaluation suites as a stream of scored rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from opd_lightning.data.ranks import Ranks
+from opd_lightning.data.writer import RolloutWriter, Row
+from opd_lightning.rollouts.base import Sampling
+from opd_lightning.seeding import EVALUATION_SAMPLE, derive_seed
+from opd_lightning.types import Author, Prompt, Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationBatch:
+    """Scored rollouts of an evaluation suite."""
+
+    suite: str
+    rollouts: tuple[Rollout, ...]
+
+    def to(self, *_: object, **__: object) -> EvaluationBatch:
+        """Nothing here lives on a device."""
+        return self
+
+
+class EvaluationStream:
+    """Scored rollouts of a suite's prompts, a batch at a time, from the newest weights."""
+
+    def __init__(
+        self,
+        suite: str,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[list[int]],
+        *,
+        writer: RolloutWriter,
+        sampling: Sampling,
+        samples: int,
+        batch_size: int,
+        seed: int,
+        ranks: Ranks,
+    ) -> None:
+        self.suite = suite
+        self.prompts = prompts
+        self.prompt_ids = prompt_ids
+        self.writer = writer
+        self.sampling = sampling
+        self.samples = samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.mine = range(ranks.rank, len(prompts), ranks.world_size)
+        self.batches = -(-len(prompts) // (ranks.world_size * batch_size))
+
+    def __len__(self) -> int:
+        """Batches, as many on every rank; the last may be empty here."""
+        return self.batches
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        for first in range(0, self.batches * self.batch_size, self.batch_size):
+            chosen = self.mine[first : first + self.batch_size]
+            rows = [
+                Row(
+                    self.prompts[i],
+                    self.prompt_ids[i],
+                    i,
+                    Author.STUDENT,
+                    # Not the training step: two evaluations of the same weights agree, and
+                    # differences between steps are paired.
+                    derive_seed(EVALUATION_SAMPLE, self.seed, i, sample),
+                )
+                for i in chosen
+                for sample in range(self.samples)
+            ]
+            self.writer.prepare([Author.STUDENT])  # on all ranks, whose weights may be sharded
+            rollouts = self.writer.write(rows, {Author.STUDENT: self.sampling}) if rows else []
+            yield EvaluationBatch(suite=self.suite, rollouts=tuple(rollouts))
