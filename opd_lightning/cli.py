@@ -21,6 +21,10 @@ def main(args: list[str] | None = None) -> None:
             from opd_lightning.lab.cli import main as lab
 
             lab(args[1:])
+        elif args[:1] == ["serve"]:
+            from opd_lightning.serving.serve import main as serve
+
+            serve(args[1:])
         else:
             from opd_lightning.lightning_cli import OPDCLI
 

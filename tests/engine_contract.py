@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from opd_lightning.errors import UserError
+from opd_lightning.errors import EngineMismatchError, UserError
 from opd_lightning.rollouts import Engine, Request, Sampling
+from opd_lightning.rollouts.weight_sums import PushedWeights
 from opd_lightning.types import Completion, StopReason
 
 MAX_LENGTH = 64
@@ -102,6 +103,17 @@ class EngineContract:
         completions = engine.generate(REQUESTS, sampling)
         assert_scored_by(model, REQUESTS, completions, sampling)
 
+    def test_its_sums_prove_that_a_push_arrived(self, engine: Engine, tiny_model_dir: Any) -> None:
+        first, second = (reference_model(tiny_model_dir(seed=seed)) for seed in (0, 1))
+        for version, model in enumerate((second, first)):
+            pushed = PushedWeights(model.named_parameters(), engine.weights_dtype)
+            engine.load_weights(version, pushed)
+            assert pushed.check(version, engine.weight_sums()) >= 1.0, "all of it was compared"
+        old = PushedWeights(second.named_parameters(), engine.weights_dtype)
+        assert len(list(old)) > 10
+        with pytest.raises(EngineMismatchError, match="after the push"):
+            old.check(2, engine.weight_sums())
+
     def test_greedy_is_argmax(self, engine: Engine, model: Any) -> None:
         sampling = Sampling(temperature=0.0, max_new_tokens=24)
         completions = engine.generate(REQUESTS, sampling)
@@ -177,6 +189,12 @@ class EngineContract:
             engine.generate([Request([5] * length, 0)], Sampling(max_new_tokens=24))
         fits = engine.generate([Request([5] * (MAX_LENGTH - 24), 0)], Sampling(max_new_tokens=24))
         assert len(fits) == 1
+
+    def test_more_prompt_tokens_than_are_computed_at_once(self, engine: Engine) -> None:
+        requests = [Request(REQUESTS[1].prompt_ids * 5, seed) for seed in range(250)]
+        together = engine.generate(requests, Sampling(max_new_tokens=2))
+        (alone,) = engine.generate(requests[-1:], Sampling(max_new_tokens=2))
+        assert alone.response_ids == together[-1].response_ids
 
     def test_no_requests_no_completions(self, engine: Engine) -> None:
         assert engine.generate([], Sampling(max_new_tokens=8)) == []

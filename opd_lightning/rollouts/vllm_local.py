@@ -16,6 +16,7 @@ from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.checks import check_lengths, checked_weights, parameter_shapes
 from opd_lightning.rollouts.vllm_process import (
+    CPU_ARGUMENTS,
     destroy_vllm_groups,
     launcher_variables,
     repack_heads,
@@ -101,6 +102,8 @@ class VLLMEngine(Engine):
         if on_cuda:
             arguments["gpu_memory_utilization"] = self.gpu_memory_utilization
             arguments["enable_sleep_mode"] = True
+        else:
+            arguments |= CPU_ARGUMENTS
 
         from vllm import LLM
 
@@ -124,9 +127,9 @@ class VLLMEngine(Engine):
         self.version = version
 
     def weight_sums(self) -> list[EngineSum]:
-        """Whole weights on CUDA; the CPU build moves its linear layers' out of reach."""
+        """Nothing under tensor parallelism, where every worker has a part."""
         if self.tensor_parallel_size > 1:
-            return []  # every worker has a part
+            return []
         return list(self._llm.apply_model(sums_in_vllm)[0])
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:

@@ -13,8 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from opd_lightning.rollouts.weight_sums import EngineSum, engine_sums
+
+# A prompt that is computed in pieces ends vLLM's CPU engine if its request has a seed: "CPU
+# Generator does not use offset".
+CPU_ARGUMENTS = {"enable_chunked_prefill": False}
 
 
 def vllm_unavailable() -> str | None:
@@ -77,7 +82,22 @@ def destroy_vllm_groups() -> None:
 
 def sums_in_vllm(model: Any) -> list[EngineSum]:
     """Runs in vLLM's worker, which fuses what Hugging Face has apart."""
-    return engine_sums(model.named_parameters(), getattr(model, "packed_modules_mapping", {}))
+    return engine_sums(_weights(model), getattr(model, "packed_modules_mapping", {}))
+
+
+@torch.no_grad()
+def _weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Parameters by vLLM's names.
+
+    On the CPU a linear layer keeps nothing but oneDNN's packed copy of its weight; multiplied with
+    the identity it gives the weight back, exactly.
+    """
+    for prefix, module in model.named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if name == "weight" and weight.numel() == 0 and hasattr(module, "cpu_linear"):
+                identity = torch.eye(module.input_size_per_partition, dtype=weight.dtype)
+                weight = module.cpu_linear(identity, weight, None)
+            yield f"{prefix}.{name}", weight
 
 
 def repack_heads(model: Any) -> None:

@@ -26,6 +26,7 @@ ABOVE = {
         "lab",
     ),
     "rollouts": ("losses", "teachers", "data", "methods", "student", "cli", "lab"),
+    "serving": ("losses", "rules", "teachers", "data", "methods", "student", "cli", "lab"),
     "rules": ("rollouts", "verifiers", "data", "methods", "student", "cli", "lab"),
     "teachers": ("losses", "rules", "rollouts", "data", "methods", "cli", "lab"),
     "verifiers": ("losses", "rollouts", "teachers", "data", "methods", "student", "cli", "lab"),

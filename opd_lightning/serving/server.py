@@ -1,0 +1,141 @@
+"""vLLM's server in this process: started, announced, watched, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.request import urlopen
+
+from opd_lightning.errors import ServerAwayError, UserError
+from opd_lightning.serving.addresses import write_address
+
+ENDINGS = (signal.SIGTERM, signal.SIGINT)
+HEALTH_SECONDS = 0.5  # between two looks while the server starts
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The server's socket, before anything is loaded: its port is known, and nobody else's."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
+        # Without the protocol asyncio leaves Nagle's algorithm on: 40 ms for every answer.
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"opd serve: cannot listen on {host}, port {port}: {error.strerror}; give an address "
+            "of this machine and a free port (0 takes one)"
+        ) from error
+    return sock
+
+
+def run(arguments: dict[str, Any], sock: socket.socket, address_file: Path | None) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        arguments: By the names of vLLM's command line.
+        sock: Bound, with the host and port of `arguments`.
+        address_file: Where the server's address is written once it answers.
+
+    Raises `UserError` for what vLLM does not accept, `ServerAwayError` if it ends by itself.
+    """
+    for number in ENDINGS:
+        signal.signal(number, _abandon)  # until the server runs
+    if address_file is not None:
+        address_file.unlink(missing_ok=True)  # nobody shall look for the server before
+    try:
+        asyncio.run(_run(_parse(arguments), sock, address_file))
+    except (UserError, ServerAwayError):
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"opd serve: vLLM says: {_one_line(error)}") from error
+    except RuntimeError as error:
+        raise ServerAwayError(f"vLLM's server did not start: {_one_line(error)}") from error
+    finally:
+        if address_file is not None:
+            address_file.unlink(missing_ok=True)
+
+
+def _parse(arguments: dict[str, Any]) -> Any:
+    """Through vLLM's own parser, which knows what it accepts."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(f"opd serve: engine_args: vLLM says: {message}")
+
+    words: list[str] = []
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            text = json.dumps(value) if isinstance(value, dict | list) else value
+            words.append(f"--{flag}={text}")
+    parsed = make_arg_parser(Parser()).parse_args(words)
+    validate_parsed_serve_args(parsed)
+    return parsed
+
+
+async def _run(arguments: Any, sock: socket.socket, address_file: Path | None) -> None:
+    from vllm.entrypoints.launchers.api_server.entry import (
+        build_and_serve,
+        build_async_engine_client,
+    )
+
+    host, port = sock.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    asked = asyncio.Event()
+    async with build_async_engine_client(arguments) as engine:
+        server = asyncio.ensure_future(build_and_serve(engine, url, sock, arguments))
+        healthy = asyncio.ensure_future(_until_healthy(url))
+        await asyncio.wait([server, healthy], return_when=asyncio.FIRST_COMPLETED)
+        healthy.cancel()
+        if not server.done():
+            # In place of vLLM's own handlers, after which a server that was ended and one that
+            # died look the same.
+            for number in ENDINGS:
+                asyncio.get_running_loop().add_signal_handler(number, asked.set)
+            if address_file is not None:
+                write_address(address_file, url)
+            print(f"opd serve: {arguments.served_model_name[0]} at {url}", file=sys.stderr)
+            ended = asyncio.ensure_future(asked.wait())
+            await asyncio.wait([server, ended], return_when=asyncio.FIRST_COMPLETED)
+            ended.cancel()
+        server.cancel()
+        closing = await server  # vLLM answers being cancelled by how to close
+    await closing
+    if not asked.is_set():
+        raise ServerAwayError(f"the vLLM server at {url} died; its log says why")
+
+
+async def _until_healthy(url: str) -> None:
+    def answers() -> bool:
+        with suppress(OSError), urlopen(f"{url}/health", timeout=5) as response:
+            return bool(response.status == 200)
+        return False
+
+    while not await asyncio.to_thread(answers):
+        await asyncio.sleep(HEALTH_SECONDS)
+
+
+def _abandon(number: int, frame: Any) -> None:
+    """End at once while vLLM loads: it waits for its engine process and heeds no exception."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(128 + number)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,83 @@
+"""Real servers on loopback, started as a user starts them: `opd serve` in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+START_SECONDS = 150  # half a minute on a free core
+
+
+class RunningServer:
+    """An `opd serve` of `model`; its files are in `folder`, where servers share a key."""
+
+    def __init__(self, model: Path, folder: Path, *options: str, name: str = "server") -> None:
+        self.key_file = folder / "key"
+        self.address_file = folder / f"{name}.address"
+        self.log = folder / f"{name}.log"
+        words = ["serve", "--model", str(model), "--key_file", str(self.key_file)]
+        words += ["--address_file", str(self.address_file), *options]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "opd_lightning", *words], stdout=log, stderr=log
+            )
+
+    @property
+    def url(self) -> str:
+        return self.address_file.read_text().strip()
+
+    @property
+    def key(self) -> str:
+        return self.key_file.read_text().strip()
+
+    def wait(self) -> RunningServer:
+        """Until it answers."""
+        until = time.monotonic() + START_SECONDS
+        while not self.address_file.is_file():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < until, self.log.read_text()
+            time.sleep(0.1)
+        return self
+
+    def children(self) -> list[int]:
+        """Processes that it started, and theirs."""
+        found, parents = [], {self.process.pid}
+        while parents:
+            parents = {pid for pid in _processes() if _parent(pid) in parents}
+            found += sorted(parents)
+        return found
+
+    def end(self) -> int:
+        """SIGTERM; the exit code."""
+        self.process.terminate()
+        return self.process.wait(timeout=60)
+
+    def kill(self) -> None:
+        """No chance to tidy up, as when a machine goes down."""
+        doomed = [*self.children(), self.process.pid]
+        for pid in doomed:
+            with suppress(ProcessLookupError):
+                os.kill(pid, 9)
+        self.process.wait(timeout=60)
+
+
+def is_running(pid: int) -> bool:
+    """False for what has ended, also if its parent has not taken notice."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def _processes() -> list[int]:
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+
+
+def _parent(pid: int) -> int | None:
+    with suppress(OSError):
+        # The name, which may hold anything, is in brackets; the state and the parent follow.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return None

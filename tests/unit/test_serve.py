@@ -1,0 +1,57 @@
+"""What `opd serve` refuses before it loads anything, and how servers are found."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd_lightning.cli import main
+from opd_lightning.errors import ServerAwayError, UserError
+from opd_lightning.serving.addresses import addresses, write_address
+from opd_lightning.serving.server import bind
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--host", "0.0.0.0"], "host: got '0.0.0.0', every interface"),
+        (["--host", "::"], "host: got '::', every interface"),
+        (["--engine_args", '{"middleware": "mine.Guard"}'], "engine_args: middleware"),
+        (["--engine_args", '{"api-key": "x"}'], "engine_args: api_key"),
+        (["--model", "./nowhere"], "'./nowhere': neither a folder"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    words: list[str], told: str, tiny_model_dir: Any, tmp_path: Path, capsys: Any
+) -> None:
+    given = ["--model", str(tiny_model_dir()), "--key_file", str(tmp_path / "key")]
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", *given, *words])
+    assert ended.value.code == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opd: error:")]
+    assert told in line
+    assert not (tmp_path / "key").exists()
+
+
+def test_a_port_that_is_taken_is_refused() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"cannot listen on 127.0.0.1, port {port}: Address"):
+            bind("127.0.0.1", port)
+    with bind("127.0.0.1", 0) as free:
+        assert free.getsockname()[1] > 0
+
+
+def test_an_address_file_is_waited_for(tmp_path: Path) -> None:
+    file = tmp_path / "one.address"
+    threading.Timer(0.2, write_address, (file, "http://10.0.0.1:8000")).start()
+    servers = ["http://127.0.0.1:1", str(file)]
+    assert addresses(servers, patience=30) == ["http://127.0.0.1:1", "http://10.0.0.1:8000"]
+    with pytest.raises(ServerAwayError, match=r"two\.address.*not there after 0 s"):
+        addresses([str(tmp_path / "two.address")], patience=0)
