@@ -90,6 +90,9 @@ def _numbers(probe: Probe, compare_teachers: bool) -> Iterator[Finding]:
     """One after the other, so that what was found before something breaks is kept."""
     optimizers: list[Optimizer] = []
     yield from attempt("optimiser", lambda: optimizers.append(_optimizer(probe)))
+    if probe.engine is not None and (broken := attempt("weight push", lambda: probe.own)):
+        yield from broken
+        return
     own = probe.own if probe.engine is not None else []
     # What the verifier drops is read by everybody as well.
     given = [replace(rollout, dropped=False) for rollout in probe.given]

@@ -173,6 +173,7 @@ def test_an_engine_that_misses_some_weights(check: Check, monkeypatch: pytest.Mo
                 parameters[name].copy_(weight)
         engine.version = version
 
+    monkeypatch.setattr(HFEngine, "weight_sums", lambda engine: [])
     monkeypatch.setattr(HFEngine, "load_weights", half)
     assert not_ok(check()).keys() == {"weight push"}
 
@@ -186,6 +187,11 @@ def test_an_engine_of_another_model(check: Check, monkeypatch: pytest.MonkeyPatc
         engine.version = version
 
     monkeypatch.setattr(HFEngine, "load_weights", shift)
+    finding = by_subject(check())["weight push"]
+    assert finding["level"] == "error"
+    assert "the engine holds other weights" in finding["found"]
+    # An engine that does not tell its weights is judged by its log-probs.
+    monkeypatch.setattr(HFEngine, "weight_sums", lambda engine: [])
     finding = by_subject(check())["engine and trainer"]
     assert finding["level"] == "error"
     assert "max_logprob_gap" in finding["change"]
