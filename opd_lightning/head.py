@@ -66,6 +66,7 @@ class Comparison(NamedTuple):
 
     teacher: Distribution | None  # None: `function` reads the student alone, and gets None
     function: Divergence
+    given: Sequence[Tensor] = ()  # [N, ...] each; these rows of them are its further arguments
 
 
 class FlatScores(NamedTuple):
@@ -140,12 +141,11 @@ class _Reader:
         raw, theirs, rows = block
         with torch.autocast(raw.device.type, enabled=False):
             ours = self.head.finish(raw).log_softmax(dim=-1)
-            others = {
-                k: _logprobs_of(t, theirs.get(k), rows, ours) for k, t in self.teachers.items()
-            }
+            others = {k: _full(t, theirs.get(k), rows, ours) for k, t in self.teachers.items()}
             targets = self.targets[rows, None]
             found = [ours.gather(1, targets).squeeze(1)]
-            found += [c.function(ours, others.get(id(c.teacher))) for c in self.comparisons]
+            for of, function, given in self.comparisons:
+                found.append(function(ours, others.get(id(of)), *(x[rows] for x in given)))
             for x in (ours, *others.values()) if describe else ():
                 found += _describe(x, targets, self.top_k)
             return found
@@ -231,7 +231,7 @@ def _is_plain_linear(project: Any) -> TypeGuard[nn.Linear]:
 
 
 @torch.no_grad()
-def _logprobs_of(teacher: Distribution, raw: Tensor | None, rows: slice, like: Tensor) -> Tensor:
+def _full(teacher: Distribution, raw: Tensor | None, rows: slice, like: Tensor) -> Tensor:
     """A teacher's `[n, V]`; `raw` are its logits if it is a model."""
     if isinstance(teacher, TokenStates):
         assert raw is not None

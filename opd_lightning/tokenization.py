@@ -19,6 +19,7 @@ from opd_lightning.model_source import ModelSource
 _PROBE = "two words,\n\n  1+1=2; (and) so on?"
 _SPACE = "\u2581"  # SentencePiece's
 _SENTENCE_PIECE = {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"}  # steps of its decoders
+_BATCH = 4096  # texts in one call; what comes back is large
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -117,6 +118,35 @@ def check_spelling(source: ModelSource) -> None:
             f"{source.role} {source.path!r}: its tokens spell {spelt!r} for {_PROBE!r}, expected "
             "the same, so that tokenizers can be compared by their text; use another model"
         )
+
+
+def ends_within(source: ModelSource, words: Sequence[bytes]) -> list[int]:
+    """Where its tokenizer ends tokens within each word: bit k is set if one ends after k bytes.
+
+    A word that is one of its tokens is not cut. One that it does not spell, as when it is a part
+    of a character, may be cut anywhere.
+    """
+    spelt = token_bytes(source)
+    tokens = set(spelt.values())
+    found = [0 if word in tokens else (1 << len(word)) - 2 for word in words]
+    texts = [(i, text) for i, word in enumerate(words) if found[i] and (text := _text(word))]
+    for start in range(0, len(texts), _BATCH):
+        rows, batch = zip(*texts[start : start + _BATCH], strict=True)
+        encoded = source.tokenizer(list(batch), add_special_tokens=False)["input_ids"]
+        for i, ids in zip(rows, encoded, strict=True):
+            whole = b"".join(spelt[k] for k in ids)
+            in_front = len(whole) - len(words[i])  # a space
+            if in_front in (0, 1) and whole == b" " * in_front + words[i]:
+                ends = [end - in_front for end in accumulate(len(spelt[k]) for k in ids)]
+                found[i] = sum(1 << end for end in ends if 0 < end < len(words[i]))
+    return found
+
+
+def _text(word: bytes) -> str:
+    try:
+        return word.decode()
+    except UnicodeDecodeError:
+        return ""
 
 
 def _common_prefix(one: bytes, other: bytes) -> int:

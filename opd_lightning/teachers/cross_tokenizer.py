@@ -15,6 +15,7 @@ from opd_lightning.model_source import ModelSource
 from opd_lightning.padding import make_view, pad
 from opd_lightning.teachers.base import Teacher
 from opd_lightning.teachers.frozen import FrozenTeacher
+from opd_lightning.teachers.longer_tokens import LongerTokens, Span, score_with_surplus
 from opd_lightning.tokenization import align, token_bytes, whole_characters
 from opd_lightning.types import Prompt, Rollout, RolloutBatch, TokenScores
 
@@ -30,6 +31,7 @@ class _Translated(NamedTuple):
     prompt_ids: list[int]
     response_ids: list[int]
     columns: list[int]  # for each of these, the student's token that ends its group
+    spans: list[list[Span]]  # for each of these, those that start there
 
 
 class CrossTokenizerTeacher(Teacher):
@@ -37,19 +39,20 @@ class CrossTokenizerTeacher(Teacher):
 
     The messages go through the teacher's own chat template and the response through its tokenizer,
     and its end of sequence follows if the student wrote one. Tokens are compared in groups: the
-    shortest runs on both sides that end at the same byte. A group is one action: all the teacher
-    says of it is the sum of its log-probs, and `losses.alignment.in_groups` gives every student
-    token of the group the whole difference.
+    shortest runs on both sides that end at the same byte. A group is one action: what the teacher
+    says of it is its log-prob of the group's text, whatever its tokens say of what comes next
+    (`longer_tokens`, with the derivation), and `losses.alignment.in_groups` gives every student
+    token of the group the whole difference. With the student's own tokenizer it is `FrozenTeacher`.
 
     Limits. Sampled tokens only, under the plain prompt. Of all the ways to write a text in the
     teacher's tokens only its tokenizer's is scored, so its log-prob is at most the text's; and the
-    student may have written a text in another way than its own tokenizer would. A token of
-    the teacher's also tells that the text does not go on as a longer one ("1" that it is not "10"),
-    which the student decides only later: the sum over a response is right, but part of it stands
-    a token too early, a bias where `discount` is 0 that can undo the learning if many groups end
-    so. A temperature other than 1 divides the logits of either's own tokens:
-    equal distributions of text are then no longer equal. A special token within the response is
-    the text of its name, which is a special token again if the teacher has one of that name. Of a
+    student may have written a text in another way than its own tokenizer would. A token of the
+    student's also tells that the text does not go on as a longer one of the student's, which a
+    teacher with shorter tokens tells only later: the sum over a response is right, but part of it
+    stands in a group too early, a bias where `discount` is 0. (A student of single characters
+    has none.) A temperature other than 1 divides the logits of either's own tokens: equal
+    distributions of text are then no longer equal. A special token within the response is the
+    text of its name, which is a special token again if the teacher has one of that name. Of a
     character that the length limit cut off nothing is said; bytes that are no UTF-8 elsewhere are
     read as U+FFFD.
 
@@ -64,6 +67,7 @@ class CrossTokenizerTeacher(Teacher):
     has_own_tokenizer = True
     _student: Any  # its tokenizer
     _spelt: tuple[dict[int, bytes], dict[int, bytes]]  # by the student's tokens and the teacher's
+    _longer_tokens: LongerTokens
 
     def __init__(
         self,
@@ -86,6 +90,10 @@ class CrossTokenizerTeacher(Teacher):
         self._frozen.load(device, student)
         self._student = student.source.tokenizer
         self._spelt = token_bytes(student.source), token_bytes(self.source)
+        added = self.source.tokenizer.added_tokens_decoder
+        special = {i for i, token in added.items() if token.special}  # no text goes on with these
+        text = {i: word for i, word in self._spelt[1].items() if i not in special}
+        self._longer_tokens = LongerTokens(text, student.source)
 
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
         rows = [self._translate(rollout) for rollout in batch.rollouts]
@@ -95,7 +103,13 @@ class CrossTokenizerTeacher(Teacher):
         columns = pad([row.columns for row in rows], 0)[0].to(device)
         seen = make_view(prompts, responses, pad_id).to(device)
         translated = replace(batch, views={view: seen}, response_ids=ids, response_mask=mask)
-        theirs = self._frozen.score(translated, view).logprobs
+        states = self._frozen.states(translated, view)
+        spans = [spans for row in rows for spans in row.spans]
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            own, surplus = score_with_surplus(states, ids[mask], spans)
+        theirs = translated.unflatten(own + surplus)
+        theirs[:, 1:] -= translated.unflatten(surplus)[:, :-1]
+        theirs = torch.where(mask, theirs, 0.0).float()
         sums = theirs.new_zeros(batch.response_ids.shape).scatter_add_(1, columns, theirs)
         counts = torch.zeros_like(batch.response_ids).scatter_add_(1, columns, mask.long())
         return TokenScores(
@@ -119,10 +133,13 @@ class CrossTokenizerTeacher(Teacher):
         if ended:
             response_ids.append(self.source.tokenizer.eos_token_id)
             ours, theirs = [*ours, _END], [*theirs, _END]
-        columns = [group.student[-1] for group in align(ours, theirs) for _ in group.teacher]
+        groups = align(ours, theirs)
+        columns = [group.student[-1] for group in groups for _ in group.teacher]
+        ends = {group.teacher[-1] for group in groups}
+        spans = self._longer_tokens.spans(theirs[: len(columns)], ends)
         prompt_ids = self._prompt_ids(rollout.prompt)
         self._fit(rollout.prompt, prompt_ids, len(columns))
-        return _Translated(prompt_ids, response_ids[: len(columns)], columns)
+        return _Translated(prompt_ids, response_ids[: len(columns)], columns, spans)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if prompt.id not in self._prompts:

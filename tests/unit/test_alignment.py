@@ -1,7 +1,5 @@
 """Models with different tokenizers: groups as actions, merged distributions, losses; float64."""
 
-from itertools import product
-
 import torch
 from torch import Tensor
 
@@ -185,21 +183,6 @@ def test_one_text_distribution_in_two_tokenizations_gives_no_signal() -> None:
     ends[:, -1] = True
     close(in_groups(student, pairs, ends), student)
     assert (pairs - student).abs().min() > 1e-3  # token by token they seem to differ
-
-
-def test_a_token_that_tells_what_follows_only_moves_the_signal() -> None:
-    """The teacher has letters and "ab"; its "a" alone tells that no "b" comes next: a limit."""
-    first, then = torch.tensor([0.7, 0.3]), torch.tensor([[0.4, 0.6], [0.8, 0.2]])
-    student = torch.tensor(
-        [[first[x], then[x, y]] for x, y in product(range(2), repeat=2)], dtype=torch.float64
-    ).log()
-    teacher = student.clone()
-    teacher[0] = torch.stack([student[0].sum(), torch.tensor(0.0)])  # "a", "a"
-    teacher[1] = torch.stack([torch.tensor(0.0), student[1].sum()])  # "ab"
-    difference = regrouped(student, teacher, [[1, 1], [0, 1], [1, 1], [1, 1]]) - student
-    close(difference[1:], torch.zeros_like(difference[1:]))
-    close(difference[0].sum(), torch.tensor(0.0, dtype=torch.float64))
-    close(difference[0, 0], student[0, 1])
 
 
 def test_a_group_is_one_action_and_shares_of_it_would_be_biased() -> None:

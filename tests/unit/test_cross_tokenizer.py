@@ -116,7 +116,10 @@ def test_groups_hold_the_sums_of_the_teachers_own_tokens(
         batch = make_batch([answered(student, text, ended=ended), answered(student, "the")])
         found = score(CrossTokenizerTeacher(str(kinds[theirs])), student, batch)
         own = plain_logprobs(kinds[theirs], text, ended=ended, temperature=batch.temperature)
-        torch.testing.assert_close(found.logprobs[0].sum(), own.sum(), atol=1e-4, rtol=0)
+        if ended:
+            torch.testing.assert_close(found.logprobs[0].sum(), own.sum(), atol=1e-4, rtol=0)
+        else:  # the last of them may be the beginning of a longer one
+            assert own.sum() - 1e-4 < found.logprobs[0].sum() < own.sum() + 5
         assert found.ends is not None
         row, mask = found.ends[0], batch.response_mask[0]
         assert row[mask][-1]
@@ -140,7 +143,7 @@ def test_nothing_is_said_of_a_character_that_was_cut_off(kinds: dict[str, Path])
     assert found.ends is not None
     assert not found.ends[0, known:].any()
     own = plain_logprobs(kinds["pieces"], "the ", ended=False, temperature=batch.temperature)
-    torch.testing.assert_close(found.logprobs.sum(), own.sum(), atol=1e-5, rtol=0)
+    assert own.sum() < found.logprobs.sum() < own.sum() + 5  # " " begins " t" as well
     answers = ask(student, batch, teacher=teacher)
     ratio = answers.log_ratio[0]
     assert (ratio[known:] == 0).all()

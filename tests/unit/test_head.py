@@ -109,6 +109,7 @@ def test_equals_the_plain_computation(
     comparisons = {
         "forward": Comparison(teacher, forward_kl),
         "sharpness": Comparison(None, sharpness),
+        "weighed": Comparison(None, lambda x, _, w: w * sharpness(x, None), [torch.arange(N)]),
     }
     if kind != "top":
         comparisons["reverse"] = Comparison(teacher, kl)
@@ -116,7 +117,7 @@ def test_equals_the_plain_computation(
 
     ours = whole(mine)
     expected = {
-        name: c.function(ours, None if c.teacher is None else full)
+        name: c.function(ours, None if c.teacher is None else full, *c.given)
         for name, c in comparisons.items()
     }
     chosen = ours.gather(1, targets_of()[:, None]).squeeze(1)
@@ -124,7 +125,7 @@ def test_equals_the_plain_computation(
     torch.testing.assert_close(got.student.entropy, -(ours.exp() * ours).sum(-1))
     assert got.student.top_ids.tolist() == ours.topk(3).indices.tolist()
     assert got.values.keys() == expected.keys()
-    assert got.teachers.keys() == expected.keys() - {"sharpness"}
+    assert got.teachers.keys() == expected.keys() - {"sharpness", "weighed"}
     theirs = got.teachers["forward"]
     torch.testing.assert_close(theirs.entropy, torch.special.entr(full.exp()).sum(-1))
     assert theirs.top_ids.tolist() == full.topk(3).indices.tolist()

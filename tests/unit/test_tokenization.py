@@ -1,6 +1,6 @@
 """Tokens as bytes, and two tokenizations of one text."""
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -8,7 +8,14 @@ from tokenizers import normalizers
 
 from opd_lightning.errors import UserError
 from opd_lightning.lab.tokenizer import build_tokenizer
-from opd_lightning.tokenization import Group, align, check_spelling, token_bytes, whole_characters
+from opd_lightning.tokenization import (
+    Group,
+    align,
+    check_spelling,
+    ends_within,
+    token_bytes,
+    whole_characters,
+)
 from tests.tokenizers import KINDS, as_source, byte_level, word_piece, wrapped
 
 TEXT = "naïve 雪! 42 🙂".encode()
@@ -177,3 +184,30 @@ def test_a_tokenizer_that_changes_the_text_is_refused() -> None:
     backend.normalizer = normalizers.Replace("w", "v")
     with pytest.raises(UserError, match="its tokens spell b'tvo vords"):
         check_spelling(wrapped(backend))
+
+
+# Where a tokenizer ends its tokens ---------------------------------------------------------
+
+
+def places(mask: int) -> list[int]:
+    return [place for place in range(mask.bit_length()) if mask >> place & 1]
+
+
+def test_a_tokenizer_of_characters_may_stop_everywhere() -> None:
+    words = [b"ab", b"a", b"12+3", b"\xe9\x9b", "a雪".encode()]
+    found = ends_within(as_source(build_tokenizer(64)), words)
+    assert [places(mask) for mask in found] == [[1], [], [1, 2, 3], [1], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_cuts_none_of_its_own_tokens_and_the_rest_as_it_reads(kind: str) -> None:
+    source = wrapped(KINDS[kind]())
+    spelt = token_bytes(source)
+    assert not any(ends_within(source, list(spelt.values())))
+    assert ends_within(source, []) == []
+    whole = "quick 雪 the"
+    tokens = [spelt[i] for i in source.tokenizer.encode(whole, add_special_tokens=False)]
+    in_front = sum(map(len, tokens)) - len(whole.encode())
+    (found,) = ends_within(source, [whole.encode()])
+    ends = [end - in_front for end in accumulate(map(len, tokens))][:-1]
+    assert places(found) == [end for end in ends if end > 0]
