@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -21,7 +22,13 @@ def load_student(student: Student, checkpoint: str) -> int:
     """
     if Path(checkpoint).is_dir():
         return _load_shards(student, Path(checkpoint))
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{checkpoint!r} is no checkpoint: {reason}; name one of a run's"
+        ) from error
     saved = content.get("state_dict", {}) if isinstance(content, dict) else {}
     weights = {n.removeprefix(PREFIX): t for n, t in saved.items() if n.startswith(PREFIX)}
     if not weights:

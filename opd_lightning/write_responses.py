@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.data.engines import push
 from opd_lightning.data.mix import RolloutMix, samplings_by_author
 from opd_lightning.data.views import Renderer
 from opd_lightning.data.writer import RolloutWriter, Row
@@ -59,7 +60,7 @@ def write_responses(
             raise UserError(f"--{name}: got {value}, expected at least 1")
     author = _author(module, data, kind, ckpt_path)
     renderer = Renderer(author.source.tokenizer, data.template_args, {}, author.source.eos_ids)
-    prompts, ids = _prompts(module, data, renderer, author.sampling)
+    prompts, ids = _prompts(module, data, renderer, author)
     budget = author.sampling.max_new_tokens
     written_by = (
         f"{kind} {author.source.identity}"
@@ -78,9 +79,15 @@ def write_responses(
         rows = [(name, row) for name, row in rows if name not in done]
         print(f"{out}: {len(done)} rows are there, {len(rows)} are to be written")
         if rows:
-            longest = max(map(len, ids)) + budget
-            writer = _start(module, data, renderer, author, longest, ckpt_path)
+            engines = {author.kind: author.engine}
+            writer = RolloutWriter(engines, lambda _: None, data.verifier, renderer, StepTimer())
+            if ckpt_path is not None:
+                load_student(module.student, ckpt_path)
+            author.engine.start(author.source, max_length=max(map(len, ids)) + budget)
             try:
+                if kind is Author.STUDENT:
+                    module.student.load()
+                    push(module.student, author.engine, version=0)
                 _write(file, rows, writer, author, batch_size * samples, written_by)
             finally:
                 author.engine.close()
@@ -107,7 +114,7 @@ def _author(
 
 
 def _prompts(
-    module: DistillationModule, data: RolloutDataModule, renderer: Renderer, sampling: Sampling
+    module: DistillationModule, data: RolloutDataModule, renderer: Renderer, author: _Author
 ) -> tuple[list[Prompt], list[list[int]]]:
     """The prompts with their ids, checked."""
     if data.train is None:
@@ -116,8 +123,8 @@ def _prompts(
     if data.verifier is not None:
         data.verifier.check(prompts)
     ids = [renderer.plain(prompt) for prompt in prompts]
-    mix, sampler = RolloutMix(), data.teacher
-    check_prompts(module, prompts, ids, renderer, sampling, mix, sampler, training=False)
+    mix, sampler = RolloutMix(), data.teacher if author.kind is Author.TEACHER else None
+    check_prompts(module, prompts, ids, renderer, author.sampling, mix, sampler, training=False)
     return prompts, ids
 
 
@@ -145,26 +152,6 @@ def _recover(file: BinaryIO, out: Path, written_by: str) -> set[str]:
         done.add(row["id"])
     file.truncate(end)
     return done
-
-
-def _start(
-    module: DistillationModule,
-    data: RolloutDataModule,
-    renderer: Renderer,
-    author: _Author,
-    longest: int,
-    ckpt_path: str | None,
-) -> RolloutWriter:
-    """The author's engine, with its weights."""
-    student = module.student
-    if ckpt_path is not None:
-        load_student(student, ckpt_path)
-    author.engine.start(author.source, max_length=longest)
-    if author.kind is Author.STUDENT:
-        student.load()
-        author.engine.load_weights(0, student.weights())
-    engines = {author.kind: author.engine}
-    return RolloutWriter(engines, lambda _: None, data.verifier, renderer, StepTimer())
 
 
 def _write(

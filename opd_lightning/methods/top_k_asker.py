@@ -41,10 +41,11 @@ class TopKAsker(NamedTuple):
 
         def ask(ids: Tensor) -> TopLogprobs:
             self.timer.stop("student")  # whose pass is waiting for this answer
-            with self.timer.stage("teacher"):
-                known = self._answer(self.overlap_top_k, ids)
-            self.timer.start("student")
-            return known
+            try:
+                with self.timer.stage("teacher"):
+                    return self._answer(self.overlap_top_k, ids)
+            finally:
+                self.timer.start("student")
 
         # What the teacher tells is on the student's top k, and nothing else is known of it: its
         # own likeliest known tokens are the same set, however ties among the student's fall.

@@ -117,7 +117,3 @@ def _optimizer(probe: Probe) -> Optimizer:
     """The method's own, as Lightning will ask for it."""
     made = probe.module.configure_optimizers()
     return made[0][0] if isinstance(made, tuple) else made
-
-
-def _failed(findings: list[Finding]) -> bool:
-    return any(finding.level == "error" for finding in findings)

@@ -32,16 +32,17 @@ def check_teachers(probe: Probe, rollouts: list[Rollout], *, compare: bool) -> l
         compare: Load the weights of teachers elsewhere, and compare.
     """
     findings = []
+    asked = probe.module.asked_top_k()
     names: dict[Ask, list[str]] = {}
     for name, ask in probe.module.all_asks().items():
         names.setdefault(ask, []).append(name)
     for ask, roles in names.items():
-        role = " and ".join(roles)
+        role, top_k = " and ".join(roles), max(asked[name] for name in roles)
         try:
-            _ask(probe, ask, rollouts)  # the first answer of anybody takes longest
+            _ask(probe, ask, rollouts, top_k)  # the first answer of anybody takes longest
             ask.teacher.rest()
             with probe.clock("teachers"):
-                answers = _ask(probe, ask, rollouts)
+                answers = _ask(probe, ask, rollouts, top_k)
         except (ValueError, RuntimeError) as error:
             findings.append(Finding("error", role, " ".join(str(error).split())[:400]))
             continue
@@ -61,9 +62,8 @@ def _signal(probe: Probe, answers: _Answers) -> Tensor:
     return torch.cat(parts)
 
 
-def _ask(probe: Probe, ask: Ask, rollouts: list[Rollout]) -> _Answers:
+def _ask(probe: Probe, ask: Ask, rollouts: list[Rollout], top_k: int) -> _Answers:
     batches = probe.batches(rollouts)
-    top_k = probe.module.overlap_top_k if ask == probe.module.all_asks().get("teacher") else 0
     for batch in batches:
         ask.teacher.expect(batch, ask.view, top_k=top_k)
     return [(batch, ask.teacher.score(batch, ask.view, top_k=top_k)) for batch in batches]

@@ -16,6 +16,7 @@ from torch import Tensor
 from opd_lightning.errors import EngineMismatchError
 
 RESOLUTION = 1e-10  # relative rounding of a float64 sum over a whole matrix, generously
+PART = 2**24  # elements that are summed at once: PyTorch turns all of them into float64 first
 
 
 class WeightSum(NamedTuple):
@@ -27,10 +28,11 @@ class WeightSum(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
-        tensor = tensor.detach()
-        total = float(tensor.sum(dtype=torch.float64))
-        norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
-        return cls(total, norm, tensor.numel())
+        parts = tensor.detach().reshape(-1).split(PART)
+        totals = [part.sum(dtype=torch.float64) for part in parts]
+        norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
+        total, norm = torch.stack(totals).sum(), torch.linalg.vector_norm(torch.stack(norms))
+        return cls(float(total), float(norm), tensor.numel())
 
     @classmethod
     def together(cls, parts: Sequence[Self]) -> Self:

@@ -26,6 +26,7 @@ class Term(ABC):
     """
 
     name: str
+    reads_entropy = False  # the teacher's, of its whole distribution
 
     def asks(self) -> Mapping[str, Ask]:
         """Further models whose scores it reads, by name."""
@@ -121,6 +122,7 @@ class EntropyGatedForwardKL(Term):
     """
 
     name = "entropy_gated_forward_kl"
+    reads_entropy = True
 
     def __init__(self, threshold: float = 0.8, top_k: int = 16) -> None:
         if top_k < 1:

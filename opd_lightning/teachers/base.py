@@ -84,10 +84,12 @@ class Teacher(ABC):
 class TopKTeacher(Teacher):
     """A teacher elsewhere: it tells log-probs of some tokens, not its whole distribution.
 
-    `scores_given_ids` says whether these may be any tokens, or its own likeliest alone.
+    `scores_given_ids` says whether these may be any tokens, or its own likeliest alone;
+    `tells_entropy` whether it knows the entropy of the whole.
     """
 
     scores_given_ids: bool = False
+    tells_entropy: bool = True
 
     @abstractmethod
     def score_top(

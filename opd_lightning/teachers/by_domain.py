@@ -28,6 +28,10 @@ class ByDomainTeacher(Teacher):
             raise UserError("ByDomainTeacher.teachers: got none, expected one per domain")
         self.teachers = teachers
 
+    @property
+    def is_collective(self) -> bool:
+        return any(teacher.is_collective for teacher in self.teachers.values())
+
     def parts(self) -> list[Teacher]:
         return [part for teacher in self.teachers.values() for part in teacher.parts()]
 

@@ -44,6 +44,7 @@ class CachedTeacher(TopKTeacher):
             )
         self.folder = Path(cache)
         self.teacher = teacher
+        self.tells_entropy = not isinstance(teacher, TopKTeacher) or teacher.tells_entropy
         # Reading needs the tokenizer alone, whatever else the teacher's source would ask for.
         told = teacher.source
         self.source = ModelSource(

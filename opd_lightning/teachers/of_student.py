@@ -41,6 +41,11 @@ class EMATeacher(OwnModelTeacher):
             raise UserError(f"EMATeacher.every: got {every} steps, expected at least 1")
         if warmup < 0:
             raise UserError(f"EMATeacher.warmup: got {warmup} updates, expected at least 0")
+        if warmup and not rate:
+            raise UserError(
+                f"EMATeacher.warmup: got {warmup} updates for rate 0, at which it never moves; "
+                "leave it out"
+            )
         self.rate = rate
         self.every = every
         self.warmup = warmup

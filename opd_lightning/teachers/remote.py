@@ -42,6 +42,7 @@ class RemoteTeacher(TopKTeacher):
     """
 
     scores_given_ids = True
+    tells_entropy = False
     source: ServedModel
 
     def __init__(

@@ -13,6 +13,7 @@ from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.methods import OPD, DivergenceOPD, LightningOPD
+from opd_lightning.rollouts import HFEngine
 from opd_lightning.student import Student
 from opd_lightning.teachers import CachedTeacher, FrozenTeacher, Teacher
 from opd_lightning.types import Rollout
@@ -132,6 +133,33 @@ def test_writing_refuses(
     before = (folder / "responses.jsonl").read_bytes()
     assert message in refusal(capsys, lambda: write(folder / "responses.jsonl", *more))
     assert (folder / "responses.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("given", ["last", "file", "folder"])
+def test_a_checkpoint_must_be_one(
+    given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("weights")
+    (tmp_path / "folder").mkdir()
+    place = given if given == "last" else str(tmp_path / given)
+    out = tmp_path / "responses.jsonl"
+    complaint = refusal(capsys, lambda: write(out, f"--ckpt_path={place}"))
+    assert f"{place!r} is no checkpoint" in complaint
+
+
+def test_weights_that_do_not_arrive_write_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed: list[HFEngine] = []
+    monkeypatch.setattr(HFEngine, "load_weights", lambda *_: None)
+    monkeypatch.setattr(HFEngine, "close", lambda engine: closed.append(engine))
+    out = tmp_path / "responses.jsonl"
+    with pytest.raises(SystemExit) as stopped:
+        write(out)
+    assert stopped.value.code == 1
+    assert "did not take the weights" in capsys.readouterr().err
+    assert closed
+    assert not out.read_bytes()
 
 
 def test_the_teacher_writes_too(tmp_path: Path) -> None:

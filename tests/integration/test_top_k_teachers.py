@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd_lightning.errors import ServerAwayError, UserError
 from opd_lightning.head import TopLogprobs
 from opd_lightning.losses.divergence import ReverseKL
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.methods import OPD, DivergenceOPD
+from opd_lightning.rules import EntropyGatedForwardKL
 from opd_lightning.teachers import FrozenTeacher, TopKTeacher
 from opd_lightning.types import RolloutBatch, TokenScores
 from tests.integration.test_methods import prompts, run, student, teacher  # noqa: F401 - a fixture
@@ -73,6 +75,28 @@ def test_same_gradients(
     logged = set(whole.logged[0]) - set(part.logged[0])
     assert logged == {"entropy/teacher", "entropy/gap"}, "what nobody told is not logged"
     assert part.logged[0]["signal/overlap"] == pytest.approx(whole.logged[0]["signal/overlap"])
+
+
+def test_an_error_of_a_late_answer_is_its_own(
+    prompts: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def away(*_: Any, **__: Any) -> Any:
+        raise ServerAwayError("no answer")
+
+    monkeypatch.setattr(Reticent, "score_top", away)
+    loss = TopK(k=5, support="student", normalise="tail")
+    method = DivergenceOPD(teacher=Reticent(), divergence=loss, **student())
+    with pytest.raises(ServerAwayError, match="no answer"):
+        run((lambda: method, dict), prompts, steps=1)
+
+
+def test_an_entropy_that_nobody_tells_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gated = OPD(teacher=Reticent(), terms=[EntropyGatedForwardKL()], **student())
+    gated.check()
+    monkeypatch.setattr(Reticent, "tells_entropy", False)
+    with pytest.raises(UserError, match=r"EntropyGatedForwardKL reads .* Reticent cannot"):
+        gated.check()
 
 
 def test_sampled_tokens_are_announced_before_they_are_asked_for(prompts: Path) -> None:  # noqa: F811

@@ -107,6 +107,11 @@ def test_ema_warms_up_as_a_plain_mean(folders: list[Path], every: int) -> None:
         torch.testing.assert_close(value, expected, atol=1e-6, rtol=0)
 
 
+def test_what_never_moves_has_no_warm_up() -> None:
+    with pytest.raises(UserError, match="got 3 updates for rate 0"):
+        EMATeacher(rate=0, warmup=3)
+
+
 def test_ema_state_comes_back(folders: list[Path]) -> None:
     student, teacher = loaded(folders[0]), EMATeacher(rate=0.5)
     teacher.load(CPU, student)
@@ -183,6 +188,17 @@ def test_u21_an_unknown_domain_is_refused_with_the_known_ones(folders: list[Path
     prompts = [rollout.prompt for rollout in batch().rollouts]
     with pytest.raises(UserError, match=r"no teacher for domain 'code'; the known ones are math"):
         teacher.check(prompts, 1.0)
+
+
+def test_u21_asking_takes_all_ranks_if_it_does_of_anybody(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = ByDomainTeacher({"math": FrozenTeacher(str(folders[0]))})
+    teacher = ByDomainTeacher({"math": inner, "code": FrozenTeacher(str(folders[1]))})
+    assert not teacher.is_collective
+    monkeypatch.setattr(FrozenTeacher, "is_collective", True)
+    assert inner.is_collective
+    assert teacher.is_collective
 
 
 def test_u20_cached_teacher_scores_give_a_live_advantage(folders: list[Path]) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from opd_lightning.errors import EngineMismatchError
+from opd_lightning.rollouts import weight_sums
 from opd_lightning.rollouts.weight_sums import PushedWeights, engine_sums
 
 NAMES = ("layers.0.q_proj.weight", "layers.0.k_proj.weight", "norm.weight")
@@ -54,6 +55,12 @@ def test_a_small_step_shows(dtype: torch.dtype, size: float) -> None:
         push(own, dtype).check(7, engine_sums(held, {}))
     held = [(name, value.to(dtype)) for name, value in own.items()]
     assert push(own, dtype).check(7, engine_sums(held, {})) == 1.0
+
+
+def test_large_parameters_are_summed_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed = push(weights())
+    monkeypatch.setattr(weight_sums, "PART", 1000)
+    assert pushed.check(3, engine_sums(weights().items(), {})) == 1.0
 
 
 def test_nan_is_no_agreement() -> None:
