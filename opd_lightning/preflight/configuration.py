@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.strategies import ModelParallelStrategy
+
 from opd_lightning.chat import render
 from opd_lightning.errors import UserError
 from opd_lightning.model_source import ModelSource
+from opd_lightning.teachers.frozen import FrozenTeacher
 from opd_lightning.teachers.of_student import EMATeacher
 from opd_lightning.tokenization import check_spelling
 from opd_lightning.types import Prompt
@@ -66,6 +69,12 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
             "and before there are responses"
         )
     parts = [part for teacher in module.teachers() for part in teacher.parts()]
+    offloaded = [part for part in parts if isinstance(part, FrozenTeacher) and part.offload]
+    if offloaded and isinstance(trainer.strategy, ModelParallelStrategy):
+        raise UserError(
+            f"teacher.offload: got true for {offloaded[0].source.path!r}, but this run shards its "
+            "models, which leaves each process a part; leave offload out"
+        )
     coarse = module.student.lora is None and module.student.dtype != "float32"
     moving = [part for part in parts if isinstance(part, EMATeacher) and part.rate > 0]
     if moving and not any(getattr(c, "moves_ema_teachers", False) for c in trainer.callbacks):  # type: ignore[attr-defined]

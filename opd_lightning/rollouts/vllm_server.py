@@ -19,7 +19,6 @@ from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.checks import check_lengths, checked_weights, parameter_shapes
 from opd_lightning.rollouts.push_folder import PushFolder
 from opd_lightning.rollouts.weight_sums import EngineSum, WeightSum
-from opd_lightning.serving.addresses import addresses
 from opd_lightning.serving.client import Servers
 from opd_lightning.types import Completion, StopReason
 
@@ -56,32 +55,20 @@ class VLLMServerEngine(Engine):
         patience: float = 600.0,
         timeout: float = 600.0,
     ) -> None:
-        if not servers:
-            raise UserError("engine.servers: got none, expected at least one address or file")
-        self.servers = servers
-        self.key_file = key_file
-        self.push_folder = push_folder
         self.dtype: Dtype = dtype
         self.weights_dtype = getattr(torch, dtype)
-        self.patience = patience
-        self.timeout = timeout
         self.version = -1
         self._label = FIRST_WEIGHTS
         self._folder = PushFolder(Path(push_folder), self.weights_dtype) if push_folder else None
-        self._line: Any = None
+        self._line = Servers(servers, key_file=key_file, patience=patience, timeout=timeout)
 
     def start(self, source: ModelSource, *, max_length: int) -> None:
         """Find the servers, and check that they have the model and take `max_length` tokens."""
         self._model = model_identity(source.path)
         self._eos_ids = list(source.eos_ids)
         self._max_length = max_length
-        self._line = Servers(
-            addresses(self.servers, patience=self.patience),
-            key_file=self.key_file,
-            patience=self.patience,
-            timeout=self.timeout,
-        )
-        for url, answer in zip(self._line.urls, self._line.read("/v1/models"), strict=True):
+        answers = self._line.read("/v1/models")
+        for url, answer in zip(self._line.urls, answers, strict=True):
             self._check_model(url, answer["data"][0], source)
         versions = {answer["version"] for answer in self._line.read("/version")}
         if len(versions) > 1:

@@ -18,7 +18,8 @@ from functools import partial
 from typing import Any
 
 from opd_lightning.errors import ServerAwayError, UserError
-from opd_lightning.serving.wire import FIRST_PAUSE, Line, LostError, Server, checked_url, read_key
+from opd_lightning.serving.addresses import addresses, check_places
+from opd_lightning.serving.wire import FIRST_PAUSE, Line, LostError, Server, read_key
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class Servers:
     the others. Answers 4xx are the asker's mistake: a `UserError` with the server's own words.
 
     Args:
-        urls: Their addresses, such as "http://127.0.0.1:8000".
+        places: Their addresses, such as "http://127.0.0.1:8000", or their address files, which are
+            waited for.
         key_file: File with the key alone, readable by its owner alone. None takes the environment
             variable OPD_SERVER_KEY, if it is set.
         patience: Seconds that servers are waited for when none answers.
@@ -54,17 +56,19 @@ class Servers:
 
     def __init__(
         self,
-        urls: Sequence[str],
+        places: Sequence[str],
         *,
         key_file: str | None = None,
         patience: float = 600.0,
         timeout: float = 600.0,
     ) -> None:
-        if not urls:
+        if not places:
             raise UserError("servers: got none, expected addresses such as http://127.0.0.1:8000")
         if patience < 0:
             raise UserError(f"servers: patience is {patience} seconds, expected at least 0")
-        self.urls = [checked_url(url) for url in urls]
+        check_places(places)
+        self.places = places
+        self.urls: list[str] = []  # once something was asked
         self.key_file = key_file
         self.patience = patience
         self.timeout = timeout
@@ -116,6 +120,7 @@ class Servers:
         with self._lock:
             if self._loop is None:
                 key = read_key(self.key_file)
+                self.urls = addresses(self.places, patience=self.patience)
                 self._servers = [Server(Line(url, key, self.timeout)) for url in self.urls]
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=_run, args=(self._loop,), daemon=True).start()

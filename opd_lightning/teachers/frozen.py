@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from opd_lightning.causal_lm import Dtype, Reader, load_causal_lm
-from opd_lightning.errors import UserError
 from opd_lightning.head import TokenStates
 from opd_lightning.model_source import ModelSource
 from opd_lightning.teachers.local import OwnModelTeacher
@@ -28,7 +27,8 @@ class FrozenTeacher(OwnModelTeacher):
         attn_implementation: transformers' attention kernel; None takes its default.
         trust_remote_code: Run code that ships with the model.
         offload: Keep the weights in CPU memory and on the device only while a step is scored and
-            trained, not while it is generated. Costs one copy to the device per step.
+            trained, not while it is generated. Costs one copy to the device per step. Not for runs
+            that shard their models.
     """
 
     def __init__(
@@ -52,11 +52,6 @@ class FrozenTeacher(OwnModelTeacher):
         if self._reader is not None:
             return
         sharding = self._sharding = student.sharding
-        if sharding is not None and self.offload:
-            raise UserError(
-                f"{self.source.role}.offload: got true for {self.source.path!r}, but this run "
-                "shards its models, which leaves each process a part; leave offload out"
-            )
         model = load_causal_lm(
             self.source,
             dtype=self.dtype,

@@ -126,6 +126,14 @@ def test_several_processes_are_checked_in_one(check: Check) -> None:
     )
 
 
+def test_a_sharded_run_cannot_put_its_teacher_aside(check: Check) -> None:
+    printed = check(
+        *("--config", str(CONFIGS / "strategy" / "fsdp2.yaml"), "--trainer.accelerator=cpu"),
+        "--model.init_args.teacher.init_args.offload=true",
+    )
+    assert "this run shards its models" in by_subject(printed)["data"]["found"]
+
+
 def test_a_table_for_people(
     in_lab: Path,
     sound_teacher: str,

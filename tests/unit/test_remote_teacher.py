@@ -20,7 +20,7 @@ from tests.http_server import Server
 pytestmark = pytest.mark.vllm
 
 CPU = torch.device("cpu")
-NOBODY: Any = None  # the student, whom no teacher here reads
+NOBODY: Any = SimpleNamespace(sharding=None)  # the student, whom no teacher here reads
 LENGTH = 32
 
 

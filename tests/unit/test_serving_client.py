@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from opd_lightning.errors import ServerAwayError, UserError
+from opd_lightning.serving.addresses import write_address
 from opd_lightning.serving.client import Servers
 from tests.http_server import Answer, Server
 
@@ -197,6 +198,14 @@ def test_bad_addresses(url: str) -> None:
     with pytest.raises(UserError, match="address") as caught:
         Servers([url])
     assert KEY not in str(caught.value)
+
+
+def test_an_address_file_is_read_when_something_is_asked(
+    start: Start, client: Client, tmp_path: Path
+) -> None:
+    servers = client(str(tmp_path / "one.address"))
+    write_address(tmp_path / "one.address", start(echo).url)
+    assert numbers(servers, 3) == [0, 1, 2]
 
 
 def test_everywhere_asks_each(start: Start, client: Client) -> None:
