@@ -91,8 +91,8 @@ class OPDCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "prog": "opd",
-                "description": "On-policy distillation. `opd lab --help` makes models and data "
-                "to try it on.",
+                "description": "On-policy distillation. `opd lab` makes models and data to try "
+                "it on, `opd serve` puts a model behind a server; both have a --help.",
             },
             args=args,
         )

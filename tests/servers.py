@@ -20,10 +20,15 @@ class RunningServer:
         self.address_file = folder / f"{name}.address"
         self.log = folder / f"{name}.log"
         words = ["serve", "--model", str(model), "--key_file", str(self.key_file)]
-        words += ["--address_file", str(self.address_file), *options]
+        self._words = [*words, "--address_file", str(self.address_file), *options]
+        self._start()
+
+    def _start(self, *options: str) -> None:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "opd_lightning", *words], stdout=log, stderr=log
+                [sys.executable, "-m", "opd_lightning", *self._words, *options],
+                stdout=log,
+                stderr=log,
             )
 
     @property
@@ -41,6 +46,16 @@ class RunningServer:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < until, self.log.read_text()
             time.sleep(0.1)
+        return self
+
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def restart(self) -> RunningServer:
+        """After `kill`, which leaves the address file: on the port that it had."""
+        port = self.url.rpartition(":")[2]
+        self.address_file.unlink()
+        self._start("--port", port)
         return self
 
     def children(self) -> list[int]:

@@ -43,8 +43,10 @@ class Engines:
             self.by_author[Author.TEACHER] = teacher
 
     def plan(self, author: Author, source: ModelSource, max_length: int) -> None:
-        """What to start an author's engine with, once it is needed."""
-        self._sources[id(self.by_author[author])] = (source, max_length)
+        """What to start an author's engine with, once it is needed; it may refuse that now."""
+        engine = self.by_author[author]
+        engine.check(source, max_length=max_length)
+        self._sources[id(engine)] = (source, max_length)
 
     def prepare(self, author: Author) -> None:
         """Start or wake an author's engine unless it runs; give the student's its newest weights.

@@ -73,6 +73,9 @@ class Engine(ABC):
     weights_dtype: torch.dtype = torch.float32  # it keeps its weights in; known once it is started
     sleep_while_training: bool = False
 
+    def check(self, source: ModelSource, *, max_length: int) -> None:  # noqa: B027
+        """Say what `start` would refuse, as far as it is known before any weights load."""
+
     @abstractmethod
     def start(self, source: ModelSource, *, max_length: int) -> None:
         """Load the model of `source` for sequences of up to `max_length` tokens."""

@@ -41,7 +41,7 @@ class VLLMServerEngine(Engine):
             this run's own. None for an engine that is never pushed to, such as a demonstrator's.
         dtype: Precision of what is written there. Give the servers' own, for less would lose and
             more would only be thrown away.
-        patience: Seconds that servers are waited for when none answers.
+        patience: Seconds that servers, or their address files, are waited for.
         timeout: Seconds that one request may take.
     """
 
@@ -55,27 +55,33 @@ class VLLMServerEngine(Engine):
         patience: float = 600.0,
         timeout: float = 600.0,
     ) -> None:
+        self.servers = Servers(servers, key_file=key_file, patience=patience, timeout=timeout)
+        self.push_folder = push_folder
         self.dtype: Dtype = dtype
         self.weights_dtype = getattr(torch, dtype)
         self.version = -1
         self._label = FIRST_WEIGHTS
         self._folder = PushFolder(Path(push_folder), self.weights_dtype) if push_folder else None
-        self._line = Servers(servers, key_file=key_file, patience=patience, timeout=timeout)
 
-    def start(self, source: ModelSource, *, max_length: int) -> None:
-        """Find the servers, and check that they have the model and take `max_length` tokens."""
-        self._model = model_identity(source.path)
-        self._eos_ids = list(source.eos_ids)
-        self._max_length = max_length
-        answers = self._line.read("/v1/models")
-        for url, answer in zip(self._line.urls, answers, strict=True):
-            self._check_model(url, answer["data"][0], source)
-        versions = {answer["version"] for answer in self._line.read("/version")}
+    def check(self, source: ModelSource, *, max_length: int) -> None:
+        """The servers have the model, take `max_length` tokens and, if need be, pushes."""
+        served = model_identity(source.path)
+        for url, answer in zip(self.servers.urls, self.servers.read("/v1/models"), strict=True):
+            _check_served(url, answer["data"][0], served, source.path, max_length)
+        versions = {answer["version"] for answer in self.servers.read("/version")}
         if len(versions) > 1:
             raise UserError(f"engine.servers: got vLLM {sorted(versions)}, expected one version")
         if self._folder is not None:
-            self._shapes = parameter_shapes(source)
             self._read_labels()
+
+    def start(self, source: ModelSource, *, max_length: int) -> None:
+        """Find the servers, and check them again: they may have changed."""
+        self.check(source, max_length=max_length)
+        self._model = model_identity(source.path)
+        self._eos_ids = list(source.eos_ids)
+        self._max_length = max_length
+        if self._folder is not None:
+            self._shapes = parameter_shapes(source)
             _once(self._folder.clear)
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -110,7 +116,7 @@ class VLLMServerEngine(Engine):
             }
             for request in requests
         ]
-        futures = self._line.spread("/inference/v1/generate", bodies)
+        futures = self.servers.spread("/inference/v1/generate", bodies)
         try:
             return [self._to_completion(future.result()["choices"][0]) for future in futures]
         finally:
@@ -119,7 +125,7 @@ class VLLMServerEngine(Engine):
 
     def weight_sums(self) -> list[EngineSum]:
         """Of all servers, those apart whose GPUs share the weights."""
-        answers = self._line.everywhere("/collective_rpc", {"method": "pushed_sums"})
+        answers = self.servers.everywhere("/collective_rpc", {"method": "pushed_sums"})
         return [
             EngineSum(tuple(names), dtype, WeightSum(*value))
             for answer in answers
@@ -134,27 +140,15 @@ class VLLMServerEngine(Engine):
 
     def wake(self) -> None:
         """Take the memory back; the weights are rubbish until they are pushed again."""
-        _once(lambda: self._line.everywhere("/wake_up"))
+        _once(lambda: self.servers.everywhere("/wake_up"))
 
     def close(self) -> None:
         """Hang up and delete what was pushed; the servers go on."""
-        self._line.close()
+        self.servers.close()
         if self._folder is not None and _is_first():  # no waiting: a rank may have died
             self._folder.clear()
         self._label = FIRST_WEIGHTS
         self.version = -1
-
-    def _check_model(self, url: str, served: dict[str, Any], source: ModelSource) -> None:
-        if served["id"] != self._model:
-            raise UserError(
-                f"engine.servers: {url} serves {served['id']!r}, expected {self._model!r}, which "
-                f"is {source.path!r}; start it with that model"
-            )
-        if served["max_model_len"] < self._max_length:
-            raise UserError(
-                f"engine.servers: {url} takes {served['max_model_len']} tokens, expected at least "
-                f"{self._max_length}; start it with --max_length {self._max_length}"
-            )
 
     def _push(self, folder: PushFolder, version: int, weights: Iterable[tuple[str, Tensor]]) -> str:
         """The label of what every server has now."""
@@ -165,9 +159,11 @@ class VLLMServerEngine(Engine):
         finally:
             _drain(weights)
         # First, so that a server that fails to load passes neither for the old nor the new.
-        self._line.everywhere("/update_weight_version", {"new_version": label})
-        self._line.everywhere("/collective_rpc", {"method": "load_pushed", "args": [str(written)]})
-        for answer in self._line.everywhere("/reset_prefix_cache"):
+        self.servers.everywhere("/update_weight_version", {"new_version": label})
+        self.servers.everywhere(
+            "/collective_rpc", {"method": "load_pushed", "args": [str(written)]}
+        )
+        for answer in self.servers.everywhere("/reset_prefix_cache"):
             if not answer["success"]:
                 raise EngineMismatchError(
                     "a server kept its prefix cache from before the push, since others were asking "
@@ -179,13 +175,13 @@ class VLLMServerEngine(Engine):
 
     def _read_labels(self) -> list[str]:
         try:
-            return [answer["weight_version"] for answer in self._line.read("/weight_info")]
+            return [answer["weight_version"] for answer in self.servers.read("/weight_info")]
         except UserError as error:
             raise UserError(f"{error}; does the server take pushes (--weights pushed)?") from error
 
     def _put_to_sleep(self) -> str:
-        self._line.everywhere("/update_weight_version", {"new_version": NO_WEIGHTS})
-        self._line.everywhere("/sleep?level=2")
+        self.servers.everywhere("/update_weight_version", {"new_version": NO_WEIGHTS})
+        self.servers.everywhere("/sleep?level=2")
         return FIRST_WEIGHTS  # which no server has until it is pushed to
 
     def _to_completion(self, choice: dict[str, Any]) -> Completion:
@@ -194,6 +190,19 @@ class VLLMServerEngine(Engine):
         stop_reason = StopReason.EOS if choice["finish_reason"] == "stop" else StopReason.LENGTH
         logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
         return Completion(choice["token_ids"], logprobs, stop_reason)
+
+
+def _check_served(url: str, served: dict[str, Any], model: str, path: str, max_length: int) -> None:
+    if served["id"] != model:
+        raise UserError(
+            f"engine.servers: {url} serves {served['id']!r}, expected {model!r}, which is "
+            f"{path!r}; start it with that model"
+        )
+    if served["max_model_len"] < max_length:
+        raise UserError(
+            f"engine.servers: {url} takes {served['max_model_len']} tokens, expected at least "
+            f"{max_length}; start it with --max_length {max_length}"
+        )
 
 
 def _check_label(found: str, expected: str) -> None:

@@ -1,18 +1,21 @@
-"""Where servers listen: files that they write once they answer, and who reads them."""
+"""Where servers listen: addresses, and files that servers write theirs into once they answer."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from opd_lightning.errors import ServerAwayError
-from opd_lightning.serving.wire import checked_url
+from opd_lightning.errors import ServerAwayError, UserError
+from opd_lightning.serving.wire import KEY_VARIABLE
+
+log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5  # between two looks for a file
-_HOST_AND_PORT = re.compile(r"[^/]+:\d+")  # an address without its beginning; no file is so called
 
 
 def write_address(file: Path, url: str) -> None:
@@ -22,28 +25,40 @@ def write_address(file: Path, url: str) -> None:
     draft.replace(file)
 
 
-def check_places(places: Sequence[str]) -> None:
-    """Raise UserError for what can be neither an address nor the path of an address file."""
-    for place in places:
-        if "://" in place or _HOST_AND_PORT.fullmatch(place):
-            checked_url(place)
+def checked_address(server: str) -> str:
+    """An address, without a slash at its end, or the path of an address file."""
+    if "://" not in server:
+        if not server or re.fullmatch(r"[^/]*:\d+/?", server):
+            raise UserError(
+                f"servers: got {server!r}, expected an address like http://127.0.0.1:8000, or the "
+                "path of an address file"
+            )
+        return server
+    parts = urlsplit(server)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"servers: got {server!r}, expected an address like http://127.0.0.1:8000")
+    if parts.username or parts.password or parts.query:  # would end up in logs
+        raise UserError(
+            f"servers: {parts.scheme}://{parts.hostname}: got a name, password or query in the "
+            f"address; put the key into key_file or {KEY_VARIABLE}"
+        )
+    return server.rstrip("/")
 
 
-def addresses(places: Sequence[str], *, patience: float) -> list[str]:
+def found_addresses(servers: Sequence[str], *, patience: float) -> list[str]:
     """The servers' addresses.
 
     Args:
-        places: Addresses, such as http://127.0.0.1:8000, or paths of their address files.
-        patience: Seconds that a file is waited for: its server may still be loading.
+        servers: As `checked_address` hands them back.
+        patience: Seconds that address files are waited for: their servers may still be loading.
     """
     until = time.monotonic() + patience
-    return [
-        checked_url(p if "://" in p else _read(Path(p).expanduser(), until, patience))
-        for p in places
-    ]
+    return [s if "://" in s else _read(Path(s).expanduser(), until, patience) for s in servers]
 
 
 def _read(file: Path, until: float, patience: float) -> str:
+    if not file.is_file():
+        log.warning("address file '%s': waiting %g s for its server", file, patience)
     while not file.is_file():
         if time.monotonic() >= until:
             raise ServerAwayError(
@@ -51,4 +66,4 @@ def _read(file: Path, until: float, patience: float) -> str:
                 "(`opd serve --address_file`) and see its log"
             )
         time.sleep(LOOK_SECONDS)
-    return file.read_text().strip()
+    return checked_address(file.read_text().strip())

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from opd_lightning.errors import ServerAwayError, UserError
-from opd_lightning.serving.addresses import addresses, check_places
+from opd_lightning.serving.addresses import checked_address, found_addresses
 from opd_lightning.serving.wire import FIRST_PAUSE, Line, LostError, Server, read_key
 
 log = logging.getLogger(__name__)
@@ -46,29 +46,27 @@ class Servers:
     the others. Answers 4xx are the asker's mistake: a `UserError` with the server's own words.
 
     Args:
-        places: Their addresses, such as "http://127.0.0.1:8000", or their address files, which are
-            waited for.
+        servers: Their addresses, such as "http://127.0.0.1:8000", or paths of their address files,
+            which are read when the servers are first asked.
         key_file: File with the key alone, readable by its owner alone. None takes the environment
             variable OPD_SERVER_KEY, if it is set.
-        patience: Seconds that servers are waited for when none answers.
+        patience: Seconds that servers, or their address files, are waited for.
         timeout: Seconds that one request may take.
     """
 
     def __init__(
         self,
-        places: Sequence[str],
+        servers: Sequence[str],
         *,
         key_file: str | None = None,
         patience: float = 600.0,
         timeout: float = 600.0,
     ) -> None:
-        if not places:
+        if not servers:
             raise UserError("servers: got none, expected addresses such as http://127.0.0.1:8000")
         if patience < 0:
             raise UserError(f"servers: patience is {patience} seconds, expected at least 0")
-        check_places(places)
-        self.places = places
-        self.urls: list[str] = []  # once something was asked
+        self._addresses = [checked_address(server) for server in servers]
         self.key_file = key_file
         self.patience = patience
         self.timeout = timeout
@@ -106,6 +104,11 @@ class Servers:
         """GET from each server; all must answer."""
         return self._each("GET", path, None)
 
+    @property
+    def urls(self) -> list[str]:
+        """Their addresses; waits for address files that are not there yet."""
+        return [server.line.url for server in self._open()]
+
     def close(self) -> None:
         """Take back what is under way and hang up; a later request dials anew."""
         with self._lock:
@@ -120,8 +123,8 @@ class Servers:
         with self._lock:
             if self._loop is None:
                 key = read_key(self.key_file)
-                self.urls = addresses(self.places, patience=self.patience)
-                self._servers = [Server(Line(url, key, self.timeout)) for url in self.urls]
+                urls = found_addresses(self._addresses, patience=self.patience)
+                self._servers = [Server(Line(url, key, self.timeout)) for url in urls]
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=_run, args=(self._loop,), daemon=True).start()
             return self._servers
@@ -209,8 +212,8 @@ class Servers:
         self._waiting = deque(job for job in self._waiting if job not in given_up)
         for job in given_up:
             who = " and ".join(server.line.url for server in job.servers)
-            message = f"{who}: no answer for {self.patience:g} s ({fault}); start it again, then "
-            _settle(job, ServerAwayError(message + "resume the run"))
+            message = f"{who}: no answer for {self.patience:g} s ({fault}); start it, then "
+            _settle(job, ServerAwayError(message + "run, or resume the run that this ended"))
 
     def _is_hopeless(self, job: _Job, now: float) -> bool:
         lost = [s.lost_since for s in job.servers if s.lost_since is not None]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
@@ -126,19 +125,6 @@ async def _served(client: httpx.AsyncClient) -> str:
         return " and ".join(repr(model["id"]) for model in listed)
     except (httpx.HTTPError, ValueError, LookupError, TypeError):
         return ""
-
-
-def checked_url(url: str) -> str:
-    """Without a slash at the end; a key in the address would end up in logs."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"servers: got {url!r}, expected an address like http://127.0.0.1:8000")
-    if parts.username or parts.password or parts.query:
-        raise UserError(
-            f"servers: {parts.scheme}://{parts.hostname}: got a name, password or query in the "
-            f"address; put the key into key_file or {KEY_VARIABLE}"
-        )
-    return url.rstrip("/")
 
 
 def read_key(key_file: str | None) -> str | None:

@@ -95,6 +95,13 @@ class CrossTokenizerTeacher(Teacher):
         text = {i: word for i, word in self._spelt[1].items() if i not in special}
         self._longer_tokens = LongerTokens(text, student.source)
 
+    @property
+    def is_collective(self) -> bool:
+        return self._frozen.is_collective
+
+    def rest(self) -> None:
+        self._frozen.rest()
+
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
         rows = [self._translate(rollout) for rollout in batch.rollouts]
         prompts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]

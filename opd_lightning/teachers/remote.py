@@ -32,10 +32,11 @@ class RemoteTeacher(TopKTeacher):
     Args:
         path: Folder or hub name of the model that the servers have. Tokenizer and configuration
             are read from it, and the weights' identity unless `served_model` is set.
-        servers: Their addresses, such as http://127.0.0.1:8000, or files written by `opd serve
+        servers: Addresses, such as http://127.0.0.1:8000, or files written by `opd serve
             --address_file`, which are waited for.
         key_file: File with the servers' key; None takes the environment variable OPD_SERVER_KEY.
-        patience: Seconds that unreachable servers are waited for, before and during training.
+        patience: Seconds that servers, or their address files, are waited for, before and during
+            training.
         timeout: Seconds that one request may take.
         served_model: What the servers call the model, for those that `opd serve` did not start
             (vLLM's need `--tokens-only`). Nothing then vouches for the weights.

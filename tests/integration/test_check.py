@@ -28,7 +28,7 @@ from opd_lightning.student import Student
 from opd_lightning.teachers import FrozenTeacher, TopKTeacher
 from opd_lightning.trainer import Trainer
 from opd_lightning.types import Completion, RolloutBatch, TokenScores
-from tests.vllm_server import KEY, VLLMServer
+from tests.servers import RunningServer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = str(CONFIGS / "lab" / "opd.yaml")
@@ -371,28 +371,18 @@ def test_a_teacher_elsewhere_is_compared_with_its_folder(
     assert by_subject(printed)["teacher from disk"]["level"] == level
 
 
-@pytest.mark.slow
 @pytest.mark.vllm
-def test_a_teacher_behind_a_server(check: Check, sound_teacher: str, tmp_path: Path) -> None:
-    if reason := vllm_unavailable():
-        pytest.skip(reason)
-    key = tmp_path / "key"
-    key.touch(mode=0o600)
-    key.write_text(KEY)
-    folder = Path(sound_teacher)
-    server = VLLMServer(folder, tmp_path / "log", max_length=200, max_batch_tokens=64)
+def test_a_teacher_behind_a_server(check: Check, teacher_server: RunningServer) -> None:
     teacher = "--model.init_args.teacher.init_args"
     remote = (
         *("--config", str(CONFIGS / "teacher" / "remote.yaml")),
-        *(f"{teacher}.servers=[{server.url}]", f"{teacher}.key_file={key}"),
+        f"{teacher}.servers=[{teacher_server.address_file}]",
+        f"{teacher}.key_file={teacher_server.key_file}",
     )
-    try:
-        server.wait()
-        printed = check(*remote, f"{teacher}.path={sound_teacher}")
-        other = check(*remote, f"{teacher}.path=lab/arithmetic/student")
-    finally:
-        server.kill()
-    assert not not_ok(printed)
+    printed = check(*remote, f"{teacher}.path=lab/arithmetic/teacher")
+    other = check(*remote, f"{teacher}.path=lab/arithmetic/student")
+    # It is untrained and may find all unlikely: that alone is said.
+    assert not_ok(printed).keys() <= {"teacher"}
     assert by_subject(printed)["teacher from disk"]["values"]["gap_max"] < 1e-4
     assert not_ok(other) == {"set-up": "error", "numbers": "info"}
 

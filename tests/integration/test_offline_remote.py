@@ -9,16 +9,17 @@ from opd_lightning.cache_teacher import fill
 from opd_lightning.student import Student
 from opd_lightning.teachers import CachedTeacher, FrozenTeacher, RecordedQuestion, RemoteTeacher
 from tests.batches import make_batch, make_rollout
-from tests.integration.test_remote_teacher import CPU, TEACHER, key_file, server  # noqa: F401
-from tests.vllm_server import VLLMServer
+from tests.servers import RunningServer
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.usefixtures("in_lab")]
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("in_lab")]
+
+CPU = torch.device("cpu")
+TEACHER = "lab/arithmetic/teacher"
+NOWHERE = "http://127.0.0.1:1"
 
 
 def test_what_servers_said_is_read_without_them(
-    server: VLLMServer,  # noqa: F811
-    key_file: Path,  # noqa: F811
-    tmp_path: Path,
+    teacher_server: RunningServer, tmp_path: Path
 ) -> None:
     batch = make_batch(
         [make_rollout([3 + n, 7, 5 + n, 1][: n % 4 + 1], prompt_ids=[9 + n]) for n in range(40)],
@@ -26,9 +27,10 @@ def test_what_servers_said_is_read_without_them(
     )
     filling, reading = (
         CachedTeacher(
-            str(tmp_path / "cache"), RemoteTeacher(TEACHER, [server.url], str(key_file), patience=9)
+            str(tmp_path / "cache"),
+            RemoteTeacher(TEACHER, [url], str(teacher_server.key_file), patience=9),
         )
-        for _ in range(2)
+        for url in (teacher_server.url, NOWHERE)
     )
     filling.note_unknown()
     for teacher in (filling, reading):
@@ -40,7 +42,6 @@ def test_what_servers_said_is_read_without_them(
             teacher.check_question(question)
         if teacher is filling:  # in more rounds than one
             fill(filling, student=Student(TEACHER), device=CPU, batch_tokens=8)
-            server.kill()
     local = FrozenTeacher(TEACHER)
     local.load(CPU, Student(TEACHER))
     theirs, ours = (t.score(batch, "student", top_k=5) for t in (local, reading))

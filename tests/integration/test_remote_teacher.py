@@ -14,14 +14,13 @@ from opd_lightning.cli import main
 from opd_lightning.errors import UserError
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.methods import OPD, DistillationModule, DivergenceOPD
-from opd_lightning.rollouts.vllm_process import vllm_unavailable
 from opd_lightning.rules import TrajectoryGate
 from opd_lightning.student import Student
 from opd_lightning.teachers import FrozenTeacher, RemoteTeacher, Teacher
 from opd_lightning.types import RolloutBatch
 from tests.batches import make_batch, make_rollout
 from tests.integration.test_fit import CONFIG, Recorder, fit
-from tests.vllm_server import KEY, VLLMServer
+from tests.servers import RunningServer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("in_lab")]
 
@@ -31,32 +30,11 @@ REMOTE = str(Path(CONFIG).parents[1] / "teacher" / "remote.yaml")
 MAX_LENGTH = 200
 
 
-@pytest.fixture(scope="module")
-def server(untrained_lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
-    if reason := vllm_unavailable():
-        pytest.skip(reason)
-    log = tmp_path_factory.mktemp("server") / "log"
-    # So few tokens at once that long prompts are computed in chunks.
-    server = VLLMServer(untrained_lab / TEACHER, log, max_length=MAX_LENGTH, max_batch_tokens=64)
-    server.wait()
-    yield server
-    server.kill()
-
-
-@pytest.fixture(autouse=True)
-def key_file(tmp_path: Path) -> Path:
-    return write_key(tmp_path / "server.key", KEY)
-
-
-def write_key(file: Path, key: str) -> Path:
-    file.write_text(key)
-    file.chmod(0o600)
-    return file
-
-
 @pytest.fixture
-def remote(server: VLLMServer, key_file: Path) -> Iterator[RemoteTeacher]:
-    teacher = RemoteTeacher(TEACHER, [server.url], str(key_file))
+def remote(teacher_server: RunningServer) -> Iterator[RemoteTeacher]:
+    teacher = RemoteTeacher(
+        TEACHER, [str(teacher_server.address_file)], str(teacher_server.key_file)
+    )
     yield teacher
     teacher.close()
 
@@ -64,7 +42,7 @@ def remote(server: VLLMServer, key_file: Path) -> Iterator[RemoteTeacher]:
 @pytest.fixture(scope="module")
 def local(untrained_lab: Path) -> FrozenTeacher:
     teacher = FrozenTeacher(str(untrained_lab / TEACHER))
-    teacher.load(CPU, NOBODY)
+    teacher.load(CPU, Student(str(untrained_lab / TEACHER)))
     return teacher
 
 
@@ -259,8 +237,9 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *changes: str) -> str:
     return line
 
 
-def at(server: VLLMServer, key_file: Path) -> tuple[str, ...]:
+def at(server: RunningServer, key_file: Path | None = None) -> tuple[str, ...]:
     teacher = "--model.init_args.teacher.init_args"
+    key_file = key_file or server.key_file
     return f"{teacher}.servers=[{server.url}]", f"{teacher}.key_file={key_file}"
 
 
@@ -273,48 +252,53 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_another_model_is_refused(server: VLLMServer, key_file: Path, capsys: Any) -> None:
+def test_another_model_is_refused(teacher_server: RunningServer, capsys: Any) -> None:
     other = "--model.init_args.teacher.init_args.path=lab/arithmetic/student"
-    line = fails(capsys, 2, *at(server, key_file), other)
+    line = fails(capsys, 2, *at(teacher_server), other)
     assert line.count("opd-") == 2
-    assert server.url in line
+    assert teacher_server.url in line
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_a_wrong_key_is_refused(server: VLLMServer, key_file: Path, capsys: Any) -> None:
-    write_key(key_file, "guessed")
-    line = fails(capsys, 2, *at(server, key_file))
+def test_a_wrong_key_is_refused(teacher_server: RunningServer, tmp_path: Path, capsys: Any) -> None:
+    key_file = tmp_path / "key"
+    key_file.touch(mode=0o600)
+    key_file.write_text("guessed")
+    line = fails(capsys, 2, *at(teacher_server, key_file))
     assert "answered 401" in line
     assert "guessed" not in line
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_another_temperature_is_refused(server: VLLMServer, key_file: Path, capsys: Any) -> None:
-    line = fails(capsys, 2, *at(server, key_file), "--data.sampling.temperature=0.7")
+def test_another_temperature_is_refused(teacher_server: RunningServer, capsys: Any) -> None:
+    line = fails(capsys, 2, *at(teacher_server), "--data.sampling.temperature=0.7")
     assert "temperature" in line
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_too_long_for_the_server_is_refused(
-    server: VLLMServer, key_file: Path, capsys: Any
-) -> None:
-    line = fails(capsys, 2, *at(server, key_file), "--data.sampling.max_new_tokens=195")
+def test_too_long_for_the_server_is_refused(teacher_server: RunningServer, capsys: Any) -> None:
+    line = fails(capsys, 2, *at(teacher_server), "--data.sampling.max_new_tokens=195")
     assert f"the teacher's context of {MAX_LENGTH - 1}" in line
 
 
-def test_a_server_of_somebody_else_s(server: VLLMServer, key_file: Path) -> None:
-    teacher = RemoteTeacher(TEACHER, [server.url], str(key_file), served_model="their-name")
+def test_a_server_of_somebody_else_s(teacher_server: RunningServer) -> None:
+    teacher = RemoteTeacher(
+        TEACHER,
+        [teacher_server.url],
+        str(teacher_server.key_file),
+        served_model="their-name",
+    )
     with pytest.raises(UserError, match="expected their-name"):
         teacher.check([], 1.0)
     teacher.close()
 
 
-# Losses of servers; they come last, for the module's server does not survive them --------
+# Losses of servers; they come last, since the next test would have to start it again --------
 
 
-def losses(run: Path, server: VLLMServer, key_file: Path) -> list[float]:
+def losses(run: Path, server: RunningServer) -> list[float]:
     arguments = [
-        *("--config", CONFIG, "--config", REMOTE, *at(server, key_file)),
+        *("--config", CONFIG, "--config", REMOTE, *at(server)),
         *("--trainer.max_steps=4", "--trainer.val_check_interval=1000"),
         *("--trainer.accumulate_grad_batches=2", "--trainer.enable_progress_bar=false"),
         *("--data.prompts_per_step=8", "--data.sampling.max_new_tokens=10"),
@@ -342,20 +326,19 @@ def after_requests(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None
 
 @pytest.mark.slow
 def test_a_lost_server_is_waited_for(
-    server: VLLMServer,
-    key_file: Path,
+    teacher_server: RunningServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: Any,
 ) -> None:
-    undisturbed = losses(tmp_path / "undisturbed", server, key_file)
+    undisturbed = losses(tmp_path / "undisturbed", teacher_server)
 
     def lose() -> None:
-        server.kill()
-        threading.Timer(1.0, server.start).start()
+        teacher_server.kill()
+        threading.Timer(1.0, teacher_server.restart).start()
 
     after_requests(monkeypatch, 2, lose)
-    disturbed = losses(tmp_path / "disturbed", server, key_file)
+    disturbed = losses(tmp_path / "disturbed", teacher_server)
     assert "answers again" in caplog.text
     # What is computed beside a sequence moves its last bits, in any vLLM.
     assert disturbed == pytest.approx(undisturbed, abs=2e-6)
@@ -363,16 +346,16 @@ def test_a_lost_server_is_waited_for(
 
 
 def test_a_server_that_stays_away_ends_the_run(
-    server: VLLMServer, key_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    teacher_server: RunningServer, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    after_requests(monkeypatch, 1, server.kill)
+    after_requests(monkeypatch, 1, teacher_server.kill)
     line = fails(
         capsys,
         1,
-        *(*at(server, key_file), "--trainer.limit_val_batches=0", "--data.prompts_per_step=8"),
+        *(*at(teacher_server), "--trainer.limit_val_batches=0", "--data.prompts_per_step=8"),
         *("--data.sampling.max_new_tokens=10", "--trainer.enable_progress_bar=false"),
         "--model.init_args.teacher.init_args.patience=1.5",
         "--trainer.callbacks=[]",
     )
-    assert server.url in line
+    assert teacher_server.url in line
     assert "no answer for 1.5 s" in line

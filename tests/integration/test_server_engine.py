@@ -215,6 +215,40 @@ def test_another_model_or_limit_is_refused(
     engine.close()
 
 
+def test_a_run_on_wrong_servers_ends_before_weights_load(
+    server: RunningServer,
+    teacher_server: RunningServer,
+    in_lab: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("weights were loaded before the mistake was found")
+
+    monkeypatch.setattr("opd_lightning.student.load_causal_lm", refuse)
+
+    def told(server: RunningServer, student: str) -> str:
+        configs = [
+            str(ROOT / "configs" / name) for name in ("lab/opd.yaml", "engine/vllm_server.yaml")
+        ]
+        engine = "--data.engine.init_args"
+        with pytest.raises(SystemExit) as ended:
+            main(
+                [
+                    *("fit", "--config", configs[0], "--config", configs[1]),
+                    *(f"{engine}.servers=[{server.url}]", f"{engine}.key_file={server.key_file}"),
+                    f"--model.init_args.student.path=lab/arithmetic/{student}",
+                    "--trainer.logger=false",
+                ]
+            )
+        assert ended.value.code == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opd: error:")]
+        return line
+
+    assert "start it with that model" in told(server, "student")
+    assert "--weights pushed" in told(teacher_server, "teacher")
+
+
 def _rank(rank: int, rendezvous: str, address: str, key: str, push: str, models: Any) -> None:
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     engine = VLLMServerEngine([address], key_file=key, push_folder=push, patience=20.0)
@@ -294,7 +328,7 @@ def test_the_key_is_in_its_file_and_nowhere_else(
     for pid in [server.process.pid, *children]:
         for name in ("cmdline", "environ"):
             assert key not in Path(f"/proc/{pid}/{name}").read_bytes()
-    assert server.key not in f"{vars(engine)} {engine!r} {vars(engine._line)}"
+    assert server.key not in f"{vars(engine)} {engine!r} {vars(engine.servers)}"
 
 
 def routes(weights: Any, monkeypatch: pytest.MonkeyPatch, key_file: Path) -> set[str]:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from opd_lightning.errors import ServerAwayError, UserError
-from opd_lightning.serving.addresses import write_address
 from opd_lightning.serving.client import Servers
 from tests.http_server import Answer, Server
 
@@ -106,7 +105,7 @@ def test_patience_ends(start: Start, client: Client) -> None:
     gone = start(echo)
     gone.stop()
     began = time.monotonic()
-    with pytest.raises(ServerAwayError, match=f"{gone.url}.*no answer for 0.5 s.*start it again"):
+    with pytest.raises(ServerAwayError, match=f"{gone.url}.*no answer for 0.5 s.*start it"):
         numbers(client(gone.url, patience=0.5), 30)
     assert 0.4 < time.monotonic() - began < 3
 
@@ -200,11 +199,13 @@ def test_bad_addresses(url: str) -> None:
     assert KEY not in str(caught.value)
 
 
-def test_an_address_file_is_read_when_something_is_asked(
+def test_an_address_file_is_read_when_it_is_needed(
     start: Start, client: Client, tmp_path: Path
 ) -> None:
-    servers = client(str(tmp_path / "one.address"))
-    write_address(tmp_path / "one.address", start(echo).url)
+    server, file = start(echo), tmp_path / "address"
+    servers = client(str(file), server, patience=20)
+    file.write_text(server.url + "\n")
+    assert servers.urls == [server.url, server.url]
     assert numbers(servers, 3) == [0, 1, 2]
 
 
