@@ -179,7 +179,8 @@ def divide_by_zero() -> None:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[Callable[[], None]]:
-    """Presses it; Lightning leaves the process deaf to it."""
+    """Presses it; shells make background jobs deaf to it, and Lightning leaves the process so."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield lambda: os.kill(os.getpid(), signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
