@@ -188,10 +188,9 @@ class TrainingStream:
             for position in self._positions(step)
             for sample, author in enumerate(authors[position - step * self.prompts_per_step])
         ]
-        own = [row.author for row in rows]
-        # Where the student writes on any rank: it takes all of them to gather sharded weights.
-        anywhere = [a for names in authors for a in names if not a.is_demonstrator()]
-        self.writer.prepare([*own, *anywhere[:1]])
+        # Whoever writes on any rank: it takes all of them to gather sharded weights, or to start
+        # an engine that talks to its like.
+        self.writer.prepare(author for names in authors for author in names)
         return rows
 
 
