@@ -143,7 +143,9 @@ def test_waiting_and_hidden_time_are_told_apart() -> None:
     assert ahead.take(0, timer) is None
     assert ahead.take(1, timer) == []
     timer.next_step()
-    assert timer.last["generate"] == pytest.approx(0.1, abs=0.05)
-    assert timer.last["generate_hidden"] == pytest.approx(0.1, abs=0.05)
-    assert timer.last["step"] == pytest.approx(0.2, abs=0.05)
+    # Sleeps are at least as long as they say; a busy machine makes them longer.
+    waited, hidden = timer.last["generate"], timer.last["generate_hidden"]
+    assert waited < timer.last["step"] - 0.09
+    assert hidden > 0.09
+    assert waited + hidden > 0.19
     ahead.close()
