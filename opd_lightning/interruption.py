@@ -46,7 +46,7 @@ class SaveOnInterruption(Callback):
         if path.is_symlink():
             path.unlink()  # not to write into the checkpoint that it names
         try:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
         except Exception as failure:  # the exception that ended the run is the one to report
             _say(f"could not save the step's beginning: {' '.join(str(failure).split())}")
         else:

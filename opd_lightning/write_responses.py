@@ -80,7 +80,7 @@ def write_responses(
         print(f"{out}: {len(done)} rows are there, {len(rows)} are to be written")
         if rows:
             engines = {author.kind: author.engine}
-            writer = RolloutWriter(engines, lambda _: None, data.verifier, renderer, StepTimer())
+            writer = RolloutWriter(engines, data.verifier, renderer, StepTimer())
             if ckpt_path is not None:
                 load_student(module.student, ckpt_path)
             author.engine.start(author.source, max_length=max(map(len, ids)) + budget)

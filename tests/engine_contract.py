@@ -28,6 +28,13 @@ REQUESTS = [
 ]
 
 
+whole_and_nucleus = pytest.mark.parametrize(
+    "sampling",
+    [Sampling(max_new_tokens=1), Sampling(temperature=0.7, top_p=0.8, max_new_tokens=1)],
+    ids=["full", "nucleus"],
+)
+
+
 @cache
 def reference_model(folder: Path) -> Any:
     """The float32 model of a folder, read once; tests leave its weights alone."""
@@ -136,11 +143,7 @@ class EngineContract:
         completions = engine.generate(requests, Sampling(max_new_tokens=24))
         assert len({tuple(c.response_ids) for c in completions}) == 32
 
-    @pytest.mark.parametrize(
-        "sampling",
-        [Sampling(max_new_tokens=1), Sampling(temperature=0.7, top_p=0.8, max_new_tokens=1)],
-        ids=["full", "nucleus"],
-    )
+    @whole_and_nucleus
     def test_frequencies_match_the_distribution(
         self, engine: Engine, model: Any, sampling: Sampling
     ) -> None:

@@ -107,7 +107,6 @@ class Run:
             IDS,
             writer=RolloutWriter(
                 self.engines.by_author,
-                self.engines.prepare,
                 LengthVerifier(),
                 Renderer(FakeTokenizer(), {}, {}, ()),
                 timer,

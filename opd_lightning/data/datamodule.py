@@ -175,6 +175,7 @@ class RolloutDataModule(LightningDataModule):
                 self._suites[name].prompts,
                 self._suites[name].ids,
                 writer=self._writer(suite.verifier or self.verifier),
+                engines=self.engines,
                 sampling=suite.sampling or self.sampling,
                 samples=suite.samples,
                 batch_size=suite.batch_size,
@@ -187,7 +188,6 @@ class RolloutDataModule(LightningDataModule):
     def _writer(self, verifier: Verifier | None, *, training: bool = False) -> RolloutWriter:
         return RolloutWriter(
             self.engines.by_author,
-            self.engines.prepare,
             verifier,
             self._renderer(training=training),
             self.module.timer,
@@ -241,5 +241,7 @@ class RolloutDataModule(LightningDataModule):
             self.engines.plan(Author.TEACHER, source, longest + budget)
 
     def _push_weights(self, engine: Engine) -> None:
-        with self.module.timer.stage("sync"):
-            push(self.module.student, engine, version=self.module.global_step)
+        step = self.module.global_step
+        if engine.version != step:
+            with self.module.timer.stage("sync"):
+                push(self.module.student, engine, version=step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from opd_lightning.data.ahead import RolloutsAhead
@@ -48,12 +48,17 @@ class Engines:
         engine.check(source, max_length=max_length)
         self._sources[id(engine)] = (source, max_length)
 
-    def prepare(self, author: Author) -> None:
-        """Start or wake an author's engine unless it runs; give the student's its newest weights.
+    def prepare(self, authors: Iterable[Author]) -> None:
+        """Start or wake the engines of who will write; give the student's its newest weights.
 
-        Whatever it still writes for another step is waited for: nobody else may use it then.
+        Whatever they still write for another step is waited for: nobody else may use them then.
         """
         self.ahead.wait()
+        for author in dict.fromkeys(authors):
+            if author is not Author.RECORDED:
+                self._prepare(author)
+
+    def _prepare(self, author: Author) -> None:
         engine = self.by_author[author]
         if engine not in self._started:
             source, max_length = self._sources[id(engine)]
@@ -80,12 +85,14 @@ class Engines:
             self._started.pop().close()
 
 
-def push(student: Student, engine: Engine, *, version: int) -> None:
-    """Give the engine the student as it is now, unless it has it; see that it arrived."""
-    if engine.version != version:
-        weights = PushedWeights(student.weights(), engine.weights_dtype)
-        engine.load_weights(version, weights)
-        weights.check(version, engine.weight_sums())
+def push(student: Student, engine: Engine, *, version: int) -> float:
+    """Give the engine the student as it is now, and see that it arrived.
+
+    Returns the share of the weights that the engine could prove.
+    """
+    weights = PushedWeights(student.weights(), engine.weights_dtype)
+    engine.load_weights(version, weights)
+    return weights.check(version, engine.weight_sums())
 
 
 def check_engines(data: RolloutDataModule, stage: str, *, evaluated: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from opd_lightning.data.engines import Engines
 from opd_lightning.data.ranks import Ranks
 from opd_lightning.data.writer import RolloutWriter, Row
 from opd_lightning.rollouts.base import Sampling
@@ -34,6 +35,7 @@ class EvaluationStream:
         prompt_ids: Sequence[list[int]],
         *,
         writer: RolloutWriter,
+        engines: Engines,
         sampling: Sampling,
         samples: int,
         batch_size: int,
@@ -44,6 +46,7 @@ class EvaluationStream:
         self.prompts = prompts
         self.prompt_ids = prompt_ids
         self.writer = writer
+        self.engines = engines
         self.sampling = sampling
         self.samples = samples
         self.batch_size = batch_size
@@ -71,6 +74,6 @@ class EvaluationStream:
                 for i in chosen
                 for sample in range(self.samples)
             ]
-            self.writer.prepare([Author.STUDENT])  # on all ranks, whose weights may be sharded
+            self.engines.prepare([Author.STUDENT])  # on all ranks, whose weights may be sharded
             rollouts = self.writer.write(rows, {Author.STUDENT: self.sampling}) if rows else []
             yield EvaluationBatch(suite=self.suite, rollouts=tuple(rollouts))

@@ -190,7 +190,7 @@ class TrainingStream:
         ]
         # Whoever writes on any rank: it takes all of them to gather sharded weights, or to start
         # an engine that talks to its like.
-        self.writer.prepare(author for names in authors for author in names)
+        self.engines.prepare(author for names in authors for author in names)
         return rows
 
 

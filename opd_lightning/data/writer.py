@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import NamedTuple
 
@@ -32,8 +32,7 @@ class RolloutWriter:
     """Writes responses, decodes and scores them.
 
     Args:
-        engines: Who samples, by author; none for recorded responses.
-        ready: Makes an author's engine ready (started, weights pushed).
+        engines: Who samples, by author, once `Engines.prepare` is over; none for recorded ones.
         verifier: Scores responses; None leaves rewards NaN.
         renderer: The student's tokenizer and the views that the method reads.
         timer: Charged for "generate" and "verify".
@@ -44,7 +43,6 @@ class RolloutWriter:
     def __init__(
         self,
         engines: Mapping[Author, Engine],
-        ready: Callable[[Author], None],
         verifier: Verifier | None,
         renderer: Renderer,
         timer: StepTimer,
@@ -52,18 +50,11 @@ class RolloutWriter:
         only_correct: bool = False,
     ) -> None:
         self.engines = engines
-        self.ready = ready
         self.verifier = verifier
         self.renderer = renderer
         self.timer = timer
         self.guided_view = guided_view
         self.only_correct = only_correct
-
-    def prepare(self, authors: Iterable[Author]) -> None:
-        """Make ready whoever will write; to be called before `write`."""
-        for author in dict.fromkeys(authors):
-            if author is not Author.RECORDED:
-                self.ready(author)
 
     def timed_by(self, timer: StepTimer) -> RolloutWriter:
         """The same writer, on another clock."""

@@ -185,7 +185,15 @@ class DistillationModule(Contract, EvaluatedModule):
         # Of the step before: the clock of this one still runs.
         values |= self.timer.figures(self._tokens)
         self._tokens = float(values["response/tokens_per_step"])
+        self._forget_all_but(values)
         shown = {"loss", "reward", "tokens_per_second"}
         self.log_dict({k: v for k, v in values.items() if k not in shown})
         for name in shown & values.keys():
             self.log(name, values[name], prog_bar=True)
+
+    def _forget_all_but(self, values: dict[str, Any]) -> None:
+        """Lightning goes on logging the last value of a figure that a later step does not have."""
+        results = self.trainer.fit_loop.epoch_loop._results
+        for key, result in list(results.items()):
+            if result.meta.fx == "on_before_optimizer_step" and result.meta.name not in values:
+                del results[key]

@@ -137,7 +137,7 @@ class Probe:
             **self.stream.samplings,
             Author.STUDENT: self.sampling,
         }
-        self.stream.writer.prepare([author])
+        self.stream.engines.prepare([author])
         return self.stream.writer.write(self._rows(author), samplings)
 
     def _rows(self, author: Author) -> list[Row]:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from opd_lightning.causal_lm import Dtype
 from opd_lightning.errors import EngineMismatchError, UserError
-from opd_lightning.model_identity import model_identity
 from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.checks import check_lengths, checked_weights, parameter_shapes
 from opd_lightning.rollouts.push_folder import PushFolder
 from opd_lightning.rollouts.weight_sums import EngineSum, WeightSum
 from opd_lightning.serving.client import Servers
+from opd_lightning.serving.served_model import ServedModel
 from opd_lightning.types import Completion, StopReason
 
 FIRST_WEIGHTS = "default"  # what vLLM calls the weights that a server starts with
@@ -65,9 +65,13 @@ class VLLMServerEngine(Engine):
 
     def check(self, source: ModelSource, *, max_length: int) -> None:
         """The servers have the model, take `max_length` tokens and, if need be, pushes."""
-        served = model_identity(source.path)
-        for url, answer in zip(self.servers.urls, self.servers.read("/v1/models"), strict=True):
-            _check_served(url, answer["data"][0], served, source.path, max_length)
+        served = ServedModel(source.path, self.servers, role="engine.servers")
+        if served.room < max_length:
+            raise UserError(
+                f"engine.servers: got room for {served.room} tokens, expected at least "
+                f"{max_length}; start them with --max_length {max_length}"
+            )
+        self._model = served.name
         versions = {answer["version"] for answer in self.servers.read("/version")}
         if len(versions) > 1:
             raise UserError(f"engine.servers: got vLLM {sorted(versions)}, expected one version")
@@ -77,7 +81,6 @@ class VLLMServerEngine(Engine):
     def start(self, source: ModelSource, *, max_length: int) -> None:
         """Find the servers, and check them again: they may have changed."""
         self.check(source, max_length=max_length)
-        self._model = model_identity(source.path)
         self._eos_ids = list(source.eos_ids)
         self._max_length = max_length
         if self._folder is not None:
@@ -190,19 +193,6 @@ class VLLMServerEngine(Engine):
         stop_reason = StopReason.EOS if choice["finish_reason"] == "stop" else StopReason.LENGTH
         logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
         return Completion(choice["token_ids"], logprobs, stop_reason)
-
-
-def _check_served(url: str, served: dict[str, Any], model: str, path: str, max_length: int) -> None:
-    if served["id"] != model:
-        raise UserError(
-            f"engine.servers: {url} serves {served['id']!r}, expected {model!r}, which is "
-            f"{path!r}; start it with that model"
-        )
-    if served["max_model_len"] < max_length:
-        raise UserError(
-            f"engine.servers: {url} takes {served['max_model_len']} tokens, expected at least "
-            f"{max_length}; start it with --max_length {max_length}"
-        )
 
 
 def _check_label(found: str, expected: str) -> None:

@@ -48,10 +48,10 @@ class ServedModel(ModelSource):
     @property
     def context_length(self) -> int:
         """Most tokens of a sequence that is scored: the server must have room to write one more."""
-        return min(super().context_length, self._room - 1)
+        return min(super().context_length, self.room - 1)
 
     @cached_property
-    def _room(self) -> int:
+    def room(self) -> int:
         """Tokens that fit every server. Waits for them, and refuses one that has another model."""
         rooms = []
         answers = self.servers.read("/v1/models")

@@ -266,6 +266,19 @@ def test_rollouts_written_ahead_are_trained_on_and_corrected(engine: type[Engine
 
 
 @pytest.mark.usefixtures("in_lab")
+def test_a_step_logs_no_figure_of_an_earlier_one(tmp_path: Path) -> None:
+    """One step old, nothing but step 0 has fresh rollouts to take the gap of."""
+    words = ["--data.max_staleness=1", "--model.init_args.surrogate.ratio_to=sampler"]
+    words += [f"--trainer.logger.init_args.save_dir={tmp_path}", *FAST]
+    main(["fit", "--config", CONFIG, *words])
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("engine/compared")] == [0, 1, 2]
+    assert [event.step for event in events.Scalars("engine/logprob_gap_max")] == [0]
+    assert [event.step for event in events.Scalars("time/step_seconds")] == [1, 2]
+
+
+@pytest.mark.usefixtures("in_lab")
 def test_a_step_that_would_be_cut_short_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(

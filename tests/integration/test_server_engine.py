@@ -27,6 +27,7 @@ from tests.engine_contract import (
     EngineContract,
     assert_scored_by,
     reference_model,
+    whole_and_nucleus,
 )
 from tests.servers import RunningServer, is_running
 
@@ -110,11 +111,7 @@ class TestVLLMServerEngine(EngineContract):
     """The contract, over HTTP."""
 
     @pytest.mark.slow  # thousands of requests
-    @pytest.mark.parametrize(
-        "sampling",
-        [Sampling(max_new_tokens=1), Sampling(temperature=0.7, top_p=0.8, max_new_tokens=1)],
-        ids=["full", "nucleus"],
-    )
+    @whole_and_nucleus
     def test_frequencies_match_the_distribution(
         self, engine: Engine, model: Any, sampling: Sampling
     ) -> None:
@@ -208,9 +205,9 @@ def test_another_model_or_limit_is_refused(
     server: RunningServer, tiny_model_dir: Any, tmp_path: Path
 ) -> None:
     engine = engine_of(server, tmp_path)
-    with pytest.raises(UserError, match=r"serves 'opd-.*expected 'opd-.*start it with that model"):
+    with pytest.raises(UserError, match=r"serves opd-.*expected opd-.*start it with that model"):
         engine.start(ModelSource(str(tiny_model_dir(seed=1))), max_length=MAX_LENGTH)
-    with pytest.raises(UserError, match="takes 64 tokens, expected at least 65"):
+    with pytest.raises(UserError, match="room for 64 tokens, expected at least 65"):
         engine.start(ModelSource(str(tiny_model_dir())), max_length=MAX_LENGTH + 1)
     engine.close()
 

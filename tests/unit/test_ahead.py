@@ -74,7 +74,7 @@ def test_a_validation_waits_for_the_writer() -> None:
     gated.train_a_step_with_the_gate_closed()
     assert gated.engine.gate is not None
     threading.Timer(0.1, gated.engine.gate.set).start()
-    gated.run.engines.prepare(Author.STUDENT)
+    gated.run.engines.prepare([Author.STUDENT])
     assert gated.engine.log[-2:] == ["generate", "push 1"]
     # What was written before the push stays what step 1 learns from.
     assert {r.policy_version for r in next(gated.batches).rollouts} == {0}

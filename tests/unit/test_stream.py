@@ -3,10 +3,12 @@
 import itertools
 import statistics
 from collections.abc import Iterable
+from typing import cast
 
 import pytest
 from torch import Tensor
 
+from opd_lightning.data.engines import Engines
 from opd_lightning.data.evaluation import EvaluationStream
 from opd_lightning.data.micro_batches import split_balanced
 from opd_lightning.data.order import PromptOrder
@@ -15,6 +17,7 @@ from opd_lightning.data.stream import check_versions
 from opd_lightning.data.views import Renderer
 from opd_lightning.data.writer import RolloutWriter
 from opd_lightning.errors import StaleRolloutsError, UserError
+from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Sampling
 from opd_lightning.seeding import derive_seed
 from opd_lightning.timing import StepTimer
@@ -128,7 +131,7 @@ def test_an_engine_sleeps_while_the_trainer_works() -> None:
     next(batches)
     assert run.engine.log == ["start", "push 0", "generate", "sleep"]
     next(batches)
-    run.engines.prepare(Author.STUDENT)  # a validation
+    run.engines.prepare([Author.STUDENT])  # a validation
     assert run.engine.log[4:] == ["wake", "push 1"]
     next(batches)
     assert run.engine.log[6:] == ["generate", "sleep"]
@@ -143,7 +146,7 @@ def test_what_slept_is_pushed_to_again() -> None:
     """Within one step too: the weights it wakes with are rubbish."""
     run = Run(FakeEngine(sleep_while_training=True))
     for _ in range(2):
-        run.engines.prepare(Author.STUDENT)
+        run.engines.prepare([Author.STUDENT])
         run.engines.rest()
     assert run.engine.log == ["start", "push 0", "sleep", "wake", "push 0", "sleep"]
 
@@ -166,17 +169,19 @@ def test_micro_batches_are_balanced_and_complete() -> None:
 
 def test_evaluation_is_split_over_ranks_and_paired_between_steps() -> None:
     def suite(rank: int, world: int) -> EvaluationStream:
+        engines = Engines(FakeEngine(), None, lambda engine: None)
+        engines.plan(Author.STUDENT, cast(ModelSource, None), 64)
         return EvaluationStream(
             "s",
             PROMPTS,
             IDS,
             writer=RolloutWriter(
-                {Author.STUDENT: FakeEngine()},
-                lambda author: None,
+                engines.by_author,
                 None,
                 Renderer(FakeTokenizer(), {}, {}, ()),
                 StepTimer(),
             ),
+            engines=engines,
             sampling=Sampling(),
             samples=2,
             batch_size=4,

@@ -99,7 +99,6 @@ def written(tokenizer: Any, authors: list[Author], **more: Any) -> list[Rollout]
     engine = FakeEngine()
     writer = RolloutWriter(
         dict.fromkeys(Author, engine),
-        lambda author: None,
         Lengths(),
         renderer,
         StepTimer(),
@@ -135,7 +134,7 @@ def test_recorded_ids_are_taken_as_they_are(tokenizer: Any) -> None:
     # What this tokenizer would never make of its own text, with and without an end.
     whole, cut = [eos + 1, text[0], eos], [text[1], text[0]]
     renderer = Renderer(tokenizer, {}, {}, (eos,))
-    writer = RolloutWriter({}, lambda author: None, None, renderer, StepTimer())
+    writer = RolloutWriter({}, None, renderer, StepTimer())
     prompts = [PROMPT, *(replace(PROMPT, response_ids=tuple(ids)) for ids in (whole, cut))]
     rows = [Row(prompt, [5], i, Author.RECORDED, 0) for i, prompt in enumerate(prompts)]
     rollouts = writer.write(rows, {})
