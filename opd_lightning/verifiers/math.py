@@ -56,6 +56,7 @@ class MathVerifier(Verifier):
         self.timeouts = 0
         self._pool: ProcessPool | None = None
         self._lock = threading.Lock()
+        self._program_ends = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.max_workers, self.timeout_seconds)
@@ -73,18 +74,26 @@ class MathVerifier(Verifier):
                     del waiting[index]
                 if not waiting:
                     return scores
+                if self._program_ends:
+                    # This is a daemon thread that outlived the rest, and new workers would be
+                    # orphans. Of all exceptions only this one ends a thread without a traceback.
+                    raise SystemExit
         raise RuntimeError(
             "MathVerifier: the worker processes die before they check anything; their standard "
             "error says why"
         )
 
     def close(self) -> None:
-        """Stop the workers; the next `verify` starts new ones. Also runs at interpreter exit."""
+        """Stop the workers; the next `verify` starts new ones."""
         if self._pool is not None:
-            atexit.unregister(self.close)
+            atexit.unregister(self._close_for_good)
             pool, self._pool = self._pool, None
             pool.stop()
             pool.join()
+
+    def _close_for_good(self) -> None:
+        self._program_ends = True
+        self.close()
 
     def _run(self, items: dict[int, tuple[str, str]]) -> dict[int, float]:
         """Scores of the items that were settled before the pool, if ever, broke."""
@@ -124,7 +133,7 @@ class MathVerifier(Verifier):
             self._pool = start_pool(self.max_workers)
             # pebble, too, ends its workers at exit, but can start new ones while it does so.
             # Handlers run last in first out, so ours stops the whole pool before that.
-            atexit.register(self.close)
+            atexit.register(self._close_for_good)
         return self._pool
 
 
