@@ -19,6 +19,7 @@ from opd_lightning.data.suites import EvaluationSuite
 from opd_lightning.data.views import PromptView, Renderer
 from opd_lightning.data.writer import RolloutWriter
 from opd_lightning.errors import UserError
+from opd_lightning.metrics.evaluation import SuiteScores
 from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Engine, Sampling
 from opd_lightning.types import Author, Prompt
@@ -152,11 +153,11 @@ class RolloutDataModule(LightningDataModule):
     def test_dataloader(self) -> list[EvaluationStream]:
         return self._evaluation("test")
 
-    def domains(self, stage: str) -> dict[str, list[str]]:
-        """The domains of every suite of a stage ("validate" or "test"), by suite name."""
+    def new_scores(self, stage: str) -> dict[str, SuiteScores]:
+        """Empty scores of every suite of a stage ("validate" or "test"), by suite name."""
         return {
-            name: sorted({prompt.domain for prompt in self._suites[name].prompts})
-            for name in self._suites_of(stage)
+            name: suite.scores(self._suites[name].prompts)
+            for name, suite in self._suites_of(stage).items()
         }
 
     def teardown(self, stage: str) -> None:

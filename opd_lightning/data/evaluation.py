@@ -18,7 +18,8 @@ class EvaluationBatch:
     """Scored rollouts of an evaluation suite."""
 
     suite: str
-    rollouts: tuple[Rollout, ...]
+    rollouts: tuple[Rollout, ...]  # all samples of a prompt in one batch
+    answers: tuple[str | None, ...] | None  # what they come to; None if nobody can tell
 
     def to(self, *_: object, **__: object) -> EvaluationBatch:
         """Nothing here lives on a device."""
@@ -76,4 +77,14 @@ class EvaluationStream:
             ]
             self.engines.prepare([Author.STUDENT])  # on all ranks, whose weights may be sharded
             rollouts = self.writer.write(rows, {Author.STUDENT: self.sampling}) if rows else []
-            yield EvaluationBatch(suite=self.suite, rollouts=tuple(rollouts))
+            yield EvaluationBatch(
+                suite=self.suite, rollouts=tuple(rollouts), answers=self._answers(rollouts)
+            )
+
+    def _answers(self, rollouts: Sequence[Rollout]) -> tuple[str | None, ...] | None:
+        """For a vote, which takes several samples and a verifier that can tell."""
+        verifier = self.writer.verifier
+        if self.samples == 1 or verifier is None:
+            return None
+        answers = verifier.answers([rollout.text for rollout in rollouts])
+        return None if answers is None else tuple(answers)

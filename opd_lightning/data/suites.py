@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.errors import UserError
+from opd_lightning.metrics.evaluation import SuiteScores
 from opd_lightning.rollouts.base import Sampling
+from opd_lightning.types import Prompt
 from opd_lightning.verifiers.base import Verifier
 
 
@@ -17,6 +20,8 @@ class EvaluationSuite:
     Args:
         prompts: Where the prompts are.
         samples: Responses per prompt.
+        pass_at: The k for which pass@k is measured; None takes the powers of two from 2 to
+            `samples`, and `samples`.
         batch_size: Prompts per call of the engine.
         sampling: How to draw them; None takes the training sampling.
         verifier: Scores them; None takes the DataModule's.
@@ -24,6 +29,7 @@ class EvaluationSuite:
 
     prompts: PromptSource
     samples: int = 1
+    pass_at: list[int] | None = None
     batch_size: int = 256
     sampling: Sampling | None = None
     verifier: Verifier | None = None
@@ -32,3 +38,14 @@ class EvaluationSuite:
         for name, value in (("samples", self.samples), ("batch_size", self.batch_size)):
             if value < 1:
                 raise UserError(f"{name} of a suite: got {value}, expected at least 1")
+        wrong = [k for k in self.pass_at or () if not 1 <= k <= self.samples]
+        if wrong:
+            raise UserError(
+                f"pass_at of a suite: got {wrong[0]}, expected 1 to {self.samples}, its 'samples'"
+            )
+
+    def scores(self, prompts: Sequence[Prompt]) -> SuiteScores:
+        """Empty scores of the suite, whose prompts these are."""
+        powers = {2**i for i in range(1, self.samples.bit_length())}
+        pass_at = sorted(powers | {self.samples} - {1}) if self.pass_at is None else self.pass_at
+        return SuiteScores([prompt.domain for prompt in prompts], self.samples, pass_at)

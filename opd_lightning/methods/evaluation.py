@@ -21,7 +21,7 @@ class EvaluatedModule(LightningModule):
     def validation_step(
         self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.suites[batch.suite].update(batch.rollouts)
+        self.suites[batch.suite].update(batch.rollouts, batch.answers)
 
     def test_step(self, *args: Any, **kwargs: Any) -> None:
         self.validation_step(*args, **kwargs)
@@ -40,8 +40,8 @@ class EvaluatedModule(LightningModule):
         self._log_suites("test")
 
     def _new_suites(self, stage: str) -> None:
-        loaded = self.trainer.datamodule.domains(stage)  # type: ignore[attr-defined]
-        self.suites = {n: SuiteScores(domains).to(self.device) for n, domains in loaded.items()}
+        suites = self.trainer.datamodule.new_scores(stage)  # type: ignore[attr-defined]
+        self.suites = {name: scores.to(self.device) for name, scores in suites.items()}
 
     def _log_suites(self, prefix: str) -> None:
         for name, scores in self.suites.items():

@@ -1,58 +1,102 @@
-"""Scores of an evaluation suite, per domain, exact over ranks."""
+"""Scores of an evaluation suite, exact over ranks, with confidence intervals."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from opd_lightning.metrics.bootstrap import interval
+from opd_lightning.metrics.pass_at_k import pass_at_k
 from opd_lightning.types import Rollout
 
 
 class SuiteScores(Metric):
-    """avg@n: mean score over samples, then over prompts, per domain and over the whole suite.
+    """avg@n, pass@k and majority vote over a suite's prompts, all with `samples` responses.
+
+    A response is correct, for pass@k, if its score is 1. What is kept has a place for every prompt
+    (a rollout's `group`) and zeros where another rank has it: sums over ranks put it together, and
+    results do not depend on how many ranks there are.
 
     Args:
-        domains: Every domain of the suite.
+        domains: Domain of each prompt, in the suite's order.
+        samples: Responses per prompt.
+        pass_at: The k of pass@k, from 1 to `samples`.
     """
 
     full_state_update = False
-    score: Tensor
-    rollouts: Tensor
+    score: Tensor  # [P, samples] float64, as are the others
     length: Tensor
     truncated: Tensor
+    vote: Tensor  # [P], and the next
+    votes: Tensor
 
-    def __init__(self, domains: Sequence[str]) -> None:
+    def __init__(
+        self, domains: Sequence[str], samples: int = 1, pass_at: Sequence[int] = ()
+    ) -> None:
         super().__init__()
-        self.domains = sorted(domains)
-        for name in ("score", "rollouts", "length", "truncated"):
-            zeros = torch.zeros(len(self.domains), dtype=torch.float64)
+        self.domains = list(domains)
+        self.pass_at = list(pass_at)
+        by_sample, by_prompt = (len(domains), samples), (len(domains),)
+        for name, shape in [
+            *((name, by_sample) for name in ("score", "length", "truncated")),
+            *((name, by_prompt) for name in ("vote", "votes")),
+        ]:
+            zeros = torch.zeros(shape, dtype=torch.float64)
             self.add_state(name, zeros, dist_reduce_fx="sum")
 
-    def update(self, rollouts: Sequence[Rollout]) -> None:
-        for rollout in rollouts:
-            row = self.domains.index(rollout.prompt.domain)
-            self.rollouts[row] += 1
-            self.score[row] += rollout.reward
-            self.length[row] += len(rollout.response_ids)
-            self.truncated[row] += rollout.stop_reason.is_truncated()
+    def update(
+        self, rollouts: Sequence[Rollout], answers: Sequence[str | None] | None = None
+    ) -> None:
+        """All samples of each prompt together; `answers` are what they came to, if known."""
+        groups: dict[int, list[int]] = {}
+        for i, rollout in enumerate(rollouts):
+            groups.setdefault(rollout.group, []).append(i)
+        for prompt, rows in groups.items():
+            for sample, i in enumerate(rows):
+                self.score[prompt, sample] = rollouts[i].reward
+                self.length[prompt, sample] = len(rollouts[i].response_ids)
+                self.truncated[prompt, sample] = rollouts[i].stop_reason.is_truncated()
+            if answers is not None:
+                voters = [(answers[i], rollouts[i].reward) for i in rows]
+                self.vote[prompt] = majority_score(voters)
+                self.votes[prompt] = 1
 
     def compute(self) -> dict[str, Tensor]:
-        """Mean score, length, truncation of the suite, and "score/<domain>" if it has several.
+        """Means over prompts of what is known, by name.
 
-        Every prompt has the same number of samples, so the mean over rollouts is avg@n.
+        `score` is avg@n, with its 95 % interval from `score_low` to `score_high`; `score/<domain>`
+        comes if there are several; pass@k is `pass_at_<k>`, the vote `majority`.
         """
-        total = self.rollouts.sum()
-        result = {
-            "length": self.length.sum() / total,
-            "truncated": self.truncated.sum() / total,
-        }
+        result = {"length": self.length.mean(), "truncated": self.truncated.mean()}
         if self.score.isnan().any():  # no verifier
             return result
-        result["score"] = self.score.sum() / total
-        if len(self.domains) > 1:
-            for row, domain in enumerate(self.domains):
-                result[f"score/{domain}"] = self.score[row] / self.rollouts[row]
+        average = self.score.mean(dim=1)
+        result["score"] = average.mean()
+        result["score_low"], result["score_high"] = interval(average)
+        if len(set(self.domains)) > 1:
+            for domain in sorted(set(self.domains)):
+                rows = [i for i, other in enumerate(self.domains) if other == domain]
+                result[f"score/{domain}"] = average[rows].mean()
+        for k in self.pass_at:
+            result[f"pass_at_{k}"] = pass_at_k(self.score >= 1, k).mean()
+        if self.votes.any():
+            result["majority"] = self.vote[self.votes > 0].mean()
         return result
+
+
+def majority_score(voters: Sequence[tuple[str | None, float]]) -> float:
+    """Expected score of the commonest answer among (answer, score) pairs, ties broken by lot.
+
+    Responses without an answer do not vote; 0 if nobody does. Equal answers that were scored
+    differently count with their mean.
+    """
+    counts = Counter(answer for answer, _ in voters if answer is not None)
+    if not counts:
+        return 0.0
+    winners = [answer for answer, count in counts.items() if count == max(counts.values())]
+    scores = [[score for other, score in voters if other == answer] for answer in winners]
+    return sum(sum(one) / len(one) for one in scores) / len(winners)

@@ -1,4 +1,4 @@
-"""How often samples are right: on average, and at least once in k."""
+"""How often at least one of k samples is right."""
 
 from math import comb
 
@@ -6,11 +6,6 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
-
-
-def average_at_n(correct: Tensor) -> Tensor:
-    """avg@n of each problem, `[P, n]` bool -> `[P]` float64; a suite's score is their mean."""
-    return correct.double().mean(dim=1)
 
 
 def pass_at_k(correct: Tensor, k: int) -> Tensor:

@@ -24,6 +24,13 @@ class Verifier(ABC):
         """What to tell the author of each response (SDPO's feedback); None for nothing."""
         return [None] * len(responses)
 
+    def answers(self, responses: Sequence[str]) -> Sequence[str | None] | None:
+        """What each response comes to, for a majority vote: equal answers, equal texts.
+
+        None for a response without an answer; None for all from a verifier that cannot tell.
+        """
+        return None
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError, before training, unless every prompt has an answer.
 

@@ -42,6 +42,11 @@ class ExactMatch(Verifier):
         pairs = zip(prompts, responses, strict=True)
         return [float(self._matches(prompt, response)) for prompt, response in pairs]
 
+    def answers(self, responses: Sequence[str]) -> list[str | None]:
+        """What the pattern finds, as it is compared."""
+        found = [self._extract(response) for response in responses]
+        return [None if text is None else self._normal(text) for text in found]
+
     def _matches(self, prompt: Prompt, response: str) -> bool:
         found = self._extract(response)
         return (

@@ -6,11 +6,11 @@ import atexit
 import logging
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from opd_lightning.errors import UserError
 from opd_lightning.verifiers.base import Verifier
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pebble import ProcessPool
 
     from opd_lightning.types import Prompt
+
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -64,16 +66,26 @@ class MathVerifier(Verifier):
     def verify(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """1.0 for each response that is right, else 0.0."""
         pairs = zip(prompts, responses, strict=True)
-        waiting = {i: (prompt.answer or "", text) for i, (prompt, text) in enumerate(pairs)}
-        scores = [0.0] * len(waiting)
+        items = [(prompt.answer or "", text) for prompt, text in pairs]
+        return [float(right or False) for right in self._ask(is_right, items)]
+
+    def answers(self, responses: Sequence[str]) -> list[str | None]:
+        """The final answers as expressions; those that are equal only after algebra differ."""
+        return self._ask(final_answer, [(text,) for text in responses])
+
+    def _ask(
+        self, question: Callable[..., Result], items: Sequence[tuple[str, ...]]
+    ) -> list[Result | None]:
+        """A worker's answer to each item; None for one that took too long or crashed it."""
+        waiting = dict(enumerate(items))
+        found: dict[int, Result | None] = {}
         with self._lock:
             for _ in range(MAX_POOLS):
-                done = self._run(waiting)
-                for index, score in done.items():
-                    scores[index] = score
-                    del waiting[index]
+                done = self._run(question, waiting)
+                found |= done
+                waiting = {i: item for i, item in waiting.items() if i not in done}
                 if not waiting:
-                    return scores
+                    return [found[i] for i in range(len(items))]
                 if self._program_ends:
                     # This is a daemon thread that outlived the rest, and new workers would be
                     # orphans. Of all exceptions only this one ends a thread without a traceback.
@@ -95,11 +107,13 @@ class MathVerifier(Verifier):
         self._program_ends = True
         self.close()
 
-    def _run(self, items: dict[int, tuple[str, str]]) -> dict[int, float]:
-        """Scores of the items that were settled before the pool, if ever, broke."""
+    def _run(
+        self, question: Callable[..., Result], items: dict[int, tuple[str, ...]]
+    ) -> dict[int, Result | None]:
+        """Answers to the items that were settled before the pool, if ever, broke."""
         pool = self._running_pool()
-        futures: dict[int, Future[bool]] = {
-            index: pool.schedule(is_right, args=item, timeout=self.timeout_seconds)
+        futures: dict[int, Future[Result]] = {
+            index: pool.schedule(question, args=item, timeout=self.timeout_seconds)
             for index, item in items.items()
         }
         # Futures that a broken pool had not yet sent to a worker never finish, hence the look
@@ -107,15 +121,15 @@ class MathVerifier(Verifier):
         while wait(futures.values(), timeout=1.0).not_done and pool.active:
             pass
         return {
-            index: self._score(future)
+            index: self._result(future)
             for index, future in futures.items()
             if future.done() and not isinstance(future.exception(), BrokenProcessPool)
         }
 
-    def _score(self, future: Future[bool]) -> float:
+    def _result(self, future: Future[Result]) -> Result | None:
         error = future.exception()
         if error is None:
-            return float(future.result())
+            return future.result()
         self.timeouts += 1
         if self.timeouts == 1:
             log.warning(
@@ -124,7 +138,7 @@ class MathVerifier(Verifier):
                 self.timeout_seconds,
                 type(error).__name__,
             )
-        return 0.0
+        return None
 
     def _running_pool(self) -> ProcessPool:
         if self._pool is not None and not self._pool.active:
@@ -173,6 +187,14 @@ def is_right(answer: str, response: str) -> bool:
     gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
     found = parse(response, parsing_timeout=None)
     return bool(verify(gold, found, timeout_seconds=None))
+
+
+def final_answer(response: str) -> str | None:
+    """The final answer in the response, as sympy writes it; runs in a worker."""
+    from math_verify import parse
+
+    found = parse(response, parsing_timeout=None)
+    return str(found[0]) if found else None
 
 
 def _rebuild(kind: type[MathVerifier], max_workers: int, timeout_seconds: float) -> MathVerifier:

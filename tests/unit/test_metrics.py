@@ -3,15 +3,20 @@
 import random
 import string
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
 
+from opd_lightning.data.prompts import PromptSource
+from opd_lightning.data.suites import EvaluationSuite
+from opd_lightning.errors import UserError
+from opd_lightning.metrics.bootstrap import interval
 from opd_lightning.metrics.evaluation import SuiteScores
 from opd_lightning.metrics.repetition import is_repetitive
 from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics, SignalStatistics
 from opd_lightning.timing import StepTimer
-from opd_lightning.types import Author, TokenScores
+from opd_lightning.types import Author, Rollout, TokenScores
 from tests.batches import make_batch, make_rollout
 
 
@@ -130,11 +135,13 @@ def test_repetition_fixtures() -> None:
     assert not is_repetitive("ab" * 100)  # too short to judge
 
 
-def test_suite_scores_are_means_over_rollouts_by_domain() -> None:
-    metric = SuiteScores(["b", "a"])
-    metric.update([make_rollout([5], reward=1.0, domain="a"), make_rollout([5, 2], domain="b")])
-    metric.update([make_rollout([5, 6, 7], reward=0.5, domain="b", truncated=True)])
+def test_suite_scores_are_means_by_domain() -> None:
+    metric = SuiteScores(["a", "b", "b"])
+    metric.update([make_rollout([5], reward=1.0, group=0), make_rollout([5, 2], group=1)])
+    metric.update([make_rollout([5, 6, 7], reward=0.5, group=2, truncated=True)])
     got = {k: v.item() for k, v in metric.compute().items()}
+    low, high = got.pop("score_low"), got.pop("score_high")
+    assert 0 <= low < 0.5 < high <= 1
     assert got == {
         "score": 0.5,
         "score/a": 1.0,
@@ -142,6 +149,64 @@ def test_suite_scores_are_means_over_rollouts_by_domain() -> None:
         "length": 2.0,
         "truncated": pytest.approx(1 / 3),
     }
+
+
+# Scores and answers of four samples for each of three prompts.
+SCORES = [[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.5, 0.0, 0.0, 0.0]]
+ANSWERS: list[list[str | None]] = [
+    ["7", "7", "8", "9"],
+    ["1", "1", "2", "3"],
+    ["4", None, "5", None],
+]
+
+
+def suite_rows(prompt: int) -> tuple[list[Rollout], list[str | None]]:
+    rows = [make_rollout([5] * (prompt + 1), reward=s, group=prompt) for s in SCORES[prompt]]
+    return rows, ANSWERS[prompt]
+
+
+def test_several_samples_by_enumeration() -> None:
+    metric = SuiteScores(["x"] * 3, samples=4, pass_at=[1, 2, 4])
+    for prompt in (2, 0, 1):
+        metric.update(*suite_rows(prompt))
+    got = {k: v.item() for k, v in metric.compute().items()}
+    assert got["score"] == pytest.approx((2 / 4 + 1 / 4 + 0.5 / 4) / 3)
+    for k in (1, 2, 4):
+        subsets = [list(combinations(row, k)) for row in SCORES]
+        expected = [sum(1.0 in one for one in those) / len(those) for those in subsets]
+        assert got[f"pass_at_{k}"] == pytest.approx(sum(expected) / 3)
+    # 7 is right; 1 is wrong; 4 (half right) and 5 tie.
+    assert got["majority"] == pytest.approx((1 + 0 + 0.25) / 3)
+
+
+def test_ranks_with_different_prompts_add_up_to_the_whole() -> None:
+    whole, *ranks = (SuiteScores(["x", "y", "x"], 4, [2]) for _ in range(3))
+    for prompt in range(3):
+        whole.update(*suite_rows(prompt))
+        ranks[prompt % 2].update(*suite_rows(prompt))
+    # What torchmetrics does to states with dist_reduce_fx "sum".
+    for name in whole._defaults:
+        setattr(ranks[0], name, getattr(ranks[0], name) + getattr(ranks[1], name))
+    assert ranks[0].compute() == whole.compute()
+
+
+def test_an_interval_covers_as_often_as_it_says() -> None:
+    draw = torch.Generator().manual_seed(0)
+    hits = 0
+    for _ in range(200):
+        low, high = interval((torch.rand(300, generator=draw) < 0.3).double())
+        hits += bool(low <= 0.3 <= high)
+    assert 180 <= hits <= 199  # 95 % of 200 is 190; sd 3.1
+    assert [bound.item() for bound in interval(torch.full((5,), 0.25))] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("samples", [1, 2, 6])
+def test_a_suite_measures_powers_of_two_and_all_samples(samples: int) -> None:
+    source = PromptSource("p.jsonl")
+    suite = EvaluationSuite(prompts=source, samples=samples)
+    assert suite.scores([]).pass_at == {1: [], 2: [2], 6: [2, 4, 6]}[samples]
+    with pytest.raises(UserError, match=f"got {samples + 1}, expected 1 to {samples}"):
+        EvaluationSuite(prompts=source, samples=samples, pass_at=[samples + 1])
 
 
 def test_timer_counts_stages_and_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""avg@n and pass@k on a hand-made matrix, against enumeration of all subsets."""
+"""pass@k on a hand-made matrix, against enumeration of all subsets."""
 
 from itertools import combinations
 
@@ -6,14 +6,9 @@ import pytest
 import torch
 
 from opd_lightning.errors import UserError
-from opd_lightning.metrics.pass_at_k import average_at_n, pass_at_k
+from opd_lightning.metrics.pass_at_k import pass_at_k
 
 CORRECT = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.bool)
-
-
-def test_u24_average_by_hand() -> None:
-    assert average_at_n(CORRECT).tolist() == [0.5, 0.0, 0.25]
-    assert average_at_n(CORRECT).mean().item() == 0.25
 
 
 def test_u24_pass_at_k_by_hand() -> None:

@@ -238,6 +238,14 @@ def test_the_signals_of_a_job_reach_only_our_own_handlers(checker: MathVerifier)
     assert caught.count(signal.SIGUSR1) == 1
 
 
+def test_answers_for_a_vote(checker: MathVerifier) -> None:
+    texts = [r"So \boxed{\frac{1}{2}}", r"\boxed{1/2}.", "It is $3$.", "I do not know", HANGS]
+    assert checker.answers(texts) == ["1/2", "1/2", "3", None, "9**(9**(9**9))"]
+    tagged = ExactMatch(pattern=r"=(\w+)", ignore_case=True)
+    assert tagged.answers(["=A", "a =a", "b"]) == ["a", "a", None]
+    assert RegexMatch("a").answers(["a"]) is None  # it says whether, not what
+
+
 def test_other_threads_may_verify_at_the_same_time(checker: MathVerifier) -> None:
     results: dict[int, list[float]] = {}
 
