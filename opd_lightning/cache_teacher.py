@@ -10,10 +10,8 @@ import torch
 from tqdm import tqdm
 
 from opd_lightning.data.collate import collate
-from opd_lightning.head import Comparison
-from opd_lightning.head import score as read_head
 from opd_lightning.student import Student
-from opd_lightning.teachers.base import DistributionTeacher, RecordedQuestion, Teacher, TopKTeacher
+from opd_lightning.teachers.base import RecordedQuestion, Teacher
 from opd_lightning.teachers.cached import CachedTeacher
 from opd_lightning.teachers.score_store import Description, RowScores
 from opd_lightning.teachers.score_writer import ScoreWriter
@@ -122,15 +120,9 @@ def _rollout(question: RecordedQuestion) -> Rollout:
 def _ask(teacher: Teacher, batch: RolloutBatch, top_k: int) -> Iterator[RowScores]:
     """The teacher's scores, row by row, on the CPU."""
     mask = batch.response_mask
-    if isinstance(teacher, DistributionTeacher):
-        states = teacher.states(batch, "student")
-        tops = Comparison(None, lambda logprobs, _: logprobs.topk(min(top_k, logprobs.shape[1]))[0])
-        found = read_head(states, batch.response_ids[mask], top_k=top_k, comparisons={"top": tops})
-        columns = (*found.student, found.values["top"])
-    else:
-        assert isinstance(teacher, TopKTeacher)  # checked by `CachedTeacher`
-        scores, known = teacher.score_top(batch, "student", top_k=top_k)
-        columns = (scores.logprobs[mask], scores.entropy[mask], known.ids, known.logprobs)
+    scores = teacher.score(batch, "student", top_k=top_k)
+    parts = (scores.logprobs, scores.entropy, scores.top_ids, scores.top_logprobs)
+    columns = [part[mask] for part in parts]
     lengths = mask.sum(dim=1).tolist()
     logprobs, entropy, ids, top_logprobs = (column.cpu().split(lengths) for column in columns)
     for row in zip(logprobs, entropy, (part.int() for part in ids), top_logprobs, strict=True):

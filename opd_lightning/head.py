@@ -1,7 +1,7 @@
 """The one place that multiplies by the vocabulary matrix, in chunks of response tokens.
 
-Logits live for one chunk and are computed again in the backward pass. What is read from them
-(log-softmax, divergences) is read in smaller blocks, whose temporaries stay in a cache.
+Logits live for one chunk and are computed again in the backward pass. They are read in smaller
+blocks, whose temporaries stay in a cache.
 Axes: N response tokens of a micro-batch, n of a chunk or block, H hidden size, V vocabulary.
 """
 
@@ -75,6 +75,7 @@ class FlatScores(NamedTuple):
     logprobs: Tensor  # [N] float32 nats; the student's carries the gradient
     entropy: Tensor  # [N] float32 nats, detached
     top_ids: Tensor  # [N, K] int64, most likely first
+    top_logprobs: Tensor  # [N, K] float32 nats, of these, detached
 
 
 class HeadScores(NamedTuple):
@@ -88,13 +89,12 @@ def score(
     targets: Tensor,
     *,
     top_k: int = 0,
-    comparisons: Mapping[str, Comparison] | None = None,
+    comparisons: Mapping[str, Comparison] = {},
 ) -> HeadScores:
     """One pass over the student's head and its teachers': scores of `targets [N]`, and values.
 
     Gradients reach the student only. Comparisons with the same teacher object share its logits.
     """
-    comparisons = comparisons or {}
     reader = _Reader(states.head, targets, top_k, *comparisons.values())
     if _is_plain_linear(states.head.project):
         outputs = _LinearHead.apply(reader, states.hidden, states.head.project.weight)
@@ -102,7 +102,7 @@ def score(
         outputs = _any_head(reader, states.hidden)
     values = dict(zip(comparisons, outputs[1:], strict=False))
     rest = outputs[1 + len(values) :]
-    student, *others = (FlatScores(*rest[i : i + 3]) for i in range(0, len(rest), 3))
+    student, *others = (FlatScores(*rest[i : i + 4]) for i in range(0, len(rest), 4))
     known = dict(zip(reader.teachers, others, strict=True))
     teachers = {k: known[id(c.teacher)] for k, c in comparisons.items() if id(c.teacher) in known}
     return HeadScores(student._replace(logprobs=outputs[0]), teachers, values)
@@ -246,5 +246,5 @@ def _full(teacher: Distribution, raw: Tensor | None, rows: slice, like: Tensor) 
 def _describe(logprobs: Tensor, targets: Tensor, top_k: int) -> FlatScores:
     # Where a log-prob is -inf, 0 * -inf would be NaN; exp(-1e4) is 0 as well.
     entropy = -logprobs.exp().mul_(logprobs.clamp_min(-1e4)).sum(dim=-1)
-    top_ids = logprobs.topk(min(top_k, logprobs.shape[-1]), dim=-1).indices
-    return FlatScores(logprobs.gather(1, targets).squeeze(1), entropy, top_ids)
+    top_logprobs, top_ids = logprobs.topk(min(top_k, logprobs.shape[-1]), dim=-1)
+    return FlatScores(logprobs.gather(1, targets)[:, 0], entropy, top_ids, top_logprobs)

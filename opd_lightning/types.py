@@ -217,15 +217,19 @@ class TokenScores:
     logprobs: Tensor  # [B, R] float32 nats, 0 where the mask is False
     entropy: Tensor  # [B, R] float32 nats of the full next-token distribution; NaN if unknown
     top_ids: Tensor  # [B, R, K] int64, most likely first; 0 where the mask is False; K may be 0
+    top_logprobs: Tensor  # [B, R, K] float32 nats, of these; 0 where the mask is False
     # [B, R] bool, from a model with other tokens: True where a group of tokens ends, whose log-prob
     # stands there. Of the tokens after the last end nothing is said. None: each stands for itself.
     ends: Tensor | None = None
 
     @classmethod
     def unflatten(cls, flat: Iterable[Tensor], batch: RolloutBatch) -> Self:
-        """From (log-probs `[N]`, entropy `[N]`, top ids `[N, K]`) in the order of the mask."""
-        logprobs, entropy, top_ids = (batch.unflatten(x) for x in flat)
-        return cls(logprobs=logprobs, entropy=entropy, top_ids=top_ids)
+        """From (log-probs `[N]`, entropy `[N]`, top ids and their log-probs `[N, K]`).
+
+        In the order of the mask.
+        """
+        names = ("logprobs", "entropy", "top_ids", "top_logprobs")
+        return cls(**{n: batch.unflatten(x) for n, x in zip(names, flat, strict=True)})
 
     def detach(self) -> Self:
         return replace(self, logprobs=self.logprobs.detach())

@@ -81,6 +81,7 @@ def score_of(logprobs: Tensor, entropy: Tensor | None = None) -> TokenScores:
         logprobs=logprobs,
         entropy=torch.zeros_like(logprobs) if entropy is None else entropy,
         top_ids=torch.zeros(*logprobs.shape, 0, dtype=torch.int64),
+        top_logprobs=torch.zeros(*logprobs.shape, 0),
     )
 
 

@@ -15,12 +15,11 @@ from opd_lightning.errors import EngineMismatchError, UserError
 from opd_lightning.losses.reduction import Aggregation
 from opd_lightning.methods.contract import Contract
 from opd_lightning.methods.evaluation import EvaluatedModule
-from opd_lightning.metrics.step import (
-    EngineStatistics,
-    Means,
-    ResponseStatistics,
-    SignalStatistics,
-)
+from opd_lightning.metrics.depth import DepthStatistics
+from opd_lightning.metrics.overlap import OverlapStatistics
+from opd_lightning.metrics.signal import SignalStatistics
+from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics
+from opd_lightning.metrics.sums import Means
 from opd_lightning.resumption import check_whole_steps, rewind
 from opd_lightning.sharding import Sharding, whole
 from opd_lightning.student import Student
@@ -64,6 +63,8 @@ class DistillationModule(Contract, EvaluatedModule):
         self.responses = ResponseStatistics()
         self.engine_gap = EngineStatistics()
         self.signal = SignalStatistics()
+        self.overlap = OverlapStatistics()
+        self.depth = DepthStatistics()
         self.rates = Means()
         self._tokens = 0.0  # of the last step that was logged
         self.moving = False  # weights, scheduler and callbacks are between two steps
@@ -85,6 +86,14 @@ class DistillationModule(Contract, EvaluatedModule):
             student.logprobs.detach()[mask],
             fresh[:, None].expand_as(mask)[mask],
         )
+
+    def note_signal(
+        self, batch: RolloutBatch, student: TokenScores, teacher: TokenScores, mask: Tensor
+    ) -> None:
+        """Note what the teacher says of the tokens in `mask [B, R]`."""
+        self.signal.update(batch, student, teacher, mask)
+        self.overlap.update(student, teacher, mask)
+        self.depth.update(student, teacher, mask)
 
     # Lightning ----------------------------------------------------------------------------
 
@@ -127,12 +136,14 @@ class DistillationModule(Contract, EvaluatedModule):
 
     def on_train_start(self) -> None:
         check_whole_steps(self.trainer)
+        self.depth.limit = self.trainer.datamodule.sampling.max_new_tokens  # type: ignore[attr-defined]
         for metric in self._metrics():
             metric.reset()  # an exception may have left half a step behind
         self.moving = False
 
     def _metrics(self) -> tuple[Metric, ...]:
-        return (self.loss_sum, self.responses, self.engine_gap, self.signal, self.rates)
+        about_teacher = (self.signal, self.overlap, self.depth)
+        return (self.loss_sum, self.responses, self.engine_gap, *about_teacher, self.rates)
 
     def on_before_backward(self, loss: Tensor) -> None:
         self.timer.start("backward")

@@ -93,7 +93,7 @@ class ComposedMethod(DistillationModule):
         self.compare_with_engine(batch, student)
         if "teacher" in scored.others:
             mask = self._learnt(batch) & self._answered(batch)
-            self.signal.update(batch, student, scored.teacher, mask)
+            self.note_signal(batch, student, scored.teacher, mask)
         if prepared is None:
             signal = self._first_signal(scored)
             rates: Rates = {}

@@ -59,6 +59,12 @@ class TopKAsker(NamedTuple):
         teacher = self.question.teacher
         assert isinstance(teacher, TopKTeacher)  # checked at set-up
         scores, known = teacher.score_top(self.batch, self.question.view, top_k=top_k, ids=ids)
-        top_ids = scores.top_ids[..., : self.overlap_top_k]
-        self.others.setdefault(self.name, replace(scores, top_ids=top_ids))
+        self.others.setdefault(
+            self.name,
+            replace(
+                scores,
+                top_ids=scores.top_ids[..., : self.overlap_top_k],
+                top_logprobs=scores.top_logprobs[..., : self.overlap_top_k],
+            ),
+        )
         return known

@@ -82,6 +82,7 @@ class ByDomainTeacher(Teacher):
                 "logprobs": scores.logprobs,
                 "entropy": scores.entropy,
                 "top_ids": scores.top_ids[..., :ranked],
+                "top_logprobs": scores.top_logprobs[..., :ranked],
             }
             if grouped:
                 alone = torch.ones_like(scores.logprobs, dtype=torch.bool)

@@ -130,5 +130,5 @@ class CachedTeacher(TopKTeacher):
         logprobs, entropy, top_ids, top_logprobs = (
             torch.cat(part).to(device) for part in zip(*rows, strict=True)
         )
-        scores = TokenScores.unflatten((logprobs, entropy, top_ids.long()), batch)
-        return scores, TopLogprobs(top_ids.long(), top_logprobs)
+        known = TopLogprobs(top_ids.long(), top_logprobs)
+        return TokenScores.unflatten((logprobs, entropy, known.ids, top_logprobs), batch), known

@@ -123,6 +123,7 @@ class CrossTokenizerTeacher(Teacher):
             logprobs=torch.where(batch.response_mask, sums, 0.0),
             entropy=torch.full_like(sums, torch.nan),
             top_ids=batch.response_ids.new_zeros(*sums.shape, 0),
+            top_logprobs=sums.new_zeros(*sums.shape, 0),
             ends=batch.response_mask & (counts > 0),
         )
 

@@ -123,7 +123,7 @@ class RemoteTeacher(TopKTeacher):
         device = batch.response_ids.device
         logprobs, top_ids, top_logprobs, asked = (torch.from_numpy(x).to(device) for x in answer)
         unknown = torch.full_like(logprobs, torch.nan)
-        scores = TokenScores.unflatten((logprobs, unknown, top_ids), batch)
+        scores = TokenScores.unflatten((logprobs, unknown, top_ids, top_logprobs), batch)
         known = TopLogprobs(top_ids, top_logprobs) if ids is None else TopLogprobs(ids, asked)
         return scores, known
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -339,11 +340,7 @@ class TeacherElsewhere(TopKTeacher):
 
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
         scores = self.inside.score(batch, view, top_k=top_k)
-        return TokenScores(
-            logprobs=scores.logprobs - self.off_by * batch.response_mask,
-            entropy=scores.entropy,
-            top_ids=scores.top_ids,
-        )
+        return replace(scores, logprobs=scores.logprobs - self.off_by * batch.response_mask)
 
     def score_top(
         self, batch: RolloutBatch, view: str, *, top_k: int, ids: Tensor | None = None

@@ -301,7 +301,7 @@ FAST = [
 # The quantities that the papers tell their stories by, as far as they apply to OPD.
 LOGGED = {
     "loss", "reward", "response/degenerate_groups", "tokens_per_second",
-    "signal/log_ratio_mean", "signal/log_ratio_abs_mean", "signal/positive", "signal/overlap",
+    "signal/log_ratio_mean", "signal/log_ratio_abs_mean", "signal/positive", "overlap/ratio",
     *(f"signal/log_ratio_q{q}" for q in ("01", "05", "95", "99")),
     "signal/agree_with_reward", "signal/disagree_with_reward",
     "entropy/student", "entropy/teacher", "entropy/gap",

@@ -124,11 +124,14 @@ def test_equals_the_plain_computation(
     torch.testing.assert_close(got.student.logprobs, chosen)
     torch.testing.assert_close(got.student.entropy, -(ours.exp() * ours).sum(-1))
     assert got.student.top_ids.tolist() == ours.topk(3).indices.tolist()
+    torch.testing.assert_close(got.student.top_logprobs, ours.topk(3).values)
+    assert not got.student.top_logprobs.requires_grad
     assert got.values.keys() == expected.keys()
     assert got.teachers.keys() == expected.keys() - {"sharpness", "weighed"}
     theirs = got.teachers["forward"]
     torch.testing.assert_close(theirs.entropy, torch.special.entr(full.exp()).sum(-1))
     assert theirs.top_ids.tolist() == full.topk(3).indices.tolist()
+    torch.testing.assert_close(theirs.top_logprobs, full.topk(3).values)
 
     up = torch.linspace(-1, 2, N, dtype=torch.float64)
     parameters = [mine.hidden, *linear.parameters()]

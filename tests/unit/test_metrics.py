@@ -4,6 +4,7 @@ import random
 import string
 from dataclasses import replace
 from itertools import combinations
+from math import log
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.suites import EvaluationSuite
 from opd_lightning.errors import UserError
 from opd_lightning.metrics.bootstrap import interval
+from opd_lightning.metrics.depth import DepthStatistics
 from opd_lightning.metrics.evaluation import SuiteScores
+from opd_lightning.metrics.overlap import OverlapStatistics
 from opd_lightning.metrics.repetition import is_repetitive
-from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics, SignalStatistics
+from opd_lightning.metrics.signal import SignalStatistics
+from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Rollout, TokenScores
 from tests.batches import make_batch, make_rollout
@@ -26,6 +30,7 @@ def scores(logprobs: list[list[float]], entropy: float, top: list[int]) -> Token
         logprobs=values,
         entropy=torch.full(values.shape, entropy),
         top_ids=torch.tensor(top).expand(*values.shape, len(top)),
+        top_logprobs=torch.full((*values.shape, len(top)), -1.5),
     )
 
 
@@ -47,7 +52,6 @@ def test_signal_by_hand() -> None:
     assert got["signal/positive"] == pytest.approx(1 / 3)
     assert got["signal/log_ratio_q01"] == pytest.approx(-2.98)
     assert got["signal/log_ratio_q99"] == pytest.approx(0.45)
-    assert got["signal/overlap"] == pytest.approx(0.5)
     assert got["entropy/gap"] == pytest.approx(0.3)
     assert got["signal/agree_with_reward"] == pytest.approx(2 / 3)
     assert got["signal/disagree_with_reward"] == pytest.approx(1 / 3)
@@ -65,16 +69,67 @@ def test_tokens_per_group_of_a_teacher_with_other_tokens() -> None:
     assert "signal/group_length" not in metric.compute()
 
 
+def overlap(student: dict[int, float], teacher: dict[int, float]) -> dict[str, float]:
+    """Figures of one token whose likeliest tokens have these probabilities."""
+
+    def told(model: dict[int, float]) -> TokenScores:
+        one = torch.zeros(1, 1)
+        ids, probs = (torch.tensor([[list(x)]]) for x in (model.keys(), model.values()))
+        return TokenScores(logprobs=one, entropy=one, top_ids=ids, top_logprobs=probs.log())
+
+    metric = OverlapStatistics()
+    metric.update(told(student), told(teacher), torch.ones(1, 1, dtype=torch.bool))
+    return {name.removeprefix("overlap/"): x.item() for name, x in metric.compute().items()}
+
+
+def test_u23_overlap_by_hand() -> None:
+    # Shared: 1 and 3, of which the student has 0.5 and 0.1, the teacher 0.2 and 0.4.
+    got = overlap({1: 0.5, 2: 0.3, 3: 0.1}, {4: 0.3, 3: 0.4, 1: 0.2})
+    assert got["ratio"] == pytest.approx(2 / 3)
+    assert got["student_mass"] == pytest.approx(0.6)
+    assert got["teacher_mass"] == pytest.approx(0.6)
+    kl = 5 / 6 * log((5 / 6) / (1 / 3)) + 1 / 6 * log((1 / 6) / (2 / 3))
+    assert got["advantage"] == pytest.approx(-kl / 2)
+    weighted = 0.2 * log(0.5 / 0.2) + 0.4 * log(0.1 / 0.4)
+    assert got["teacher_weighted"] == pytest.approx(weighted / 2)
+
+
 def test_u23_identical_and_disjoint_supports() -> None:
+    model = {1: 0.6, 2: 0.3}
+    masses = {"student_mass": pytest.approx(0.9), "teacher_mass": pytest.approx(0.9)}
+    assert overlap(model, model) == {"ratio": 1, "advantage": 0, "teacher_weighted": 0, **masses}
+    none = {"ratio": 0, "student_mass": 0, "teacher_mass": 0}  # and no advantage, rather than NaN
+    assert overlap(model, {3: 0.6, 4: 0.3}) == none
+    one = {1: 0.6, 2: 0.0}  # all that a server told of its top 2
+    assert overlap(model, one)["ratio"] == 0.5
+    assert overlap(model, one)["advantage"] == 0  # all of what they share
+
+
+def test_a_teacher_that_ranks_nothing_has_no_overlap() -> None:
     batch = make_batch([make_rollout([5, 6])])
-    one, other = scores([[-1, -1]], 1.0, [1, 2]), scores([[-1, -1]], 1.0, [3, 4])
-    for teacher, overlap in ((one, 1.0), (other, 0.0)):
-        metric = SignalStatistics()
-        metric.update(batch, one, teacher, batch.response_mask)
-        values = metric.compute()
-        assert values["signal/overlap"].item() == overlap
-        assert values["entropy/gap"].item() == 0
-        assert values["signal/log_ratio_abs_mean"].item() == 0
+    student, teacher = scores([[-1, -1]], 1.0, [1, 2]), scores([[-1, -1]], 1.0, [])
+    metric = OverlapStatistics()
+    metric.update(student, teacher, batch.response_mask)
+    assert metric.compute() == {}
+
+
+def test_the_signal_by_depth() -> None:
+    batch = make_batch([make_rollout([5] * 7), make_rollout([5] * 20)])
+    metric = DepthStatistics()
+    metric.limit = 20
+    ratio = torch.arange(20.0).expand(2, 20) * torch.tensor([[-1.0], [1.0]])
+    student = scores(torch.zeros(2, 20).tolist(), 0.0, [])
+    metric.update(student, scores(ratio.tolist(), 0.0, []), batch.response_mask)
+    got = {name: x.item() for name, x in metric.compute().items()}
+    assert got["depth_log_ratio/0"] == 0  # positions 0 and 1, with both signs
+    assert got["depth_log_ratio_abs/0"] == 0.5
+    assert got["depth_log_ratio/3"] == pytest.approx((6 + 7 - 6) / 3)  # the short one ends in it
+    assert got["depth_log_ratio/9"] == 18.5
+    metric.reset()
+    metric.update(student, student, batch.response_mask & (torch.arange(20) < 4))
+    assert sorted(metric.compute()) == [
+        f"depth_log_ratio{kind}/{decile}" for kind in ("", "_abs") for decile in (0, 1)
+    ]
 
 
 def test_responses_by_hand_and_over_micro_batches() -> None:

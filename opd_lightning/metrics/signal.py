@@ -1,0 +1,72 @@
+"""What the teacher says on the student's states in one optimiser step."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opd_lightning.metrics.sums import Sums
+from opd_lightning.types import RolloutBatch, TokenScores
+
+QUANTILES = (0.01, 0.05, 0.95, 0.99)
+
+
+class SignalStatistics(Sums):
+    """The teacher's signal d_t on student states, and both entropies there."""
+
+    names = ("tokens", "student_entropy", "known", "teacher_entropy", "entropy_gap",
+             "groups", "grouped", "agree", "disagree")  # fmt: skip
+    log_ratios: list[Tensor] | Tensor  # a tensor once ranks are gathered
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("log_ratios", [], dist_reduce_fx="cat")
+
+    def update(
+        self, batch: RolloutBatch, student: TokenScores, teacher: TokenScores, mask: Tensor
+    ) -> None:
+        """`mask [B, R]`: the tokens that the method's own loss is on."""
+        ratio = (teacher.logprobs - student.logprobs.detach())[mask]
+        assert isinstance(self.log_ratios, list)
+        self.log_ratios.append(ratio)
+        # Sign of the outcome advantage against that of d_t; a group of equals agrees with nobody.
+        outcome = (batch.rewards - batch.group_mean)[:, None].expand_as(mask)[mask]
+        self._add(
+            tokens=len(ratio),
+            student_entropy=student.entropy[mask],
+            known=~teacher.entropy[mask].isnan(),
+            teacher_entropy=teacher.entropy[mask].nan_to_num(0.0),
+            entropy_gap=(teacher.entropy - student.entropy).abs()[mask].nan_to_num(0.0),
+            groups=0.0 if teacher.ends is None else teacher.ends[mask],
+            grouped=~outcome.isnan(),
+            agree=outcome * ratio > 0,
+            disagree=outcome * ratio < 0,
+        )
+
+    def compute(self) -> dict[str, Tensor]:
+        """Means over tokens and quantiles of d_t in nats; empty without tokens."""
+        sums = self._totals()
+        if sums["tokens"] == 0:
+            return {}
+        ratios = self.log_ratios
+        ratio = (torch.cat(ratios) if isinstance(ratios, list) else ratios).double()
+        result = {
+            "signal/log_ratio_mean": ratio.mean(),
+            "signal/log_ratio_abs_mean": ratio.abs().mean(),
+            "signal/positive": (ratio > 0).double().mean(),
+            "entropy/student": sums["student_entropy"] / sums["tokens"],
+        }
+        # A teacher elsewhere does not tell its entropy.
+        if sums["known"] > 0:
+            result["entropy/teacher"] = sums["teacher_entropy"] / sums["known"]
+            result["entropy/gap"] = sums["entropy_gap"] / sums["known"]
+        if sums["groups"] > 0:  # the teacher has other tokens
+            result["signal/group_length"] = sums["tokens"] / sums["groups"]
+        # numpy, because torch.quantile takes at most 2**24 values.
+        for q, value in zip(QUANTILES, np.quantile(ratio.cpu().numpy(), QUANTILES), strict=True):
+            result[f"signal/log_ratio_q{round(100 * q):02d}"] = torch.tensor(value)
+        if sums["grouped"] > 0:
+            result["signal/agree_with_reward"] = sums["agree"] / sums["grouped"]
+            result["signal/disagree_with_reward"] = sums["disagree"] / sums["grouped"]
+        return result

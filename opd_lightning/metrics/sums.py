@@ -1,0 +1,64 @@
+"""Sums and means that are exact over micro-batches and ranks."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from opd_lightning.types import RolloutBatch
+
+
+class Sums(Metric):
+    """Named sums over everything seen since `reset`; one vector, so ranks add up in one go."""
+
+    full_state_update = False
+    names: ClassVar[tuple[str, ...]]
+    sums: Tensor  # [len(names)] float64
+
+    def __init__(self) -> None:
+        super().__init__()
+        zeros = torch.zeros(len(self.names), dtype=torch.float64)
+        self.add_state("sums", zeros, dist_reduce_fx="sum")
+
+    def _add(self, **values: Tensor | float) -> None:
+        """Add the sum of each value; every name must come."""
+        added = [torch.as_tensor(values[name], dtype=torch.float64).sum() for name in self.names]
+        self.sums += torch.stack([value.to(self.sums.device) for value in added])
+
+    def _totals(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.sums, strict=True))
+
+
+class Means(Metric):
+    """Means over response tokens of whatever is named, such as the rates of rules.
+
+    All ranks must name the same things in the same order, which a run's rules do.
+    """
+
+    full_state_update = False
+    MOST = 64  # names
+    sums: Tensor  # [2, MOST] float64: sums and counts
+
+    def __init__(self) -> None:
+        super().__init__()
+        zeros = torch.zeros(2, self.MOST, dtype=torch.float64)
+        self.add_state("sums", zeros, dist_reduce_fx="sum")
+        self.names: list[str] = []
+
+    def update(self, batch: RolloutBatch, values: dict[str, Tensor]) -> None:
+        """Add values `[B, R]` or `[B, 1]`; only response tokens count."""
+        mask = batch.response_mask
+        for name, value in values.items():
+            if name not in self.names:
+                self.names.append(name)
+            kept = value.detach().expand_as(mask)[mask].double()
+            column = self.names.index(name)
+            self.sums[0, column] += kept.sum()
+            self.sums[1, column] += len(kept)
+
+    def compute(self) -> dict[str, Tensor]:
+        means = self.sums[0] / self.sums[1]
+        return {name: means[i] for i, name in enumerate(self.names) if self.sums[1, i] > 0}
