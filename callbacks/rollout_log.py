@@ -1,65 +1,106 @@
-"""Sample rollouts as text in TensorBoard."""
+"""Sample rollouts: a table in TensorBoard, lines in a file, pages with coloured tokens."""
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from opd_lightning.errors import UserError
+from opd_lightning.methods.base import DistillationModule
+from opd_lightning.token_page import TokenRow, token_page
 from opd_lightning.types import Rollout, RolloutBatch
+
+OLD_FILES = 4  # of JSON lines, besides the current one
 
 
 class RolloutLog(Callback):
-    """Writes a few of the step's rollouts to TensorBoard's text tab.
+    """Shows a few of the step's rollouts: in TensorBoard's text tab and in the run folder.
+
+    `rollouts.jsonl` has one object a line, with the log-probs of the sampler. The pages
+    `rollouts/<step>.html` colour every token by d_t, its advantage, or what a rule made of it.
 
     Args:
         every_n_steps: Optimiser steps between two entries.
         count: Rollouts per entry.
-        max_characters: Longer prompts and responses are cut in the middle.
+        max_characters: Longer prompts and responses are cut in the middle, in TensorBoard.
+        max_megabytes: Size at which `rollouts.jsonl` is put aside; the newest five files stay.
     """
 
-    def __init__(self, every_n_steps: int = 10, count: int = 4, max_characters: int = 2000) -> None:
-        if every_n_steps < 1 or count < 1:
+    def __init__(
+        self,
+        every_n_steps: int = 10,
+        count: int = 4,
+        max_characters: int = 2000,
+        max_megabytes: int = 50,
+    ) -> None:
+        if min(every_n_steps, count, max_megabytes) < 1:
             raise UserError(
-                f"RolloutLog: got every_n_steps={every_n_steps}, count={count}, expected both "
-                "at least 1"
+                f"RolloutLog: got every_n_steps={every_n_steps}, count={count}, "
+                f"max_megabytes={max_megabytes}, expected all at least 1"
             )
         self.every_n_steps = every_n_steps
         self.count = count
         self.max_characters = max_characters
+        self.max_megabytes = max_megabytes
         self._last_step = -1
+        self._lines: RotatingFileHandler | None = None
 
-    def on_train_batch_end(
+    def on_train_batch_end(  # type: ignore[override]
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        module: DistillationModule,
         outputs: Any,
         batch: RolloutBatch,
         batch_idx: int,
     ) -> None:
         step = batch.totals.step
-        if step == self._last_step or step % self.every_n_steps:
+        if step == self._last_step or step % self.every_n_steps or not trainer.is_global_zero:
             return
         self._last_step = step
         # Micro-batches run from long to short: an even spread shows both.
-        spread = batch.rollouts[:: max(1, len(batch.rollouts) // self.count)]
-        text = self._table(spread[: self.count])
+        spread = range(0, len(batch.rollouts), max(1, len(batch.rollouts) // self.count))
+        chosen = list(spread)[: self.count]
+        text = self._table([batch.rollouts[i] for i in chosen])
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("rollouts", text, step)
+        if trainer.log_dir is not None:
+            folder = Path(trainer.log_dir)
+            self._write_lines(folder, step, [batch.rollouts[i] for i in chosen])
+            pages = folder / "rollouts"
+            pages.mkdir(parents=True, exist_ok=True)
+            page = token_page(f"step {step}", [_row(module, batch, i) for i in chosen])
+            (pages / f"{step:06d}.html").write_text(page)
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
+
+    def _write_lines(self, folder: Path, step: int, rollouts: Sequence[Rollout]) -> None:
+        if self._lines is None:
+            size = self.max_megabytes * 2**20
+            path = folder / "rollouts.jsonl"
+            self._lines = RotatingFileHandler(path, maxBytes=size, backupCount=OLD_FILES)
+        for rollout in rollouts:
+            line = json.dumps({"step": step, **_plain(rollout)}, ensure_ascii=False)
+            self._lines.emit(logging.makeLogRecord({"msg": line}))
 
     def _table(self, rollouts: Sequence[Rollout]) -> str:
         """A Markdown table, one rollout a row."""
         columns = ("prompt", "author", "response", "end", "reward", "mean log-prob")
         rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         for r in rollouts:
-            question = " ".join(f"[{m['role']}] {m['content']}" for m in r.prompt.messages)
             mean = sum(r.behaviour_logprobs) / max(len(r.behaviour_logprobs), 1)
             rows.append(
-                f"| {self._cell(question)} | {r.author} | {self._cell(r.text)} "
+                f"| {self._cell(_question(r))} | {r.author} | {self._cell(r.text)} "
                 f"| {r.stop_reason} | {r.reward:.2f} | {mean:.3f} |"
             )
         return "\n".join(rows)
@@ -70,3 +111,33 @@ class RolloutLog(Callback):
             text = f"{text[:half]} ... {text[-half:]}"
         # Markdown would end the cell at a bar and the row at a line break.
         return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
+
+
+def _question(rollout: Rollout) -> str:
+    return " ".join(f"[{m['role']}] {m['content']}" for m in rollout.prompt.messages)
+
+
+def _plain(rollout: Rollout) -> dict[str, Any]:
+    return {
+        "prompt": rollout.prompt.id,
+        "messages": list(rollout.prompt.messages),
+        "author": str(rollout.author),
+        "response": rollout.text,
+        "stop_reason": str(rollout.stop_reason),
+        # JSON has no NaN.
+        "reward": None if rollout.reward != rollout.reward else rollout.reward,
+        "logprobs": [None if x != x else round(x, 5) for x in rollout.behaviour_logprobs],
+    }
+
+
+def _row(module: DistillationModule, batch: RolloutBatch, index: int) -> TokenRow:
+    rollout = batch.rollouts[index]
+    length = int(batch.response_mask[index].sum())
+    figures = {
+        name: values.detach().expand_as(batch.response_mask)[index, :length].float().tolist()
+        for name, values in module.token_figures.items()
+    }
+    tokenizer = module.student.source.tokenizer
+    tokens = [tokenizer.decode([i]) for i in rollout.response_ids[:length]]
+    caption = f"{rollout.author}, reward {rollout.reward:.2f}, ended by {rollout.stop_reason}"
+    return TokenRow(_question(rollout), caption, tokens, figures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from opd_lightning.metrics.signal import SignalStatistics
 from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics
 from opd_lightning.metrics.sums import Means
 from opd_lightning.resumption import check_whole_steps, rewind
+from opd_lightning.rules.base import Rates, Scored, Signal
 from opd_lightning.sharding import Sharding, whole
 from opd_lightning.student import Student
 from opd_lightning.timing import StepTimer
@@ -66,6 +68,8 @@ class DistillationModule(Contract, EvaluatedModule):
         self.overlap = OverlapStatistics()
         self.depth = DepthStatistics()
         self.rates = Means()
+        # [B, R] or [B, 1] values of the micro-batch trained on last, by name, for logs.
+        self.token_figures: Mapping[str, Tensor] = {}
         self._tokens = 0.0  # of the last step that was logged
         self.moving = False  # weights, scheduler and callbacks are between two steps
 
@@ -94,6 +98,13 @@ class DistillationModule(Contract, EvaluatedModule):
         self.signal.update(batch, student, teacher, mask)
         self.overlap.update(student, teacher, mask)
         self.depth.update(student, teacher, mask)
+
+    def note_rules(self, scored: Scored, signal: Signal, rates: Rates) -> None:
+        """Note what became of the signal, token by token."""
+        done = {**rates, "selected": signal.mask}
+        self.rates.update(scored.batch, {f"rule/{name}": rate for name, rate in done.items()})
+        told = {"log_ratio": scored.log_ratio} if "teacher" in scored.others else {}
+        self.token_figures = told | {"advantage": signal.advantage, **done}
 
     # Lightning ----------------------------------------------------------------------------
 

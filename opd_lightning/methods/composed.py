@@ -102,8 +102,7 @@ class ComposedMethod(DistillationModule):
                 add_rates(rates, more)
         else:
             signal, rates = prepared.signal, prepared.rates
-        rates["selected"] = signal.mask
-        self.rates.update(batch, {f"rule/{name}": rate for name, rate in rates.items()})
+        self.note_rules(scored, signal, rates)
 
         if LOSS in values:
             token_loss = values[LOSS]

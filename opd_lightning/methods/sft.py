@@ -23,5 +23,6 @@ class SFT(DistillationModule):
         with self.timer.stage("student"):
             student = self.student.score(batch)
         self.compare_with_engine(batch, student)
+        self.token_figures = {"logprob": student.logprobs.detach()}
         mask = batch.response_mask
         return aggregate(-student.logprobs, mask, batch.totals.all, self.aggregation)

@@ -1,5 +1,6 @@
 """Training runs on untrained tiny models: what must hold before any figure means something."""
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -315,6 +316,13 @@ LOGGED = {
 }  # fmt: skip
 
 
+def shown_rows(page: str) -> list[dict[str, Any]]:
+    """What a page of coloured tokens is drawn from."""
+    _, _, rest = page.partition('id="rows">')
+    rows: list[dict[str, Any]] = json.loads(rest.partition("</script>")[0])
+    return rows
+
+
 def test_a_user_sees_the_run_and_exports_the_student(in_lab: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "student"
     main(["fit", "--config", CONFIG, f"--trainer.logger.init_args.save_dir={run}", *FAST])
@@ -327,6 +335,16 @@ def test_a_user_sees_the_run_and_exports_the_student(in_lab: Path, tmp_path: Pat
     assert "val/sums/score/add-2" in scalars
     (entry, *_) = events.Tensors("rollouts/text_summary")
     assert "| prompt | author | response |" in entry.tensor_proto.string_val[0].decode()
+    lines = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0] * 4
+    assert all(len(line["logprobs"]) >= len(line["response"]) > 0 for line in lines)
+    rows = shown_rows((run / "rollouts/000000.html").read_text())
+    assert len(rows) == 4
+    for row in rows:
+        assert row["figures"].keys() == {"log_ratio", "advantage", "selected"}
+        assert {len(values) for values in row["figures"].values()} == {len(row["tokens"])}
+        assert row["figures"]["advantage"] == row["figures"]["log_ratio"]  # what OPD is
+        assert any(row["figures"]["log_ratio"])
 
     checkpoint = run / "checkpoints" / "last.ckpt"
     config = str(run / "config.yaml")
