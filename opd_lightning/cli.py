@@ -25,6 +25,10 @@ def main(args: list[str] | None = None) -> None:
             from opd_lightning.serving.serve import main as serve
 
             serve(args[1:])
+        elif args[:1] == ["compare"]:
+            from opd_lightning.compare import main as compare
+
+            compare(args[1:])
         else:
             from opd_lightning.lightning_cli import OPDCLI
 

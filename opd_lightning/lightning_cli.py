@@ -92,7 +92,8 @@ class OPDCLI(LightningCLI):
             parser_kwargs={
                 "prog": "opd",
                 "description": "On-policy distillation. `opd lab` makes models and data to try "
-                "it on, `opd serve` puts a model behind a server; both have a --help.",
+                "it on, `opd serve` puts a model behind a server, `opd compare` shows runs side by "
+                "side; all have a --help.",
             },
             args=args,
         )

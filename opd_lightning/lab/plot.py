@@ -23,7 +23,7 @@ def plot_run(run: Path, before: dict[str, float], teacher: dict[str, float], pic
     events = EventAccumulator(str(run))
     events.Reload()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for key in sorted(k for k in before if k.startswith("score")):
+    for key in ["score", *sorted(k for k in before if k.startswith("score/"))]:
         curve = events.Scalars(f"val/sums/{key}")
         steps = [0, *(point.step + 1 for point in curve)]
         values = [before[key], *(point.value for point in curve)]

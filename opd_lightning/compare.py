@@ -1,0 +1,204 @@
+"""`opd compare`: runs side by side, from their TensorBoard files."""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from opd_lightning.errors import UserError
+
+DEFAULT_TAGS = ("val/*/score", "loss", "response/length", "response/truncated")
+SECONDS = "time/step_seconds"
+
+
+class Curve(NamedTuple):
+    """A scalar of one run."""
+
+    steps: np.ndarray  # [n] int64
+    values: np.ndarray  # [n] float64
+
+
+class Line(NamedTuple):
+    """What the table says of a scalar in one run, or in several alike."""
+
+    run: str
+    tag: str
+    runs: int
+    last: float  # mean over the runs
+    low: float  # of the last value: the logged 95 % interval of one run, or
+    high: float  # one standard deviation around the mean of several
+    best: float
+    best_step: int
+    steps: int  # optimiser steps made
+    hours: float  # spent on them
+
+
+def compare(
+    runs: list[str],
+    tags: list[str] | None = None,
+    group: bool = False,
+    plot: str | None = None,
+    json: bool = False,
+) -> None:
+    """Compare runs: last and best values with their intervals, steps, time; and curves.
+
+    Args:
+        runs: Run folders.
+        tags: Scalars by name or pattern, such as val/*/score or overlap/*; the default takes
+            scores, loss, length and truncation.
+        group: Take runs whose names differ only behind the last "-" or "_" (seeds) as one, and
+            report mean and standard deviation over them.
+        plot: PNG to write, one panel a scalar.
+        json: Print one JSON object instead of a table.
+    """
+    wanted = tags or list(DEFAULT_TAGS)
+    curves = {run: read(Path(run)) for run in dict.fromkeys(runs)}
+    found = sorted({t for one in curves.values() for t in one if matches(t, wanted)})
+    if not found:
+        known = sorted({t for one in curves.values() for t in one})
+        raise UserError(f"--tags: no scalar matches {wanted}; the runs have {', '.join(known)}")
+    groups: dict[str, list[str]] = {}
+    for run in curves:
+        groups.setdefault(_stem(run) if group else run, []).append(run)
+    lines = [
+        line(name, tag, [curves[run] for run in members if tag in curves[run]])
+        for tag in found
+        for name, members in groups.items()
+        if any(tag in curves[run] for run in members)
+    ]
+    if plot is not None:
+        draw(found, groups, curves, Path(plot))
+    if json:
+        print(json_format.dumps([one._asdict() for one in lines]))
+    else:
+        Console().print(as_table(lines))
+
+
+def read(run: Path) -> dict[str, Curve]:
+    """Every scalar of a run; of a step that was logged twice, by a resumed run, the later."""
+    if not any(run.glob("events.out.tfevents.*")):
+        raise UserError(f"{str(run)!r} holds no TensorBoard file; name a run folder")
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    curves = {}
+    for tag in events.Tags()["scalars"]:
+        values = {point.step: point.value for point in events.Scalars(tag)}
+        steps = sorted(values)
+        curves[tag] = Curve(np.array(steps), np.array([values[s] for s in steps], dtype=float))
+    return curves
+
+
+def matches(tag: str, wanted: Sequence[str]) -> bool:
+    """Whether a pattern finds the tag; `*` stays within a part between slashes."""
+    return any(fnmatch(tag, one) and tag.count("/") == one.count("/") for one in wanted)
+
+
+def line(name: str, tag: str, runs: Sequence[dict[str, Curve]]) -> Line:
+    """The figures of a scalar in runs that count as one."""
+    lasts = np.array([run[tag].values[-1] for run in runs])
+    if len(runs) > 1:
+        spread = float(lasts.std(ddof=1))
+        low, high = float(lasts.mean()) - spread, float(lasts.mean()) + spread
+    else:
+        bounds = (runs[0].get(f"{tag}_{side}") for side in ("low", "high"))
+        low, high = (float("nan") if b is None else float(b.values[-1]) for b in bounds)
+    pick = np.argmin if tag == "loss" else np.argmax
+    tops = [int(pick(run[tag].values)) for run in runs]
+    best = [float(run[tag].values[i]) for run, i in zip(runs, tops, strict=True)]
+    at = [int(run[tag].steps[i]) for run, i in zip(runs, tops, strict=True)]
+    seconds = [run[SECONDS].values.sum() if SECONDS in run else np.nan for run in runs]
+    return Line(
+        run=name,
+        tag=tag,
+        runs=len(runs),
+        last=float(lasts.mean()),
+        low=low,
+        high=high,
+        best=float(np.mean(best)),
+        best_step=round(float(np.mean(at))),
+        steps=max(int(curve.steps[-1]) + 1 for run in runs for curve in run.values()),
+        hours=float(np.mean(seconds)) / 3600,
+    )
+
+
+def as_table(lines: Sequence[Line]) -> Table:
+    """A block for every scalar, in it a row for every run."""
+    table = Table(pad_edge=False)
+    table.add_column("", overflow="fold")
+    for name in ("last", "interval", "best", "at step", "steps", "hours"):
+        table.add_column(name, justify="right", no_wrap=True)
+    names = {one.run: Path(one.run).name for one in lines}
+    if len(set(names.values())) < len(names):
+        names = {run: run for run in names}
+    before = ""
+    for one in lines:
+        if one.tag != before:
+            table.add_section()
+            table.add_row(f"[bold]{one.tag}")
+            before = one.tag
+        table.add_row(
+            f"  {names[one.run]}" + ("" if one.runs == 1 else f" ({one.runs} runs, sd)"),
+            f"{one.last:.3g}",
+            "" if np.isnan(one.low) else f"{one.low:.3f}-{one.high:.3f}",
+            f"{one.best:.3g}",
+            str(one.best_step),
+            str(one.steps),
+            "" if np.isnan(one.hours) else f"{one.hours:.2f}",
+        )
+    return table
+
+
+def draw(
+    tags: Sequence[str],
+    groups: dict[str, list[str]],
+    curves: dict[str, dict[str, Curve]],
+    picture: Path,
+) -> None:
+    """One panel a scalar: every run a line, groups in one colour, logged intervals shaded."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    rows = -(-len(tags) // 2)
+    columns = min(2, len(tags))
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(6 * columns, 3.6 * rows), squeeze=False, layout="constrained"
+    )
+    for tag, panel in zip(tags, panels.flat, strict=False):
+        for number, (name, members) in enumerate(groups.items()):
+            for i, run in enumerate(r for r in members if tag in curves[r]):
+                curve = curves[run][tag]
+                label = name if i == 0 else None
+                panel.plot(curve.steps, curve.values, color=f"C{number}", lw=1.2, label=label)
+                low, high = (curves[run].get(f"{tag}_{side}") for side in ("low", "high"))
+                if len(members) == 1 and low is not None and high is not None:
+                    shade = {"color": f"C{number}", "alpha": 0.15}
+                    panel.fill_between(low.steps, low.values, high.values, **shade)
+        panel.set(title=tag, xlabel="optimiser step")
+        panel.legend(fontsize=8)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def main(args: list[str]) -> None:
+    """Entry point of `opd compare`."""
+    parser = ArgumentParser(prog="opd compare", description="Runs side by side.")
+    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_function_arguments(compare, skip={"runs"})
+    compare(**parser.parse_args(args).as_dict())
+
+
+def _stem(run: str) -> str:
+    path = Path(run)
+    cut = max(path.name.rfind("-"), path.name.rfind("_"))
+    return str(path.with_name(path.name[:cut])) if cut > 0 else run
