@@ -34,16 +34,23 @@ def main(args: list[str] | None = None) -> None:
 
             OPDCLI(args)
             _part()
-    except UserError as error:
-        report(str(error))
-        sys.exit(2)
-    except RunStoppedError as error:
-        report(str(error))
-        sys.exit(1)
+    except (UserError, RunStoppedError) as error:
+        everywhere = getattr(error, "raised_by_all", False)
+        if not (everywhere and _rank()):
+            report(str(error))
+        if everywhere:
+            _part()
+        sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+def _rank() -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _part() -> None:
-    """Leave the other processes of a finished run; gloo may abort one that just goes."""
+    """Leave the other processes when all are done; gloo may abort one that just goes."""
     import torch.distributed as dist
 
     if dist.is_initialized():

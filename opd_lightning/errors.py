@@ -1,7 +1,9 @@
 """Errors written for the person who caused them: one line, what / got / expected / what to do."""
 
 import sys
-from typing import Self
+from typing import Self, TypeVar
+
+Error = TypeVar("Error", bound=Exception)
 
 
 class UserError(ValueError):
@@ -15,6 +17,13 @@ class RunStoppedError(RuntimeError):
     """A promise of training was about to be broken, so the run ends before the optimiser moves.
 
     The command line prints the message alone and exits with code 1.
+    """
+
+
+class CheckpointError(RunStoppedError):
+    """A checkpoint could not be written, or the folder of checkpoints could not be read.
+
+    Raised on all processes alike.
     """
 
 
@@ -56,6 +65,12 @@ class StaleRolloutsError(RunStoppedError):
             f"(data.max_staleness {max_staleness}); the engine did not take the weights that were "
             "pushed to it, or does not say so"
         )
+
+
+def raised_by_all(error: Error) -> Error:
+    """Mark an error that every process of a run raises, so that one of them reports it."""
+    error.raised_by_all = True  # type: ignore[attr-defined]
+    return error
 
 
 def report(message: str) -> None:

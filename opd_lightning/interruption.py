@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+
+from opd_lightning.checkpoints import save_last
+from opd_lightning.errors import CheckpointError
 
 
 class SaveOnInterruption(Callback):
     """Saves the beginning of the step that an exception or Ctrl-C ended, beside the others.
 
-    As `last.ckpt` where the run keeps one. Nothing is saved before the first optimiser step, while
+    As `last.ckpt`. Nothing is saved before the first optimiser step, while
     the optimiser moves (the last checkpoint stays the newest whole state), and in runs of several
     processes: one that fails cannot save together with those that go on.
     """
@@ -30,23 +31,16 @@ class SaveOnInterruption(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        checkpoints = trainer.checkpoint_callback
-        if trainer.state.fn != TrainerFn.FITTING or not isinstance(checkpoints, ModelCheckpoint):
+        if trainer.state.fn != TrainerFn.FITTING or not trainer.checkpoint_callback:
             return
-        if not self._began or trainer.global_step == 0:
+        if not self._began or trainer.global_step == 0 or isinstance(exception, CheckpointError):
             return
         if pl_module.moving or trainer.world_size > 1:
             if trainer.is_global_zero:
                 _say("nothing saved: " + (_MOVING if pl_module.moving else _SEVERAL))
             return
-        name = checkpoints.CHECKPOINT_NAME_LAST if checkpoints.save_last else "interrupted"
-        path = Path(checkpoints.dirpath or ".", name + checkpoints.FILE_EXTENSION)
-        if checkpoints.save_last:
-            checkpoints.last_model_path = str(path)  # or the resumed run would begin a last-v1
-        if path.is_symlink():
-            path.unlink()  # not to write into the checkpoint that it names
         try:
-            trainer.save_checkpoint(path, weights_only=False)
+            path = save_last(trainer)
         except Exception as failure:  # the exception that ended the run is the one to report
             _say(f"could not save the step's beginning: {' '.join(str(failure).split())}")
         else:

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from opd_lightning.checkpoints import LAST
 from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.errors import UserError, report
 from opd_lightning.methods.base import DistillationModule
@@ -26,9 +27,6 @@ TRAINER_DEFAULTS = {
 
 OWN_COMMANDS = ("check", "export", "write_responses", "cache_teacher")
 DASHED = [name.replace("_", "-") for name in OWN_COMMANDS]
-
-# Names that Lightning itself looks up.
-SYMBOLIC_CHECKPOINTS = ("last", "best", "hpc", "registry")
 
 # What jsonargparse says besides the cause: type unions tried in vain, dumps of the value.
 _NOISE = re.compile(
@@ -61,8 +59,7 @@ class SaveRunConfig(SaveConfigCallback):
 
     def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
         config = config.clone()
-        for key in ("ckpt_path", "weights_only"):
-            config.pop(key, None)
+        config.pop("ckpt_path", None)
         super().__init__(parser, config, **kwargs)
 
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
@@ -102,7 +99,8 @@ class OPDCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         standard = LightningCLI.subcommands()
         return {
-            **{name: standard[name] for name in ("fit", "validate", "test")},
+            # Nothing but tensors and plain data is read from a checkpoint.
+            **{name: standard[name] | {"weights_only"} for name in ("fit", "validate", "test")},
             **{name: {"model", "datamodule"} for name in OWN_COMMANDS},
         }
 
@@ -123,10 +121,12 @@ class OPDCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        if path and path not in SYMBOLIC_CHECKPOINTS and not Path(path).exists():
+        command = self.config.subcommand
+        path = self.config[command].get("ckpt_path")
+        if path and not (path == LAST and command == "fit") and not Path(path).exists():
             raise UserError(
                 f"--ckpt_path: no checkpoint at {path!r}; look in the run folder's 'checkpoints'"
+                + (f" (only `opd fit` knows {LAST!r})" if path == LAST else "")
             )
 
     def instantiate_classes(self) -> None:
@@ -142,10 +142,10 @@ class OPDCLI(LightningCLI):
         """Refuse to mix a new run's checkpoints with those of an old one."""
         folder = Path(self.trainer.log_dir or ".", "checkpoints")
         resumes = self.config.fit.get("ckpt_path")
-        if self.trainer.logger and not resumes and folder.is_dir() and any(folder.iterdir()):
+        if self.trainer.logger and not resumes and any(folder.glob("[!.]*")):
             raise UserError(
                 f"{str(folder)!r} holds the checkpoints of an earlier run; continue it with "
-                f"--ckpt_path {folder / 'last.ckpt'}, or name another run folder with "
+                f"--ckpt_path {LAST}, or name another run folder with "
                 "--trainer.logger.init_args.save_dir"
             )
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from opd_lightning import preflight
 from opd_lightning.cache_teacher import fill
+from opd_lightning.checkpoints import CheckpointConnector, write
 from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.errors import NotReadyError, UserError
 from opd_lightning.export import load_student, write_hf_folder
@@ -45,7 +46,22 @@ class Trainer(LightningTrainer):
             ours.append(StepProgressBar())
         kwargs["callbacks"] = [*given, *ours]
         super().__init__(*args, **kwargs)  # to the letter: the parser reads it
+        self._checkpoint_connector = CheckpointConnector(self)
         check_strategy(self.strategy, self.num_devices, self.num_nodes)
+
+    def save_checkpoint(
+        self,
+        filepath: str | Path,
+        weights_only: bool | None = None,
+        storage_options: Any | None = None,
+    ) -> None:
+        """Write a checkpoint, whole or not at all; all processes must call it."""
+        if storage_options is not None:
+            raise UserError("save_checkpoint: got storage_options, expected none; disks take none")
+        if self.model is None:
+            super().save_checkpoint(filepath, weights_only)  # says what is wrong
+        with self.profiler.profile("save_checkpoint"):  # type: ignore[attr-defined]
+            write(self, self._checkpoint_connector.dump_checkpoint(weights_only), filepath)
 
     def export(
         self,

@@ -1,0 +1,99 @@
+"""Whether a run can go on from a checkpoint, and what will not be as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.optim import Optimizer
+
+from opd_lightning.checkpoints.reading import Saved
+from opd_lightning.errors import UserError, raised_by_all
+
+
+def author(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint says of the run that writes it."""
+    return {
+        "processes": trainer.world_size,
+        "method": type(trainer.lightning_module).__name__,
+        "optimizers": names_of(trainer.optimizers),
+    }
+
+
+def names_of(optimizers: Sequence[Optimizer]) -> list[str]:
+    return [type(optimizer).__name__ for optimizer in optimizers]
+
+
+def check_readable(saved: Saved, trainer: Trainer, *, training: bool) -> None:
+    """Refuse what the strategy cannot read, weights of another model, and weights alone.
+
+    Raises:
+        UserError: It is refused.
+    """
+    name = f"--ckpt_path: {str(saved.path)!r}"
+    if saved.is_folder and not isinstance(trainer.strategy, ModelParallelStrategy):
+        raise UserError(
+            f"{name} is a folder of shards, which trainer.strategy "
+            f"{type(trainer.strategy).__name__} cannot read; go on with the one that wrote it "
+            "(with save_distributed_checkpoint false it writes files, which every strategy reads)"
+        )
+    if training and not saved.resumable:
+        raise UserError(
+            f"{name} holds weights alone (save_weights_only), expected the optimiser's state, too; "
+            "name another, or start a new run from an exported student"
+        )
+    assert trainer.lightning_module is not None
+    if difference := _difference(saved, trainer.lightning_module):
+        raise UserError(
+            f"{name} is not of this run's model: {difference}; go on with the config.yaml of the "
+            "run that wrote it"
+        )
+
+
+def check_optimizers(saved: Saved, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse the state of an optimiser of another kind.
+
+    Raises:
+        UserError: It is refused.
+    """
+    theirs = saved.written_by.get("optimizers")
+    ours = names_of(optimizers)
+    if theirs is not None and ours != theirs:
+        error = UserError(
+            f"--ckpt_path: {str(saved.path)!r} was written with optimiser {', '.join(theirs)}, got "
+            f"{', '.join(ours)}, whose state is another; go on with the same, or start a new run "
+            "from an exported student"
+        )
+        raise raised_by_all(error)
+
+
+def differences(saved: Saved, trainer: Trainer) -> list[str]:
+    """What is not as it was, a line each."""
+    lines = []
+    ours, theirs = author(trainer), saved.written_by
+    if theirs.get("method", ours["method"]) != ours["method"]:
+        lines.append(
+            f"the checkpoint is of a run with {theirs['method']}, this one has {ours['method']}: "
+            "weights, optimiser and place in the data go on"
+        )
+    if theirs.get("processes", ours["processes"]) != ours["processes"]:
+        wrote = theirs["processes"]
+        lines.append(
+            f"{wrote} process{'es' * (wrote > 1)} wrote the checkpoint, {ours['processes']} now: "
+            "prompts, seeds and their order are the same; sums are made in another order, so "
+            "losses are close and not equal bit for bit, and no process gets its random state back"
+        )
+    return lines
+
+
+def _difference(saved: Saved, module: LightningModule) -> str | None:
+    """The first weight that one has and the other has not, or has in another shape."""
+    here = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    for name in sorted(saved.shapes.keys() | here.keys()):
+        there, ours = saved.shapes.get(name), here.get(name)
+        if there != ours:
+            sides = [f"of shape {list(s)}" if s is not None else "not" for s in (there, ours)]
+            return f"{name!r} is {sides[0]} there and {sides[1]} in this run"
+    return None

@@ -1,0 +1,210 @@
+"""Writing a checkpoint whole or not at all.
+
+It is written beside its place, under a hidden name, flushed to the disk, read back and renamed. A
+process that is killed at any moment leaves the checkpoints that were there, or one more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+
+from opd_lightning.checkpoints.places import place_of, put, remove, sync
+from opd_lightning.checkpoints.plain import load
+from opd_lightning.checkpoints.together import gather, rank
+from opd_lightning.errors import CheckpointError, UserError, raised_by_all
+
+MANIFEST = "manifest.json"  # of a folder of shards: {"files": {name: [bytes, CRC-32]}}
+META = "meta.pt"  # of a folder of shards: all but weights and optimiser
+PATIENCE = 60.0  # seconds that one node's files may take to show up on another
+
+
+def save_last(trainer: Trainer) -> Path:
+    """Save the state as `last.ckpt`, beside the other checkpoints; returns where.
+
+    All processes must call it, between two steps or before the optimiser moves in one. Whatever
+    had the name is replaced; a link is not written through.
+
+    Raises:
+        CheckpointError: It could not be written; the checkpoints that were there still are.
+    """
+    keeper = trainer.checkpoint_callback
+    if not isinstance(keeper, ModelCheckpoint):
+        raise UserError(
+            "trainer.callbacks: got no ModelCheckpoint, so there is no folder to save in; leave "
+            "trainer.enable_checkpointing on"
+        )
+    path = Path(keeper.dirpath or ".", keeper.CHECKPOINT_NAME_LAST + keeper.FILE_EXTENSION)
+    keeper.last_model_path = str(path)  # or the resumed run would begin a last-v1
+    trainer.save_checkpoint(path, weights_only=False)
+    return path
+
+
+def write(trainer: Trainer, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Write what `dump_checkpoint` returned to a file, or to a folder of shards.
+
+    All processes must call it; either all return or all raise.
+
+    Raises:
+        CheckpointError: It could not be written, on whichever process.
+    """
+    if "://" in str(path):
+        raise UserError(f"checkpoints: got {str(path)!r}, expected a folder of this machine's")
+    target = Path(os.path.abspath(trainer.strategy.broadcast(str(path))))
+    attempt = _Attempt(trainer.global_step, target)
+    new = place_of(target)
+    attempt(lambda: _clear(target) if rank() == 0 else None)
+    if not _sharded(trainer):
+        attempt(lambda: _write_file(checkpoint, new) if rank() == 0 else None)
+    else:
+        attempt(lambda: new.mkdir(exist_ok=True))
+        attempt(lambda: trainer.strategy.save_checkpoint(checkpoint, new))
+        sums = attempt(lambda: _sums(new))
+        attempt(lambda: _finish_folder(new, sums) if rank() == 0 else None)
+    attempt(lambda: put(target) if rank() == 0 else None)
+
+
+class _Attempt:
+    """Does parts of the work; what fails on one process fails on all.
+
+    Args:
+        step: Optimiser steps made.
+        target: The checkpoint to be.
+    """
+
+    def __init__(self, step: int, target: Path) -> None:
+        self.step = step
+        self.target = target
+
+    def __call__(self, act: Callable[[], Any]) -> list[Any]:
+        """Every process's result, by rank."""
+        result = failure = None
+        try:
+            result = act()
+        except (Exception, CheckpointException) as error:  # torch's is no Exception
+            failure = _cause(error, rank())
+        outcomes = gather((result, failure))
+        for _, failed in outcomes:
+            if failed is not None:
+                self._give_up(*failed, alone=len(outcomes) == 1)
+        return [result for result, _ in outcomes]
+
+    def _give_up(self, number: int, reason: str, *, alone: bool) -> None:
+        room = ""
+        if rank() == 0:
+            with suppress(OSError):
+                remove(place_of(self.target))
+            with suppress(OSError):
+                room = f", {shutil.disk_usage(_existing(self.target)).free} bytes are free there"
+        error = CheckpointError(
+            f"step {self.step}: could not write {str(self.target)!r}"
+            + ("" if alone else f" (rank {number})")
+            + f": {reason}{room}; the checkpoints before it are untouched: mend it and go on from "
+            "the newest with --ckpt_path last"
+        )
+        raise raised_by_all(error)
+
+
+def _sharded(trainer: Trainer) -> bool:
+    strategy = trainer.strategy
+    return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
+
+
+def _clear(target: Path) -> None:
+    """Make room; what lies there is of a process that was killed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove(place_of(target))
+
+
+def _write_file(checkpoint: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    _check_plain(path)
+
+
+def _check_plain(path: Path) -> None:
+    """What a callback put in must be readable later, too; tensors are not read here."""
+    load(path, mmap=True)
+
+
+def _sums(folder: Path) -> dict[str, list[int]]:
+    """Sizes and checksums of the shards that this process wrote."""
+    return {file.name: sum_of(file) for file in sorted(folder.glob(f"__{rank()}_*"))}
+
+
+def _finish_folder(folder: Path, sums: list[dict[str, list[int]]]) -> None:
+    """Write the manifest, last of all."""
+    _check_plain(folder / META)
+    sync(folder / META)
+    files = {name: value for part in sums for name, value in part.items()}
+    for name in (META, ".metadata"):
+        files[name] = sum_of(folder / name)
+    wait_for(folder, {name: size for name, (size, _) in files.items()})
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"files": files}))
+    sync(manifest)
+    sync(folder)
+
+
+def sum_of(file: Path) -> list[int]:
+    """[bytes, CRC-32] of a file."""
+    crc = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+        return [stream.tell(), crc]
+
+
+def wait_for(folder: Path, sizes: dict[str, int]) -> None:
+    """Wait until files that another node wrote are there, whole.
+
+    Raises:
+        FileNotFoundError: They did not come.
+    """
+    end = monotonic() + PATIENCE
+    while missing := [name for name, size in sizes.items() if _size(folder / name) != size]:
+        if monotonic() > end:
+            raise FileNotFoundError(
+                f"{missing[0]!r} of another process did not show up within {PATIENCE:.0f} s; all "
+                "nodes must share the folder"
+            )
+        sleep(0.2)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in path.parents if place.exists())
+
+
+def _cause(error: BaseException, number: int) -> tuple[int, str]:
+    """(rank, what went wrong there in one line): what the operating system said, if it was it."""
+    if isinstance(error, CheckpointException):  # all processes have it, of those that failed
+        number = min(error.failures)
+        error = error.failures[number][0]
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror:
+            return number, seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    return number, " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,135 @@
+"""Checkpoints of several processes: they fail and choose together, and may change in number."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opd_lightning.checkpoints import whole
+from opd_lightning.checkpoints.writing import MANIFEST, META, sum_of
+from opd_lightning.errors import UserError
+
+SCRIPT = Path(__file__).with_name("checkpoint_ranks.py")
+
+
+@pytest.fixture(scope="module")
+def seen(untrained_lab: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What every process saw, by phase and rank, and what each phase printed to stderr."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    found: dict[str, Any] = {"shards": folder / "toy" / "folder" / "step=4.ckpt"}
+    for phase in ("start", "middle", "end"):
+        command = [sys.executable, str(SCRIPT), phase, str(folder)]
+        ended = subprocess.run(
+            command, cwd=untrained_lab, stderr=subprocess.PIPE, text=True, timeout=400
+        )
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        found[f"{phase} said"] = [x for x in ended.stderr.splitlines() if x.startswith("opd: ")]
+    for file in folder.glob("*.json"):
+        found[file.stem] = json.loads(file.read_text())
+    return found
+
+
+@pytest.mark.parametrize("way", ["ddp", "file", "folder"])
+def test_no_room_on_one_rank_is_known_to_all(seen: dict[str, Any], way: str) -> None:
+    for rank in (0, 1):
+        said = [
+            full[rank][0] for full in (seen[f"middle-{r}"]["faults"][way]["full"] for r in (0, 1))
+        ]
+        if rank == 1 and way != "folder":
+            assert said == ["nothing", "nothing"], "rank 1 writes nothing"
+            continue
+        for line in said:
+            assert line.startswith("CheckpointError: step 2: could not write ")
+            assert f"last.ckpt' (rank {rank}): File too large" in line
+        names = seen["middle-0"]["faults"][way]["full"][rank][1]
+        assert names == ["last.ckpt", "step=1.ckpt", "step=2.ckpt"]
+
+
+@pytest.mark.parametrize("way", ["ddp", "file", "folder"])
+def test_all_ranks_pass_over_what_one_finds_damaged(seen: dict[str, Any], way: str) -> None:
+    for rank in (0, 1):
+        first, second, third = seen[f"middle-{rank}"]["faults"][way]["losses"]
+        assert [len(part) for part in (first, second, third)] == [2, 1, 2]
+        assert third[0] == second[0], "step 3 is made again, from the state of step 2"
+    passed = [x for x in seen["middle said"] if f"/{way}/" in x and "is passed over" in x]
+    assert len(passed) == 2, "rank 0 alone speaks"
+    assert {name for line in passed for name in ("last", "step=3") if name in line} == {
+        "last",
+        "step=3",
+    }
+
+
+@pytest.mark.parametrize("way", ["ddp", "file", "folder"])
+def test_another_model_is_refused_on_all_ranks(seen: dict[str, Any], way: str) -> None:
+    for rank in (0, 1):
+        assert "is of shape [8] there" in seen[f"middle-{rank}"]["faults"][way]["another model"]
+
+
+def test_a_folder_of_shards_is_refused_by_one_process(seen: dict[str, Any]) -> None:
+    assert "is a folder of shards, which trainer.strategy Single" in seen["end-0"]["shards"]
+
+
+@pytest.mark.parametrize("way", ["ddp", "file"])
+def test_one_process_then_two_then_one(seen: dict[str, Any], way: str) -> None:
+    losses = [loss for phase in ("start", "middle", "end") for loss in seen[f"{phase}-0"][way]]
+    assert losses == pytest.approx(seen["start-0"]["unbroken"], abs=1e-4)
+    assert len(losses) == 6
+    for phase, numbers in (("middle", "1 process wrote"), ("end", "2 processes wrote")):
+        assert len([line for line in seen[f"{phase} said"] if numbers in line]) == 2
+
+
+class Bomb:
+    """What runs a program when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def with_bomb(shards: Path, file: str, bomb: Bomb) -> None:
+    """Put it where torch would unpickle it; the checksums are right."""
+    if file == ".metadata":
+        (shards / file).write_bytes(pickle.dumps(bomb))
+    elif file == META:
+        torch.save({**torch.load(shards / META, weights_only=True), "more": bomb}, shards / META)
+    else:  # in the place of a setting of the optimiser
+        metadata = pickle.loads((shards / ".metadata").read_bytes())
+        (index,) = (i for i in metadata.storage_data if i.fqn == "optimizer_0.param_groups.0.lr")
+        place = metadata.storage_data[index]
+        with (shards / place.relative_path).open("r+b") as stream:
+            place.offset = stream.seek(0, os.SEEK_END)
+            torch.save(bomb, stream)
+            place.length = stream.tell() - place.offset
+        (shards / ".metadata").write_bytes(pickle.dumps(metadata))
+    names = [path.name for path in shards.iterdir() if path.name != MANIFEST]
+    sums = {name: sum_of(shards / name) for name in names}
+    (shards / MANIFEST).write_text(json.dumps({"files": sums}))
+
+
+@pytest.mark.parametrize("file", [".metadata", META, "a shard"])
+def test_no_program_is_run_from_a_folder(seen: dict[str, Any], file: str, tmp_path: Path) -> None:
+    shards = tmp_path / "last.ckpt"
+    shutil.copytree(seen["shards"], shards)
+    assert whole(shards).step == 4
+    with_bomb(shards, file, Bomb(tmp_path / "ran"))
+    with pytest.raises(UserError, match=r"more than tensors and plain data \(posix\.mkdir\)"):
+        whole(shards)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("file", [".metadata", META, MANIFEST, "__1_0.distcp"])
+def test_a_folder_that_lacks_a_part(seen: dict[str, Any], file: str, tmp_path: Path) -> None:
+    shards = tmp_path / "last.ckpt"
+    shutil.copytree(seen["shards"], shards)
+    (shards / file).unlink()
+    with pytest.raises(UserError, match=f"'{file}' is missing"):
+        whole(shards)

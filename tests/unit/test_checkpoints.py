@@ -1,0 +1,324 @@
+"""What is on the disk after a kill, a full disk or damage, and what a run makes of it."""
+
+import os
+import pickle
+import resource
+import shutil
+import struct
+import subprocess
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from opd_lightning.checkpoints import save_last, whole
+from opd_lightning.checkpoints.places import place_of, put, recover
+from opd_lightning.errors import CheckpointError, UserError
+from tests.toy_run import Toy, train
+
+Err = pytest.CaptureFixture[str]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def step_of(path: Path) -> int:
+    return int(torch.load(path, weights_only=True)["global_step"])
+
+
+def flip(path: Path) -> None:
+    """Change one bit of the largest tensor."""
+    with zipfile.ZipFile(path) as archive:
+        entry = max(archive.infolist(), key=lambda e: e.file_size * ("/data/" in e.filename))
+    content = bytearray(path.read_bytes())
+    start = entry.header_offset
+    start += 30 + sum(struct.unpack("<HH", content[start + 26 : start + 30]))
+    content[start] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+# Written whole or not at all --------------------------------------------------------------
+
+
+class Kill(BaseException):
+    """Nothing is tidied up after it."""
+
+
+@contextmanager
+def killed_at(operation: int) -> Iterator[None]:
+    """Nothing reaches the disk from the given operation on."""
+    done = 0
+
+    def mortal(act: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done >= operation:
+                if act is torch.save and isinstance(args[1], Path | str):
+                    Path(args[1]).write_bytes(b"half")
+                elif act is torch.save:
+                    args[1].write(b"half")
+                raise Kill
+            return act(*args, **kwargs)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for place, name in (
+            (os, "rename"),
+            (os, "replace"),
+            (os, "unlink"),
+            (os, "remove"),
+            (os, "symlink"),
+            (shutil, "rmtree"),
+            (torch, "save"),
+        ):
+            patch.setattr(place, name, mortal(getattr(place, name)))
+        yield
+
+
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_a_kill_at_any_moment_loses_no_finished_step(save_last: Any, tmp_path: Path) -> None:
+    saver = {"save_last": save_last}
+    for operation in range(1, 100):
+        folder = tmp_path / str(operation)
+        train(folder, 2, saver=saver)
+        try:
+            with killed_at(operation):
+                train(folder, 4, saver=saver)
+        except Kill:
+            pass
+        else:
+            break
+        module = Toy()
+        trainer, _ = train(folder, 5, module=module, saver=saver)
+        assert trainer.global_step == 5
+        assert len(module.losses) <= 3, "a step that was on the disk was made again"
+        assert not [name for name in names(folder) if name.startswith(".")]
+        assert step_of(folder / "last.ckpt") == 5
+    assert operation > 8
+
+
+@pytest.mark.parametrize("kinds", ["folder folder", "folder file", "file folder", "file file"])
+def test_a_kill_while_names_change_leaves_the_old_or_the_new(kinds: str, tmp_path: Path) -> None:
+    def write(path: Path, kind: str, text: str) -> None:
+        if kind == "folder":
+            path.mkdir()
+            path = path / "shard"
+        path.write_text(text)
+
+    before, after = kinds.split()
+    for operation in range(1, 20):
+        folder = tmp_path / str(operation)
+        folder.mkdir()
+        target = folder / "last.ckpt"
+        write(target, before, "old")
+        write(place_of(target), after, "new")
+        try:
+            with killed_at(operation):
+                put(target)
+            finished = True
+        except Kill:
+            finished = False
+        recover(folder)
+        assert names(folder) == ["last.ckpt"]
+        content = (target / "shard" if target.is_dir() else target).read_text()
+        assert content == "new" if finished else content in ("old", "new")
+        if finished:
+            break
+    assert operation > 1
+
+
+def test_what_a_link_names_is_not_written_through(tmp_path: Path) -> None:
+    train(tmp_path, 2, saver={"save_last": "link"})
+    assert (tmp_path / "last.ckpt").is_symlink()
+    trainer, _ = train(tmp_path, 3, saver={"every_n_train_steps": 100})
+    assert save_last(trainer) == tmp_path / "last.ckpt"
+    assert not (tmp_path / "last.ckpt").is_symlink()
+    assert step_of(tmp_path / "last.ckpt") == 3
+    assert step_of(tmp_path / "step=2.ckpt") == 2
+
+
+class Puts(Callback):
+    """A callback with a state of its own."""
+
+    def __init__(self, what: Any) -> None:
+        self.what = what
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"what": self.what}
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"step 1: could not write .*more than .*toy_run\.Toy"
+    ):
+        train(tmp_path, 2, callbacks=[Puts(Toy)])
+    assert not names(tmp_path)
+
+
+def stop_at(folder: Path, reason: str) -> None:
+    """A run whose third step finds no room for its larger checkpoint."""
+    train(folder, 2)
+    trainer, module = train(folder, 2)
+    module.extra = torch.nn.Parameter(torch.zeros(1 << 18))
+    with pytest.raises(CheckpointError) as ended:
+        trainer.save_checkpoint(folder / "last.ckpt")
+    line = str(ended.value)
+    assert line.startswith(f"step 2: could not write '{folder}/last.ckpt': {reason}, ")
+    assert "bytes are free there; " in line
+    assert "\n" not in line
+    assert names(folder) == ["last.ckpt", "step=2.ckpt"]
+    assert whole(folder / "last.ckpt").step == 2
+
+
+def test_a_quota(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, hard))
+    try:
+        stop_at(tmp_path, "File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes root")
+    try:
+        stop_at(tmp_path, "No space left on device")
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(CheckpointError, match=r"Not a directory|File exists"):
+        train(tmp_path / "runs" / "checkpoints", 1)
+
+
+# Read again -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", [flip, cut, lambda path: path.write_bytes(b"")])
+def test_a_damaged_newest_one_is_named_and_the_one_before_taken(
+    damage: Callable[[Path], None], tmp_path: Path, capsys: Err
+) -> None:
+    train(tmp_path, 3, saver={"save_top_k": -1})
+    for name in ("last.ckpt", "step=3.ckpt"):
+        damage(tmp_path / name)
+    capsys.readouterr()
+    module = Toy()
+    train(tmp_path, 4, module=module, saver={"save_top_k": -1})
+    assert len(module.losses) == 2, "it goes on from step 2"
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("opd: ")]
+    assert len(said) == 2
+    assert all("is passed over: " in line for line in said)
+    assert step_of(tmp_path / "last.ckpt") == 4
+
+
+def test_the_newest_is_the_one_of_the_most_steps(tmp_path: Path) -> None:
+    train(tmp_path, 3, saver={"save_top_k": -1})
+    os.utime(tmp_path / "step=1.ckpt", (2e9, 2e9))  # a clock jumped
+    for name in ("last.ckpt", "step=3.ckpt"):
+        os.utime(tmp_path / name, (1, 1))
+    module = Toy()
+    train(tmp_path, 4, module=module)
+    assert len(module.losses) == 1
+
+
+def test_a_run_without_a_whole_one_starts_from_the_beginning(tmp_path: Path, capsys: Err) -> None:
+    (tmp_path / ".last.ckpt.writing").write_text("of a run that was killed")
+    module = Toy()
+    train(tmp_path, 1, module=module)
+    assert len(module.losses) == 1
+    assert capsys.readouterr().err.count("opd: no whole checkpoint is there yet") == 1
+    assert names(tmp_path) == ["last.ckpt", "step=1.ckpt"]
+
+
+def test_checkpoints_do_not_pile_up_over_resumes(tmp_path: Path) -> None:
+    for steps in range(1, 5):
+        train(tmp_path, steps, saver={"save_last": None})
+        assert names(tmp_path) == [f"step={steps}.ckpt"]
+    for steps in range(5, 8):
+        monitored = {"monitor": "loss", "save_top_k": 2, "mode": "min"}
+        train(tmp_path / "best", steps, saver=monitored, ckpt_path="last")
+    assert len(names(tmp_path / "best")) == 3
+
+
+def test_a_damaged_one_that_was_named_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, 2)
+    flip(tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match=r"'.*last\.ckpt' is damaged .* has other bytes"):
+        train(tmp_path, 3, ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_a_program_is_not_run(tmp_path: Path) -> None:
+    train(tmp_path, 1)
+    ran = tmp_path / "ran"
+    bomb = Puts(None)
+    bomb.__class__ = type("Bomb", (), {"__reduce__": lambda _: (os.mkdir, (str(ran),))})
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    torch.save({**content, "more": bomb}, tmp_path / "last.ckpt")
+    (tmp_path / "old.ckpt").write_bytes(pickle.dumps(bomb))
+    for name in ("last", "old"):
+        with pytest.raises(UserError, match=r"more than tensors and plain|not written by `opd fit"):
+            train(tmp_path, 2, ckpt_path=tmp_path / f"{name}.ckpt")
+    assert not ran.exists()
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, 1)
+
+    def no_answer(*_: Any) -> None:
+        raise OSError(5, "Input/output error", "last.ckpt")
+
+    monkeypatch.setattr("opd_lightning.checkpoints.reading.load", no_answer)
+    monkeypatch.setattr("opd_lightning.checkpoints.reading.zipfile.is_zipfile", no_answer)
+    with pytest.raises(CheckpointError, match=r"could not read 'last\.ckpt': Input/output error"):
+        train(tmp_path, 2)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Toy(width=9), r"'layers\.0\.bias' is of shape \[8\] there and of shape \[9\] in this run"),
+        (Toy(optimizer=lambda p: torch.optim.SGD(p, lr=1.0)), "optimiser AdamW, got SGD"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(module: Toy, message: str, tmp_path: Path) -> None:
+    train(tmp_path, 1)
+    with pytest.raises(UserError, match=message):
+        train(tmp_path, 2, module=module)
+
+
+def test_weights_alone_are_no_state_to_go_on_from(tmp_path: Path) -> None:
+    train(tmp_path, 1, saver={"save_weights_only": True})
+    with pytest.raises(UserError, match="holds weights alone"):
+        train(tmp_path, 2)
+
+
+def test_another_method_is_said(tmp_path: Path, capsys: Err) -> None:
+    train(tmp_path, 1)
+    train(tmp_path, 2, module=type("Other", (Toy,), {})())
+    assert "is of a run with Toy, this one has Other" in capsys.readouterr().err
+
+
+def test_a_run_that_keeps_none_has_no_last(tmp_path: Path) -> None:
+    trainer, _ = train(tmp_path, 1)
+    for keeper in trainer.checkpoint_callbacks:
+        trainer.callbacks.remove(keeper)  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="got no ModelCheckpoint"):
+        save_last(trainer)
