@@ -50,7 +50,12 @@ class RolloutLog(Callback):
         self.max_characters = max_characters
         self.max_megabytes = max_megabytes
         self._last_step = -1
+        self._folder: Path | None = None
         self._lines: RotatingFileHandler | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        # Here, where every rank comes by: asking for log_dir is a broadcast.
+        self._folder = None if trainer.log_dir is None else Path(trainer.log_dir)
 
     def on_train_batch_end(  # type: ignore[override]
         self,
@@ -71,10 +76,9 @@ class RolloutLog(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("rollouts", text, step)
-        if trainer.log_dir is not None:
-            folder = Path(trainer.log_dir)
-            self._write_lines(folder, step, [batch.rollouts[i] for i in chosen])
-            pages = folder / "rollouts"
+        if self._folder is not None:
+            self._write_lines(self._folder, step, [batch.rollouts[i] for i in chosen])
+            pages = self._folder / "rollouts"
             pages.mkdir(parents=True, exist_ok=True)
             page = token_page(f"step {step}", [_row(module, batch, i) for i in chosen])
             (pages / f"{step:06d}.html").write_text(page)
