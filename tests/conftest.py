@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,18 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def launched_by_nobody() -> Iterator[None]:
+    """Lightning's launcher leaves its variables behind.
+
+    By them a later run, started by this process with two ranks, would wait for a second one that
+    somebody else launches.
+    """
+    yield
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
