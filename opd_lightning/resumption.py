@@ -24,28 +24,39 @@ def check_whole_steps(trainer: Trainer) -> None:
 
 
 def rewind(fit_loop: dict[str, Any], trainer: Trainer) -> None:
-    """Turn a checkpoint from inside of a step into one of the step's beginning.
+    """Let a checkpoint mean the end of its last optimiser step, wherever it was taken.
 
-    The weights have not moved since the last optimiser step. Lightning's counters have, and would
-    resume behind micro-batches whose gradient is lost; so they are put back to what a checkpoint
-    taken right after that optimiser step has, which Lightning resumes from exactly. A validation
-    that was cut short begins again.
+    The weights have not moved since. Lightning's counters may have, and would resume behind
+    micro-batches whose gradient is lost; so they are put back to what a checkpoint taken right
+    after that optimiser step has, which Lightning resumes from exactly. A validation of these
+    weights that was cut short, or is still to come, is made by whoever resumes; Lightning would
+    take the latter for made.
 
     Args:
         fit_loop: The loop's state in the checkpoint; changed in place.
         trainer: Whose loop it is.
     """
     steps, parts = trainer.global_step, trainer.accumulate_grad_batches
-    total = fit_loop[f"{EPOCH_LOOP}batch_progress"]["total"]
-    if trainer.validating:
-        validation = fit_loop[f"{EPOCH_LOOP}val_loop.batch_progress"]
-        if not trainer.lightning_module.validation_is_over:
-            # As of a first batch that was started: what Lightning takes for an evaluation to redo.
-            begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-            none = dict.fromkeys(begun, 0)
-            validation |= {"total": begun, "current": none, "is_last_batch": False}
-    elif total["ready"] > steps * parts or total["completed"] == total["ready"]:
-        fit_loop |= _after(steps, parts, int(trainer.num_training_batches))
+    over = fit_loop[f"{EPOCH_LOOP}batch_progress"]["total"]["ready"] == steps * parts
+    fit_loop |= _after(steps, parts, int(trainer.num_training_batches))
+    validation = dict.fromkeys(("ready", "started", "processed", "completed"), 0)
+    if not trainer.lightning_module.validation_is_over and (
+        trainer.validating or (over and _validation_is_due(trainer))
+    ):
+        for counts in ("total", "current"):
+            batches = fit_loop[f"{EPOCH_LOOP}batch_progress"][counts]
+            batches["completed"] = batches["processed"]
+        # As of a first batch that was started: what Lightning takes for an evaluation to redo.
+        validation |= {"ready": 1, "started": 1}
+    fit_loop[f"{EPOCH_LOOP}val_loop.batch_progress"] = {
+        "total": validation, "current": dict.fromkeys(validation, 0), "is_last_batch": False
+    }  # fmt: skip
+
+
+def _validation_is_due(trainer: Trainer) -> bool:
+    """After the step that is over."""
+    loop = trainer.fit_loop
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
 
 
 def _after(steps: int, parts: int, epoch: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from opd_lightning import preflight
 from opd_lightning.cache_teacher import fill
 from opd_lightning.checkpoints import CheckpointConnector, write
+from opd_lightning.checkpoints.savers import RememberSavers
 from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.errors import NotReadyError, UserError
 from opd_lightning.export import load_student, write_hf_folder
@@ -24,6 +25,7 @@ from opd_lightning.preflight import report
 from opd_lightning.preflight.check import look_at
 from opd_lightning.progress import StepProgressBar
 from opd_lightning.quiet import only_warnings
+from opd_lightning.run_log import RunLog
 from opd_lightning.sharding import check_strategy
 from opd_lightning.teachers.cached import CachedTeacher
 from opd_lightning.types import Author
@@ -33,14 +35,14 @@ from opd_lightning.write_responses import write_responses
 class Trainer(LightningTrainer):
     """See Lightning's documentation.
 
-    Added are our own commands, a progress bar in optimiser steps, and a checkpoint when a run is
-    cut short.
+    Added are our own commands, a progress bar in optimiser steps, a log without seams, and a
+    checkpoint when a run is cut short.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = kwargs.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        ours: list[Callback] = [SaveOnInterruption()]
+        ours: list[Callback] = [RunLog(), RememberSavers(), SaveOnInterruption()]
         has_bar = any(isinstance(callback, ProgressBar) for callback in given)
         if kwargs.get("enable_progress_bar") is not False and not has_bar:
             ours.append(StepProgressBar())

@@ -74,11 +74,12 @@ class CheckpointConnector(_CheckpointConnector):
     def restore_callbacks(self) -> None:
         super().restore_callbacks()
         if self._loaded_checkpoint:
-            for keeper in self._keepers():  # or a run would go on with a last-v1
-                name = keeper.CHECKPOINT_NAME_LAST + keeper.FILE_EXTENSION
-                keeper.last_model_path = keeper.last_model_path or str(
-                    Path(keeper.dirpath or "", name)
-                )
+            for keeper in self._keepers():
+                if keeper.save_last:  # or a run would go on with a last-v1
+                    name = keeper.CHECKPOINT_NAME_LAST + keeper.FILE_EXTENSION
+                    keeper.last_model_path = keeper.last_model_path or str(
+                        Path(keeper.dirpath or "", name)
+                    )
 
     def restore_optimizers(self) -> None:
         if self._saved is not None:

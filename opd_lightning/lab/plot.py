@@ -25,7 +25,7 @@ def plot_run(run: Path, before: dict[str, float], teacher: dict[str, float], pic
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for key in ["score", *sorted(k for k in before if k.startswith("score/"))]:
         curve = events.Scalars(f"val/sums/{key}")
-        steps = [0, *(point.step + 1 for point in curve)]
+        steps = [0, *(point.step for point in curve)]
         values = [before[key], *(point.value for point in curve)]
         if key == "score":
             left.plot(steps, values, lw=3, color="black", label="all")

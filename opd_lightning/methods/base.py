@@ -23,6 +23,7 @@ from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics
 from opd_lightning.metrics.sums import Means
 from opd_lightning.resumption import check_whole_steps, rewind
 from opd_lightning.rules.base import Rates, Scored, Signal
+from opd_lightning.run_log import write_figures
 from opd_lightning.sharding import Sharding, whole
 from opd_lightning.student import Student
 from opd_lightning.timing import StepTimer
@@ -170,13 +171,14 @@ class DistillationModule(Contract, EvaluatedModule):
             teacher.rest()
         self.timer.start("optimizer")
         self.moving = True
+        self.validation_is_over = False
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         self.timer.stop("optimizer")
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.moving = self.validation_is_over = False
+        self.moving = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         rewind(checkpoint["loops"]["fit_loop"], self.trainer)
@@ -207,15 +209,10 @@ class DistillationModule(Contract, EvaluatedModule):
         # Of the step before: the clock of this one still runs.
         values |= self.timer.figures(self._tokens)
         self._tokens = float(values["response/tokens_per_step"])
-        self._forget_all_but(values)
+        step = self.trainer.global_step
+        if (step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            write_figures(self.trainer, values | {"epoch": self.trainer.current_epoch}, step)
         shown = {"loss", "reward", "tokens_per_second"}
-        self.log_dict({k: v for k, v in values.items() if k not in shown})
+        self.log_dict({k: v for k, v in values.items() if k not in shown}, logger=False)
         for name in shown & values.keys():
-            self.log(name, values[name], prog_bar=True)
-
-    def _forget_all_but(self, values: dict[str, Any]) -> None:
-        """Lightning goes on logging the last value of a figure that a later step does not have."""
-        results = self.trainer.fit_loop.epoch_loop._results
-        for key, result in list(results.items()):
-            if result.meta.fx == "on_before_optimizer_step" and result.meta.name not in values:
-                del results[key]
+            self.log(name, values[name], prog_bar=True, logger=False)

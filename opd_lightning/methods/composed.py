@@ -134,7 +134,7 @@ class ComposedMethod(DistillationModule):
             self.rates.update(batch, {f"term/{term.name}": token_loss})
         if self.imitation is not None:
             weight = value_at(self.imitation, batch.totals.step)
-            self.log("imitation", weight)
+            self.rates.update(batch, {"imitation": loss.new_full((1, 1), weight)})
             if weight:
                 mask = batch.response_mask & batch.demonstrated[:, None]
                 imitated = aggregate(-student.logprobs, mask, batch.totals.demonstrated, mode)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 
 from opd_lightning.data.evaluation import EvaluationBatch
 from opd_lightning.metrics.evaluation import SuiteScores
+from opd_lightning.run_log import write_figures
 
 
 class EvaluatedModule(LightningModule):
@@ -16,7 +18,8 @@ class EvaluatedModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.suites: dict[str, SuiteScores] = {}
-        self.validation_is_over = False  # all of its prompts are scored
+        self.scores: dict[str, float] = {}  # of the last validation or test, as they are logged
+        self.validation_is_over = False  # of the weights as they are now
 
     def validation_step(
         self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
@@ -44,5 +47,12 @@ class EvaluatedModule(LightningModule):
         self.suites = {name: scores.to(self.device) for name, scores in suites.items()}
 
     def _log_suites(self, prefix: str) -> None:
-        for name, scores in self.suites.items():
-            self.log_dict({f"{prefix}/{name}/{k}": v for k, v in scores.compute().items()})
+        self.scores = {
+            f"{prefix}/{name}/{key}": float(value)
+            for name, scores in self.suites.items()
+            for key, value in scores.compute().items()
+        }
+        fits = self.trainer.state.fn == TrainerFn.FITTING
+        if fits:  # at the number of steps made; Lightning's index is one less
+            write_figures(self.trainer, self.scores, self.trainer.global_step)
+        self.log_dict(self.scores, logger=not fits)

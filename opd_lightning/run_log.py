@@ -1,0 +1,105 @@
+"""A run's log across restarts: no step missing, none twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from opd_lightning.methods.evaluation import EvaluatedModule
+
+
+def write_figures(trainer: Trainer, figures: Mapping[str, Any], step: int) -> None:
+    """Hand a run's figures to its loggers, and have them on disk.
+
+    Lightning would do so after the step's checkpoint is saved, so that a run that dies in between
+    would resume behind figures that nobody wrote.
+
+    Args:
+        trainer: Whose loggers.
+        figures: Numbers by name.
+        step: Optimiser steps made by the weights that the figures are of.
+    """
+    values = {k: v.item() if isinstance(v, Tensor) else v for k, v in figures.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step)
+        logger.save()
+
+
+class RunLog(Callback):
+    """Holds loggers and checkpoints together: a checkpoint of step n means a log up to n.
+
+    Whatever was logged for steps before n is on disk before the checkpoint is. Whatever is there
+    for n and after it, of a run that died later, is declared void when a run goes on from n, in
+    the words that TensorBoard's files have for it. Only the scores of a validation made at n
+    belong to n and are not made again: the checkpoint has them.
+
+    With them it keeps what callbacks monitor (`trainer.callback_metrics`). A validation of the last
+    step that was cut short is made when the finished run is started again.
+    """
+
+    def __init__(self) -> None:
+        self._resumed: dict[str, dict[str, float]] = {}
+        self._began = False
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._resumed = checkpoint.get("log", {})
+
+    def on_train_start(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: EvaluatedModule
+    ) -> None:
+        self._began = True
+        self._go_on(trainer, pl_module)
+
+    def _go_on(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
+        if trainer.is_global_zero:
+            _void_from(trainer, trainer.global_step)
+        monitored = self._resumed.get("monitored", {})
+        device = trainer.strategy.root_device
+        trainer.callback_metrics.update(
+            {name: Tensor([value]).squeeze().to(device) for name, value in monitored.items()}
+        )
+        pl_module.scores = self._resumed.get("validation", {})
+        pl_module.validation_is_over = bool(pl_module.scores)
+        write_figures(trainer, pl_module.scores, trainer.global_step)
+        self._resumed = {}
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["log"] = {
+            "monitored": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "validation": pl_module.scores if pl_module.validation_is_over else {},
+        }
+        for logger in trainer.loggers:
+            logger.save()
+
+    def on_fit_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: EvaluatedModule
+    ) -> None:
+        """Lightning does not even enter its loop where all steps are made."""
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        if self._began or trainer.state.fn != TrainerFn.FITTING:
+            return
+        loop.update_restart_stage()
+        if loop.restarted_mid_evaluation:
+            self._go_on(trainer, pl_module)
+            trainer.validating = True
+            loop.run()
+            trainer.training = True
+
+
+def _void_from(trainer: Trainer, step: int) -> None:
+    """Tell TensorBoard that what earlier processes logged for `step` and later did not happen."""
+    start = Event(session_log=SessionLog(status=SessionLog.START))
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.file_writer.add_event(start, step)

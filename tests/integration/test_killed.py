@@ -1,0 +1,31 @@
+"""SIGKILL at random moments, and the same command again: the run ends as if nothing had happened.
+
+`benchmarks/kills.py` does the same thirty times, on a trained lab, with other engines and ranks.
+"""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.killing import CONFIG, RUN, compare, fit_command, run_under_fire, scalars, settings
+
+STEPS = 12
+
+
+@pytest.mark.timeout(900)  # seven starts of the program
+def test_a_run_that_is_killed_ends_as_one_that_is_not(untrained_lab: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        path = settings(folder, steps=STEPS)
+        (folder / "lab").symlink_to(untrained_lab / "lab")
+    command, random = fit_command(CONFIG, path), Random(0)
+    quiet = run_under_fire(whole, command, kills=0, steps=STEPS, random=random)
+    logged = scalars(whole / RUN)
+    assert [step for step, _ in logged["loss"]] == list(range(STEPS))
+    assert [step for step, _ in logged["val/sums/length"]] == [5, 10]
+    tale = run_under_fire(
+        killed, command, kills=4, steps=STEPS, random=random, startup=quiet.startup
+    )
+    assert len(tale.kills) == 4, tale
+    assert not compare(killed, whole), tale
