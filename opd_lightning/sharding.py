@@ -1,5 +1,7 @@
 """FSDP2: every process keeps a part of each weight, and layers are whole while they are at work.
 
+Under HSDP (`hsdp.py`) it is a part of its group's weights, and the groups are alike.
+
 A decoder layer is gathered for its forward pass and again for its backward pass. What is left of a
 model (embedding, last norm, head) is gathered by the forward call of its root, and stays whole
 until the root's backward pass is over, or until `rest` where there is none: the head of a teacher
@@ -25,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opd_lightning.errors import UserError
+from opd_lightning.hsdp import HSDPStrategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +39,22 @@ class Sharding:
     Gradients are added up in float32. Embedding, norm and head keep their own dtype.
     """
 
-    mesh: DeviceMesh  # 1-D: all processes
+    mesh: DeviceMesh  # all processes; under HSDP [groups, processes of a group]
     device: torch.device
     compute_dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, trainer: Any) -> Sharding | None:
+        """What a Lightning trainer's strategy says; None where every process has all weights."""
+        strategy = trainer.strategy
+        if not isinstance(strategy, ModelParallelStrategy):
+            return None
+        mesh = strategy.device_mesh
+        return cls(
+            mesh=mesh if isinstance(strategy, HSDPStrategy) else mesh["data_parallel"],
+            device=strategy.root_device,
+            compute_dtype=torch.bfloat16 if trainer.precision == "bf16-mixed" else None,
+        )
 
     @property
     def reads(self) -> bool:
@@ -81,9 +97,16 @@ def check_strategy(strategy: Any, devices: int, nodes: int) -> None:
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
         raise UserError(
             f"trainer.strategy: got {type(strategy).__name__}, expected ddp, or "
-            "ModelParallelStrategy to shard the weights; configs/strategy has both"
+            "ModelParallelStrategy to shard the weights; configs/strategy has all of them"
         )
-    if isinstance(strategy, ModelParallelStrategy):
+    if isinstance(strategy, HSDPStrategy):
+        size = strategy.group_size
+        if size < 1 or devices * nodes % size:
+            raise UserError(
+                f"trainer.strategy.shard_size: got {size} for {devices} devices on {nodes} nodes, "
+                "expected a divisor of their product"
+            )
+    elif isinstance(strategy, ModelParallelStrategy):
         sizes = (strategy._data_parallel_size, strategy._tensor_parallel_size)
         got = tuple(a if s == "auto" else s for s, a in zip(sizes, (nodes, devices), strict=True))
         if got != (devices * nodes, 1):
@@ -91,6 +114,14 @@ def check_strategy(strategy: Any, devices: int, nodes: int) -> None:
                 f"trainer.strategy: got data_parallel_size {got[0]} and tensor_parallel_size "
                 f"{got[1]} for {devices} devices on {nodes} nodes, expected their product and 1"
             )
+
+
+def holders(strategy: Any) -> int:
+    """How many processes hold one copy of the weights together."""
+    if isinstance(strategy, HSDPStrategy):
+        return strategy.group_size
+    shares = isinstance(strategy, ModelParallelStrategy)
+    return strategy.num_processes * strategy.num_nodes if shares else 1
 
 
 def rest(root: nn.Module) -> None:

@@ -15,9 +15,10 @@ from opd_lightning.sharding import whole
 def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, full detached tensor), one at a time, tied weights once.
 
-    LoRA is merged on the fly, weight by weight: at most one full tensor exists beside the model.
-    Modules that peft trains whole (`modules_to_save`) come under their own names. Shards are
-    gathered, so all ranks must iterate together.
+    LoRA is merged on the fly, weight by weight. Shards are gathered, so all ranks must iterate
+    together. At most one full tensor exists beside the model, two while LoRA is merged, if whoever
+    takes one lets go of it before the next. Modules that peft trains whole (`modules_to_save`) come
+    under their own names.
     """
     if not hasattr(model, "peft_config"):
         for name, parameter in model.named_parameters():
@@ -29,20 +30,23 @@ def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         if ".lora_" in name or ".original_module." in name:
             continue
-        weight = whole(parameter.detach())
         owner, found, _ = name.partition(".base_layer.weight")
         if found and adapter in getattr(modules[owner], "lora_A", {}):
-            weight = weight + _delta(modules[owner], adapter).to(weight.dtype)
+            weight = _delta(modules[owner], adapter).to(parameter.dtype)
+            weight += whole(parameter.detach())
+        else:
+            weight = whole(parameter.detach())
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         yield plain.replace(f".modules_to_save.{adapter}.", "."), weight
+        del weight  # before the next is gathered
 
 
 @torch.no_grad()
 def _delta(layer: Any, adapter: str) -> Tensor:
     """What plain LoRA adds to a linear layer's weight, in float32."""
     down, up = (whole(part[adapter].weight).float() for part in (layer.lora_A, layer.lora_B))
-    delta = layer.scaling[adapter] * (up @ down)
-    return delta.T if layer.fan_in_fan_out else delta
+    delta = (up @ down).mul_(layer.scaling[adapter])
+    return delta.T.contiguous() if layer.fan_in_fan_out else delta
 
 
 def check_mergeable(model: Any) -> None:

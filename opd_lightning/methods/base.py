@@ -110,15 +110,10 @@ class DistillationModule(Contract, EvaluatedModule):
     # Lightning ----------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        device, sharding = self.trainer.strategy.root_device, None
-        if self.device_mesh is not None:
-            autocast = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
-            mesh = self.device_mesh["data_parallel"]
-            sharding = Sharding(mesh=mesh, device=device, compute_dtype=autocast)
-        self.student.load(sharding)
+        self.student.load(Sharding.of(self.trainer))
         if self.trainer.state.fn == TrainerFn.FITTING:  # nobody else asks them
             for teacher in self.teachers():
-                teacher.load(device, self.student)
+                teacher.load(self.trainer.strategy.root_device, self.student)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.student.parameters() if p.requires_grad])

@@ -9,7 +9,6 @@ from statistics import mean
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -18,6 +17,7 @@ from opd_lightning.preflight.finding import Finding
 from opd_lightning.preflight.probe import Probe
 from opd_lightning.rollouts import HFEngine, VLLMEngine
 from opd_lightning.rollouts.checks import parameter_shapes
+from opd_lightning.sharding import holders
 from opd_lightning.teachers.local import LocalTeacher
 from opd_lightning.types import Author, Rollout
 
@@ -152,10 +152,9 @@ def teacher_bytes(probe: Probe) -> int:
 def memory(probe: Probe, optimizer: Optimizer) -> Finding:
     """Of one process on its device, all in memory at once, for the longest responses.
 
-    Sharded weights, their gradients and states are divided by the number of processes.
+    Sharded weights, their gradients and states are divided by the processes that share them.
     """
-    student, strategy = probe.module.student, probe.module.trainer.strategy
-    shards = strategy.world_size if isinstance(strategy, ModelParallelStrategy) else 1
+    student, shards = probe.module.student, holders(probe.module.trainer.strategy)
     weights = student_bytes(student.parameters(), optimizer) | {"teachers": teacher_bytes(probe)}
     low = probe.module.trainer.precision != "32-true" or student.dtype != "float32"
     parts: dict[str, int] = {

@@ -39,6 +39,7 @@ def checked_weights(
             )
         missing.remove(name)
         yield name, tensor
+        del tensor  # before the next is gathered
     if missing:
         raise UserError(
             f"engine weights: {len(missing)} of {len(shapes)} never came, {min(missing)!r} "

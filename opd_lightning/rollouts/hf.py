@@ -70,6 +70,7 @@ class HFEngine(Engine):
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         for name, tensor in checked_weights(weights, shapes):
             parameters[name].copy_(tensor)
+            del tensor  # before the next is gathered
         self.version = version
 
     def weight_sums(self) -> list[EngineSum]:

@@ -100,6 +100,7 @@ class PushedWeights:
         for name, tensor in self._weights:
             self._sums[name] = WeightSum.of(tensor.detach().to(self._dtype))
             yield name, tensor
+            del tensor  # before the next is gathered
         self._all_taken = True
 
     def check(self, version: int, found: Sequence[EngineSum]) -> float:

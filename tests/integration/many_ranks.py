@@ -1,0 +1,170 @@
+"""A script: `many_ranks.py LAYOUT PART FILE` trains in the untrained lab it is run in.
+
+In all the ways of a part, over the processes of a layout. Rank 0 writes what it recorded.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from callbacks import EMATeacherUpdate
+from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.data.mix import TeacherSampler
+from opd_lightning.data.prompts import PromptSource
+from opd_lightning.data.ranks import Ranks
+from opd_lightning.hsdp import HSDPStrategy
+from opd_lightning.lab.arithmetic import ANSWER_PATTERN
+from opd_lightning.rollouts import HFEngine, Sampling
+from opd_lightning.sharding import whole
+from opd_lightning.teachers.local import OwnModelTeacher
+from opd_lightning.trainer import Trainer
+from opd_lightning.verifiers import ExactMatch
+from tests.integration.ways import SAMPLES, TEACHER, Way, adam, moving, ways
+
+PROMPTS = 8  # of a step
+
+
+class Layout(NamedTuple):
+    """Who shares the work."""
+
+    ranks: int
+    micro_batches: int
+    strategy: Any  # (write a folder of shards) -> a strategy
+
+
+LAYOUTS = {
+    "one": Layout(1, 1, lambda folder: "auto"),
+    "ddp": Layout(2, 2, lambda folder: "ddp"),
+    "ddp, unused": Layout(2, 2, lambda folder: DDPStrategy(find_unused_parameters=True)),
+    "fsdp2": Layout(2, 2, lambda folder: ModelParallelStrategy(2, 1, folder)),
+    "fsdp2, 1": Layout(2, 1, lambda folder: ModelParallelStrategy(2, 1, folder)),
+    "hsdp": Layout(4, 2, lambda folder: HSDPStrategy(2, folder)),
+}
+
+
+class Record(Callback):
+    """What is compared between one process and several."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []  # at the start and at the end, for an engine
+        self.gradients: list[dict[str, Tensor]] = []  # averaged over ranks, over micro-batches
+        self.logged: list[dict[str, float]] = []
+        self.rollouts: list[tuple[int, int, list[int], int]] = []  # step, prompt, ids, version
+        self.held = 0.0  # share of all models' parameters in this process, between two steps
+        self.empty = 0  # micro-batches without a token to learn from, on all ranks
+        self.proved: list[str] = []  # weights that the engine was seen to hold
+        self.dtypes: list[str] = []  # of a layer's weight while it is at work
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.weights.append({n: t.clone() for n, t in pl_module.student.weights()})
+        for name, layer in pl_module.student.named_modules():
+            if name.endswith("layers.0.mlp.up_proj"):
+                layer.register_forward_pre_hook(
+                    lambda layer, _: self.dtypes.append(str(layer.weight.dtype))
+                )
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        empty = (~batch.response_mask.any()).long()
+        self.empty += int(trainer.strategy.reduce(empty, reduce_op="sum"))
+        self.proved = [n for held in trainer.datamodule.engine.weight_sums() for n in held.names]
+        step = batch.totals.step
+        mine = [(step, r.group, r.response_ids, r.policy_version) for r in batch.rollouts]
+        self.rollouts += [row for rows in Ranks.of(trainer).gather(mine) for row in rows]
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        named = [(n, p.grad) for n, p in pl_module.student.named_parameters() if p.requires_grad]
+        self.gradients.append({name: whole(g).clone() for name, g in named})
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step > len(self.logged):
+            self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+            parts = [part for teacher in pl_module.teachers() for part in teacher.parts()]
+            own = [part.model() for part in parts if isinstance(part, OwnModelTeacher)]
+            parameters = [p for model in (pl_module.student, *own) for p in model.parameters()]
+            here = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+            self.held = sum(p.numel() for p in here) / sum(p.numel() for p in parameters)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.weights.append({n: t.clone() for n, t in pl_module.student.weights()})
+        self.rollouts.sort()
+
+
+def train(
+    way: Way, layout: Layout, *, folder: bool = False, save: str = "", resume: str | None = None
+) -> dict[str, Any]:
+    record = Record()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=layout.ranks,
+        strategy=layout.strategy(folder),
+        max_steps=way.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=layout.micro_batches,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[record, EMATeacherUpdate()],
+        log_every_n_steps=1,
+        **way.trainer,
+    )
+    writes = "mix" in way.data and way.data["mix"].teacher
+    data = RolloutDataModule(
+        train=PromptSource("lab/arithmetic/train.jsonl", columns={"privileged": "answer"}),
+        teacher=TeacherSampler(path=TEACHER, engine=HFEngine()) if writes else None,
+        verifier=ExactMatch(ANSWER_PATTERN),
+        sampling=Sampling(max_new_tokens=24),
+        prompts_per_step=PROMPTS,
+        samples_per_prompt=SAMPLES,
+        **{"engine": HFEngine(), **way.data},
+    )
+    trainer.fit(way.method(), datamodule=data, ckpt_path=resume)
+    if save:
+        trainer.save_checkpoint(save)
+    names = ("weights", "gradients", "logged", "rollouts", "held", "empty", "proved", "dtypes")
+    return {name: getattr(record, name) for name in names}
+
+
+def resumed(layout: Layout, name: str) -> dict[str, Any]:
+    """A run of four steps, and others that were interrupted after two."""
+    whole_run = Way(method=lambda: moving(adam), steps=4)
+    half = Way(method=lambda: moving(adam), steps=2)
+    found = {"unbroken": train(whole_run, layout)}
+    for folder in (False, True):
+        path = f"{name}-{folder}"
+        found[f"first {folder}"] = train(half, layout, folder=folder, save=path)
+        assert Path(path).is_dir() is folder
+        found[f"second {folder}"] = train(whole_run, layout, folder=folder, resume=path)
+    return found
+
+
+def main(names: list[str], part: str, file: str) -> None:
+    warnings.filterwarnings("ignore")
+    found: dict[str, Any] = {}
+    for name in names:
+        layout = LAYOUTS[name]
+        if part == "resume":
+            found[name] = resumed(layout, name)
+        else:
+            some = ways(PROMPTS)[part]
+            found[name] = {key: train(way, layout) for key, way in some.items()}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save(found, file)
+    if dist.is_initialized():  # gloo's threads may abort a process that leaves first
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1].split(";"), sys.argv[2], sys.argv[3])
