@@ -67,7 +67,7 @@ class Sharding:
         Layer by layer: rank 0's weights go to everybody, and everybody keeps its part, so that
         no device ever holds more than one whole layer, or what is no layer.
         """
-        for layer, inside in _units(root):
+        for layer, inside in units(root):
             _bring(inside, self.device)
             for tensor in _tensors(inside):
                 dist.broadcast(tensor.detach(), src=0)
@@ -75,7 +75,7 @@ class Sharding:
 
     def copy(self, root: nn.Module, original: nn.Module) -> None:
         """Shard `root`, on the meta device everywhere, with the weights of a sharded `original`."""
-        for layer, inside in _units(root):
+        for layer, inside in units(root):
             _bring(inside, self.device)
             self._shard(layer, None)
         pairs = zip(_tensors(root.modules()), _tensors(original.modules()), strict=True)
@@ -150,7 +150,7 @@ def fill(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
-def _units(root: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
+def units(root: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
     """Every decoder layer, then the root, each with the modules that are its own."""
     # transformers' own list of blocks that must stay together.
     names = {n for m in root.modules() for n in getattr(m, "_no_split_modules", None) or ()}

@@ -109,7 +109,9 @@ def _numbers(probe: Probe, compare_teachers: bool) -> Iterator[Finding]:
     tokens = cost.step_tokens(probe)
     yield cost.tokens(tokens)
     for optimizer in optimizers:
-        yield cost.memory(probe, optimizer)
+        plan = cost.plan(probe, optimizer)
+        yield cost.memory(probe, plan)
+        yield cost.traffic(probe, plan)
     yield cost.time(probe, tokens)
 
 

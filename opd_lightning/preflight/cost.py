@@ -1,24 +1,25 @@
-"""What a step will cost: tokens, memory of a process, seconds.  Estimates, but for the weights."""
+"""What a step will cost: tokens, memory of a process, traffic, seconds.  Estimates."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
 from statistics import mean
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from opd_lightning.head import MAX_BLOCK_ELEMENTS, MAX_CHUNK_ELEMENTS
+from opd_lightning.preflight.activations import Widths
 from opd_lightning.preflight.finding import Finding
+from opd_lightning.preflight.layout import Layout
+from opd_lightning.preflight.memory import process_memory
+from opd_lightning.preflight.plan import Plan, TeacherModel
 from opd_lightning.preflight.probe import Probe
+from opd_lightning.preflight.traffic import push_traffic, step_traffic
 from opd_lightning.rollouts import HFEngine, VLLMEngine
 from opd_lightning.rollouts.checks import parameter_shapes
-from opd_lightning.sharding import holders
-from opd_lightning.teachers.local import LocalTeacher
+from opd_lightning.teachers import CrossTokenizerTeacher
+from opd_lightning.teachers.local import OwnModelTeacher
 from opd_lightning.types import Author, Rollout
 
 MIB = 2**20
@@ -62,57 +63,34 @@ def _length(rollouts: list[Rollout]) -> float:
     return mean(len(r.response_ids) for r in rollouts) if rollouts else 0.0
 
 
-def student_bytes(parameters: Iterable[Tensor], optimizer: Optimizer) -> dict[str, int]:
-    """Exactly: weights W, gradients G of those that train, and the optimiser's states.
-
-    States are `c` copies of G in its dtype: 2 for Adam and its kin (3 with amsgrad), which also
-    count steps in one float32 a tensor; 1 for a momentum; else 0.
-    """
-    tensors = list(parameters)
-    trained = [t for t in tensors if t.requires_grad]
-    defaults: dict[str, Any] = optimizer.defaults
-    adam = "betas" in defaults
-    copies = 2 + bool(defaults.get("amsgrad")) if adam else int(bool(defaults.get("momentum")))
-    gradients = _bytes(trained)
-    counters = 4 * len(trained) if adam else 0
-    return {
-        "weights": _bytes(tensors),
-        "gradients": gradients,
-        "optimizer": copies * gradients + counters,
-    }
-
-
-def activation_bytes(
-    config: Any, tokens: int, itemsize: int, *, checkpointing: bool
-) -> dict[str, int]:
-    """What a micro-batch of `tokens` (padding included) keeps for its backward pass; an estimate.
-
-    Per token and layer a Llama-like block keeps `8 H + 4 A + 4 K + 4 I` elements: its residuals
-    and norms (H, hidden size), queries and attention's output with their norms (A, heads x head
-    size), keys and values (K), gate, up and their product (I, intermediate size). With gradient
-    checkpointing it is `H` per token and layer, and one layer in full. The head keeps the hidden
-    states and, whatever the number of tokens, one chunk of logits and four blocks that are read
-    from it.
-    """
-    text = config.get_text_config()
-    hidden, layers = text.hidden_size, text.num_hidden_layers
-    queries, keys = text.num_attention_heads * _head_size(text), _key_width(text)
-    block = 8 * hidden + 4 * queries + 4 * keys + 4 * text.intermediate_size
-    per_token = layers * hidden + block if checkpointing else layers * block
-    logits = tokens * text.vocab_size
-    head = min(logits, MAX_CHUNK_ELEMENTS) * itemsize + 4 * 4 * min(logits, MAX_BLOCK_ELEMENTS)
-    return {"activations": tokens * (per_token + hidden) * itemsize, "head": head}
+def plan(probe: Probe, optimizer: Optimizer) -> Plan:
+    """The run that is configured, whose processes need not be there."""
+    student, trainer = probe.module.student, probe.module.trainer
+    parts = [part for teacher in probe.module.teachers() for part in teacher.parts()]
+    inner = [p.frozen if isinstance(p, CrossTokenizerTeacher) else p for p in parts]
+    models = [p for p in dict.fromkeys(inner) if isinstance(p, OwnModelTeacher)]
+    return Plan(
+        student=student,
+        config=student.source.config,
+        optimizer=optimizer,
+        layout=Layout.of(trainer),
+        precision=str(trainer.precision),
+        checkpointing=student.gradient_checkpointing,
+        on_gpu=probe.module.device.type == "cuda",
+        rows=probe.rows_per_batch,
+        length=_longest(probe),
+        response=probe.sampling.max_new_tokens,
+        micro_batches=probe.stream.micro_batches,
+        teachers=[
+            TeacherModel(p.model(), sharded=True, offloaded=getattr(p, "offload", False))
+            for p in models
+        ],
+        engine=engine_bytes(probe),
+        engine_sleeps=probe.engine is not None and probe.engine.sleep_while_training,
+    )
 
 
-def _head_size(text: Any) -> int:
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
-def _key_width(text: Any) -> int:
-    return getattr(text, "num_key_value_heads", text.num_attention_heads) * _head_size(text)
-
-
-def engine_bytes(probe: Probe) -> dict[str, int]:
+def engine_bytes(probe: Probe) -> int:
     """The engine's copy of the weights and its KV cache; nothing of one that is elsewhere.
 
     vLLM takes its share of a GPU, or the KV cache that it is given on a CPU. The Hugging Face
@@ -120,19 +98,17 @@ def engine_bytes(probe: Probe) -> dict[str, int]:
     """
     engine, source = probe.engine, probe.module.student.source
     if not isinstance(engine, VLLMEngine | HFEngine):
-        return {}
+        return 0
     if isinstance(engine, VLLMEngine) and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(probe.module.device).total_memory
-        return {"engine": int(engine.gpu_memory_utilization * total)}
+        return int(engine.gpu_memory_utilization * total)
     # vLLM's "auto" halves what is not half already.
     itemsize = 2 if engine.dtype == "auto" else getattr(torch, engine.dtype).itemsize
     copy = itemsize * sum(shape.numel() for shape in parameter_shapes(source).values())
     if isinstance(engine, VLLMEngine):
-        return {"engine": copy + engine.cpu_kv_cache_gib * 2**30}
-    text = source.config.get_text_config()
+        return copy + engine.cpu_kv_cache_gib * 2**30
     rows = min(probe.rows_per_batch * probe.stream.micro_batches, engine.max_batch_size)
-    per_token = 2 * text.num_hidden_layers * _key_width(text) * itemsize
-    return {"engine": copy + rows * _longest(probe) * per_token}
+    return copy + rows * _longest(probe) * Widths.of(source.config).cache * itemsize
 
 
 def _longest(probe: Probe) -> int:
@@ -140,39 +116,19 @@ def _longest(probe: Probe) -> int:
     return max(map(len, probe.stream.prompt_ids)) + probe.sampling.max_new_tokens
 
 
-def teacher_bytes(probe: Probe) -> int:
-    """Weights of the teachers in this process; what shares the student's counts once, as its."""
-    own = {id(parameter) for parameter in probe.module.student.parameters()}
-    parts = [part for teacher in probe.module.teachers() for part in teacher.parts()]
-    models = [p.model() for p in parts if isinstance(p, LocalTeacher) and hasattr(p, "model")]
-    unique = {id(p): p for model in models for p in model.parameters() if id(p) not in own}
-    return _bytes(unique.values())
-
-
-def memory(probe: Probe, optimizer: Optimizer) -> Finding:
-    """Of one process on its device, all in memory at once, for the longest responses.
-
-    Sharded weights, their gradients and states are divided by the processes that share them.
-    """
-    student, shards = probe.module.student, holders(probe.module.trainer.strategy)
-    weights = student_bytes(student.parameters(), optimizer) | {"teachers": teacher_bytes(probe)}
-    low = probe.module.trainer.precision != "32-true" or student.dtype != "float32"
-    parts: dict[str, int] = {
-        **{name: size // shards for name, size in weights.items()},
-        **engine_bytes(probe),
-        **activation_bytes(
-            student.source.config,
-            probe.rows_per_batch * _longest(probe),
-            2 if low else 4,
-            checkpointing=student.gradient_checkpointing,
-        ),
-    }
+def memory(probe: Probe, plan: Plan) -> Finding:
+    """Of one process on its device, for the longest responses."""
+    predicted = process_memory(plan)
+    parts = predicted.fullest()
     total = sum(parts.values())
-    found = f"about {_size(total)} per process: " + ", ".join(
-        f"{name} {_size(size)}" for name, size in parts.items() if size
+    found = f"{plan.layout}: about {_size(total)} per process: " + ", ".join(
+        f"{name.replace('_', ' ')} {_size(size)}" for name, size in parts.items() if size
     )
     values = {f"{name}_bytes": float(size) for name, size in parts.items()}
     values["total_bytes"] = float(total)
+    if predicted.host:
+        values["host_bytes"] = float(predicted.host * plan.layout.per_node)
+        found += f"; CPU memory of a node {_size(values['host_bytes'])}"
     device = probe.module.device
     if device.type != "cuda":
         return Finding("ok", "memory (estimate)", found, values=values)
@@ -186,9 +142,24 @@ def memory(probe: Probe, optimizer: Optimizer) -> Finding:
         found,
         "a step of the longest responses may not fit",
         "raise trainer.accumulate_grad_batches, set student.gradient_checkpointing, or lower the "
-        "engine's share",
+        "engine's share; docs/scaling.md says what else",
         values,
     )
+
+
+def traffic(probe: Probe, plan: Plan) -> Finding:
+    """What passes between processes, and what a push brings to the engine."""
+    sent = step_traffic(plan)
+    values = {f"{name}_bytes": size for name, size in sent.items()}
+    values["push_gather_bytes"] = push_traffic(plan)
+    shapes = parameter_shapes(probe.module.student.source).values()
+    weights = sum(shape.numel() for shape in shapes)
+    itemsize = probe.engine.weights_dtype.itemsize if probe.engine is not None else 0
+    values["push_bytes"] = float(weights * itemsize)
+    step = sum(sent.values()) + values["push_gather_bytes"]
+    found = f"each process sends {_size(step)} a step; " if plan.layout.world > 1 else ""
+    found += f"a push brings {_size(values['push_bytes'])} to an engine"
+    return Finding("ok", "traffic (estimate)", found, values=values)
 
 
 def time(probe: Probe, counts: dict[str, float]) -> Finding:
@@ -202,7 +173,8 @@ def time(probe: Probe, counts: dict[str, float]) -> Finding:
     seen = [*(probe.own if probe.data.mix.samples else []), *probe.given]
     per_token = 1 / sum(len(r.prompt_ids) + len(r.response_ids) for r in seen)
     passes = (counts["prompt_tokens"] + counts["response_tokens"]) / world
-    parts = {"generate": _generate_seconds(probe, counts["sampled"] / world)} | {
+    own = isinstance(probe.engine, VLLMEngine | HFEngine)  # servers write for all processes
+    parts = {"generate": _generate_seconds(probe, counts["sampled"] / (world if own else 1))} | {
         name: seconds * per_token * passes for name, seconds in probe.seconds.items()
     }
     total = sum(parts.values())
@@ -226,10 +198,6 @@ def _generate_seconds(probe: Probe, rows: float) -> float:
     step = decoding[many] + slope * (at_once - many)
     longest = max(g.longest for g in probe.generations if g.rows == many)
     return longest * step * rows / at_once
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _size(number: float) -> str:

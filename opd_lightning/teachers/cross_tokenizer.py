@@ -77,8 +77,8 @@ class CrossTokenizerTeacher(Teacher):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self._frozen = FrozenTeacher(path, dtype, attn_implementation, trust_remote_code)
-        self.source: ModelSource = self._frozen.source
+        self.frozen = FrozenTeacher(path, dtype, attn_implementation, trust_remote_code)
+        self.source: ModelSource = self.frozen.source
         self.template_args = template_args or {}
         self._prompts: dict[str, list[int]] = {}
 
@@ -87,7 +87,7 @@ class CrossTokenizerTeacher(Teacher):
             self._fit(prompt, self._prompt_ids(prompt), 1)
 
     def load(self, device: torch.device, student: Student) -> None:
-        self._frozen.load(device, student)
+        self.frozen.load(device, student)
         self._student = student.source.tokenizer
         self._spelt = token_bytes(student.source), token_bytes(self.source)
         added = self.source.tokenizer.added_tokens_decoder
@@ -97,10 +97,10 @@ class CrossTokenizerTeacher(Teacher):
 
     @property
     def is_collective(self) -> bool:
-        return self._frozen.is_collective
+        return self.frozen.is_collective
 
     def rest(self) -> None:
-        self._frozen.rest()
+        self.frozen.rest()
 
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
         rows = [self._translate(rollout) for rollout in batch.rollouts]
@@ -110,7 +110,7 @@ class CrossTokenizerTeacher(Teacher):
         columns = pad([row.columns for row in rows], 0)[0].to(device)
         seen = make_view(prompts, responses, pad_id).to(device)
         translated = replace(batch, views={view: seen}, response_ids=ids, response_mask=mask)
-        states = self._frozen.states(translated, view)
+        states = self.frozen.states(translated, view)
         spans = [spans for row in rows for spans in row.spans]
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             own, surplus = score_with_surplus(states, ids[mask], spans)

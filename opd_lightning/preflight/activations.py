@@ -1,0 +1,81 @@
+"""Bytes that a micro-batch keeps for its backward pass, and those of the chunked head."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from opd_lightning.head import MAX_BLOCK_ELEMENTS, MAX_CHUNK_ELEMENTS
+
+
+class Widths(NamedTuple):
+    """Sizes of a decoder, in elements per token."""
+
+    hidden: int
+    queries: int  # heads x head size
+    keys: int  # key and value heads x head size
+    intermediate: int
+    layers: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: Any) -> Widths:
+        text = config.get_text_config()
+        heads = text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        return cls(
+            text.hidden_size,
+            heads * size,
+            getattr(text, "num_key_value_heads", heads) * size,
+            text.intermediate_size,
+            text.num_hidden_layers,
+            text.vocab_size,
+        )
+
+    @property
+    def cache(self) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * self.layers * self.keys
+
+
+class Arithmetic(NamedTuple):
+    """Bytes of an element where tensors are kept for the backward pass."""
+
+    stream: int  # the residual stream: the weights' own dtype
+    compute: int  # matrix products: autocast's dtype, or the same
+
+
+def activation_bytes(
+    widths: Widths, rows: int, length: int, of: Arithmetic, *, checkpointing: bool
+) -> int:
+    """What `rows` sequences of `length` tokens (padding included) keep; an estimate.
+
+    Per token and layer of a Qwen3-like block, with H hidden, A queries, K keys, I intermediate:
+    both norms keep their input in float32 and its normalised value; matrix products keep their
+    inputs, and autocast makes one copy for each of the five products that read a norm; queries
+    and keys have norms too; attention keeps queries, keys and values repeated to A, its output
+    and, per layer, a mask of `length` for every token; the gated product keeps four I. With
+    gradient checkpointing it is the residual stream of every layer, and one layer in full.
+    """
+    inputs = 2 if of.compute == of.stream else 5
+    hidden = widths.hidden * (2 * (4 + of.stream) + inputs * of.compute)
+    heads = (widths.queries + widths.keys) * (4 + of.compute)
+    attention = (4 * widths.queries + length) * of.compute
+    layer = hidden + heads + attention + 4 * widths.intermediate * of.compute
+    stream = widths.hidden * of.stream
+    layers = widths.layers * stream + layer if checkpointing else widths.layers * layer
+    last_norm = widths.hidden * (4 + of.stream)
+    return rows * length * (layers + last_norm)
+
+
+def head_bytes(widths: Widths, tokens: int, of: Arithmetic, *, on_gpu: bool) -> int:
+    """Of the head for `tokens` response tokens: hidden states, logits, a gradient.
+
+    Whatever the number of tokens: one chunk of logits and four blocks that are read from it in
+    float32. The matrix is cast to the dtype of the arithmetic, and its gradient is made whole
+    before it is added to what there is.
+    """
+    logits, matrix = tokens * widths.vocabulary, widths.vocabulary * widths.hidden
+    block = MAX_CHUNK_ELEMENTS // 2 if on_gpu else MAX_BLOCK_ELEMENTS
+    chunk = min(logits, MAX_CHUNK_ELEMENTS) * of.compute + 4 * 4 * min(logits, block)
+    cast = matrix * of.compute if of.compute < of.stream else 0
+    return 2 * tokens * widths.hidden * of.stream + chunk + cast + 4 * matrix

@@ -1,0 +1,65 @@
+"""How the processes of a run share its weights: what all predictions of cost depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from lightning.pytorch.strategies import DDPStrategy
+
+from opd_lightning.sharding import holders
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """So many processes, and into how many parts they cut the weights.
+
+    Args:
+        world: Processes that train together.
+        shards: Processes among which one copy of the weights is divided; 1 is DDP.
+        per_node: Processes of one machine.
+        copies_gradients: DDP reduces copies of the gradients, unless its
+            `gradient_as_bucket_view` is on.
+    """
+
+    world: int = 1
+    shards: int = 1
+    per_node: int = 1
+    copies_gradients: bool = False
+
+    @classmethod
+    def of(cls, trainer: Any) -> Self:
+        """What a Lightning trainer was told to use, started or not."""
+        strategy, world = trainer.strategy, trainer.num_devices * trainer.num_nodes
+        views = getattr(strategy, "_ddp_kwargs", {}).get("gradient_as_bucket_view", False)
+        return cls(
+            world=world,
+            shards=holders(strategy),
+            per_node=trainer.num_devices,
+            copies_gradients=isinstance(strategy, DDPStrategy) and not views,
+        )
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the weights: 1 under FSDP2, more under HSDP, `world` under DDP."""
+        return self.world // self.shards
+
+    def part(self, shape: Sequence[int]) -> int:
+        """Elements of the largest shard of a tensor, which is cut along its first axis.
+
+        FSDP2 gives every process as many rows as the first one has, those without any padding.
+        """
+        if not shape:
+            return 1
+        rows, *rest = shape
+        count = -(-rows // self.shards)
+        for size in rest:
+            count *= size
+        return count
+
+    def __str__(self) -> str:
+        whose = "all weights each" if self.shards == 1 else f"1/{self.shards} of the weights each"
+        nodes = self.world // self.per_node
+        where = f" on {nodes} nodes" if nodes > 1 else ""
+        return f"{self.world} processes{where}, {whose}" if self.world > 1 else "1 process"

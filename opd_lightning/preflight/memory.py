@@ -1,0 +1,137 @@
+"""Bytes of one process: exact for weights, gradients and the optimiser, estimates for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from opd_lightning.preflight.activations import activation_bytes, head_bytes
+from opd_lightning.preflight.layout import Layout
+from opd_lightning.preflight.plan import Plan, layers_and_rest, nbytes, trained
+
+WHOLE = Layout()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a process has on its device and when, in bytes, by name."""
+
+    always: dict[str, int]
+    training: dict[str, int]  # while micro-batches go forward and back
+    moving: dict[str, int]  # while the optimiser moves the weights
+    engine: dict[str, int]
+    engine_sleeps: bool
+    host: int  # in CPU memory, where the device is a GPU
+
+    def fullest(self) -> dict[str, int]:
+        """The parts at the moment that takes most."""
+        working = max(self.training, self.moving, key=_sum)
+        if self.engine_sleeps:
+            return self.always | max(self.engine, working, key=_sum)
+        return self.always | self.engine | working
+
+
+def process_memory(plan: Plan) -> Memory:
+    """Of the process that holds most; for the longest responses."""
+    parameters, layout = plan.parameters, plan.layout
+    always = student_bytes(parameters, plan.optimizer, layout)
+    always["ddp_buckets"] = always["gradients"] if layout.copies_gradients else 0
+    training = passing_bytes(plan) | {
+        "activations": activation_bytes(
+            plan.widths, plan.rows, plan.length, plan.arithmetic, checkpointing=plan.checkpointing
+        ),
+        "head": head_bytes(
+            plan.widths, plan.rows * plan.response, plan.arithmetic, on_gpu=plan.on_gpu
+        ),
+    }
+    shared = {id(parameter) for parameter in parameters}  # by a teacher: the student's
+    teachers = passing = host = 0
+    for model, sharded, offloaded in plan.teachers:
+        own = [p for p in model.parameters() if id(p) not in shared]
+        size = held_bytes(own, layout if sharded else WHOLE)
+        if offloaded and plan.on_gpu:
+            passing, host = passing + size, host + size
+        else:
+            teachers += size
+        if sharded:
+            passing += gathered_bytes(model, layout)
+    return Memory(
+        always={**always, "teachers": teachers},
+        training={**training, "passing_teachers": passing},
+        moving={"update": _update_bytes(parameters, plan.optimizer, layout, plan.on_gpu)},
+        engine={"engine": plan.engine},
+        engine_sleeps=plan.engine_sleeps,
+        host=host,
+    )
+
+
+def student_bytes(
+    parameters: Iterable[Tensor], optimizer: Optimizer, layout: Layout = WHOLE
+) -> dict[str, int]:
+    """Exactly: weights W, gradients G of those that train, and the optimiser's states.
+
+    States are `c` copies of G in its dtype: 2 for Adam and its kin (3 with amsgrad), which also
+    count steps in one float32 a tensor; 1 for a momentum; else 0.
+    """
+    tensors = list(parameters)
+    learning = trained(tensors)
+    defaults: dict[str, Any] = optimizer.defaults
+    adam = "betas" in defaults
+    copies = 2 + bool(defaults.get("amsgrad")) if adam else int(bool(defaults.get("momentum")))
+    gradients = held_bytes(learning, layout)
+    counters = 4 * len(learning) if adam else 0
+    return {
+        "weights": held_bytes(tensors, layout),
+        "gradients": gradients,
+        "optimizer": copies * gradients + counters,
+    }
+
+
+def held_bytes(tensors: Iterable[Tensor], layout: Layout = WHOLE) -> int:
+    """Of tensors that every process holds its part of."""
+    return sum(layout.part(t.shape) * t.element_size() for t in tensors)
+
+
+def passing_bytes(plan: Plan) -> dict[str, int]:
+    """What comes and goes with the student's passes; an estimate.
+
+    Sharded, what is no layer is whole through a micro-batch and its gradients until they are
+    scattered, in a second buffer. Of the layers two are whole at a time, and the gradients of
+    one, which travel in float32. Not sharded, autocast copies the matrices of the layers.
+    """
+    layers, rest = plan.units
+    if plan.layout.shards > 1:
+        largest = max(layers, key=nbytes)
+        sent = nbytes(trained(largest)) + nbytes(trained(largest), plan.autocast)
+        return {
+            "gathered": nbytes(rest) + 2 * nbytes(largest, plan.autocast),
+            "gathered_gradients": 2 * nbytes(trained(rest)) + sent,
+        }
+    # Checkpointing forgets the copies of what is frozen; autocast remembers those that train.
+    kept = [p for layer in layers for p in (trained(layer) if plan.checkpointing else layer)]
+    wide = [p for p in kept if p.dim() > 1 and p.element_size() == 4]
+    return {"autocast_copies": nbytes(wide, plan.autocast) if plan.autocast else 0}
+
+
+def gathered_bytes(model: nn.Module, layout: Layout) -> int:
+    """What of a sharded teacher is whole from its first question to the optimiser's step."""
+    layers, rest = layers_and_rest(model)
+    return nbytes(rest) + 2 * max(map(nbytes, layers)) if layout.shards > 1 else 0
+
+
+def _update_bytes(
+    parameters: list[Tensor], optimizer: Optimizer, layout: Layout, on_gpu: bool
+) -> int:
+    """Adam's square roots: of all weights at once on a GPU, one after the other elsewhere."""
+    if "betas" not in optimizer.defaults:
+        return 0
+    sizes = [held_bytes([p], layout) for p in trained(parameters)]
+    return sum(sizes) if on_gpu else max(sizes, default=0)
+
+
+def _sum(parts: dict[str, int]) -> int:
+    return sum(parts.values())

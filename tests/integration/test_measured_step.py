@@ -1,0 +1,42 @@
+"""The formulas of `opd check` against what real processes hold and send, to the byte."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Rows of the adapters do not divide by the number of processes: one holds more than the other.
+TINY = "--hidden 128 --layers 2 --vocabulary 511 --rows 2 --tokens 8 --steps 2"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [("ddp", ""), ("fsdp2", "--precision bf16-mixed --checkpointing --lora")],
+    ids=["ddp", "fsdp2"],
+)
+def test_two_processes_hold_and_send_what_is_predicted(
+    strategy: str, more: str, tmp_path: Path
+) -> None:
+    script = str(ROOT / "benchmarks" / "measured_step.py")
+    words = ["--strategy", strategy, "--ranks", "2", "--out", str(tmp_path / "found.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, script, *words, *TINY.split(), *more.split()]
+    subprocess.run(command, check=True, timeout=280, env=environment, cwd=tmp_path)
+    every = json.loads((tmp_path / "found.json").read_text())
+    predicted = every[0]["predicted"]
+    assert len(every) == 2
+    for name, size in predicted["held"].items():
+        assert size == max(found["held"][name] for found in every)
+    half = 2 if strategy == "fsdp2" else 1  # the embedding has an odd row
+    uneven = 4 * 128 * 3 if strategy == "fsdp2" else 0
+    for found in every:
+        assert found["held"]["weights"] >= predicted["weights"] // half - uneven
+    for name, sent in predicted["sent"].items():
+        # Of two processes each sends half of what is gathered or scattered, all of what is added.
+        share = 1 if name == "all_reduce" else 0.5
+        assert sent == pytest.approx(every[0]["sent"].get(name, 0) * share, rel=0.01), name
+    assert max(predicted["sent"].values()) > 1e5
