@@ -67,15 +67,19 @@ def activation_bytes(
     return rows * length * (layers + last_norm)
 
 
-def head_bytes(widths: Widths, tokens: int, of: Arithmetic, *, on_gpu: bool) -> int:
+def head_bytes(
+    widths: Widths, tokens: int, of: Arithmetic, *, on_gpu: bool, trains: bool = True
+) -> int:
     """Of the head for `tokens` response tokens: hidden states, logits, a gradient.
 
     Whatever the number of tokens: one chunk of logits and four blocks that are read from it in
-    float32. The matrix is cast to the dtype of the arithmetic, and its gradient is made whole
-    before it is added to what there is.
+    float32. The matrix is cast to the dtype of the arithmetic. If it trains, its gradient is made
+    whole, in float32, before it is added to what there is.
     """
     logits, matrix = tokens * widths.vocabulary, widths.vocabulary * widths.hidden
     block = MAX_CHUNK_ELEMENTS // 2 if on_gpu else MAX_BLOCK_ELEMENTS
     chunk = min(logits, MAX_CHUNK_ELEMENTS) * of.compute + 4 * 4 * min(logits, block)
     cast = matrix * of.compute if of.compute < of.stream else 0
-    return 2 * tokens * widths.hidden * of.stream + chunk + cast + 4 * matrix
+    # In float32, then in the matrix's own dtype if that is another.
+    gradient = matrix * (4 + (of.stream if of.stream < 4 else 0)) if trains else 0
+    return 2 * tokens * widths.hidden * of.stream + chunk + cast + gradient

@@ -18,7 +18,7 @@ from opd_lightning.preflight.probe import Probe
 from opd_lightning.preflight.traffic import push_traffic, step_traffic
 from opd_lightning.rollouts import HFEngine, VLLMEngine
 from opd_lightning.rollouts.checks import parameter_shapes
-from opd_lightning.teachers import CrossTokenizerTeacher
+from opd_lightning.teachers import AdapterOffTeacher, CrossTokenizerTeacher
 from opd_lightning.teachers.local import OwnModelTeacher
 from opd_lightning.types import Author, Rollout
 
@@ -87,6 +87,8 @@ def plan(probe: Probe, optimizer: Optimizer) -> Plan:
         ],
         engine=engine_bytes(probe),
         engine_sleeps=probe.engine is not None and probe.engine.sleep_while_training,
+        pushed=probe.engine.weights_dtype if probe.engine is not None else None,
+        readings=sum(isinstance(p, AdapterOffTeacher) for p in dict.fromkeys(parts)),
     )
 
 
@@ -154,7 +156,7 @@ def traffic(probe: Probe, plan: Plan) -> Finding:
     values["push_gather_bytes"] = push_traffic(plan)
     shapes = parameter_shapes(probe.module.student.source).values()
     weights = sum(shape.numel() for shape in shapes)
-    itemsize = probe.engine.weights_dtype.itemsize if probe.engine is not None else 0
+    itemsize = plan.pushed.itemsize if plan.pushed is not None else 0
     values["push_bytes"] = float(weights * itemsize)
     step = sum(sent.values()) + values["push_gather_bytes"]
     found = f"each process sends {_size(step)} a step; " if plan.layout.world > 1 else ""

@@ -23,16 +23,17 @@ class Memory:
     always: dict[str, int]
     training: dict[str, int]  # while micro-batches go forward and back
     moving: dict[str, int]  # while the optimiser moves the weights
+    pushing: dict[str, int]  # while an engine, awake, is given them
     engine: dict[str, int]
     engine_sleeps: bool
     host: int  # in CPU memory, where the device is a GPU
 
     def fullest(self) -> dict[str, int]:
         """The parts at the moment that takes most."""
-        working = max(self.training, self.moving, key=_sum)
+        awake = self.engine | self.pushing
         if self.engine_sleeps:
-            return self.always | max(self.engine, working, key=_sum)
-        return self.always | self.engine | working
+            return self.always | max(self.training, self.moving, awake, key=_sum)
+        return self.always | self.engine | max(self.training, self.moving, self.pushing, key=_sum)
 
 
 def process_memory(plan: Plan) -> Memory:
@@ -45,7 +46,11 @@ def process_memory(plan: Plan) -> Memory:
             plan.widths, plan.rows, plan.length, plan.arithmetic, checkpointing=plan.checkpointing
         ),
         "head": head_bytes(
-            plan.widths, plan.rows * plan.response, plan.arithmetic, on_gpu=plan.on_gpu
+            plan.widths,
+            plan.rows * plan.response,
+            plan.arithmetic,
+            on_gpu=plan.on_gpu,
+            trains=plan.head_trains,
         ),
     }
     shared = {id(parameter) for parameter in parameters}  # by a teacher: the student's
@@ -63,6 +68,7 @@ def process_memory(plan: Plan) -> Memory:
         always={**always, "teachers": teachers},
         training={**training, "passing_teachers": passing},
         moving={"update": _update_bytes(parameters, plan.optimizer, layout, plan.on_gpu)},
+        pushing={"push": _push_bytes(plan)},
         engine={"engine": plan.engine},
         engine_sleeps=plan.engine_sleeps,
         host=host,
@@ -106,7 +112,8 @@ def passing_bytes(plan: Plan) -> dict[str, int]:
     layers, rest = plan.units
     if plan.layout.shards > 1:
         largest = max(layers, key=nbytes)
-        sent = nbytes(trained(largest)) + nbytes(trained(largest), plan.autocast)
+        learning = trained(largest)
+        sent = nbytes(learning, plan.autocast) + nbytes(learning, plan.reduced)
         return {
             "gathered": nbytes(rest) + 2 * nbytes(largest, plan.autocast),
             "gathered_gradients": 2 * nbytes(trained(rest)) + sent,
@@ -126,11 +133,28 @@ def gathered_bytes(model: nn.Module, layout: Layout) -> int:
 def _update_bytes(
     parameters: list[Tensor], optimizer: Optimizer, layout: Layout, on_gpu: bool
 ) -> int:
-    """Adam's square roots: of all weights at once on a GPU, one after the other elsewhere."""
-    if "betas" not in optimizer.defaults:
+    """Adam's square roots: of all weights at once on a GPU, one after the other elsewhere.
+
+    Its fused kernel makes none.
+    """
+    if "betas" not in optimizer.defaults or optimizer.defaults.get("fused"):
         return 0
     sizes = [held_bytes([p], layout) for p in trained(parameters)]
     return sum(sizes) if on_gpu else max(sizes, default=0)
+
+
+def _push_bytes(plan: Plan) -> int:
+    """The largest tensor of a push, of which there is one at a time; an estimate.
+
+    It is whole, which it is anyway where nothing is sharded, and copied once in the engine's
+    dtype: for the proof by sums, or by vLLM, which fills a new layer before it takes the old one's
+    place.
+    """
+    if plan.pushed is None:
+        return 0
+    largest = max(plan.parameters, key=Tensor.numel)
+    gathered = nbytes([largest]) if plan.layout.shards > 1 else 0
+    return gathered + nbytes([largest], plan.pushed)
 
 
 def _sum(parts: dict[str, int]) -> int:

@@ -45,6 +45,8 @@ class Plan:
         teachers: Models of teachers in this process, each once.
         engine: Bytes of the engine in this process.
         engine_sleeps: Whether it gives them back while the trainer works.
+        pushed: What engines, here or elsewhere, keep the student's weights in; None without one.
+        readings: Teachers that are the student itself, read without a gradient.
     """
 
     student: nn.Module
@@ -61,6 +63,8 @@ class Plan:
     teachers: Sequence[TeacherModel] = ()
     engine: int = 0
     engine_sleeps: bool = False
+    pushed: torch.dtype | None = None
+    readings: int = 0
 
     @cached_property
     def parameters(self) -> list[Tensor]:
@@ -77,9 +81,20 @@ class Plan:
         return Widths.of(self.config)
 
     @property
+    def head_trains(self) -> bool:
+        """Whether the head, or the embedding that it is tied to, gets a gradient."""
+        shape = (self.widths.vocabulary, self.widths.hidden)
+        return any(tuple(p.shape) == shape for p in trained(self.units[1]))
+
+    @property
     def autocast(self) -> torch.dtype | None:
         """What layers are gathered or copied in; None for their own dtype."""
         return AUTOCAST.get(self.precision)
+
+    @property
+    def reduced(self) -> torch.dtype | None:
+        """What the gradients of sharded layers are added up in; None for the weights' own dtype."""
+        return torch.float32 if self.autocast else None
 
     @property
     def arithmetic(self) -> Arithmetic:

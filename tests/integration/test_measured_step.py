@@ -15,17 +15,28 @@ TINY = "--hidden 128 --layers 2 --vocabulary 511 --rows 2 --tokens 8 --steps 2"
 
 @pytest.mark.parametrize(
     ("strategy", "more"),
-    [("ddp", ""), ("fsdp2", "--precision bf16-mixed --checkpointing --lora")],
-    ids=["ddp", "fsdp2"],
+    [
+        ("ddp", ""),
+        ("fsdp2", "--precision bf16-mixed --checkpointing --lora"),
+        pytest.param("fsdp2", "--lora --adapter_off", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "--precision bf16-mixed", marks=pytest.mark.slow),
+    ],
+    ids=["ddp", "fsdp2", "fsdp2 read by itself", "fsdp2 of all weights"],
 )
 def test_two_processes_hold_and_send_what_is_predicted(
     strategy: str, more: str, tmp_path: Path
 ) -> None:
-    script = str(ROOT / "benchmarks" / "measured_step.py")
     words = ["--strategy", strategy, "--ranks", "2", "--out", str(tmp_path / "found.json")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, script, *words, *TINY.split(), *more.split()]
-    subprocess.run(command, check=True, timeout=280, env=environment, cwd=tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.measured_step",
+        *words,
+        *TINY.split(),
+        *more.split(),
+    ]
+    subprocess.run(command, check=True, timeout=600, env=environment, cwd=tmp_path)
     every = json.loads((tmp_path / "found.json").read_text())
     predicted = every[0]["predicted"]
     assert len(every) == 2

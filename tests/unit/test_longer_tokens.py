@@ -90,7 +90,7 @@ class Oracle:
 
 def asked(world: World, source: ModelSource, batch: RolloutBatch, ours: ModelSource) -> TokenScores:
     teacher = CrossTokenizerTeacher("some/model")
-    teacher.source, teacher.frozen = source, Oracle(world, source)  
+    teacher.source, teacher.frozen = source, Oracle(world, source)  # type: ignore[assignment]
     teacher.load(torch.device("cpu"), SimpleNamespace(source=ours))  # type: ignore[arg-type]
     return teacher.score(batch, "student")
 

@@ -1,0 +1,70 @@
+"""Published Qwen3 models as shapes alone."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from opd_lightning.preflight.activations import Widths
+from opd_lightning.preflight.plan import nbytes
+
+VOCABULARY = 151_936
+
+
+class Shape(NamedTuple):
+    """A published Qwen3, whose heads are 128 wide."""
+
+    hidden: int
+    layers: int
+    heads: int
+    key_heads: int
+    intermediate: int
+    tied: bool
+
+
+SHAPES = {
+    "1.7B": Shape(2048, 28, 16, 8, 6144, True),
+    "4B": Shape(2560, 36, 32, 8, 9728, True),
+    "32B": Shape(5120, 64, 64, 8, 25600, False),
+}
+TEACHERS = {"1.7B": "4B", "4B": "32B", "32B": "32B"}  # the last is its own start
+LORA = LoraConfig(r=32, target_modules="all-linear")
+
+
+@cache
+def config(name: str) -> Any:
+    s = SHAPES[name]
+    return Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=s.hidden,
+        intermediate_size=s.intermediate,
+        num_hidden_layers=s.layers,
+        num_attention_heads=s.heads,
+        num_key_value_heads=s.key_heads,
+        head_dim=128,
+        tie_word_embeddings=s.tied,
+    )
+
+
+@cache
+def model(name: str, *, lora: bool = False, half: bool = False) -> Any:
+    """On the meta device: float32, or bfloat16 if `half` or beneath a LoRA adapter."""
+    with torch.device("meta"):
+        plain = Qwen3ForCausalLM(config(name)).to(torch.bfloat16 if half or lora else torch.float32)
+        return get_peft_model(plain, LORA) if lora else plain
+
+
+@cache
+def weight_bytes(name: str) -> int:
+    """Of the weights in bfloat16."""
+    return nbytes(list(model(name, half=True).parameters()))
+
+
+@cache
+def cached_bytes(name: str) -> int:
+    """KV cache of a token, in bfloat16."""
+    return 2 * Widths.of(config(name)).cache
