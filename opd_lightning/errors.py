@@ -76,3 +76,8 @@ def raised_by_all(error: Error) -> Error:
 def report(message: str) -> None:
     """The one line that a user sees."""
     print(f"opd: error: {message}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """One line about what a user should know and need not answer."""
+    print(f"opd: {message}", file=sys.stderr)

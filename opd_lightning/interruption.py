@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from opd_lightning.checkpoints import save_last
-from opd_lightning.errors import CheckpointError
+from opd_lightning.errors import CheckpointError, note
 
 
 class SaveOnInterruption(Callback):
@@ -37,19 +35,15 @@ class SaveOnInterruption(Callback):
             return
         if pl_module.moving or trainer.world_size > 1:
             if trainer.is_global_zero:
-                _say("nothing saved: " + (_MOVING if pl_module.moving else _SEVERAL))
+                note("nothing saved: " + (_MOVING if pl_module.moving else _SEVERAL))
             return
         try:
             path = save_last(trainer)
         except Exception as failure:  # the exception that ended the run is the one to report
-            _say(f"could not save the step's beginning: {' '.join(str(failure).split())}")
+            note(f"could not save the step's beginning: {' '.join(str(failure).split())}")
         else:
-            _say(f"saved the beginning of step {trainer.global_step}: --ckpt_path {path}")
+            note(f"saved the beginning of step {trainer.global_step}: --ckpt_path {path}")
 
 
 _MOVING = "the run ended while its weights moved; go on from the last checkpoint"
 _SEVERAL = "of several processes, one alone cannot; go on from the last checkpoint"
-
-
-def _say(message: str) -> None:
-    print(f"opd: {message}", file=sys.stderr)

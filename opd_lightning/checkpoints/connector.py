@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from opd_lightning.checkpoints.matching import (
 from opd_lightning.checkpoints.places import recover
 from opd_lightning.checkpoints.reading import DamagedError, Saved, check_sums, look, refusal
 from opd_lightning.checkpoints.together import gather, processes, rank, tell
-from opd_lightning.errors import CheckpointError, UserError, raised_by_all
+from opd_lightning.errors import CheckpointError, UserError, note, raised_by_all
 
 LAST = "last"  # the newest whole checkpoint of the run
 
@@ -172,4 +171,4 @@ def _unreadable(error: OSError) -> CheckpointError:
 
 def _say(message: str) -> None:
     if rank() == 0:
-        print(f"opd: {message}", file=sys.stderr)
+        note(message)

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric, SumMetric
 
-from opd_lightning.errors import EngineMismatchError, UserError
+from opd_lightning.data.ranks import Ranks
+from opd_lightning.errors import EngineMismatchError, UserError, note
 from opd_lightning.losses.reduction import Aggregation
 from opd_lightning.methods.contract import Contract
 from opd_lightning.methods.evaluation import EvaluatedModule
+from opd_lightning.methods.skipped_steps import SkippedSteps, check_weights
 from opd_lightning.metrics.depth import DepthStatistics
 from opd_lightning.metrics.overlap import OverlapStatistics
 from opd_lightning.metrics.signal import SignalStatistics
@@ -41,6 +43,8 @@ class DistillationModule(Contract, EvaluatedModule):
         aggregation: How token losses become one number; see `losses/reduction.py`.
         max_logprob_gap: The run stops when engine and trainer differ by more than this many nats
             on the mean sampled token of a step.
+        stop_after_skips: A step whose loss or gradient is not finite is skipped: no weight moves.
+            The run stops at this many in a row.
         overlap_top_k: Size of the top-k sets whose overlap is logged.
     """
 
@@ -52,6 +56,7 @@ class DistillationModule(Contract, EvaluatedModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         aggregation: Aggregation = "token-mean",
         max_logprob_gap: float = 0.1,
+        stop_after_skips: int = 3,
         overlap_top_k: int = 16,
     ) -> None:
         super().__init__()
@@ -62,7 +67,8 @@ class DistillationModule(Contract, EvaluatedModule):
         self.max_logprob_gap = max_logprob_gap
         self.overlap_top_k = overlap_top_k
         self.timer = StepTimer()
-        self.loss_sum = SumMetric()
+        self.loss_sum = SumMetric(nan_strategy="disable")
+        self.skipped = SkippedSteps(stop_after_skips)
         self.responses = ResponseStatistics()
         self.engine_gap = EngineStatistics()
         self.signal = SignalStatistics()
@@ -84,6 +90,7 @@ class DistillationModule(Contract, EvaluatedModule):
         differ rightly: of them only the importance weights are noted.
         """
         mask = batch.response_mask & batch.on_policy[:, None]
+        self.skipped.look_at_engine(batch, mask)
         versions = [rollout.policy_version for rollout in batch.rollouts]
         fresh = torch.tensor(versions, device=mask.device) == batch.totals.step
         self.engine_gap.update(
@@ -146,6 +153,7 @@ class DistillationModule(Contract, EvaluatedModule):
         self.depth.limit = self.trainer.datamodule.sampling.max_new_tokens  # type: ignore[attr-defined]
         for metric in self._metrics():
             metric.reset()  # an exception may have left half a step behind
+        self.skipped.reset()
         self.moving = False
 
     def _metrics(self) -> tuple[Metric, ...]:
@@ -160,8 +168,14 @@ class DistillationModule(Contract, EvaluatedModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         with self.timer.stage("log"):
-            gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-            self._log_step(whole(torch.nn.utils.get_total_norm(gradients)))
+            parameters = list(self.student.parameters())
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norm = whole(torch.nn.utils.get_total_norm(gradients))
+            loss = self.loss_sum.compute()
+            skipped = self.skipped.skip(self.trainer.global_step, loss, norm, parameters)
+            if skipped is not None and self.trainer.is_global_zero:
+                note(skipped)
+            self._log_step(loss, norm, skipped=skipped is not None)
         for teacher in self.teachers():
             teacher.rest()
         self.timer.start("optimizer")
@@ -170,6 +184,7 @@ class DistillationModule(Contract, EvaluatedModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        check_weights(self.trainer.global_step, self.student, Ranks.of(self.trainer))
         self.timer.stop("optimizer")
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -177,6 +192,10 @@ class DistillationModule(Contract, EvaluatedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         rewind(checkpoint["loops"]["fit_loop"], self.trainer)
+        checkpoint["skipped_steps"] = self.skipped.counts()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.skipped.resume(checkpoint.get("skipped_steps", {}))
 
     def on_validation_start(self) -> None:
         self.timer.pause()
@@ -186,9 +205,10 @@ class DistillationModule(Contract, EvaluatedModule):
 
     # Logs ---------------------------------------------------------------------------------
 
-    def _log_step(self, gradient_norm: Tensor) -> None:
+    def _log_step(self, loss: Tensor, gradient_norm: Tensor, *, skipped: bool) -> None:
         values: dict[str, Any] = {
-            "loss": self.loss_sum.compute(),
+            "loss": loss,
+            "optim/skipped_steps": float(self.skipped.total),
             "optim/gradient_norm": gradient_norm,
             "optim/learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
         }
@@ -197,7 +217,7 @@ class DistillationModule(Contract, EvaluatedModule):
                 values |= metric.compute()
             metric.reset()
         gap = float(values.get("engine/logprob_gap_mean", 0.0))
-        if not gap <= self.max_logprob_gap:  # NaN is no agreement either
+        if not skipped and not gap <= self.max_logprob_gap:  # NaN is no agreement either
             raise EngineMismatchError.of_logprobs(
                 self.trainer.global_step, gap, self.max_logprob_gap
             )

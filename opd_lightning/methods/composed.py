@@ -91,8 +91,9 @@ class ComposedMethod(DistillationModule):
         answers = self._score(batch, prepared.others if prepared else {})
         scored, student, values = answers.scored, answers.student, answers.values
         self.compare_with_engine(batch, student)
+        mask = self._learnt(batch) & self._answered(batch)
+        self.skipped.look(batch, mask, student=student, **scored.others)
         if "teacher" in scored.others:
-            mask = self._learnt(batch) & self._answered(batch)
             self.note_signal(batch, student, scored.teacher, mask)
         if prepared is None:
             signal = self._first_signal(scored)

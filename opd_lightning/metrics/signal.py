@@ -64,7 +64,9 @@ class SignalStatistics(Sums):
         if sums["groups"] > 0:  # the teacher has other tokens
             result["signal/group_length"] = sums["tokens"] / sums["groups"]
         # numpy, because torch.quantile takes at most 2**24 values.
-        for q, value in zip(QUANTILES, np.quantile(ratio.cpu().numpy(), QUANTILES), strict=True):
+        with np.errstate(invalid="ignore"):  # infinities: the step is skipped, and says why
+            quantiles = np.quantile(ratio.cpu().numpy(), QUANTILES)
+        for q, value in zip(QUANTILES, quantiles, strict=True):
             result[f"signal/log_ratio_q{round(100 * q):02d}"] = torch.tensor(value)
         if sums["grouped"] > 0:
             result["signal/agree_with_reward"] = sums["agree"] / sums["grouped"]

@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from opd_lightning.errors import EngineMismatchError
+from opd_lightning.errors import EngineMismatchError, RunStoppedError
 
 RESOLUTION = 1e-10  # relative rounding of a float64 sum over a whole matrix, generously
 PART = 2**24  # elements that are summed at once: PyTorch turns all of them into float64 first
@@ -98,7 +98,13 @@ class PushedWeights:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self._weights:
-            self._sums[name] = WeightSum.of(tensor.detach().to(self._dtype))
+            value = self._sums[name] = WeightSum.of(tensor.detach().to(self._dtype))
+            if not math.isfinite(value.norm):
+                raise RunStoppedError(
+                    f"weights to push: {name!r} is not finite in {self._dtype}, so the engine "
+                    "would write rubbish; give the engine dtype float32, and look at the model if "
+                    "that is its dtype"
+                )
             yield name, tensor
             del tensor  # before the next is gathered
         self._all_taken = True

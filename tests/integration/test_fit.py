@@ -62,11 +62,12 @@ def fit(
     micro_batches: int = 1,
     callbacks: Iterable[Callback] = (),
     ckpt_path: str | None = None,
+    trainer: dict[str, Any] | None = None,
     **data: Any,
 ) -> Recorder:
     """Train in the current (untrained) lab and hand back what was recorded."""
     recorder = Recorder()
-    trainer = Trainer(
+    lightning = Trainer(
         accelerator="cpu",
         max_steps=steps,
         max_epochs=-1,
@@ -77,6 +78,7 @@ def fit(
         enable_model_summary=False,
         callbacks=[recorder, *callbacks],
         log_every_n_steps=1,
+        **trainer or {},
     )
     defaults: dict[str, Any] = {
         "train": PromptSource("lab/arithmetic/train.jsonl"),
@@ -88,7 +90,7 @@ def fit(
     datamodule = RolloutDataModule(
         engine=HFEngine() if engine == "hf" else engine, **defaults | data
     )
-    trainer.fit(method, datamodule=datamodule, ckpt_path=ckpt_path)
+    lightning.fit(method, datamodule=datamodule, ckpt_path=ckpt_path)
     return recorder
 
 
