@@ -15,6 +15,7 @@ from opd_lightning.errors import UserError
 from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.checks import check_lengths, checked_weights, parameter_shapes
+from opd_lightning.rollouts.vllm_errors import run_errors, start_errors
 from opd_lightning.rollouts.vllm_process import (
     CPU_ARGUMENTS,
     destroy_vllm_groups,
@@ -108,7 +109,7 @@ class VLLMEngine(Engine):
         from vllm import LLM
 
         # vLLM seeds every global generator when it starts.
-        with launcher_variables(), isolate_rng():
+        with launcher_variables(), isolate_rng(), start_errors():
             self._llm = LLM(**arguments | self.engine_args)
         self.weights_dtype = self._llm.llm_engine.model_config.dtype
 
@@ -120,7 +121,8 @@ class VLLMEngine(Engine):
         stream = checked_weights(weights, self._shapes)
         # Worker processes, which tensor parallelism brings, cannot be sent a generator.
         pushed = stream if self.tensor_parallel_size == 1 else iter([*stream])
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pushed})
+        with run_errors():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pushed})
         if not torch.cuda.is_available():
             self._llm.apply_model(repack_heads)
         self._llm.reset_prefix_cache()
@@ -154,7 +156,8 @@ class VLLMEngine(Engine):
             )
             for request in requests
         ]
-        with isolate_rng():  # its CPU sampler draws from the global generator beside the seeds
+        # Its CPU sampler draws from the global generator beside the seeds.
+        with isolate_rng(), run_errors():
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return [_to_completion(output.outputs[0]) for output in outputs]
 
