@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from opd_lightning.cache_teacher import fill
 from opd_lightning.checkpoints import CheckpointConnector, write
 from opd_lightning.checkpoints.savers import RememberSavers
 from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.data.prompt_files import PromptFiles
 from opd_lightning.errors import NotReadyError, UserError
 from opd_lightning.export import load_student, write_hf_folder
 from opd_lightning.interruption import SaveOnInterruption
@@ -25,6 +26,7 @@ from opd_lightning.preflight import report
 from opd_lightning.preflight.check import look_at
 from opd_lightning.progress import StepProgressBar
 from opd_lightning.quiet import only_warnings
+from opd_lightning.run_lock import held
 from opd_lightning.run_log import RunLog
 from opd_lightning.sharding import check_strategy
 from opd_lightning.teachers.cached import CachedTeacher
@@ -64,6 +66,15 @@ class Trainer(LightningTrainer):
             super().save_checkpoint(filepath, weights_only)  # says what is wrong
         with self.profiler.profile("save_checkpoint"):  # type: ignore[attr-defined]
             write(self, self._checkpoint_connector.dump_checkpoint(weights_only), filepath)
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        """Train, alone in the run folder, on the prompts that the run began with."""
+        folder = None if self.logger is None else Path(self.log_dir or ".")
+        data = kwargs.get("datamodule")
+        if isinstance(data, RolloutDataModule):
+            data.prompt_files = PromptFiles(folder, resumes=bool(kwargs.get("ckpt_path")))
+        with held(folder) if folder is not None and self.is_global_zero else nullcontext():
+            super().fit(*args, **kwargs)
 
     def export(
         self,

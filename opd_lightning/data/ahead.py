@@ -23,9 +23,13 @@ class RolloutsAhead:
 
     The engine is the thread's until `wait` returns. What the thread raised is raised by `take`,
     as itself.
+
+    Args:
+        hangs: Whether the thread is known never to come back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hangs: Callable[[], bool] = lambda: False) -> None:
+        self._hangs = hangs
         self._executor: ThreadPoolExecutor | None = None
         self._job: _Job | None = None
         self._waited = 0.0  # seconds that the trainer stood still for the job
@@ -61,9 +65,9 @@ class RolloutsAhead:
         return rollouts
 
     def look(self, step: int, timer: StepTimer) -> list[Rollout] | None:
-        """The rollouts of `step`, still to be taken; None if nobody began them, or they failed."""
+        """The rollouts of `step`, still to be taken; None if there are none, or never will be."""
         job = self._job
-        if job is None or job.step != step:
+        if job is None or job.step != step or (self._hangs() and not job.written.done()):
             return None
         with timer.stage("generate"):
             self._wait(job)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning.pytorch import LightningDataModule
 
 from opd_lightning import preflight
-from opd_lightning.data.engines import Engines, check_engines, push
+from opd_lightning.data.engines import Engines, check_engines, plan_engines, push
 from opd_lightning.data.evaluation import EvaluationStream
 from opd_lightning.data.mix import RolloutMix, TeacherSampler, samplings_by_author
+from opd_lightning.data.prompt_files import PromptFiles
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.ranks import Ranks
 from opd_lightning.data.stream import TrainingStream
@@ -20,19 +20,18 @@ from opd_lightning.data.views import PromptView, Renderer
 from opd_lightning.data.writer import RolloutWriter
 from opd_lightning.errors import UserError
 from opd_lightning.metrics.evaluation import SuiteScores
-from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Engine, Sampling
-from opd_lightning.types import Author, Prompt
+from opd_lightning.time_limit import TimeLimit
+from opd_lightning.types import Prompt
 from opd_lightning.verifiers.base import Verifier
 
 if TYPE_CHECKING:
     from opd_lightning.methods.base import DistillationModule
 
 
-@dataclass(frozen=True, slots=True)
-class _Loaded:
+class _Loaded(NamedTuple):
     prompts: list[Prompt]
-    ids: list[list[int]] = field(repr=False)
+    ids: list[list[int]]
 
 
 class RolloutDataModule(LightningDataModule):
@@ -53,6 +52,8 @@ class RolloutDataModule(LightningDataModule):
         samples_per_prompt: Responses of the student per prompt.
         max_staleness: 0 is strictly on-policy. 1 lets the engine write a step's rollouts while the
             step before trains, so that their weights are one optimiser step old.
+        engine_time_limit: Seconds that one call of an engine (to start, to take weights, to write)
+            may take before the run ends; 0 waits for ever.
         template_args: Extra variables for the chat template.
         seed: Seed of prompt order, mix and sampling.
     """
@@ -71,6 +72,7 @@ class RolloutDataModule(LightningDataModule):
         prompts_per_step: int = 64,
         samples_per_prompt: int = 1,
         max_staleness: Literal[0, 1] = 0,
+        engine_time_limit: float = 3600.0,
         template_args: dict[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
@@ -94,7 +96,10 @@ class RolloutDataModule(LightningDataModule):
         for name in ("prompts_per_step", "samples_per_prompt"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}: got {getattr(self, name)}, expected at least 1")
-        self.engines = Engines(engine, teacher.engine if teacher else None, self._push_weights)
+        self.prompt_files = PromptFiles()  # the trainer gives those of a run
+        limit = TimeLimit(engine_time_limit, self._where, "data.engine_time_limit")
+        writer = teacher.engine if teacher else None
+        self.engines = Engines(engine, writer, self._push_weights, limit)
         self._train: _Loaded | None = None
         self._suites: dict[str, _Loaded] = {}
 
@@ -119,6 +124,8 @@ class RolloutDataModule(LightningDataModule):
             preflight.check_trainer(self.trainer)
             preflight.check_method(self.module, self, self.trainer)
             preflight.check_step_size(self.trainer, self)
+            suites = {f"data.validation.{n}": s.prompts for n, s in self._suites_of(stage).items()}
+            self.prompt_files.agree({"data.train": self.train} | suites, Ranks.of(self.trainer))
             self._train = self._load(self.train, self.sampling, self.verifier, training=True)
         for name, suite in self._suites_of(stage).items():
             self._suites[name] = self._load(
@@ -129,8 +136,7 @@ class RolloutDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainingStream:
         assert self._train is not None
         return TrainingStream(
-            self._train.prompts,
-            self._train.ids,
+            *self._train,
             writer=self._writer(self.verifier, training=True),
             samplings=samplings_by_author(self.sampling, self.mix, self.teacher),
             mix_at=lambda step: self.mix_at(step),
@@ -173,8 +179,7 @@ class RolloutDataModule(LightningDataModule):
         return [
             EvaluationStream(
                 name,
-                self._suites[name].prompts,
-                self._suites[name].ids,
+                *self._suites[name],
                 writer=self._writer(suite.verifier or self.verifier),
                 engines=self.engines,
                 sampling=suite.sampling or self.sampling,
@@ -194,6 +199,7 @@ class RolloutDataModule(LightningDataModule):
             self.module.timer,
             guided_view=self.mix.guided_view,
             only_correct=self.mix.only_correct,
+            limit=self.engines.limit,
         )
 
     def _renderer(self, *, training: bool) -> Renderer:
@@ -212,7 +218,7 @@ class RolloutDataModule(LightningDataModule):
         training: bool = False,
     ) -> _Loaded:
         """Prompts with their ids, checked against the verifier and the models' contexts."""
-        prompts = source.load()
+        prompts = source.load(self.prompt_files.size(source))
         if verifier is not None:
             verifier.check(prompts)
         renderer = self._renderer(training=training)
@@ -231,15 +237,10 @@ class RolloutDataModule(LightningDataModule):
             renderer = self._renderer(training=True)
             views = (renderer.view(self.mix.guided_view, p) for p in self._train.prompts)
             longest = max(longest, *(len(ids or ()) for ids in views))
-        suites = [s for stage in self.suites.values() for s in stage.values()]
-        samplings = [self.sampling, *(s.sampling for s in suites if s.sampling is not None)]
-        budget = max(sampling.max_new_tokens for sampling in samplings)
-        if self.engine is not None:
-            self.engines.plan(Author.STUDENT, self.module.student.source, longest + budget)
-        if self.teacher is not None:
-            budget = self.teacher.max_new_tokens or self.sampling.max_new_tokens
-            source = ModelSource(self.teacher.path, role="data.teacher")
-            self.engines.plan(Author.TEACHER, source, longest + budget)
+        plan_engines(self, longest)
+
+    def _where(self) -> str:
+        return f"rank {self.module.global_rank}, step {self.module.global_step}"
 
     def _push_weights(self, engine: Engine) -> None:
         step = self.module.global_step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from opd_lightning.data.ahead import RolloutsAhead
@@ -11,6 +12,7 @@ from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Engine
 from opd_lightning.rollouts.weight_sums import PushedWeights
 from opd_lightning.student import Student
+from opd_lightning.time_limit import TimeLimit
 from opd_lightning.types import Author
 
 if TYPE_CHECKING:
@@ -24,15 +26,21 @@ class Engines:
         student: Writes the student's responses; None if nothing is sampled.
         teacher: Writes demonstrations with weights of its own.
         push: Brings the student's engine, started, to the newest weights.
+        limit: On every call of theirs.
 
     `ahead` is who may use them beside the trainer.
     """
 
     def __init__(
-        self, student: Engine | None, teacher: Engine | None, push: Callable[[Engine], None]
+        self,
+        student: Engine | None,
+        teacher: Engine | None,
+        push: Callable[[Engine], None],
+        limit: TimeLimit | None = None,
     ) -> None:
         self._push = push
-        self.ahead = RolloutsAhead()
+        self.limit = limit or TimeLimit()
+        self.ahead = RolloutsAhead(lambda: self.limit.is_exceeded)
         self._asleep: list[Engine] = []
         self._sources: dict[int, tuple[ModelSource, int]] = {}
         self._started: list[Engine] = []
@@ -62,20 +70,27 @@ class Engines:
         engine = self.by_author[author]
         if engine not in self._started:
             source, max_length = self._sources[id(engine)]
-            engine.start(source, max_length=max_length)
+            with self._limit(engine, "start"):
+                engine.start(source, max_length=max_length)
             self._started.append(engine)
         if engine in self._asleep:
-            engine.wake()
+            with self._limit(engine, "wake"):
+                engine.wake()
             self._asleep.remove(engine)
         if author is not Author.TEACHER:
-            self._push(engine)
+            with self._limit(engine, "load_weights"):
+                self._push(engine)
 
     def rest(self) -> None:
         """Nothing is written until the next `prepare`: who was told to sleep does."""
         for engine in self._started:
             if engine.sleep_while_training and engine not in self._asleep:
-                engine.sleep()
+                with self._limit(engine, "sleep"):
+                    engine.sleep()
                 self._asleep.append(engine)
+
+    def _limit(self, engine: Engine, call: str) -> AbstractContextManager[None]:
+        return self.limit.of(f"{type(engine).__name__}.{call}")
 
     def close(self) -> None:
         """Close what was started."""
@@ -83,6 +98,24 @@ class Engines:
         self._asleep.clear()
         while self._started:
             self._started.pop().close()
+
+
+def plan_engines(data: RolloutDataModule, longest: int) -> None:
+    """Plan for the longest sequence that any stream may ask for.
+
+    Args:
+        data: Whose engines they are.
+        longest: Tokens of the longest prompt.
+    """
+    suites = [s for stage in data.suites.values() for s in stage.values()]
+    samplings = [data.sampling, *(s.sampling for s in suites if s.sampling is not None)]
+    budget = max(sampling.max_new_tokens for sampling in samplings)
+    if data.engine is not None:
+        data.engines.plan(Author.STUDENT, data.module.student.source, longest + budget)
+    if data.teacher is not None:
+        budget = data.teacher.max_new_tokens or data.sampling.max_new_tokens
+        source = ModelSource(data.teacher.path, role="data.teacher")
+        data.engines.plan(Author.TEACHER, source, longest + budget)
 
 
 def push(student: Student, engine: Engine, *, version: int) -> float:

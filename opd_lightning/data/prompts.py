@@ -63,13 +63,13 @@ class PromptSource:
         self.on_bad_row = on_bad_row
         self.skipped = 0
 
-    def load(self) -> list[Prompt]:
-        """Every usable row, in the order of the file."""
+    def load(self, size: int | None = None) -> list[Prompt]:
+        """Every usable row, in the order of the file; JSON lines up to `size` bytes."""
         prompts: list[Prompt] = []
         problems: list[str] = []
         lines_by_id: dict[str, int] = {}
         unseen = dict(self.columns)
-        for line, raw in read_rows(self.path):
+        for line, raw in read_rows(self.path, size):
             try:
                 row = _decode(raw) if isinstance(raw, bytes) else raw
                 unseen = {field: name for field, name in unseen.items() if name not in row}

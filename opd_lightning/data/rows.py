@@ -12,23 +12,34 @@ from opd_lightning.errors import UserError
 READABLE = "a .jsonl or .parquet file or a folder written by Dataset.save_to_disk"
 
 
-def read_rows(path: str) -> Iterator[tuple[int, bytes | Mapping[str, Any]]]:
-    """(number from 1, row) for each row; a JSON line is still bytes, so that it can be named."""
+def read_rows(
+    path: str, size: int | None = None
+) -> Iterator[tuple[int, bytes | Mapping[str, Any]]]:
+    """(number from 1, row) for each row; a JSON line is still bytes, so that it can be named.
+
+    Args:
+        path: A file or folder.
+        size: JSON lines are read up to this many bytes; None reads all.
+    """
     place = Path(path)
     if place.is_dir():
         return _read_folder(place)
     if not place.is_file():
         raise UserError(f"no prompt file at {path!r}; give {READABLE}")
     if place.suffix == ".jsonl":
-        return _read_jsonl(place)
+        return _read_jsonl(place, size)
     if place.suffix == ".parquet":
         return _read_parquet(place)
     raise UserError(f"cannot read {path!r}: unknown suffix {place.suffix!r}; give {READABLE}")
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
+def _read_jsonl(path: Path, size: int | None) -> Iterator[tuple[int, bytes]]:
+    taken = 0
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
+            if size is not None:
+                raw = raw[: size - taken]
+            taken += len(raw)
             if raw.strip():
                 yield line, raw
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from opd_lightning.data.views import Renderer, recorded_response_ids
 from opd_lightning.rollouts.base import Engine, Request, Sampling
+from opd_lightning.time_limit import TimeLimit
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Completion, Prompt, Rollout, StopReason
 from opd_lightning.verifiers.base import Verifier
@@ -38,6 +39,7 @@ class RolloutWriter:
         timer: Charged for "generate" and "verify".
         guided_view: What guided responses are written under.
         only_correct: Drop the demonstrations that the verifier does not score 1.
+        limit: On one call of an engine.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class RolloutWriter:
         timer: StepTimer,
         guided_view: str = "privileged",
         only_correct: bool = False,
+        limit: TimeLimit | None = None,
     ) -> None:
         self.engines = engines
         self.verifier = verifier
@@ -55,6 +58,7 @@ class RolloutWriter:
         self.timer = timer
         self.guided_view = guided_view
         self.only_correct = only_correct
+        self.limit = limit or TimeLimit()
 
     def timed_by(self, timer: StepTimer) -> RolloutWriter:
         """The same writer, on another clock."""
@@ -113,9 +117,11 @@ class RolloutWriter:
                 writers.setdefault(id(self.engines[row.author]), []).append(i)
         for chosen in writers.values():
             author = rows[chosen[0]].author
-            with self.timer.stage("generate"):
+            engine = self.engines[author]
+            call = f"{type(engine).__name__}.generate of {len(chosen)} responses"
+            with self.timer.stage("generate"), self.limit.of(call):
                 requests = [Request(self._sampler_ids(rows[i]), rows[i].seed) for i in chosen]
-                completions = self.engines[author].generate(requests, samplings[author])
+                completions = engine.generate(requests, samplings[author])
                 found.update(zip(chosen, completions, strict=True))
         return [found[i] for i in range(len(rows))]
 

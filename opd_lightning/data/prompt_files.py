@@ -1,0 +1,115 @@
+"""The prompt files that a run began with, as a resumed run must find them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from opd_lightning.data.prompts import PromptSource
+from opd_lightning.data.ranks import Ranks
+from opd_lightning.errors import UserError, note
+
+RECORD = ".prompts.json"
+PART = 2**20  # bytes read at once
+
+
+class Content(NamedTuple):
+    """What a file holds, or all files of a folder, one after the other by name."""
+
+    size: int  # bytes
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, size: int | None = None) -> Content:
+        """Of the first `size` bytes; of all there are by default."""
+        digest = hashlib.sha256()
+        taken = 0
+        for part in _parts(path):
+            part = part if size is None else part[: size - taken]
+            digest.update(part)
+            taken += len(part)
+            if taken == size:
+                break
+        return cls(taken, digest.hexdigest())
+
+
+class PromptFiles:
+    """Notes the content of each prompt file in the run folder, and compares when a run goes on.
+
+    JSON lines that have only grown are read as far as the run has read them before; any other
+    change is refused, since steps would hold other prompts and scores other questions. While a run
+    goes on nothing is read again.
+
+    Args:
+        folder: The run's; None remembers nothing.
+        resumes: Whether the run goes on, so that what the folder says counts.
+    """
+
+    def __init__(self, folder: Path | None = None, *, resumes: bool = False) -> None:
+        self.folder = folder
+        self.resumes = resumes
+        self._sizes: dict[PromptSource, int] = {}
+
+    def agree(self, sources: Mapping[str, PromptSource], ranks: Ranks) -> None:
+        """Settle what is read of every file, before any is; all ranks read the same.
+
+        Args:
+            sources: By what the configuration calls them, such as "data.train".
+            ranks: All must come; the first notes and says things.
+        """
+        if self.folder is None:
+            return
+        paths = {name: Path(source.path) for name, source in sources.items()}
+        there = {name: path for name, path in paths.items() if path.exists()}
+        record = self.folder / RECORD
+        known: dict[str, Content] = {}
+        first = ranks.rank == 0
+        if first:
+            if self.resumes and record.is_file():
+                saved = json.loads(record.read_text())
+                known = {name: Content(**saved[name]) for name in there if name in saved}
+            known |= {name: Content.of(there[name]) for name in there.keys() - known.keys()}
+        known = ranks.gather(known)[0]
+        for name, content in known.items():
+            self._check(name, paths[name], content, first=first)
+            self._sizes[sources[name]] = content.size
+        if first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            plain = {name: content._asdict() for name, content in known.items()}
+            unfinished = record.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(plain, indent=1))
+            unfinished.replace(record)
+
+    def size(self, source: PromptSource) -> int | None:
+        """Bytes to read of a source's file; None for all."""
+        return self._sizes.get(source)
+
+    def _check(self, name: str, path: Path, before: Content, *, first: bool) -> None:
+        may_grow = path.suffix == ".jsonl" and path.is_file()
+        if Content.of(path, before.size if may_grow else None) != before:
+            raise UserError(
+                f"{name}: {str(path)!r} is not what this run began with ({before.size} bytes, "
+                f"sha256 {before.sha256[:12]}...), so steps and scores would be of other prompts; "
+                "put the old file back, start a new run from an exported student, or give a suite "
+                "of other prompts another name"
+            )
+        grown = path.stat().st_size - before.size if may_grow else 0
+        if grown and first:
+            note(
+                f"{name}: {str(path)!r} has grown by {grown} bytes since the run began, which it "
+                "goes on without; a new run takes them"
+            )
+
+
+def _parts(path: Path) -> Iterator[bytes]:
+    inside = sorted(p for p in path.rglob("*") if p.is_file())
+    # What `datasets` leaves behind when somebody else works with the folder.
+    for file in [path] if path.is_file() else [p for p in inside if p.name[:6] != "cache-"]:
+        if file != path:
+            yield str(file.relative_to(path)).encode()
+        with file.open("rb") as opened:
+            while part := opened.read(PART):
+                yield part

@@ -1,0 +1,100 @@
+"""One job at a time in a run folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from opd_lightning.errors import UserError, note
+
+LOCK = ".lock"
+PATIENCE = 120.0  # seconds that a requeued job waits for its earlier self to be gone
+UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+@contextmanager
+def held(folder: Path, *, patience: float = PATIENCE) -> Iterator[None]:
+    """Hold a run folder, or raise UserError that says who does, before anything is written to it.
+
+    The kernel frees the lock when the process ends, however it ends; processes it has started do
+    not keep it. On a network file system the file server does so, after a node that went down as
+    soon as it believes it gone. Where files cannot be locked, that is said and the run goes on.
+
+    Args:
+        folder: The run's; made if it is not there.
+        patience: Seconds to wait for another process of the same SLURM job: a requeued job may
+            start while its earlier self still ends.
+    """
+    path = folder / LOCK
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _acquire(lock, path, patience)
+        path.write_text(json.dumps(_myself()))
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            reason = f"{error.strerror or error}"
+            raise UserError(
+                f"run folder {str(folder)!r}: {reason}; name one that can be written to"
+            ) from error
+        note(
+            f"run folder {str(folder)!r}: files cannot be locked there ({error.strerror}), so take "
+            "care that no other job uses it"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, path: Path, patience: float) -> None:
+    try:
+        lock.acquire(timeout=0)
+        return
+    except Timeout:
+        holder = _read(path)
+    mine = _myself()["slurm_job"]
+    if mine and holder.get("slurm_job") == mine:
+        note(f"waiting up to {patience:g} s for {_words(holder)} to leave {str(path.parent)!r}")
+        try:
+            lock.acquire(timeout=patience)
+            return
+        except Timeout:
+            pass
+    raise UserError(
+        f"run folder {str(path.parent)!r} is in use by {_words(holder)}; wait for it or end it, or "
+        "name another folder with --trainer.logger.init_args.save_dir"
+    )
+
+
+def _myself() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "since": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Who holds the lock; nothing in the moment before it has said so."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _words(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "another process"
+    job = f", SLURM job {holder['slurm_job']}" if holder["slurm_job"] else ""
+    return f"process {holder['pid']} on {holder['host']}{job}, since {holder['since']}"
