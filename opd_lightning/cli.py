@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from opd_lightning.errors import RunStoppedError, UserError, report
 from opd_lightning.quiet import quiet_libraries
@@ -16,7 +18,7 @@ def main(args: list[str] | None = None) -> None:
     # A user's own methods, next to the YAML that names them; last, so that they hide nothing.
     sys.path.append(os.getcwd())
     quiet_libraries()
-    try:
+    with one_line_errors():
         if args[:1] == ["lab"]:
             from opd_lightning.lab.cli import main as lab
 
@@ -34,6 +36,13 @@ def main(args: list[str] | None = None) -> None:
 
             OPDCLI(args)
             _part()
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program with one line where the reason is known; bugs keep their traceback."""
+    try:
+        yield
     except (UserError, RunStoppedError) as error:
         everywhere = getattr(error, "raised_by_all", False)
         if not (everywhere and _rank()):
@@ -41,6 +50,13 @@ def main(args: list[str] | None = None) -> None:
         if everywhere:
             _part()
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except RuntimeError as error:
+        from opd_lightning.lost_ranks import last_words
+
+        if (line := last_words(error)) is None:
+            raise
+        report(line)
+        sys.exit(1)
 
 
 def _rank() -> int:
