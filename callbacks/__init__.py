@@ -2,6 +2,8 @@
 
 from callbacks.ema_teacher import EMATeacherUpdate
 from callbacks.phased_teacher_sampling import PhasedTeacherSampling
+from callbacks.rng_state import RngState
 from callbacks.rollout_log import RolloutLog
+from callbacks.slurm_requeue import SlurmRequeue
 
-__all__ = ["EMATeacherUpdate", "PhasedTeacherSampling", "RolloutLog"]
+__all__ = ["EMATeacherUpdate", "PhasedTeacherSampling", "RngState", "RolloutLog", "SlurmRequeue"]

@@ -7,14 +7,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from opd_lightning import signals
 from opd_lightning.errors import RunStoppedError, UserError, report
 from opd_lightning.quiet import quiet_libraries
+from opd_lightning.signals import SignalledError
 
 
 def main(args: list[str] | None = None) -> None:
     """Console entry point. Exit codes: 2 for a mistake in the input, 1 for a run stopped or
-    not ready to start."""
+    not ready to start, 143 for one that SIGTERM ended."""
     args = sys.argv[1:] if args is None else args
+    if args[:1] == ["fit"]:
+        signals.listen()  # before the imports, which take their time
     # A user's own methods, next to the YAML that names them; last, so that they hide nothing.
     sys.path.append(os.getcwd())
     quiet_libraries()
@@ -50,6 +54,9 @@ def one_line_errors() -> Iterator[None]:
         if everywhere:
             _part()
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except SignalledError as end:
+        _part()
+        sys.exit(end.code)
     except RuntimeError as error:
         from opd_lightning.lost_ranks import last_words
 
@@ -57,6 +64,8 @@ def one_line_errors() -> Iterator[None]:
             raise
         report(line)
         sys.exit(1)
+    finally:
+        signals.close()
 
 
 def _rank() -> int:

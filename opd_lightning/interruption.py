@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 
 from opd_lightning.checkpoints import save_last
 from opd_lightning.errors import CheckpointError, note
+from opd_lightning.signals import SignalledError
 
 
 class SaveOnInterruption(Callback):
@@ -31,8 +36,10 @@ class SaveOnInterruption(Callback):
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING or not trainer.checkpoint_callback:
             return
-        if not self._began or trainer.global_step == 0 or isinstance(exception, CheckpointError):
+        if not self._began or trainer.global_step == 0:
             return
+        if isinstance(exception, CheckpointError | SignalledError):
+            return  # it failed just now; it was done just now
         if pl_module.moving or trainer.world_size > 1:
             if trainer.is_global_zero:
                 note("nothing saved: " + (_MOVING if pl_module.moving else _SEVERAL))
@@ -43,6 +50,20 @@ class SaveOnInterruption(Callback):
             note(f"could not save the step's beginning: {' '.join(str(failure).split())}")
         else:
             note(f"saved the beginning of step {trainer.global_step}: --ckpt_path {path}")
+
+
+class TermAsInterrupt(_SignalConnector):
+    """SIGTERM does to a run what Ctrl-C does, unless somebody listens to it.
+
+    In place of Lightning's handlers, which talk to the other ranks from inside of a handler: if one
+    rank alone is signalled, or two stand at different collectives, the run hangs.
+    """
+
+    def register_signal_handlers(self) -> None:
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            self._original_handlers = {signal.SIGTERM: signal.SIG_DFL}
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 _MOVING = "the run ended while its weights moved; go on from the last checkpoint"

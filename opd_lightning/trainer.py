@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 
-from opd_lightning import preflight
+from opd_lightning import preflight, signals
 from opd_lightning.cache_teacher import fill
 from opd_lightning.checkpoints import CheckpointConnector, write
 from opd_lightning.checkpoints.savers import RememberSavers
@@ -20,7 +20,7 @@ from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.data.prompt_files import PromptFiles
 from opd_lightning.errors import NotReadyError, UserError
 from opd_lightning.export import load_student, write_hf_folder
-from opd_lightning.interruption import SaveOnInterruption
+from opd_lightning.interruption import SaveOnInterruption, TermAsInterrupt
 from opd_lightning.methods.base import DistillationModule
 from opd_lightning.preflight import report
 from opd_lightning.preflight.check import look_at
@@ -52,6 +52,9 @@ class Trainer(LightningTrainer):
         super().__init__(*args, **kwargs)  # to the letter: the parser reads it
         self._checkpoint_connector = CheckpointConnector(self)
         check_strategy(self.strategy, self.num_devices, self.num_nodes)
+        self._signal_connector = TermAsInterrupt(self)
+        if not any(getattr(callback, "heeds_signals", False) for callback in given):
+            signals.hand_back()
 
     def save_checkpoint(
         self,

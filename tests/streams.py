@@ -112,6 +112,7 @@ class Run:
                 timer,
             ),
             samplings={author: Sampling() for author in Author},
+            before_step=lambda step: None,
             mix_at=lambda step: mix,
             prepare=lambda batches: None,
             now=lambda: self.step,

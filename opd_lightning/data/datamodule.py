@@ -82,6 +82,7 @@ class RolloutDataModule(LightningDataModule):
         self.engine = engine
         self.mix = mix
         self.mix_at: Callable[[int], RolloutMix] = lambda step: mix  # a callback may move it
+        self.before_step: Callable[[int], None] = lambda step: None  # a callback may listen
         self.teacher = teacher
         self.verifier = verifier
         self.user_views = set(views or {})
@@ -140,6 +141,7 @@ class RolloutDataModule(LightningDataModule):
             writer=self._writer(self.verifier, training=True),
             samplings=samplings_by_author(self.sampling, self.mix, self.teacher),
             mix_at=lambda step: self.mix_at(step),
+            before_step=lambda step: self.before_step(step),
             prepare=self.module.prepare_step,
             now=lambda: self.module.global_step,
             engines=self.engines,

@@ -32,8 +32,9 @@ class TrainingStream:
     stream has no position of its own. A checkpoint taken anywhere in a step means its beginning.
     What cannot be written again is in it: rollouts by weights that are gone.
 
-    `mix_at(step)` says who writes; `prepare` sees all micro-batches before the first goes out;
-    `now()` is the number of optimiser steps made.
+    `before_step(step)` is called before anything is written for it; `mix_at(step)` says who writes;
+    `prepare` sees all micro-batches before the first goes out; `now()` is the number of optimiser
+    steps made.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class TrainingStream:
         *,
         writer: RolloutWriter,
         samplings: Mapping[Author, Sampling],
+        before_step: Callable[[int], None],
         mix_at: Callable[[int], RolloutMix],
         prepare: Callable[[list[RolloutBatch]], None],
         now: Callable[[], int],
@@ -60,6 +62,7 @@ class TrainingStream:
         self.prompt_ids = prompt_ids
         self.writer = writer
         self.samplings = samplings
+        self.before_step = before_step
         self.mix_at = mix_at
         self.prepare = prepare
         self.now = now
@@ -126,6 +129,7 @@ class TrainingStream:
         first = self.now()
         end_of_epoch = (first // self.steps_per_epoch + 1) * self.steps_per_epoch
         for step in range(first, end_of_epoch):
+            self.before_step(step)
             self.timer.next_step()
             rollouts = self.engines.ahead.take(step, self.timer)
             if rollouts is None:

@@ -1,0 +1,82 @@
+"""Random numbers that go on after a resume as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from opd_lightning.data.ranks import Ranks
+
+State = dict[str, Any]
+
+
+class RngState(Callback):
+    """Keeps every rank's global generators in the checkpoint: Python's, NumPy's, torch's, CUDA's.
+
+    For models and methods that draw from them while they learn: dropout, noise in a loss. Rollouts
+    have seeds of their own and do not need it.
+
+    A step begins with the state that the last one ended with. What is drawn in between (by a
+    validation, a new epoch's iterator, a start of the program) does not count, in a run that is
+    resumed as in one that is not. With another number of ranks nothing is restored, and the trainer
+    says so.
+    """
+
+    def __init__(self) -> None:
+        self._resumed: list[State] | None = None
+        self._begin: State = {}  # what the coming step, or the one at work, began with
+        self._step = 0
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._resumed = checkpoint.get("rng_states")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        device = trainer.strategy.root_device
+        self._step, self._begin = trainer.global_step, current(device)
+        states, self._resumed = self._resumed, None
+        if states is not None and len(states) == trainer.world_size:
+            self._begin = states[trainer.global_rank]
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            restore(self._begin, trainer.strategy.root_device)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step > self._step:
+            self._step, self._begin = trainer.global_step, current(trainer.strategy.root_device)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["rng_states"] = Ranks.of(trainer).gather(self._begin)
+
+
+def current(device: torch.device) -> State:
+    """This process's generators, as tensors and plain numbers; CUDA's is that of `device`."""
+    numbers: Any = np.random.get_state()
+    name, keys, *rest = numbers
+    state: State = {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore(state: State, device: torch.device) -> None:
+    """Make the generators go on where `current` found them."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,125 @@
+"""A job that SLURM wants to end saves its run, and asks to be started again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any, NoReturn
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from opd_lightning import signals
+from opd_lightning.checkpoints import save_last
+from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.errors import UserError, report
+from opd_lightning.signals import SignalledError, Wish
+
+
+class SlurmRequeue(Callback):
+    """Saves `last.ckpt` and leaves when SIGUSR1 or SIGTERM came to any rank.
+
+    SIGUSR1 requeues the job, which starts the same script again; `#SBATCH --signal=USR1@SECONDS`
+    has SLURM send it that long before the time limit. SIGTERM (`scancel`, preemption) does not.
+    Both may come from the first moment of `opd fit`, and are granted before a step's rollouts are
+    written, before they are learnt from, and between two batches of a validation. So leave time
+    for the longest of these, and to save. What a step had begun is done again.
+
+    The exit code is 0 for a job that is requeued, 1 if SLURM refuses to, and 143 after SIGTERM
+    (138 after SIGUSR1 where there is no job). A run that has made its last step is left alone.
+    """
+
+    heeds_signals = True  # looked for by the trainer
+
+    def __init__(self) -> None:
+        self._began_at = 0  # optimiser steps when this process started
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not isinstance(trainer.checkpoint_callback, ModelCheckpoint):
+            raise UserError(
+                "callbacks.SlurmRequeue: got no ModelCheckpoint, so there is no folder to save in; "
+                "add lightning.pytorch.callbacks.ModelCheckpoint"
+            )
+        signals.listen()
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(datamodule, RolloutDataModule)
+        datamodule.before_step = lambda step: self._grant(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began_at = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._grant(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        finished = trainer.global_step == trainer.max_steps
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not finished:
+            self._grant(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        signals.close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if not isinstance(exception, SignalledError):  # SLURM may still send some after that
+            signals.close()
+
+    def _grant(self, trainer: Trainer) -> None:
+        """Does what any rank was asked for; all must call it at the same point."""
+        mine = torch.tensor(signals.wish(), device=trainer.strategy.root_device)
+        wish = Wish(int(trainer.strategy.reduce(mine, reduce_op="max")))
+        if wish is not Wish.NONE:
+            saved = self._save(trainer)
+            signals.granted()
+            _leave(wish, saved, trainer.is_global_zero)
+
+    def _save(self, trainer: Trainer) -> str:
+        """What was saved, in words."""
+        if trainer.global_step == self._began_at:
+            return "no step was made since the start, so there is nothing new to save"
+        return f"saved the beginning of step {trainer.global_step} as {save_last(trainer)}"
+
+
+def _leave(wish: Wish, saved: str, speaks: bool) -> NoReturn:
+    """Tell SLURM and the user, on one rank, and end the run, on all."""
+    job, refusal, code = _job(), None, 128 + wish.signal
+    line = f"opd: {wish.signal.name}: {saved}; "
+    if wish is Wish.REQUEUE and job:
+        code = 0
+        line += f"job {job} is requeued"
+        refusal = _requeue(job) if speaks else None
+    else:
+        line += "go on with --ckpt_path last"
+    if refusal:
+        code = 1
+        report(f"job {job} could not be requeued ({refusal}); {saved}; submit it again")
+    elif speaks:
+        print(line, file=sys.stderr, flush=True)
+    raise SignalledError(code)
+
+
+def _job() -> str | None:
+    """How SLURM calls this job, or this task of a job array."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array:
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def _requeue(job: str) -> str | None:
+    """Why SLURM did not do it, or None."""
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    except OSError as error:
+        return f"scontrol: {error.strerror}"
+    return " ".join(done.stderr.split()) or "no reason given" if done.returncode else None

@@ -1,0 +1,110 @@
+"""A real SLURM of several nodes for tests, and jobs on it; cluster.sh is what starts it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("cluster.sh")
+PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged", "unshare", "nsenter", "ip")
+# How a job's life may end; a requeued one is PENDING again.
+ENDS = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+
+
+def unavailable() -> str | None:
+    """Why there can be no such cluster here, or None."""
+    absent = [name for name in PROGRAMS if shutil.which(name) is None]
+    if absent:
+        return f"needs a SLURM of its own, and {', '.join(absent)} is not installed"
+    if os.geteuid() != 0:
+        return "needs a SLURM of its own, and only root can start one"
+    alone = subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"])
+    return "needs a SLURM of its own, and namespaces are forbidden" if alone.returncode else None
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 200) -> None:
+    """Wait for something to become true, or fail with its name."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s in vain: {what}"
+        time.sleep(0.1)
+
+
+class Cluster:
+    """Nodes n1, n2, ... until `close`, or until this process ends, however it does.
+
+    Args:
+        folder: Where the cluster writes; absolute.
+        nodes: How many.
+    """
+
+    def __init__(self, folder: Path, nodes: int = 2) -> None:
+        self.folder = folder
+        # It lives as long as it can read from us.
+        command = [str(SCRIPT), str(folder), str(nodes), "sh", "-c", 'touch "$0"; exec cat']
+        ready = folder / "ready"
+        self._process = subprocess.Popen([*command, str(ready)], stdin=subprocess.PIPE)
+        until(lambda: ready.exists() or self._process.poll() is not None, "the cluster's start", 30)
+        assert self._process.poll() is None, "the cluster did not start"
+        machine = (folder / "pid").read_text().strip()
+        self._enter = [
+            "nsenter",
+            "--all",
+            "--target",
+            machine,
+            "env",
+            f"SLURM_CONF={folder}/slurm.conf",
+        ]
+
+    def run(self, *command: str) -> str:
+        """What a command prints on the controller's machine."""
+        done = subprocess.run(
+            [*self._enter, *command], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def submit(self, script: Path, *options: str) -> Job:
+        """Hand a batch script in, to run in its own folder; jobs see this checkout first."""
+        environment = (
+            f"PYTHONPATH={ROOT}",
+            f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}",
+        )
+        command = ("env", *environment, "sbatch", "--parsable", f"--chdir={script.parent}")
+        return Job(self, self.run(*command, *options, str(script)))
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
+class Job:
+    """A batch job on a test cluster."""
+
+    def __init__(self, cluster: Cluster, number: str) -> None:
+        self.cluster = cluster
+        self.number = number
+
+    def __getitem__(self, field: str) -> str:
+        """A field of `scontrol show job`, such as JobState, Restarts or ExitCode."""
+        shown = self.cluster.run("scontrol", "show", "job", "--oneliner", self.number)
+        found = re.search(rf"\b{field}=(\S*)", shown)
+        assert found, f"job {self.number} has no {field}"
+        return found[1]
+
+    def signal(self, name: str) -> None:
+        """To every process of its steps, as SLURM does before the time limit."""
+        self.cluster.run("scancel", f"--signal={name}", self.number)
+
+    def wait(self, seconds: float = 400) -> str:
+        """How its life ended, started again or not."""
+        until(lambda: self["JobState"] in ENDS, f"the end of job {self.number}", seconds)
+        return self["JobState"]
