@@ -27,6 +27,7 @@ lint: $(VENV)/.dev ## Style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources slurm/*.sbatch slurm/*.sh tests/slurm/*.sh
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

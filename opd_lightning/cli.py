@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ def main(args: list[str] | None = None) -> None:
 
             lab(args[1:])
         elif args[:1] == ["serve"]:
+            # Meant for trainers, but SLURM sends it to every process of a job.
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
             from opd_lightning.serving.serve import main as serve
 
             serve(args[1:])

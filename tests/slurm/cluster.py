@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("cluster.sh")
-PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged", "unshare", "nsenter", "ip")
+PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged", "unshare", "nsenter", "ip", "hostname", "ps")
+NETWORK = "hostname n1; ip link add switch type bridge; ip link add port type veth peer name card"
 # How a job's life may end; a requeued one is PENDING again.
 ENDS = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
@@ -25,8 +26,9 @@ def unavailable() -> str | None:
         return f"needs a SLURM of its own, and {', '.join(absent)} is not installed"
     if os.geteuid() != 0:
         return "needs a SLURM of its own, and only root can start one"
-    alone = subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"])
-    return "needs a SLURM of its own, and namespaces are forbidden" if alone.returncode else None
+    command = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "sh", "-ec", NETWORK]
+    alone = subprocess.run(command, capture_output=True, text=True)
+    return f"needs machines of its own: {alone.stderr.strip()}" if alone.returncode else None
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 200) -> None:
@@ -51,7 +53,7 @@ class Cluster:
         command = [str(SCRIPT), str(folder), str(nodes), "sh", "-c", 'touch "$0"; exec cat']
         ready = folder / "ready"
         self._process = subprocess.Popen([*command, str(ready)], stdin=subprocess.PIPE)
-        until(lambda: ready.exists() or self._process.poll() is not None, "the cluster's start", 30)
+        until(lambda: ready.exists() or self._process.poll() is not None, "the cluster's start")
         assert self._process.poll() is None, "the cluster did not start"
         machine = (folder / "pid").read_text().strip()
         self._enter = [

@@ -37,9 +37,9 @@ give_up() {
   exit 1
 }
 
-# Waits up to ten seconds for a condition.
+# Waits up to half a minute for a condition.
 await() {
-  local left=200
+  local left=600
   until "$@"; do
     ((left--)) || give_up "waited in vain for: $*"
     sleep 0.05

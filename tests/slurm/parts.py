@@ -26,7 +26,7 @@ class NoisyOPD(OPD):
 
 
 class Pause(Callback):
-    """Waits at one point of a job's first start, for the test to do something to it.
+    """Waits once in a job's life, however often it starts, for the test to do something to it.
 
     Args:
         hook: The callback's hook to wait in.
@@ -37,11 +37,10 @@ class Pause(Callback):
     def __init__(self, hook: str, step: int, seconds: float) -> None:
         self.step = step
         self.seconds = seconds
-        if "SLURM_RESTART_COUNT" not in os.environ:
-            setattr(self, hook, self._wait)
+        setattr(self, hook, self._wait)
 
     def _wait(self, trainer: Any, *_: Any, **__: Any) -> None:
-        if trainer.global_step == self.step:
-            self.step = -1
-            Path(f"waits-{trainer.global_rank}").write_text(str(os.getpid()))
+        note = Path(f"waits-{trainer.global_rank}")
+        if trainer.global_step == self.step and not note.exists():
+            note.write_text(str(os.getpid()))
             time.sleep(self.seconds)

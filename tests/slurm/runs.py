@@ -1,65 +1,43 @@
-"""Training runs as batch jobs: what a run is made of, and whether two ended alike."""
+"""Short training runs as batch jobs: what a run is made of, and whether two ended alike."""
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from tests.slurm.cluster import ROOT, Cluster, Job, until
+from tests.slurm.cluster import Job
+from tests.slurm.scripts import User
 
 STEPS = 6
 LAST = "run/checkpoints/last.ckpt"
-
-SCRIPT = """#!/bin/bash
-#SBATCH --nodes=2 --ntasks-per-node=1 --requeue --open-mode=append --output=log
-srun opd fit --config {lab} --config changes.yaml --ckpt_path last
-exit $?
-"""
-
-STRATEGIES: dict[str, Any] = {
-    "ddp": "ddp",
-    "fsdp2": {
-        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
-        "init_args": {
-            "data_parallel_size": 2,
-            "tensor_parallel_size": 1,
-            "save_distributed_checkpoint": False,
-        },
-    },
-}
+CONFIG = "configs/lab/opd.yaml configs/strategy/{}.yaml changes.yaml"
 
 
 def submit(
-    cluster: Cluster,
-    folder: Path,
-    lab: Path,
+    user: User,
     strategy: str,
     *options: str,
     pause: dict[str, Any] | None = None,
     engine: str = "HFEngine",
-    callbacks: tuple[str, ...] = ("SlurmRequeue", "RngState"),
-    **trainer: Any,
 ) -> Job:
-    """Hand in a short run on the untrained lab, whose method draws from the global generators.
+    """Hand in a run on two nodes, whose method draws from the global generators.
 
     Args:
-        folder: Where it runs; made.
-        lab: The untrained lab.
-        options: Of sbatch.
-        pause: Arguments of a `Pause` in its first start.
-        trainer: Further settings.
+        user: Whose folder it runs in, alone.
+        strategy: Name of a file in configs/strategy.
+        options: Further ones of sbatch.
+        pause: Arguments of a `Pause`.
+        engine: Class that writes the rollouts.
     """
-    folder.mkdir(parents=True)
-    (folder / "lab").symlink_to(lab / "lab")
-    listed: list[dict[str, Any]] = [{"class_path": f"callbacks.{name}"} for name in callbacks]
     saver = {"every_n_train_steps": 2, "save_last": True, "save_top_k": 1}
-    listed.append({"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver})
+    callbacks: list[dict[str, Any]] = [
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver}
+    ]
     if pause:
-        listed.insert(0, {"class_path": "tests.slurm.parts.Pause", "init_args": pause})
+        callbacks.insert(0, {"class_path": "tests.slurm.parts.Pause", "init_args": pause})
     changes = {
         "model": {"class_path": "tests.slurm.parts.NoisyOPD"},
         "data": {
@@ -70,38 +48,21 @@ def submit(
             "prompts_per_step": 4,
         },
         "trainer": {
-            "strategy": STRATEGIES[strategy],
-            "num_nodes": 2,
-            "devices": 1,
             "max_steps": STEPS,
             "accumulate_grad_batches": 2,
             "val_check_interval": 4,
             "enable_progress_bar": False,
-            "logger": {"init_args": {"save_dir": "run"}},
-            "callbacks": listed,
-        }
-        | trainer,
+            "callbacks": callbacks,
+        },
     }
-    (folder / "changes.yaml").write_text(yaml.safe_dump(changes))
-    script = folder / "job.sh"
-    script.write_text(SCRIPT.format(lab=ROOT / "configs" / "lab" / "opd.yaml"))
-    return cluster.submit(script, *options)
+    (user.folder / "changes.yaml").write_text(yaml.safe_dump(changes))
+    options = ("--nodes=2", *options)
+    return user.submit("train.sbatch", sbatch=options, CONFIG=CONFIG.format(strategy), RUN="run")
 
 
-def wait_for_pause(folder: Path) -> list[str]:
-    """Process ids of both ranks, once they stand at their `Pause`."""
-    files = [folder / f"waits-{rank}" for rank in (0, 1)]
-    until(lambda: all(f.exists() and f.read_text() for f in files), f"the pause of {folder}")
-    return [file.read_text() for file in files]
-
-
-def log(folder: Path) -> str:
-    return (folder / "log").read_text()
-
-
-def assert_alike(folder: Path, other: Path) -> None:
+def assert_alike(user: User, other: User) -> None:
     """Two runs ended with the same weights, optimiser and random states, to the bit."""
-    mine, theirs = (torch.load(f / LAST, weights_only=True) for f in (folder, other))
+    mine, theirs = (torch.load(u.folder / LAST, weights_only=True) for u in (user, other))
     assert mine["global_step"] == theirs["global_step"] == STEPS
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "rng_states"):
         assert hashed(mine[part]) == hashed(theirs[part]), part

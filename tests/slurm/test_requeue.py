@@ -2,116 +2,114 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, until
-from tests.slurm.runs import LAST, assert_alike, log, submit, wait_for_pause
+from opd_lightning.rollouts.vllm_process import vllm_unavailable
+from tests.slurm.cluster import Cluster, Job, until
+from tests.slurm.runs import LAST, assert_alike, submit
+from tests.slurm.scripts import User
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
+NewUser = Callable[[str], User]
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@cache
-def unbroken(cluster: Cluster, runs: Path, lab: Path, strategy: str) -> Path:
-    """The run that nothing happens to."""
-    folder = runs / f"unbroken-{strategy}"
-    job = submit(cluster, folder, lab, strategy)
-    assert job.wait() == "COMPLETED", log(folder)
-    assert job["Restarts"] == "0"
-    return folder
+VLLM = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(vllm_unavailable() is not None, reason="needs vLLM"),
+]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_usr1_requeues_a_run_that_ends_like_one_left_alone(
-    cluster: Cluster, runs: Path, untrained_lab: Path, strategy: str
+@pytest.fixture
+def new_user(cluster: Cluster, tmp_path: Path, untrained_lab: Path) -> NewUser:
+    """Somebody with a folder of that name."""
+    return lambda name: User(cluster, tmp_path / name, untrained_lab)
+
+
+def finish(user: User, job: Job, *, restarts: int) -> None:
+    assert job.wait() == "COMPLETED", user.log(job)
+    assert job["Restarts"] == str(restarts)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "engine"),
+    [
+        ("ddp", "HFEngine"),
+        ("fsdp2", "HFEngine"),
+        pytest.param("ddp", "VLLMEngine", marks=VLLM),
+        pytest.param("fsdp2", "VLLMEngine", marks=VLLM),
+    ],
+)
+def test_a_job_that_is_started_again_ends_like_one_left_alone(
+    cluster: Cluster, new_user: NewUser, strategy: str, engine: str
 ) -> None:
-    folder = runs / f"requeued-{strategy}"
-    pause = {"hook": "on_after_backward", "step": 3, "seconds": 2}
-    job = submit(cluster, folder, untrained_lab, strategy, pause=pause)
-    wait_for_pause(folder)
-    job.signal("USR1")
-    assert job.wait() == "COMPLETED", log(folder)
-    assert job["Restarts"] == "1"
-    said = f"opd: SIGUSR1: saved the beginning of step 4 as {LAST}; job {job.number} is requeued"
-    assert log(folder).count(said) == 1, log(folder)
-    assert_alike(folder, unbroken(cluster, runs, untrained_lab, strategy))
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_node_that_goes_down_costs_steps_and_nothing_else(
-    cluster: Cluster, runs: Path, untrained_lab: Path, strategy: str
-) -> None:
-    """Its job is killed at once, and goes on from the checkpoint of step 2."""
-    folder = runs / f"down-{strategy}"
-    pause = {"hook": "on_after_backward", "step": 3, "seconds": 600}
-    job = submit(cluster, folder, untrained_lab, strategy, pause=pause)
-    wait_for_pause(folder)
+    """After SIGUSR1, and after a node went down: killed at once, from the checkpoint of step 2."""
+    alone, asked, killed = new_user("alone"), new_user("asked"), new_user("killed")
+    within = {"hook": "on_after_backward", "step": 3}
+    first = submit(alone, strategy, engine=engine)
+    second = submit(asked, strategy, engine=engine, pause={**within, "seconds": 2})
+    asked.await_pause(ranks=2)
+    second.signal("USR1")
+    finish(alone, first, restarts=0)
+    third = submit(killed, strategy, engine=engine, pause={**within, "seconds": 1200})
+    finish(asked, second, restarts=1)
+    killed.await_pause(ranks=2)
     cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     cluster.run("scontrol", "update", "nodename=n2", "state=resume")
-    assert job.wait() == "COMPLETED", log(folder)
-    assert job["Restarts"] == "1"
-    assert "opd: " not in log(folder)
-    assert_alike(folder, unbroken(cluster, runs, untrained_lab, strategy))
+    finish(killed, third, restarts=1)
+
+    said = f"opd: SIGUSR1: saved the beginning of step 4 as {LAST}; job {second.number} is requeued"
+    assert asked.log(second).count(said) == 1, asked.log(second)
+    assert "SIGUSR1" not in killed.log(third)
+    for restart in (0, 1):
+        told = f"job {second.number}, nodes n[1-2] with 1 tasks each, run folder run, restart"
+        assert asked.log(second).count(f"opd: {told} {restart}\n") == 1
+    assert_alike(asked, alone)
+    assert_alike(killed, alone)
 
 
-def test_term_to_one_rank_saves_and_stops_all(
-    cluster: Cluster, runs: Path, untrained_lab: Path
-) -> None:
+def test_term_to_one_rank_saves_and_stops_all(cluster: Cluster, new_user: NewUser) -> None:
     """During a validation, which is not waited for."""
-    folder = runs / "term"
+    user = new_user("term")
     pause = {"hook": "on_validation_batch_start", "step": 2, "seconds": 2}
-    job = submit(cluster, folder, untrained_lab, "ddp", pause=pause)
-    cluster.run("kill", "-TERM", wait_for_pause(folder)[1])
-    assert job.wait() == "FAILED", log(folder)
+    job = submit(user, "ddp", pause=pause)
+    cluster.run("kill", "-TERM", user.await_pause(ranks=2)[1])
+    assert job.wait() == "FAILED", user.log(job)
     assert job["ExitCode"] == "143:0"
     assert job["Restarts"] == "0"
-    assert log(folder).count(f"opd: SIGTERM: saved the beginning of step 2 as {LAST}") == 1
-    assert (folder / LAST).exists()
+    assert user.log(job).count(f"opd: SIGTERM: saved the beginning of step 2 as {LAST}") == 1
+    assert (user.folder / LAST).exists()
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_is_not_forgotten(
-    cluster: Cluster, runs: Path, untrained_lab: Path
+    cluster: Cluster, new_user: NewUser
 ) -> None:
-    folder = runs / "early"
-    pause = {"hook": "setup", "step": 0, "seconds": 2}
-    job = submit(cluster, folder, untrained_lab, "ddp", pause=pause)
-    wait_for_pause(folder)
+    user = new_user("early")
+    job = submit(user, "ddp", pause={"hook": "setup", "step": 0, "seconds": 2})
+    user.await_pause(ranks=2)
     job.signal("USR1")
     until(lambda: job["Restarts"] == "1", "the requeue")
-    assert "opd: SIGUSR1: no step was made since the start" in log(folder)
-    assert not (folder / LAST).exists()
+    assert "opd: SIGUSR1: no step was made since the start" in user.log(job)
+    assert not (user.folder / LAST).exists()
     cluster.run("scancel", job.number)
 
 
 @pytest.mark.slow
-def test_a_time_limit_is_a_requeue(cluster: Cluster, runs: Path, untrained_lab: Path) -> None:
-    """SLURM may send the signal up to a minute early, so a start may come to nothing."""
-    folder = runs / "limited"
-    limits = ("--time=1", "--signal=USR1@30")
+@pytest.mark.timeout(1800)
+def test_a_time_limit_is_a_requeue(new_user: NewUser) -> None:
+    """SLURM sends the signal earlier than told, so a slow start may come to nothing."""
+    alone, limited = new_user("alone"), new_user("limited")
+    first = submit(alone, "ddp")
+    finish(alone, first, restarts=0)
+    limits = ("--time=1", "--signal=USR1@10")
     pause = {"hook": "on_after_backward", "step": 3, "seconds": 20}
-    job = submit(cluster, folder, untrained_lab, "ddp", *limits, pause=pause)
-    assert job.wait(1200) == "COMPLETED", log(folder)
+    job = submit(limited, "ddp", *limits, pause=pause)
+    assert job.wait(1200) == "COMPLETED", limited.log(job)
     assert int(job["Restarts"]) >= 1
-    assert "opd: SIGUSR1: saved the beginning of step" in log(folder)
-    assert_alike(folder, unbroken(cluster, runs, untrained_lab, "ddp"))
-
-
-@pytest.mark.slow
-@pytest.mark.vllm
-def test_usr1_with_vllm_in_every_rank(cluster: Cluster, runs: Path, untrained_lab: Path) -> None:
-    whole, folder = runs / "vllm-unbroken", runs / "vllm"
-    assert submit(cluster, whole, untrained_lab, "ddp", engine="VLLMEngine").wait() == "COMPLETED"
-    pause = {"hook": "on_after_backward", "step": 3, "seconds": 2}
-    job = submit(cluster, folder, untrained_lab, "ddp", pause=pause, engine="VLLMEngine")
-    wait_for_pause(folder)
-    job.signal("USR1")
-    assert job.wait() == "COMPLETED", log(folder)
-    assert job["Restarts"] == "1"
-    assert_alike(folder, whole)
+    assert "opd: SIGUSR1: saved the beginning of step" in limited.log(job)
+    assert_alike(limited, alone)

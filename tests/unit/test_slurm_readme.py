@@ -1,0 +1,55 @@
+"""slurm/README.md lists the variables that the job scripts read, and no others."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+SLURM = Path(__file__).parents[2] / "slurm"
+SHARED = ("common.sh", "beside.sh")
+SCRIPTS = sorted(path.name for path in SLURM.glob("*.sbatch"))
+
+# Read for what they are, set by others.
+NOT_OURS = r"SLURM_\w+|SECONDS|PWD|SRUN_CPUS_PER_TASK|NCCL_SOCKET_IFNAME|GLOO_SOCKET_IFNAME"
+
+
+def listed() -> dict[str, set[str]]:
+    """Variables in the tables, by their headings."""
+    sections = re.split(r"^## ", (SLURM / "README.md").read_text(), flags=re.MULTILINE)[1:]
+    return {
+        section.splitlines()[0]: set(re.findall(r"^\| `([A-Z_]+)` \|", section, re.MULTILINE))
+        for section in sections
+    }
+
+
+def of(script: str) -> set[str]:
+    """What the README says about a script."""
+    tables = [v for heading, v in listed().items() if script in heading or "every" in heading]
+    return set().union(*tables)
+
+
+def read_by(*files: str) -> set[str]:
+    """Variables in the code, comments aside."""
+    code = "\n".join(re.sub(r"(^|\s)#.*", "", (SLURM / file).read_text()) for file in files)
+    names = re.findall(r"\$\{?!?([A-Z][A-Z_]+)\b|\bnumber ([A-Z_]+) ", code)
+    names += [(name, "") for name in re.findall(r"\(\((?:[^)]*\W)?([A-Z][A-Z_]+)\b", code)]
+    return {a or b for a, b in names if not re.fullmatch(NOT_OURS, a or b)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_variable_is_listed(script: str) -> None:
+    assert read_by(script) <= of(script)
+
+
+def test_every_variable_of_the_shared_files_is_listed_somewhere() -> None:
+    assert read_by(*SHARED) <= set().union(*listed().values())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_listed_is_read(script: str) -> None:
+    assert of(script) <= read_by(script, *SHARED)
+
+
+def test_all_scripts_are_named() -> None:
+    readme = (SLURM / "README.md").read_text()
+    assert [p.name for p in SLURM.iterdir() if f"`{p.name}`" not in readme] == ["README.md"]
