@@ -49,6 +49,10 @@ class ServerAwayError(RunStoppedError):
     """A server does not answer any more, and patience has run out."""
 
 
+class PushLostError(ServerAwayError):
+    """A server was lost while weights were pushed to it; they may be pushed again."""
+
+
 class StaleRolloutsError(RunStoppedError):
     """Rollouts were not written by the weights that the step may learn from.
 

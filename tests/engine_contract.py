@@ -113,10 +113,10 @@ class EngineContract:
     def test_its_sums_prove_that_a_push_arrived(self, engine: Engine, tiny_model_dir: Any) -> None:
         first, second = (reference_model(tiny_model_dir(seed=seed)) for seed in (0, 1))
         for version, model in enumerate((second, first)):
-            pushed = PushedWeights(model.named_parameters(), engine.weights_dtype)
+            pushed = PushedWeights(model.named_parameters, engine.weights_dtype)
             engine.load_weights(version, pushed)
             assert pushed.check(version, engine.weight_sums()) >= 1.0, "all of it was compared"
-        old = PushedWeights(second.named_parameters(), engine.weights_dtype)
+        old = PushedWeights(second.named_parameters, engine.weights_dtype)
         assert len(list(old)) > 10
         with pytest.raises(EngineMismatchError, match="after the push"):
             old.check(2, engine.weight_sums())

@@ -46,16 +46,16 @@ class RunningServer:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < until, self.log.read_text()
             time.sleep(0.1)
+        self._port = self.url.rpartition(":")[2]
         return self
 
     def is_running(self) -> bool:
         return self.process.poll() is None
 
     def restart(self) -> RunningServer:
-        """After `kill`, which leaves the address file: on the port that it had."""
-        port = self.url.rpartition(":")[2]
-        self.address_file.unlink()
-        self._start("--port", port)
+        """After it has ended, on the port that it had."""
+        self.address_file.unlink(missing_ok=True)  # `kill` leaves it
+        self._start("--port", self._port)
         return self
 
     def children(self) -> list[int]:

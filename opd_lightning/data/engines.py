@@ -123,7 +123,7 @@ def push(student: Student, engine: Engine, *, version: int) -> float:
 
     Returns the share of the weights that the engine could prove.
     """
-    weights = PushedWeights(student.weights(), engine.weights_dtype)
+    weights = PushedWeights(student.weights, engine.weights_dtype)
     engine.load_weights(version, weights)
     return weights.check(version, engine.weight_sums())
 

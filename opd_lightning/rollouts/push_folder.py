@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,11 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opd_lightning.errors import UserError
+from opd_lightning.rollouts.push import Push
+from opd_lightning.serving.client import Servers
 
 SHARD_BYTES = 2 * 1024**3  # the most that is held in memory beside the model
 
 
-class PushFolder:
+class PushFolder(Push):
     """Holds one version of the weights at most, in safetensors files under Hugging Face names.
 
     Args:
@@ -27,6 +29,25 @@ class PushFolder:
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self._folder = folder.absolute()
         self._dtype = dtype
+
+    def check(self, servers: Servers) -> None:
+        """Whether the servers see the folder shows at the first push."""
+
+    def start(self, servers: Servers, shapes: Mapping[str, torch.Size]) -> None:
+        """Nothing of an earlier run is left there."""
+        self._servers = servers
+        self.clear()
+
+    def send(self, label: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Write them once; every server loads them from there."""
+        written = self.write(label, weights)
+        self._servers.everywhere("/update_weight_version", {"new_version": label})
+        body = {"method": "load_pushed", "args": [str(written)]}
+        self._servers.everywhere("/collective_rpc", body)
+
+    def close(self) -> None:
+        """Delete what was pushed."""
+        self.clear()
 
     def write(self, version: str, weights: Iterable[tuple[str, Tensor]]) -> Path:
         """Write a version in place of the one before and return its folder.

@@ -110,3 +110,17 @@ def repack_heads(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
+
+
+def undo_reload(model: Any) -> None:
+    """Make a model whole whose reload was broken off: layers that it had not reached are as before.
+
+    Without this they have no memory, and the next reload adds to what this one had loaded.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    for layer in model.modules():
+        info = layerwise.get_layerwise_info(layer)
+        if info.can_load():
+            layerwise._place_kernel_tensors(layer, info)
+            info.reset()

@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from opd_lightning.causal_lm import Dtype
-from opd_lightning.errors import EngineMismatchError, UserError
+from opd_lightning.errors import EngineMismatchError, PushLostError, UserError
 from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.checks import check_lengths, checked_weights, parameter_shapes
+from opd_lightning.rollouts.first_rank import drain, first_alone, is_first
+from opd_lightning.rollouts.push import Push
 from opd_lightning.rollouts.push_folder import PushFolder
+from opd_lightning.rollouts.push_transfer import PushTransfer
 from opd_lightning.rollouts.weight_sums import EngineSum, WeightSum
 from opd_lightning.serving.client import Servers
 from opd_lightning.serving.served_model import ServedModel
 from opd_lightning.types import Completion, StopReason
 
+log = logging.getLogger(__name__)
+
 FIRST_WEIGHTS = "default"  # what vLLM calls the weights that a server starts with
 NO_WEIGHTS = "asleep"
+PUSHES = 2  # the second when a server was lost during the first, and came back
 
 
 class VLLMServerEngine(Engine):
     """Samples with vLLM servers that share the work; every rank asks the same ones.
 
-    A push writes the weights to a folder once, and every server loads them from there. Each
-    response says which weights wrote it, and others than those pushed last end the run.
+    Each response says which weights wrote it, and others than those pushed last end the run.
 
     Args:
         servers: Addresses, such as http://127.0.0.1:8000, or files written by `opd serve
             --address_file`, which are waited for. Pushes need servers of `--weights pushed` that
             no other run uses.
         key_file: File with the servers' key; None takes the environment variable OPD_SERVER_KEY.
-        push_folder: Where pushed weights go: the same path here and on every server's machine, and
+        push: How weights reach the servers: written to a folder once, from where every server
+            loads them; or sent by vLLM's weight transfer, over NCCL between GPUs, over gloo
+            (TCP) between any machines. The latter two are for trusted networks alone.
+        push_folder: For `push: folder`: the same path here and on every server's machine, and
             this run's own. None for an engine that is never pushed to, such as a demonstrator's.
-        dtype: Precision of what is written there. Give the servers' own, for less would lose and
-            more would only be thrown away.
+        push_host: For nccl and gloo: address of this machine where servers find the sender. None
+            takes the one from which this machine reaches them.
+        dtype: Precision of what is pushed. Give the servers' own, for less would lose and more
+            would only be thrown away.
         patience: Seconds that servers, or their address files, are waited for.
-        timeout: Seconds that one request may take.
+        timeout: Seconds that one request may take; over nccl and gloo, a push.
     """
 
     def __init__(
@@ -50,18 +61,22 @@ class VLLMServerEngine(Engine):
         servers: list[str],
         *,
         key_file: str | None = None,
+        push: Literal["folder", "nccl", "gloo"] = "folder",
         push_folder: str | None = None,
+        push_host: str | None = None,
         dtype: Dtype = "float32",
         patience: float = 600.0,
         timeout: float = 600.0,
     ) -> None:
         self.servers = Servers(servers, key_file=key_file, patience=patience, timeout=timeout)
+        self.push = push
         self.push_folder = push_folder
+        self.push_host = push_host
         self.dtype: Dtype = dtype
         self.weights_dtype = getattr(torch, dtype)
         self.version = -1
         self._label = FIRST_WEIGHTS
-        self._folder = PushFolder(Path(push_folder), self.weights_dtype) if push_folder else None
+        self._way = self._way_of_pushing(timeout)
 
     def check(self, source: ModelSource, *, max_length: int) -> None:
         """The servers have the model, take `max_length` tokens and, if need be, pushes."""
@@ -75,27 +90,39 @@ class VLLMServerEngine(Engine):
         versions = {answer["version"] for answer in self.servers.read("/version")}
         if len(versions) > 1:
             raise UserError(f"engine.servers: got vLLM {sorted(versions)}, expected one version")
-        if self._folder is not None:
+        if (way := self._way) is not None:
             self._read_labels()
+            first_alone(lambda: way.check(self.servers))
 
     def start(self, source: ModelSource, *, max_length: int) -> None:
         """Find the servers, and check them again: they may have changed."""
         self.check(source, max_length=max_length)
         self._eos_ids = list(source.eos_ids)
         self._max_length = max_length
-        if self._folder is not None:
+        if (way := self._way) is not None:
             self._shapes = parameter_shapes(source)
-            _once(self._folder.clear)
+            first_alone(lambda: way.start(self.servers, self._shapes))
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace all weights of all servers. Every rank must come; the first writes and tells.
+        """Replace all weights of all servers. Every rank must come; the first one pushes.
 
-        A name or shape that does not fit is a `UserError`; the servers then keep what they had.
+        `weights` is iterated again if a server was lost meanwhile and came back. A name or shape
+        that does not fit is a `UserError`; what servers then write is refused, unless it was a
+        folder that was not written.
         """
-        if (folder := self._folder) is None:
+        if (way := self._way) is None:
             raise UserError("engine.push_folder: got null, expected a folder to push weights by")
-        stream = checked_weights(weights, self._shapes)
-        self._label = _once(lambda: self._push(folder, version, stream), lambda: _drain(stream))
+        for attempt in range(1, PUSHES + 1):
+            stream = checked_weights(weights, self._shapes)
+            try:
+                self._label = first_alone(
+                    partial(self._push, way, version, stream), partial(drain, stream)
+                )
+                break
+            except PushLostError as error:
+                if attempt == PUSHES or isinstance(weights, Iterator):
+                    raise
+                log.warning("%s; pushing again", error)
         self.version = version
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -138,34 +165,39 @@ class VLLMServerEngine(Engine):
 
     def sleep(self) -> None:
         """Free the servers' weights and KV caches until `wake`. Does nothing on the CPU."""
-        self._label = _once(self._put_to_sleep)
+        self._label = first_alone(self._put_to_sleep)
         self.version = -1
 
     def wake(self) -> None:
         """Take the memory back; the weights are rubbish until they are pushed again."""
-        _once(lambda: self.servers.everywhere("/wake_up"))
+        first_alone(lambda: self.servers.everywhere("/wake_up"))
 
     def close(self) -> None:
         """Hang up and delete what was pushed; the servers go on."""
         self.servers.close()
-        if self._folder is not None and _is_first():  # no waiting: a rank may have died
-            self._folder.clear()
+        if self._way is not None and is_first():  # no waiting: a rank may have died
+            self._way.close()
         self._label = FIRST_WEIGHTS
         self.version = -1
 
-    def _push(self, folder: PushFolder, version: int, weights: Iterable[tuple[str, Tensor]]) -> str:
+    def _way_of_pushing(self, timeout: float) -> Push | None:
+        if self.push == "folder":
+            if self.push_host is not None:
+                raise UserError("engine.push_host: got one with push: folder; leave it out")
+            folder = self.push_folder
+            return PushFolder(Path(folder), self.weights_dtype) if folder else None
+        if self.push_folder is not None:
+            raise UserError(f"engine.push_folder: got one with push: {self.push}; leave it out")
+        return PushTransfer(self.push, self.weights_dtype, host=self.push_host, timeout=timeout)
+
+    def _push(self, way: Push, version: int, weights: Iterable[tuple[str, Tensor]]) -> str:
         """The label of what every server has now."""
         # Another run, or this one before it was resumed, had the same step with other weights.
         label = f"{version}-{secrets.token_hex(4)}"
         try:
-            written = folder.write(label, weights)
+            way.send(label, weights)
         finally:
-            _drain(weights)
-        # First, so that a server that fails to load passes neither for the old nor the new.
-        self.servers.everywhere("/update_weight_version", {"new_version": label})
-        self.servers.everywhere(
-            "/collective_rpc", {"method": "load_pushed", "args": [str(written)]}
-        )
+            drain(weights)
         for answer in self.servers.everywhere("/reset_prefix_cache"):
             if not answer["success"]:
                 raise EngineMismatchError(
@@ -201,30 +233,3 @@ def _check_label(found: str, expected: str) -> None:
             f"a server has weights {found!r}, expected {expected!r}: it was started again, or "
             "another run pushes to it; give each run servers of its own, then resume it"
         )
-
-
-def _drain(weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Gathering the weights takes all ranks, to the end."""
-    for _ in weights:
-        pass
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _once(first: Callable[[], Any], others: Callable[[], Any] = lambda: None) -> Any:
-    """The first rank does `first`, the others `others`; all get its result, or raise its error."""
-    if not dist.is_initialized():
-        return first()
-    dist.barrier()  # nobody is asking the servers for anything any more
-    try:
-        outcome = [first() if _is_first() else others()]
-    except Exception as error:
-        outcome = [error]
-    own = outcome[0]
-    dist.broadcast_object_list(outcome, src=0)
-    for result in (outcome[0], own):
-        if isinstance(result, Exception):
-            raise result
-    return outcome[0]

@@ -7,7 +7,7 @@ missed push does not show in it; in sums over all elements, taken in float64, it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -86,18 +86,21 @@ class PushedWeights:
     """The weights of one push on their way to the engine, added up as they pass.
 
     Args:
-        weights: (Hugging Face name, full tensor), one at a time.
+        weights: Each call begins anew: (Hugging Face name, full tensor), one at a time.
         dtype: That the engine keeps them in.
     """
 
-    def __init__(self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+    def __init__(
+        self, weights: Callable[[], Iterable[tuple[str, Tensor]]], dtype: torch.dtype
+    ) -> None:
         self._weights = weights
         self._dtype = dtype
         self._sums: dict[str, WeightSum] = {}
         self._all_taken = False
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self._weights:
+        self._all_taken = False
+        for name, tensor in self._weights():
             value = self._sums[name] = WeightSum.of(tensor.detach().to(self._dtype))
             if not math.isfinite(value.norm):
                 raise RunStoppedError(
@@ -120,7 +123,7 @@ class PushedWeights:
                 f"step {version}: the engine did not take the weights that were pushed, so it "
                 "would sample from old ones; look at the engine's load_weights"
             )
-        compared = 0
+        compared: set[str] = set()  # several servers hold the same
         for names, dtype, value in found:
             parts = [self._sums[name] for name in names if name in self._sums]
             if len(parts) < len(names) or dtype != str(self._dtype):
@@ -133,5 +136,6 @@ class PushedWeights:
                     f"and {pushed.total:.9g}; the engine holds other weights: restart the run, "
                     "and report the engine if it happens again"
                 )
-            compared += pushed.elements
-        return compared / max(1, sum(part.elements for part in self._sums.values()))
+            compared.update(names)
+        elements = sum(self._sums[name].elements for name in compared)
+        return elements / max(1, sum(part.elements for part in self._sums.values()))

@@ -11,32 +11,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
 from opd_lightning.errors import ServerAwayError, UserError
 from opd_lightning.serving.addresses import checked_address, found_addresses
+from opd_lightning.serving.job import Job
 from opd_lightning.serving.wire import FIRST_PAUSE, Line, LostError, Server, read_key
 
 log = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 8.0  # seconds between attempts to reach a lost server
-FAULTS = 5  # of one request that reached a server, before it is believed to be the request's
-
-
-@dataclass(eq=False)
-class _Job:
-    method: str
-    path: str
-    body: dict[str, Any] | None
-    servers: Sequence[Server]  # any of them may do it
-    read: Callable[[Any], Any] = lambda answer: answer
-    future: Future[Any] = field(default_factory=Future)
-    since: float = field(default_factory=time.monotonic)
-    faults: int = 0
 
 
 class Servers:
@@ -74,7 +60,7 @@ class Servers:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._servers: list[Server] = []
         # Touched by the loop's thread alone.
-        self._waiting: deque[_Job] = deque()
+        self._waiting: deque[Job] = deque()
         self._running: set[asyncio.Task[None]] = set()
 
     def spread(
@@ -89,16 +75,20 @@ class Servers:
         `ServerAwayError`) come out of the futures. Who cancels one takes it back from its server.
         """
         servers = self._open()
-        reads = readers or [_Job.read] * len(bodies)
+        reads = readers or [Job.read] * len(bodies)
         jobs = [
-            _Job("POST", path, body, servers, read)
-            for body, read in zip(bodies, reads, strict=True)
+            Job("POST", path, body, servers, read) for body, read in zip(bodies, reads, strict=True)
         ]
         return self._submit(jobs)
 
     def everywhere(self, path: str, body: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """POST to each server; all must answer."""
         return self._each("POST", path, body)
+
+    def each_once(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[Future[Any]]:
+        """POST to each server its own body, for what cannot be done twice: it fails at once."""
+        servers = zip(self._open(), bodies, strict=True)
+        return self._submit([Job("POST", path, body, [s], attempts=1) for s, body in servers])
 
     def read(self, path: str) -> list[dict[str, Any]]:
         """GET from each server; all must answer."""
@@ -130,24 +120,24 @@ class Servers:
             return self._servers
 
     def _each(self, method: str, path: str, body: dict[str, Any] | None) -> list[dict[str, Any]]:
-        jobs = [_Job(method, path, body, [server]) for server in self._open()]
+        jobs = [Job(method, path, body, [server]) for server in self._open()]
         return [future.result() for future in self._submit(jobs)]
 
-    def _submit(self, jobs: Sequence[_Job]) -> list[Future[Any]]:
+    def _submit(self, jobs: Sequence[Job]) -> list[Future[Any]]:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._enqueue, jobs)
         return [job.future for job in jobs]
 
     # In the loop's thread -------------------------------------------------------------------
 
-    def _enqueue(self, jobs: Sequence[_Job]) -> None:
+    def _enqueue(self, jobs: Sequence[Job]) -> None:
         self._waiting.extend(jobs)
         self._pump()
 
     def _pump(self) -> None:
         """Send what can be sent: the oldest work first, to whoever has the least."""
         now = time.monotonic()
-        passed_over: list[_Job] = []
+        passed_over: list[Job] = []
         while self._waiting and any(server.has_room(now) for server in self._servers):
             job = self._waiting.popleft()
             free = [server for server in job.servers if server.has_room(now)]
@@ -162,24 +152,24 @@ class Servers:
             task = asyncio.ensure_future(self._do(job, server))
             self._running.add(task)
             task.add_done_callback(partial(self._release, job, server))
-            job.future.add_done_callback(partial(_take_back, task))
+            job.ends_with(task)
         self._waiting.extendleft(reversed(passed_over))
 
-    async def _do(self, job: _Job, server: Server) -> None:
+    async def _do(self, job: Job, server: Server) -> None:
         try:
             answer = job.read(await server.line.ask(job.method, job.path, job.body))
         except LostError as fault:
             self._note(fault, job, server)
         except UserError as error:
             self._heal(server)
-            _settle(job, error)
+            job.settle(error)
         except Exception as error:
-            _settle(job, error)
+            job.settle(error)
         else:
             self._heal(server)
-            _settle(job, answer)
+            job.settle(answer)
 
-    def _release(self, job: _Job, server: Server, task: asyncio.Task[None]) -> None:
+    def _release(self, job: Job, server: Server, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         if task.cancelled():
             job.future.cancel()
@@ -192,32 +182,32 @@ class Servers:
             log.warning("%s answers again", server.line.url)
         server.lost_since, server.pause = None, FIRST_PAUSE
 
-    def _note(self, fault: LostError, job: _Job, server: Server) -> None:
+    def _note(self, fault: LostError, job: Job, server: Server) -> None:
         """A server did not do its work: let it rest, and give the work to whoever is there."""
         now = time.monotonic()
         if server.lost_since is None:
-            log.warning("%s: %s; trying again for %g s", server.line.url, fault, self.patience)
+            if job.attempts > 1:
+                log.warning("%s: %s; trying again for %g s", server.line.url, fault, self.patience)
             server.lost_since = now
         if now >= server.retry_at:  # the others that were under way tell nothing new
             pause = min(server.pause, self.patience / 4)
             server.retry_at, server.pause = now + pause, min(2 * server.pause, LONGEST_PAUSE)
             asyncio.get_running_loop().call_later(pause + 1e-3, self._pump)
+        if job.attempts == 1:
+            job.settle(ServerAwayError(f"{server.line.url}: {fault}"))
+            return
         job.faults += fault.reached
-        if job.faults >= FAULTS:
-            message = f"failed {FAULTS} times at one request, the last time it {fault}"
-            _settle(job, ServerAwayError(f"{server.line.url}: {message}"))
+        if job.faults >= job.attempts:
+            message = f"failed {job.faults} times at one request, the last time it {fault}"
+            job.settle(ServerAwayError(f"{server.line.url}: {message}"))
             return
         self._waiting.appendleft(job)
-        given_up = [job for job in self._waiting if self._is_hopeless(job, now)]
+        given_up = [job for job in self._waiting if job.is_hopeless(now, self.patience)]
         self._waiting = deque(job for job in self._waiting if job not in given_up)
         for job in given_up:
             who = " and ".join(server.line.url for server in job.servers)
             message = f"{who}: no answer for {self.patience:g} s ({fault}); start it, then "
-            _settle(job, ServerAwayError(message + "run, or resume the run that this ended"))
-
-    def _is_hopeless(self, job: _Job, now: float) -> bool:
-        lost = [s.lost_since for s in job.servers if s.lost_since is not None]
-        return len(lost) == len(job.servers) and now - max(job.since, *lost) >= self.patience
+            job.settle(ServerAwayError(message + "run, or resume the run that this ended"))
 
     async def _hang_up(self) -> None:
         self._waiting, left = deque(), [job.future for job in self._waiting]
@@ -233,17 +223,3 @@ class Servers:
 def _run(loop: asyncio.AbstractEventLoop) -> None:
     loop.run_forever()
     loop.close()
-
-
-def _take_back(task: asyncio.Task[None], future: Future[Any]) -> None:
-    """Whoever cancels the future wants the server to stop."""
-    if future.cancelled() and not task.done():
-        task.get_loop().call_soon_threadsafe(task.cancel)
-
-
-def _settle(job: _Job, outcome: Any) -> None:
-    with suppress(InvalidStateError):  # cancelled a moment ago
-        if isinstance(outcome, Exception):
-            job.future.set_exception(outcome)
-        else:
-            job.future.set_result(outcome)

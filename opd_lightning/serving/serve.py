@@ -16,11 +16,14 @@ from opd_lightning.quiet import only_warnings
 from opd_lightning.rollouts.vllm_process import CPU_ARGUMENTS, vllm_unavailable
 from opd_lightning.serving.guard import KEY_FILE_VARIABLE, Guard, make_key_file
 from opd_lightning.serving.server import bind, run
-from opd_lightning.serving.worker import PushWorker
 
 # vLLM's arguments that decide who may do what, or what trainers know the server by.
 OURS = {"model", "served_model_name", "host", "port", "uds", "api_key", "middleware"}
-OURS |= {"worker_extension_cls", "trust_remote_code", "api_server_count"}
+OURS |= {"worker_extension_cls", "trust_remote_code", "api_server_count", "weight_transfer_config"}
+
+# By name: what they name imports vLLM, and the environment must be set first.
+PUSH_WORKER = "opd_lightning.serving.worker.PushWorker"
+TRANSFER_BACKEND = "opd"  # registered with vLLM by that worker
 
 
 def serve(
@@ -123,7 +126,8 @@ def vllm_arguments(weights: Literal["fixed", "pushed"]) -> dict[str, Any]:
         "uvicorn_log_level": "warning",
     }
     if weights == "pushed":
-        arguments["worker_extension_cls"] = f"{PushWorker.__module__}.{PushWorker.__qualname__}"
+        arguments["worker_extension_cls"] = PUSH_WORKER
+        arguments["weight_transfer_config"] = {"backend": TRANSFER_BACKEND}
     return arguments
 
 

@@ -9,8 +9,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-from opd_lightning.rollouts.vllm_process import repack_heads, sums_in_vllm
+from opd_lightning.rollouts.vllm_process import repack_heads, sums_in_vllm, undo_reload
+from opd_lightning.serving.serve import TRANSFER_BACKEND
+
+# vLLM looks here for what `opd serve` asks for; imported when the worker has its model.
+WeightTransferEngineFactory.register_engine(
+    TRANSFER_BACKEND, "opd_lightning.serving.transfer_receiver", "TransferEngine"
+)
 
 
 class PushWorker:
@@ -18,15 +25,31 @@ class PushWorker:
 
     get_model: Any  # the worker's own
     reload_weights: Any
+    weight_transfer_engine: Any
+    _weight_update_active: bool
 
     def load_pushed(self, folder: str) -> None:
         """Replace all weights by those of a folder of safetensors files, Hugging Face names."""
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"no weights in {folder}; trainer and servers must share it")
-        self.reload_weights(weights_iterator=_tensors(files))
+        try:
+            self.reload_weights(weights_iterator=_tensors(files))
+        except BaseException:
+            undo_reload(self.get_model())
+            raise
         if not torch.cuda.is_available():
             repack_heads(self.get_model())
+
+    def transfer_state(self) -> list[Any]:
+        """The transfer group that this worker is in, if any, and whether it has a GPU."""
+        return [self.weight_transfer_engine.group, torch.cuda.is_available()]
+
+    def leave_transfer(self) -> None:
+        """Leave the group, and forget a push that was broken off."""
+        self._weight_update_active = False
+        self.weight_transfer_engine.shutdown()
+        undo_reload(self.get_model())
 
     def pushed_sums(self) -> list[Any]:
         """Sums of the weights that this worker has, as JSON can hold them."""

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from opd_lightning.errors import UserError
+from opd_lightning.model_source import ModelSource
+from opd_lightning.rollouts import Sampling, VLLMServerEngine
 from opd_lightning.rollouts.vllm_process import vllm_unavailable
+from tests.engine_contract import MAX_LENGTH, REQUESTS, assert_scored_by, reference_model
 from tests.servers import RunningServer
 
 # So few tokens at once that long prompts are computed in chunks, which scoring allows.
@@ -34,3 +39,36 @@ def teacher_server(_teacher_server: RunningServer) -> RunningServer:
     if not _teacher_server.is_running():
         _teacher_server.restart().wait()
     return _teacher_server
+
+
+@pytest.fixture(scope="session")
+def _rollout_server(
+    tiny_model_dir: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    if reason := vllm_unavailable():
+        pytest.skip(reason)
+    options = ("--weights", "pushed", "--max_length", str(MAX_LENGTH))
+    server = RunningServer(tiny_model_dir(), tmp_path_factory.mktemp("server"), *options)
+    _check_first_weights(server.wait(), tiny_model_dir())
+    yield server
+    server.kill()
+
+
+def _check_first_weights(server: RunningServer, folder: Path) -> None:
+    """Before anybody pushes, as a demonstrator's engine finds a server."""
+    engine = VLLMServerEngine([server.url], key_file=str(server.key_file))
+    engine.start(ModelSource(str(folder)), max_length=MAX_LENGTH)
+    assert engine.version == -1
+    greedy = Sampling(temperature=0.0, max_new_tokens=8)
+    assert_scored_by(reference_model(folder), REQUESTS, engine.generate(REQUESTS, greedy), greedy)
+    with pytest.raises(UserError, match=r"engine\.push_folder: got null"):
+        engine.load_weights(0, [])
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def rollout_server(_rollout_server: RunningServer) -> RunningServer:
+    """Serves a tiny model and takes pushes; a module's last test may end it."""
+    if not _rollout_server.is_running():
+        _rollout_server.restart().wait()
+    return _rollout_server

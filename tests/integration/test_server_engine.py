@@ -49,6 +49,8 @@ DEVELOPMENT_ROUTES = [
     ("GET", "/weight_info"),
     ("POST", "/weight_checker"),
     ("POST", "/reset_prefix_cache"),
+    ("POST", "/shutdown_weight_transfer_engine"),
+    ("GET", "/get_world_size"),
     ("GET", "/server_info"),
 ]
 OTHER_ROUTES = [
@@ -62,27 +64,8 @@ OTHER_ROUTES = [
 
 
 @pytest.fixture(scope="module")
-def server(
-    tiny_model_dir: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningServer]:
-    if reason := vllm_unavailable():
-        pytest.skip(reason)
-    server = RunningServer(tiny_model_dir(), tmp_path_factory.mktemp("server"), *PUSHED)
-    _check_first_weights(server.wait(), tiny_model_dir())
-    yield server
-    server.kill()
-
-
-def _check_first_weights(server: RunningServer, folder: Path) -> None:
-    """Before anybody pushes, as a demonstrator's engine finds a server."""
-    engine = VLLMServerEngine([server.url], key_file=str(server.key_file))
-    engine.start(ModelSource(str(folder)), max_length=MAX_LENGTH)
-    assert engine.version == -1
-    greedy = Sampling(temperature=0.0, max_new_tokens=8)
-    assert_scored_by(reference_model(folder), REQUESTS, engine.generate(REQUESTS, greedy), greedy)
-    with pytest.raises(UserError, match=r"engine\.push_folder: got null"):
-        engine.load_weights(0, [])
-    engine.close()
+def server(rollout_server: RunningServer) -> RunningServer:
+    return rollout_server
 
 
 def engine_of(server: RunningServer, folder: Path, **options: Any) -> VLLMServerEngine:

@@ -24,7 +24,7 @@ def fused(own: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
 
 
 def push(own: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> PushedWeights:
-    pushed = PushedWeights(own.items(), dtype)
+    pushed = PushedWeights(own.items, dtype)
     assert dict(pushed).keys() == own.keys()
     return pushed
 
@@ -71,7 +71,7 @@ def test_nan_is_no_agreement() -> None:
 
 
 def test_weights_that_nobody_took_are_noticed() -> None:
-    pushed = PushedWeights(weights().items(), torch.float32)
+    pushed = PushedWeights(weights().items, torch.float32)
     next(iter(pushed))
     with pytest.raises(EngineMismatchError, match="did not take the weights"):
         pushed.check(2, [])

@@ -1,0 +1,145 @@
+"""The trainer's end of a transfer group: vLLM's own over NCCL, and the same over gloo.
+
+Imports vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import ParamMeta
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.nccl_common import (
+    NCCLWeightTransferInitInfo,
+    worker_init_payload,
+)
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLTrainerInitInfo,
+    NCCLTrainerWeightTransferEngine,
+)
+from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
+
+from opd_lightning.errors import UserError
+from opd_lightning.serving.gloo_group import GlooGroup, free_port
+from opd_lightning.serving.transfer_client import TransferClient
+
+Transport = Literal["nccl", "gloo"]
+CHUNK_BYTES = 2**28  # sent at once, beyond the last tensor; two such are in memory with NCCL
+
+
+class Source:
+    """The student's weights as vLLM's senders read them: announced, then one at a time.
+
+    Args:
+        shapes: Of all tensors by name, in the order in which they come.
+        dtype: Of what is sent.
+        device: Where it is sent from.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._shapes = shapes
+        self._dtype = dtype
+        self.device = device
+        self.weights: Iterable[tuple[str, Tensor]] = ()  # of this push
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, self._dtype, tuple(s)) for name, s in self._shapes.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        expected = iter(self._shapes)
+        for name, tensor in self.weights:
+            if name != (announced := next(expected)):
+                raise UserError(
+                    f"engine.push: {name!r} came where {announced!r} was announced: this model's "
+                    "weights have no fixed order; use push: folder"
+                )
+            yield name, tensor.to(self.device, self._dtype)
+
+
+@dataclass
+class GlooTrainerInitInfo(NCCLTrainerInitInfo):
+    """As vLLM's own, and for how many seconds the group waits for a member."""
+
+    backend: ClassVar[str] = "gloo"
+
+    timeout: float = 600.0
+
+
+class GlooTrainerEngine(NCCLTrainerWeightTransferEngine):
+    """vLLM's NCCL sender, with a gloo group in place of NCCL's."""
+
+    init_info_cls = GlooTrainerInitInfo
+
+    @classmethod
+    def trainer_init(
+        cls, init_info: GlooTrainerInitInfo, *, client: TransferClient, source: Any = None
+    ) -> Self:
+        """Have the servers join, and wait for them."""
+        size = init_info.packed_buffer_size_bytes
+        engine = cls(client=client, source=source, packed_buffer_size_bytes=size)
+        receivers = NCCLWeightTransferInitInfo(
+            master_address=init_info.master_address,
+            master_port=init_info.master_port,
+            rank_offset=1,
+            world_size=init_info.world_size,
+            packed_buffer_size_bytes=size,
+        )
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            joined = pool.submit(client.init_weight_transfer_engine, worker_init_payload(receivers))
+            engine.model_update_group = GlooGroup.lead(
+                init_info.master_address,
+                init_info.master_port,
+                world_size=init_info.world_size,
+                timeout=init_info.timeout,
+            )
+            joined.result()
+        return engine
+
+    def _broadcast(self, source: Source, meta: list[ParamMeta]) -> None:
+        pairs = self._checked_iter(source, meta)
+        while chunk := pack_tensors(pairs, lambda pair: pair[1], self.packed_buffer_size_bytes):
+            self.model_update_group.broadcast(chunk.packed_tensor)
+
+
+WeightTransferTrainerFactory.register_engine("gloo", GlooTrainerEngine)
+
+
+def open_sender(
+    transport: Transport,
+    *,
+    host: str,
+    receivers: int,
+    timeout: float,
+    client: TransferClient,
+    source: Source,
+) -> Any:
+    """Form a group with the servers; returns vLLM's sender.
+
+    Args:
+        transport: What carries the tensors.
+        host: Address of this machine where the servers find the group.
+        receivers: Workers of all servers together.
+        timeout: Seconds that a gloo group waits for a member.
+        client: Tells the servers.
+        source: What is sent.
+    """
+    place = {
+        "rank": 0,  # nobody but the first rank sends
+        "master_address": host,
+        "master_port": free_port(host),
+        "world_size": 1 + receivers,
+        "packed_buffer_size_bytes": CHUNK_BYTES,
+    }
+    init_info = (
+        NCCLTrainerInitInfo(**place)
+        if transport == "nccl"
+        else GlooTrainerInitInfo(**place, timeout=timeout)
+    )
+    return WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=source)

@@ -1,0 +1,70 @@
+"""What vLLM's senders ask of servers: one engine to them, several servers in truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from typing import Any
+
+from opd_lightning.errors import ServerAwayError
+from opd_lightning.serving.client import Servers
+
+STATE = {"method": "transfer_state"}
+LEAVE = {"method": "leave_transfer"}
+CAUSE_SECONDS = 1.0
+
+
+class TransferClient:
+    """A `VLLMWeightSyncClient`: has these four methods. Each request carries the servers' key.
+
+    No request is repeated, since half a push cannot be; the first that fails is also in `failed`,
+    for whoever waits for something that will not come then.
+
+    Args:
+        servers: All receivers.
+        sizes: Workers of each server.
+        more: What our receivers are told beyond what vLLM's are.
+    """
+
+    def __init__(self, servers: Servers, sizes: Sequence[int], more: dict[str, Any]) -> None:
+        self._servers = servers
+        self._sizes = sizes
+        self._more = more
+        self.failed: Future[None] = Future()
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Have all servers join; each server's workers get ranks of their own."""
+        offsets = rank_offsets(self._sizes, first=init_info["rank_offset"])
+        self._ask(
+            "/init_weight_transfer_engine",
+            [{"init_info": {**init_info, **self._more, "rank_offset": rank}} for rank in offsets],
+        )
+
+    def start_weight_update(self) -> None:
+        self._ask_all("/start_weight_update", {})
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Returns when all have received all."""
+        self._ask_all("/update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._ask_all("/finish_weight_update", {})
+
+    def _ask_all(self, path: str, body: dict[str, Any]) -> None:
+        self._ask(path, [body] * len(self._sizes))
+
+    def _ask(self, path: str, bodies: Sequence[dict[str, Any]]) -> None:
+        futures = self._servers.each_once(path, bodies)
+        wait(futures, return_when=FIRST_EXCEPTION)
+        # The cause, and what follows from it elsewhere, arrive in any order.
+        done, _ = wait(futures, timeout=CAUSE_SECONDS)
+        if errors := [error for future in done if (error := future.exception())]:
+            error = ServerAwayError("; ".join(sorted(str(error) for error in errors)))
+            if not self.failed.done():
+                self.failed.set_exception(error)
+            raise error
+
+
+def rank_offsets(sizes: Sequence[int], *, first: int = 1) -> list[int]:
+    """The lowest rank of each server; the sender's is 0."""
+    return [first + sum(sizes[:i]) for i in range(len(sizes))]

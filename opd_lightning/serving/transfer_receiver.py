@@ -1,0 +1,149 @@
+"""The servers' end of a transfer group, inside vLLM's workers: over NCCL or gloo."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
+from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+
+from opd_lightning.rollouts.vllm_process import repack_heads, undo_reload
+from opd_lightning.serving.gloo_group import GlooGroup
+
+Described = tuple[str, Sequence[int], torch.dtype]  # a tensor: its name, shape and dtype
+
+
+@dataclass(kw_only=True)
+class TransferInitInfo(NCCLWeightTransferInitInfo):
+    """vLLM's own, and which library carries the tensors.
+
+    Args:
+        transport: "nccl" or "gloo".
+        group: Name of the group.
+        timeout: Seconds that joining, or one push, may take.
+    """
+
+    transport: str
+    group: str
+    timeout: float
+
+
+class TransferEngine(NCCLWeightTransferEngine):
+    """vLLM's NCCL receiver, which can do the same over gloo, and never waits for ever.
+
+    Nothing interrupts NCCL: where the sender is gone, the process ends itself. With gloo the push
+    alone fails.
+    """
+
+    init_info_cls = TransferInitInfo
+    group: str | None = None  # whose member this worker is
+
+    def init_transfer_engine(self, init_info: TransferInitInfo) -> None:
+        """Join the trainer's group."""
+        self._timeout = init_info.timeout
+        if init_info.transport == "nccl":
+            with process_ends_after(init_info.timeout, "joining the trainer's NCCL group"):
+                super().init_transfer_engine(init_info)
+        else:
+            parallel = self.parallel_config
+            own = parallel.data_parallel_index * parallel.world_size + parallel.rank
+            self.packed_buffer_size_bytes = init_info.packed_buffer_size_bytes
+            self.model_update_group = GlooGroup.join(
+                init_info.master_address,
+                init_info.master_port,
+                rank=init_info.rank_offset + own,
+                world_size=init_info.world_size,
+                timeout=init_info.timeout,
+            )
+        self.group = init_info.group
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive all weights. What fails leaves a model that runs, on some old and some new."""
+        try:
+            if isinstance(self.model_update_group, GlooGroup):
+                self._receive_by_gloo(self.parse_update_info(update_info))
+            else:
+                with process_ends_after(self._timeout, "a push over NCCL"):
+                    super().update_weights(update_info)
+        except BaseException:
+            self.shutdown()  # so that the sender does not wait for this worker
+            undo_reload(self.model)
+            raise
+
+    def finish_weight_update(self) -> None:
+        """Every layer has its weights."""
+        super().finish_weight_update()
+        if not torch.cuda.is_available():
+            repack_heads(self.model)
+
+    def shutdown(self) -> None:
+        """Leave the group."""
+        self.group = None
+        super().shutdown()
+
+    def _receive_by_gloo(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
+        dtypes = [getattr(torch, name) for name in update_info.dtype_names]
+        described = list(zip(update_info.names, update_info.shapes, dtypes, strict=True))
+        with disable_mtp_completeness_check():
+            for chunk in chunks(described, self.packed_buffer_size_bytes):
+                names, shapes, kinds = zip(*chunk, strict=True)
+                sizes = [_size(one) for one in chunk]
+                packed = torch.empty(sum(sizes), dtype=torch.uint8)
+                self.model_update_group.broadcast(packed)
+                self.model.load_weights(self._unpacked(packed, names, shapes, kinds, sizes))
+
+    def _unpacked(self, packed: Tensor, *described: Any) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in unpack_tensor(packed, *described):
+            yield name, tensor.to(self.device)
+
+
+def chunks(described: Sequence[Described], most: int) -> Iterator[list[Described]]:
+    """What vLLM's `pack_tensors` puts together: it stops once it has more than `most` bytes."""
+    chunk: list[Described] = []
+    size = 0
+    for one in described:
+        chunk.append(one)
+        size += _size(one)
+        if size > most:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+@contextmanager
+def process_ends_after(seconds: float, what: str) -> Iterator[None]:
+    """End this process, in one line, unless the block is left in time."""
+
+    def end() -> None:
+        print(f"opd: error: {what} took more than {seconds:g} s; start again", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _size(described: Described) -> int:
+    """In bytes."""
+    _, shape, dtype = described
+    return math.prod(shape) * dtype.itemsize
