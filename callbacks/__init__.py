@@ -1,9 +1,17 @@
 """Optional parts of a run; take one away and the method is still the same method."""
 
+from callbacks.collapse_watch import CollapseWatch
 from callbacks.ema_teacher import EMATeacherUpdate
 from callbacks.phased_teacher_sampling import PhasedTeacherSampling
 from callbacks.rng_state import RngState
 from callbacks.rollout_log import RolloutLog
 from callbacks.slurm_requeue import SlurmRequeue
 
-__all__ = ["EMATeacherUpdate", "PhasedTeacherSampling", "RngState", "RolloutLog", "SlurmRequeue"]
+__all__ = [
+    "CollapseWatch",
+    "EMATeacherUpdate",
+    "PhasedTeacherSampling",
+    "RngState",
+    "RolloutLog",
+    "SlurmRequeue",
+]

@@ -56,6 +56,13 @@ class EMATeacherUpdate(Callback):
     ) -> None:
         self._resumed = checkpoint.get("ema_teachers", [])
 
+    def on_step_back(
+        self, trainer: Trainer, module: DistillationModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """The student was put back to a checkpoint in the midst of the run."""
+        self.on_load_checkpoint(trainer, module, checkpoint)
+        self.on_train_start(trainer, module)
+
 
 def _ema_teachers(module: DistillationModule) -> list[EMATeacher]:
     parts = [part for teacher in module.teachers() for part in teacher.parts()]

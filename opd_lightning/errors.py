@@ -41,6 +41,10 @@ class EngineMismatchError(RunStoppedError):
         )
 
 
+class CollapseError(RunStoppedError):
+    """The run's responses left their bands and did not come back; raised on all processes."""
+
+
 class NotReadyError(RunStoppedError):
     """`opd check` found what would stop a run or make it learn from wrong numbers."""
 

@@ -48,6 +48,8 @@ class Trainer(LightningTrainer):
         has_bar = any(isinstance(callback, ProgressBar) for callback in given)
         if kwargs.get("enable_progress_bar") is not False and not has_bar:
             ours.append(StepProgressBar())
+        # Stable: who saves whole steps comes after those that have a part in them.
+        given = sorted(given, key=lambda callback: getattr(callback, "comes_last", False))
         kwargs["callbacks"] = [*given, *ours]
         super().__init__(*args, **kwargs)  # to the letter: the parser reads it
         self._checkpoint_connector = CheckpointConnector(self)

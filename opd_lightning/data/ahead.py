@@ -73,6 +73,11 @@ class RolloutsAhead:
             self._wait(job)
         return None if job.written.exception() else job.written.result()[0]
 
+    def drop(self) -> None:
+        """Forget them: the weights that wrote them are nobody's any more."""
+        self.wait()
+        self._job = None
+
     def wait(self) -> None:
         """Return when no engine is used any more."""
         if self._job is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from torchmetrics import Metric, SumMetric
 
 from opd_lightning.data.ranks import Ranks
 from opd_lightning.errors import EngineMismatchError, UserError, note
+from opd_lightning.learning_rates import scaled
 from opd_lightning.losses.reduction import Aggregation
 from opd_lightning.methods.contract import Contract
 from opd_lightning.methods.evaluation import EvaluatedModule
@@ -79,6 +81,8 @@ class DistillationModule(Contract, EvaluatedModule):
         self.token_figures: Mapping[str, Tensor] = {}
         self._tokens = 0.0  # of the last step that was logged
         self.moving = False  # weights, scheduler and callbacks are between two steps
+        # Factors on the learning rate, by who set them; a callback may, and keeps its own.
+        self.rate_scales: dict[str, float] = {}
 
     # What a method may use ----------------------------------------------------------------
 
@@ -183,7 +187,8 @@ class DistillationModule(Contract, EvaluatedModule):
         self.validation_is_over = False
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+        with scaled(self.trainer.optimizers, math.prod(self.rate_scales.values())):
+            super().optimizer_step(*args, **kwargs)
         check_weights(self.trainer.global_step, self.student, Ranks.of(self.trainer))
         self.timer.stop("optimizer")
 

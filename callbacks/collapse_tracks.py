@@ -1,0 +1,120 @@
+"""Figures along a run: where they began, and for how long they have been out of their bands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from callbacks.collapse_rules import Band
+
+
+class Track:
+    """A figure along a run.
+
+    Args:
+        band: Its band.
+        start_steps: Steps with the figure that make up its start; they are not judged.
+    """
+
+    def __init__(self, band: Band, start_steps: int) -> None:
+        self.band = band
+        self.start_steps = start_steps
+        self.count, self.total = 0, 0.0  # of the start
+        self.outside = 0  # steps in a row, up to now
+        self.value = math.nan  # the last one
+
+    def see(self, value: float) -> None:
+        """Judge the figure of a step."""
+        self.value = value
+        if math.isfinite(value) and self.count < self.start_steps:
+            self.count, self.total = self.count + 1, self.total + value
+            return
+        low, high = self.bounds
+        self.outside = 0 if low <= value <= high else self.outside + 1
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it has been outside for longer than patience lasts."""
+        return self.outside >= self.band.patience
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.band.bounds(self.start)
+
+    @property
+    def start(self) -> float:
+        return self.total / max(self.count, 1)
+
+    def __str__(self) -> str:
+        low, high = self.bounds
+        sides = [] if low == -math.inf else [f"at least {low:.3g}"]
+        sides += [] if high == math.inf else [f"at most {high:.3g}"]
+        return (
+            f"{type(self.band).__name__}: {self.band.figure} is {self.value:.3g}, out of its band "
+            f"({', '.join(sides)}) for {self.outside} steps, {self.band.meaning}"
+        )
+
+    def why_idle(self) -> str | None:
+        """Why the rule can never be broken, if it cannot."""
+        name, rule = self.band.figure, type(self.band).__name__
+        low, high = self.bounds
+        if not self.count:
+            return f"{rule}: this run does not log {name}; set the rule to null"
+        if low <= 0 and high >= self.band.most:
+            return (
+                f"{rule}: {name} began at {self.start:.3g}, so that it can never leave its band "
+                f"(at most {high:.3g}); set the rule's rise to null, or allow longer responses"
+            )
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "total": self.total, "outside": self.outside}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count, self.total, self.outside = state["count"], state["total"], state["outside"]
+
+
+class Tracks:
+    """All figures that a run is watched by.
+
+    Args:
+        bands: Of each.
+        start_steps: Steps of a start.
+    """
+
+    def __init__(self, bands: Iterable[Band], start_steps: int) -> None:
+        self.start_steps = start_steps
+        self.watched = 0  # steps
+        self._tracks = {band.figure: Track(band, start_steps) for band in bands}
+
+    def __iter__(self) -> Iterator[Track]:
+        return iter(self._tracks.values())
+
+    def see(self, figures: Mapping[str, Any]) -> None:
+        """Judge a step by what it logged; a rule whose figure is not among it stays as it was."""
+        self.watched += 1
+        for name, track in self._tracks.items():
+            if name in figures:
+                track.see(float(figures[name]))
+
+    def forgive(self) -> None:
+        """What they describe is undone."""
+        for track in self:
+            track.outside = 0
+
+    def why_idle(self) -> list[str]:
+        """Of rules that can never be broken, a line each, once it is known."""
+        if self.watched != self.start_steps:
+            return []
+        return [reason for track in self if (reason := track.why_idle()) is not None]
+
+    def state_dict(self) -> dict[str, Any]:
+        tracks = {name: track.state_dict() for name, track in self._tracks.items()}
+        return {"watched": self.watched, "tracks": tracks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Rules that were switched on or off since begin anew, or are left out."""
+        self.watched = state["watched"]
+        for name in self._tracks.keys() & state["tracks"].keys():
+            self._tracks[name].load_state_dict(state["tracks"][name])

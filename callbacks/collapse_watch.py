@@ -1,0 +1,135 @@
+"""Watches the responses of a run: warns, stops or steps back when they collapse."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, Trainer
+
+from callbacks.collapse_rules import Band, Entropy, Length, Repetition, Truncation
+from callbacks.collapse_tracks import Track, Tracks
+from callbacks.good_checkpoints import GoodCheckpoints, StepBack
+from opd_lightning.errors import CollapseError, UserError, raised_by_all
+from opd_lightning.methods.base import DistillationModule
+
+
+class CollapseWatch(Callback):
+    """Compares the figures of every step with their bands.
+
+    A figure that is out of its band for `patience` steps in a row is named in one line on the
+    terminal. Then the run goes on (`warn`), ends (`stop`), or takes weights, optimiser and EMA
+    teachers back to a checkpoint of calmer days (`step_back`) and goes on from there with a lower
+    learning rate. Its clock is not put back: the next prompts are others, the schedule stays in
+    time, and the log has no second step of the same number. `collapse/out_of_band` is the number
+    of rules that a step breaks, `collapse/step_backs` how often the run has stepped back.
+
+    Args:
+        action: What to do.
+        truncation: The share of truncated responses; null switches a rule off.
+        repetition: The share of repetitive responses.
+        entropy: The student's entropy.
+        length: The length of responses.
+        start_steps: Steps that the figures' starts are the means of. They are not judged.
+        step_back: How to step back.
+    """
+
+    comes_last = True  # so that what it saves has everybody else's part in the step
+
+    def __init__(
+        self,
+        action: Literal["warn", "stop", "step_back"] = "warn",
+        truncation: Truncation | None = Truncation(),  # noqa: B008 - frozen, shown by --help
+        repetition: Repetition | None = Repetition(),  # noqa: B008
+        entropy: Entropy | None = Entropy(),  # noqa: B008
+        length: Length | None = Length(),  # noqa: B008
+        start_steps: int = 10,
+        step_back: StepBack = StepBack(),  # noqa: B008
+    ) -> None:
+        rules: tuple[Band | None, ...] = (truncation, repetition, entropy, length)
+        bands = [rule for rule in rules if rule is not None]
+        if not bands or start_steps < 1:
+            raise UserError(
+                f"CollapseWatch: got {len(bands)} rules and start_steps {start_steps}, expected at "
+                "least one of each; take the callback away to watch nothing"
+            )
+        self.action = action
+        self.tracks = Tracks(bands, start_steps)
+        self.settings = step_back
+        self.good = GoodCheckpoints(step_back.every_n_steps) if action == "step_back" else None
+        self.step_backs = 0
+        self._seen = 0  # optimiser steps made
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "fit" and self.good is not None:
+            self.good.check(trainer)
+
+    def on_train_start(self, trainer: Trainer, module: DistillationModule) -> None:  # type: ignore[override]
+        self._seen = trainer.global_step
+        self._slow_down(module)
+        if self.good is not None:
+            self.good.find(trainer)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, module: DistillationModule, *_: Any
+    ) -> None:
+        if trainer.global_step == self._seen:  # not after every micro-batch
+            return
+        self._seen = trainer.global_step
+        # All ranks hold the same figures, so they come to the same decision.
+        self.tracks.see(trainer.callback_metrics)
+        for reason in self.tracks.why_idle():
+            _say(trainer, reason)
+        outside = [track for track in self.tracks if track.outside]
+        lost = [track for track in outside if track.is_lost]
+        module.log("collapse/out_of_band", float(len(outside)))
+        if self.action == "warn":
+            for track in lost:
+                if track.outside == track.band.patience:  # once, until it has been back
+                    _say(trainer, f"step {self._seen - 1}: {track}; {_LOOK}")
+        elif lost:
+            self._act(trainer, module, lost[0])
+        elif self.good is not None:
+            self.good.note(trainer, calm=not outside)
+        if self.good is not None:
+            module.log("collapse/step_backs", float(self.step_backs))
+
+    def _act(self, trainer: Trainer, module: DistillationModule, track: Track) -> None:
+        what, limit = f"step {self._seen - 1}: {track}", self.settings.at_most
+        if self.good is None:
+            before = f"go on from a checkpoint before step {self._seen - track.outside}"
+            raise raised_by_all(CollapseError(f"{what}; {before}, and {_CHANGE}"))
+        if self.step_backs == limit or not self.good.steps:
+            why = f"after {limit} step-backs" if self.good.steps else "without a good checkpoint"
+            raise raised_by_all(CollapseError(f"{what}; the run ends {why}: {_CHANGE}"))
+        self.step_backs += 1
+        self._slow_down(module)
+        step = self.good.step_back(trainer, module)
+        self.tracks.forgive()
+        _say(
+            trainer,
+            f"{what}; back to the weights after {step} steps ({self.step_backs} of {limit}), the "
+            f"learning rate times {module.rate_scales['collapse']:.3g} from here on",
+        )
+
+    def _slow_down(self, module: DistillationModule) -> None:
+        module.rate_scales["collapse"] = self.settings.slow_down**self.step_backs
+
+    def state_dict(self) -> dict[str, Any]:
+        good = None if self.good is None else self.good.state_dict()
+        return {"step_backs": self.step_backs, "good": good, **self.tracks.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step_backs = state["step_backs"]
+        self.tracks.load_state_dict(state)
+        if self.good is not None and state["good"] is not None:
+            self.good.load_state_dict(state["good"])
+
+
+_CHANGE = "lower the learning rate or the method's scale, or add TrustRegion to model.terms"
+_LOOK = f"look at rollouts, and if they are bad, {_CHANGE}"
+
+
+def _say(trainer: Trainer, message: str) -> None:
+    if trainer.is_global_zero:
+        print(f"opd: {message}", file=sys.stderr)

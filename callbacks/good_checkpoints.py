@@ -1,0 +1,112 @@
+"""Checkpoints of a run's calm stretches, and the way back to one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from opd_lightning.checkpoints import step_back
+from opd_lightning.checkpoints.places import remove
+from opd_lightning.checkpoints.together import tell
+from opd_lightning.errors import UserError
+from opd_lightning.methods.base import DistillationModule
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBack:
+    """How a run steps back, and what is different afterwards.
+
+    Args:
+        every_n_steps: Length of the calm stretches between the checkpoints that it keeps.
+        slow_down: Factor on the learning rate after each time, on top of the schedule.
+        at_most: Times; the next collapse stops the run.
+    """
+
+    every_n_steps: int = 20
+    slow_down: float = 0.5
+    at_most: int = 3
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps < 1 or self.at_most < 1 or not 0 < self.slow_down <= 1:
+            raise UserError(
+                f"StepBack: got every_n_steps={self.every_n_steps}, slow_down={self.slow_down}, "
+                f"at_most={self.at_most}, expected whole numbers from 1 and a factor in (0, 1]"
+            )
+
+
+class GoodCheckpoints:
+    """Keeps two checkpoints, one for each of the last two calm stretches of `every` steps.
+
+    Of the newer one nobody knows yet what comes of its weights; the older one was followed by a
+    calm stretch at least. So that is the one to step back to. The first is taken after the first
+    step. They lie beside the run's other checkpoints, as `good-step=<step>.ckpt`.
+
+    Args:
+        every: Length of a calm stretch in optimiser steps.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.steps: list[int] = []  # optimiser steps made, the older one first
+        self.calm = 0  # steps in a row since the last checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": list(self.steps), "calm": self.calm}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.calm = list(state["steps"]), state["calm"]
+
+    def check(self, trainer: Trainer) -> None:
+        """Refuse a run that has no folder for them."""
+        if not isinstance(trainer.checkpoint_callback, ModelCheckpoint):
+            raise UserError(
+                "CollapseWatch: got action 'step_back' in a run without a ModelCheckpoint, whose "
+                "folder it saves in; leave trainer.enable_checkpointing on, or choose 'stop'"
+            )
+
+    def find(self, trainer: Trainer) -> None:
+        """Forget those that are no longer there; a run may go on from an old checkpoint."""
+        self.steps = tell(lambda: [s for s in self.steps if _path(trainer, s).exists()])
+
+    def note(self, trainer: Trainer, *, calm: bool) -> None:
+        """Save if it is time to; all processes must call it after every step."""
+        self.calm = self.calm + 1 if calm else 0
+        if calm and (not self.steps or self.calm >= self.every):
+            dropped, self.steps = self.steps[:-1], [*self.steps[-1:], trainer.global_step]
+            self.calm = 0  # it is itself in what is saved
+            trainer.save_checkpoint(_path(trainer, self.steps[-1]), weights_only=False)
+            _remove(trainer, dropped)
+
+    def step_back(self, trainer: Trainer, module: DistillationModule) -> int:
+        """Undo what was learnt since the older one; the number of its step.
+
+        Besides weights and optimiser, every callback that has an `on_step_back(trainer, module,
+        checkpoint)` is told. Rollouts that were written ahead are thrown away.
+        """
+        step, *later = self.steps
+        checkpoint = step_back(trainer, _path(trainer, step))
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "on_step_back"):
+                callback.on_step_back(trainer, module, checkpoint)
+        trainer.datamodule.engines.ahead.drop()  # type: ignore[attr-defined]
+        self.steps, self.calm = [step], 0
+        _remove(trainer, later)
+        return step
+
+
+def _path(trainer: Trainer, step: int) -> Path:
+    keeper = trainer.checkpoint_callback
+    assert isinstance(keeper, ModelCheckpoint)
+    return Path(keeper.dirpath or ".", f"good-step={step}{keeper.FILE_EXTENSION}")
+
+
+def _remove(trainer: Trainer, steps: Sequence[int]) -> None:
+    for step in steps if trainer.is_global_zero else ():
+        with suppress(OSError):  # what stays only takes room
+            remove(_path(trainer, step))
