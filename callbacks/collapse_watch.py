@@ -43,7 +43,7 @@ class CollapseWatch(Callback):
         repetition: Repetition | None = Repetition(),  # noqa: B008
         entropy: Entropy | None = Entropy(),  # noqa: B008
         length: Length | None = Length(),  # noqa: B008
-        start_steps: int = 10,
+        start_steps: int = 3,
         step_back: StepBack = StepBack(),  # noqa: B008
     ) -> None:
         rules: tuple[Band | None, ...] = (truncation, repetition, entropy, length)
@@ -100,7 +100,8 @@ class CollapseWatch(Callback):
             before = f"go on from a checkpoint before step {self._seen - track.outside}"
             raise raised_by_all(CollapseError(f"{what}; {before}, and {_CHANGE}"))
         if self.step_backs == limit or not self.good.steps:
-            why = f"after {limit} step-backs" if self.good.steps else "without a good checkpoint"
+            times = f"after {limit} step-back{'s' * (limit > 1)}"
+            why = times if self.good.steps else "without a good checkpoint to step back to"
             raise raised_by_all(CollapseError(f"{what}; the run ends {why}: {_CHANGE}"))
         self.step_backs += 1
         self._slow_down(module)

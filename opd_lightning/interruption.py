@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 
 from opd_lightning.checkpoints import save_last
-from opd_lightning.errors import CheckpointError, note
+from opd_lightning.errors import CheckpointError, CollapseError, note
 from opd_lightning.signals import SignalledError
 
 
@@ -38,8 +38,8 @@ class SaveOnInterruption(Callback):
             return
         if not self._began or trainer.global_step == 0:
             return
-        if isinstance(exception, CheckpointError | SignalledError):
-            return  # it failed just now; it was done just now
+        if isinstance(exception, CheckpointError | CollapseError | SignalledError):
+            return  # it failed just now, is not worth it, was done just now
         if pl_module.moving or trainer.world_size > 1:
             if trainer.is_global_zero:
                 note("nothing saved: " + (_MOVING if pl_module.moving else _SEVERAL))

@@ -61,6 +61,7 @@ class Source:
                     "weights have no fixed order; use push: folder"
                 )
             yield name, tensor.to(self.device, self._dtype)
+            del tensor  # before the next is gathered
 
 
 @dataclass

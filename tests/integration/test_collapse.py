@@ -1,0 +1,199 @@
+"""Runs that collapse: noticed, undone and gone on with."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from callbacks import CollapseWatch, EMATeacherUpdate
+from callbacks.collapse_rules import Length
+from callbacks.good_checkpoints import StepBack
+from opd_lightning.errors import CollapseError
+from opd_lightning.methods import GRPO, OPD
+from opd_lightning.rollouts import Sampling
+from opd_lightning.rules import TruncatedImportance
+from opd_lightning.student import Student
+from opd_lightning.teachers import EMATeacher
+from opd_lightning.types import Prompt, RolloutBatch
+from opd_lightning.verifiers import Verifier
+from tests.integration.test_fit import fit, weights
+from tests.integration.test_interrupted import PARTS, FailingTeacher, Losses, train
+
+TOKENS = 24
+
+
+class PaysRepetition(Verifier):
+    """A reward that somebody got wrong: the share of characters that repeat the one before."""
+
+    def check(self, prompts: Sequence[Prompt]) -> None: ...
+
+    def verify(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        return [sum(a == b for a, b in pairwise(r)) / TOKENS for r in responses]
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_paid_repetition_is_caught_and_undone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = GRPO(
+        Student("lab/arithmetic/student"),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=2e-2),
+        max_logprob_gap=1e-4,  # the engine takes the weights that are back
+    )
+    watch = CollapseWatch("step_back", step_back=StepBack(every_n_steps=5, slow_down=0.02))
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1000, save_top_k=0)
+    logged = fit(
+        method,
+        steps=26,
+        callbacks=[watch, saver],
+        verifier=PaysRepetition(),
+        sampling=Sampling(max_new_tokens=TOKENS),
+        prompts_per_step=8,
+        samples_per_prompt=4,
+    ).logged
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "opd: step" in line]
+    caught = int(line.split()[2].rstrip(":"))
+    assert "Truncation: response/truncated is" in line
+    assert "(1 of 3), the learning rate times 0.02 from here on" in line
+    # The student began to repeat itself with the first step that paid for it.
+    assert 3 < caught < 20
+    before, after = logged[: caught + 1], logged[caught + 1 :]
+    assert len(after) > 5
+    assert before[-1]["response/truncated"] > 0.9 > before[0]["response/truncated"] + 0.2
+    assert all(step["response/truncated"] < 0.9 for step in after)
+    assert all(step["reward"] < before[-1]["reward"] / 2 for step in after)
+    assert after[-1]["collapse/out_of_band"] == 0
+    rates = [step["optim/learning_rate"] for step in (before[-1], after[-1])]
+    assert rates == pytest.approx([2e-2, 4e-4])
+
+
+# Every response is too long, so it is known when a run steps back --------------------------
+
+START, PATIENCE = 3, 2
+STEPS = 8
+BACK = 5  # optimiser steps made when it steps back, to what it was after the first
+
+
+def watch_all(action: Any = "step_back", at_most: int = 1) -> CollapseWatch:
+    return CollapseWatch(
+        action,
+        truncation=None,
+        repetition=None,
+        entropy=None,
+        length=Length(fall=None, highest=1.0, rise=None, patience=PATIENCE),
+        start_steps=START,
+        step_back=StepBack(every_n_steps=2, at_most=at_most),
+    )
+
+
+class Look(Callback):
+    """Looks at everything once the run has stepped back, before it goes on."""
+
+    looked = False
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: RolloutBatch, *_: Any
+    ) -> None:
+        if trainer.global_step != BACK or self.looked:
+            return
+        self.looked = True
+        folder = Path(trainer.checkpoint_callback.dirpath)
+        assert [p.name for p in folder.iterdir()] == ["good-step=1.ckpt"]
+        good = torch.load(folder / "good-step=1.ckpt", weights_only=True)
+        exactly(pl_module.state_dict(), good["state_dict"])
+        optimizer = trainer.optimizers[0]
+        exactly(optimizer.state_dict()["state"], good["optimizer_states"][0]["state"])
+        teacher = pl_module.asks()["teacher"].teacher
+        exactly(teacher.state_dict(pl_module.student), good["ema_teachers"][0]["parameters"])
+        # The clock was not put back: schedule, prompts, and the version of the weights.
+        schedule = 1e-2 * (1 / 3 + 2 / 3 * BACK / STEPS)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(schedule)
+        assert pl_module.rate_scales == {"collapse": 0.5}
+        assert batch.totals.step == BACK
+        assert {rollout.policy_version for rollout in batch.rollouts} == {BACK}
+
+
+def exactly(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+@pytest.mark.usefixtures("in_lab")
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_everything_goes_back_but_the_clock(staleness: int, tmp_path: Path) -> None:
+    method = OPD(
+        Student("lab/arithmetic/student"),
+        EMATeacher(rate=0.5),
+        rules=[TruncatedImportance()],
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o, total_iters=STEPS),
+    )
+    look = Look()
+    # Whatever their order is: the watch comes after those that have a part in the step.
+    callbacks = [watch_all(at_most=2), EMATeacherUpdate(), look]
+    train(method, tmp_path, staleness, callbacks=callbacks)
+    assert look.looked
+
+
+def method(at: int = -1) -> OPD:
+    return OPD(
+        Student("lab/arithmetic/student"),
+        FailingTeacher("lab/arithmetic/teacher", at),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o, total_iters=STEPS),
+    )
+
+
+def run(module: OPD, folder: Path, **more: Any) -> Losses:
+    return train(module, folder, 0, callbacks=[watch_all(at_most=2)], **more)
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_a_run_that_stepped_back_is_resumed_bit_for_bit(tmp_path: Path) -> None:
+    whole = method()
+    expected = run(whole, tmp_path / "whole").of_step
+    # Before it steps back, one step out of its band already; and after it.
+    for step in (BACK - 1, BACK + 1):
+        folder = tmp_path / str(step)
+        with pytest.raises(ConnectionError):
+            run(method(PARTS * step + 2), folder)
+        resumed = method()
+        seen = run(resumed, folder, ckpt_path=str(folder / "last.ckpt")).of_step
+        assert seen == {n: loss for n, loss in expected.items() if n >= step}
+        exactly(weights(resumed), weights(whole))
+
+
+@pytest.mark.usefixtures("in_lab")
+@pytest.mark.parametrize(
+    ("action", "step", "told"),
+    [
+        ("stop", 4, "go on from a checkpoint before step 3, and lower"),
+        ("step_back", 6, "the run ends after 1 step-back: lower"),
+    ],
+)
+def test_a_run_ends_where_it_is_told_to(action: str, step: int, told: str, tmp_path: Path) -> None:
+    with pytest.raises(CollapseError, match=f"step {step}: Length: response/length is .*{told}"):
+        train(method(), tmp_path, 0, callbacks=[watch_all(action)])
+
+
+SCRIPT = Path(__file__).with_name("collapse_ranks.py")
+
+
+def test_ranks_step_back_together(untrained_lab: Path, tmp_path: Path) -> None:
+    found = []
+    for ranks in (1, 2):
+        file = tmp_path / f"{ranks}.pt"
+        command = [sys.executable, str(SCRIPT), str(ranks), str(file)]
+        subprocess.run(command, cwd=untrained_lab, check=True, timeout=240)
+        found.append(torch.load(file, weights_only=True))
+    one, two = found
+    assert one["step_backs"] == two["step_backs"] == 1
+    torch.testing.assert_close(two["weights"], one["weights"], atol=1e-5, rtol=0)
+    for weights_of_rank in two["of_ranks"]:
+        exactly(weights_of_rank, two["weights"])
