@@ -29,6 +29,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from benchmarks.observers import Collectives, Pushes, Record
 from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.data.prompts import PromptSource
+from opd_lightning.hsdp import HSDPStrategy
 from opd_lightning.lab.arithmetic import generate_mixture, write_jsonl
 from opd_lightning.lab.tokenizer import build_tokenizer
 from opd_lightning.methods import OPD
@@ -45,6 +46,7 @@ from opd_lightning.trainer import Trainer
 # seconds are measured: it makes every large tensor's pages anew.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+GROUP = 2  # processes that share the weights under HSDP
 LORA = {"r": 8, "target_modules": ["q_proj", "v_proj"]}
 
 
@@ -76,7 +78,12 @@ def write_world(folder: Path, options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     sharding = ModelParallelStrategy(options.ranks, 1)
-    strategy = {"single": "auto", "ddp": "ddp", "fsdp2": sharding}[options.strategy]
+    strategy = {
+        "single": "auto",
+        "ddp": "ddp",
+        "fsdp2": sharding,
+        "hsdp": HSDPStrategy(shard_size=GROUP),
+    }[options.strategy]
     pushes, record = Pushes(folder / "push"), Record(Collectives())
     torch.manual_seed(0)  # of the adapters
     student = Student(
@@ -150,7 +157,7 @@ def predicted(student: Student, trainer: Trainer, options: argparse.Namespace) -
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--strategy", choices=["single", "ddp", "fsdp2"], default="single")
+    parser.add_argument("--strategy", choices=["single", "ddp", "fsdp2", "hsdp"], default="single")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--checkpointing", action="store_true")
@@ -196,9 +203,10 @@ def show(every: list[dict[str, Any]], options: argparse.Namespace) -> None:
     print(f"training     {total:>12,} predicted {plan['training']}")
     print(f"  growth of the resident size, per step {[x['growth'] for x in every]}")
     print(f"tokens       {plan['tokens']} at most, measured {[x['tokens'] for x in every]}")
-    share = 1 - 1 / options.ranks
+    shards = {"fsdp2": options.ranks, "hsdp": GROUP}.get(options.strategy, 1)
+    inside, across = 1 - 1 / shards, 1 - shards / options.ranks
     for name, size in plan["sent"].items():
-        factor = 2 * share if name == "all_reduce" else share
+        factor = 2 * across if name == "all_reduce" else inside
         measured = first["sent"].get(name, 0) * factor
         print(f"{name:14} {size:>12,.0f} predicted, measured {measured:,.0f}")
     for name, both in first["pushes"].items():

@@ -122,4 +122,7 @@ def _requeue(job: str) -> str | None:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     except OSError as error:
         return f"scontrol: {error.strerror}"
-    return " ".join(done.stderr.split()) or "no reason given" if done.returncode else None
+    # SLURM obeys by ending the job's processes, scontrol among them: then it has no word to say.
+    if done.returncode <= 0:
+        return None
+    return " ".join(done.stderr.split()) or "no reason given"

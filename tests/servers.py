@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-START_SECONDS = 150  # half a minute on a free core
+START_SECONDS = 240  # half a minute on a free core
 
 
 class RunningServer:

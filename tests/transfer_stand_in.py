@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
@@ -17,11 +18,13 @@ class StandIn:
 
     Args:
         model: Name of the model that it claims to serve.
-        workers: GPUs that it would have, under tensor parallelism.
+        workers: That would share the model, under tensor parallelism.
+        gpus: What each says that it works on.
     """
 
-    def __init__(self, model: str, *, workers: int) -> None:
+    def __init__(self, model: str, *, workers: int, gpus: Sequence[str | None] = ()) -> None:
         self.model = model
+        self.gpus = gpus or [None] * workers
         self.ranks: list[int] = []
         self.received: list[dict[str, Tensor]] = [{} for _ in range(workers)]
         self.sizes: list[int] = []  # bytes of every chunk
@@ -68,7 +71,7 @@ class StandIn:
             case "/update_weight_version":
                 self._label = asked["new_version"]
             case "/collective_rpc" if asked["method"] == "transfer_state":
-                return {"results": [[self._group, False]] * len(self.received)}
+                return {"results": [[self._group, gpu] for gpu in self.gpus]}
             case "/collective_rpc":
                 self._leave()
             case "/init_weight_transfer_engine":

@@ -52,8 +52,7 @@ class RolloutDataModule(LightningDataModule):
         samples_per_prompt: Responses of the student per prompt.
         max_staleness: 0 is strictly on-policy. 1 lets the engine write a step's rollouts while the
             step before trains, so that their weights are one optimiser step old.
-        engine_time_limit: Seconds that one call of an engine (to start, to take weights, to write)
-            may take before the run ends; 0 waits for ever.
+        engine_time_limit: Seconds that a call of an engine may take before the run ends; 0: any.
         template_args: Extra variables for the chat template.
         seed: Seed of prompt order, mix and sampling.
     """

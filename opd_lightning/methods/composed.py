@@ -193,10 +193,8 @@ class ComposedMethod(DistillationModule):
 
     def _answered(self, batch: RolloutBatch) -> Tensor:
         """`[B, 1]` rows that have every view that is asked about."""
-        rows = torch.ones_like(batch.on_policy)
-        for view in self.views():
-            rows = rows & batch.views[view].available
-        return rows[:, None]
+        rows = [batch.views[view].available for view in self.views()]
+        return torch.stack([torch.ones_like(batch.on_policy), *rows]).all(0)[:, None]
 
     def _score(
         self, batch: RolloutBatch, known: Mapping[str, TokenScores] | None = None

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from opd_lightning.errors import raised_by_all
+
 
 def is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
@@ -23,9 +25,10 @@ def first_alone(first: Callable[[], Any], others: Callable[[], Any] = lambda: No
         outcome = [error]
     own = outcome[0]
     dist.broadcast_object_list(outcome, src=0)
-    for result in (outcome[0], own):
-        if isinstance(result, Exception):
-            raise result
+    if isinstance(outcome[0], Exception):
+        raise raised_by_all(outcome[0])
+    if isinstance(own, Exception):
+        raise own
     return outcome[0]
 
 

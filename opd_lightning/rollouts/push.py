@@ -14,9 +14,11 @@ from opd_lightning.serving.client import Servers
 class Push(ABC):
     """A way for weights to reach servers. The first rank alone uses it."""
 
-    @abstractmethod
-    def check(self, servers: Servers) -> None:
-        """Refuse what would not work, before any weights load."""
+    def check_here(self) -> None:  # noqa: B027
+        """Refuse what this machine lacks; asks no server, for they may take minutes to come."""
+
+    def check(self, servers: Servers) -> None:  # noqa: B027
+        """Refuse what would not work with these servers, before any weights load."""
 
     @abstractmethod
     def start(self, servers: Servers, shapes: Mapping[str, torch.Size]) -> None:

@@ -21,6 +21,8 @@ SHARD_BYTES = 2 * 1024**3  # the most that is held in memory beside the model
 class PushFolder(Push):
     """Holds one version of the weights at most, in safetensors files under Hugging Face names.
 
+    Whether the servers see the folder shows at the first push.
+
     Args:
         folder: The same path for the trainer and every server; no other run may push through it.
         dtype: Of the tensors written.
@@ -29,9 +31,6 @@ class PushFolder(Push):
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self._folder = folder.absolute()
         self._dtype = dtype
-
-    def check(self, servers: Servers) -> None:
-        """Whether the servers see the folder shows at the first push."""
 
     def start(self, servers: Servers, shapes: Mapping[str, torch.Size]) -> None:
         """Nothing of an earlier run is left there."""

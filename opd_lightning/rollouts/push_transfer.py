@@ -18,13 +18,14 @@ from opd_lightning.rollouts.push import Push
 from opd_lightning.rollouts.vllm_process import vllm_unavailable
 from opd_lightning.serving.client import Servers
 from opd_lightning.serving.gloo_group import own_address
-from opd_lightning.serving.transfer_client import LEAVE, STATE, TransferClient
+from opd_lightning.serving.transfer_client import LEAVE, STATE, TransferClient, gpu_in_use
 
 if TYPE_CHECKING:
     from opd_lightning.rollouts.transfer_sender import Source, Transport
 
 log = logging.getLogger(__name__)
 
+WORDS = 600  # letters of a failure that are told on
 WORDS_SECONDS = 5.0  # that a server's own account of a failure is waited for
 THREAD_SECONDS = 60.0  # that a sender may take to stop once its group is gone
 
@@ -53,12 +54,22 @@ class PushTransfer(Push):
         self._group = ""
         self._sender: Any = None
 
-    def check(self, servers: Servers) -> None:
-        """vLLM is here, in the servers' version; over NCCL, all have GPUs."""
+    def check_here(self) -> None:
+        """vLLM is here; over NCCL, a GPU."""
+        if self._transport == "nccl" and gpu_in_use() is None:
+            raise UserError(
+                "engine.push: got nccl, but this machine has no GPU; use push: gloo, or folder"
+            )
         if reason := vllm_unavailable():
             raise UserError(
                 f"engine.push: {self._transport} needs vLLM: {reason}; use push: folder"
             )
+
+    def check(self, servers: Servers) -> None:
+        """They have this machine's vLLM; over NCCL, each has GPUs, and none that is the trainer's.
+
+        NCCL refuses a group in which two members have one GPU.
+        """
         from vllm import __version__ as own
 
         theirs = {answer["version"] for answer in servers.read("/version")}
@@ -68,14 +79,17 @@ class PushTransfer(Push):
                 "servers, expected one version; use it everywhere, or push: folder"
             )
         if self._transport == "nccl":
-            without = [] if torch.cuda.is_available() else ["this machine"]
             for url, workers in zip(servers.urls, self._states(servers), strict=True):
-                without += [] if all(has_gpu for _, has_gpu in workers) else [url]
-            if without:
-                raise UserError(
-                    f"engine.push: got nccl, but {' and '.join(without)} has no GPU; use gloo, or "
-                    "a folder"
-                )
+                gpus = [gpu for _, gpu in workers]
+                if None in gpus:
+                    raise UserError(
+                        f"engine.push: got nccl, but {url} has no GPU; use push: gloo, or folder"
+                    )
+                if gpu_in_use() in gpus:
+                    raise UserError(
+                        f"engine.push: got nccl, but {url} and the trainer share a GPU, which NCCL "
+                        "refuses; give the server another one, or use push: gloo, or folder"
+                    )
 
     def start(self, servers: Servers, shapes: Mapping[str, torch.Size]) -> None:
         """The group is formed when there is something to send."""
@@ -128,7 +142,7 @@ class PushTransfer(Push):
 
         return open_sender(
             self._transport,
-            host=self._host or _way_to(self._servers.urls),
+            host=self._address(),
             receivers=receivers,
             timeout=self._timeout,
             client=self._client,
@@ -151,18 +165,30 @@ class PushTransfer(Push):
             self.close()
             return done.result()  # raises it
         wait([self._client.failed], timeout=WORDS_SECONDS)
-        failed = self._client.failed if self._client.failed.done() else done
+        cause = (self._client.failed if self._client.failed.done() else done).exception()
+        line = " ".join(str(cause).split())[:WORDS]
         forming = self._sender is None  # then nothing else needs what the thread works on
         self.close()
         thread.join(0.0 if forming else THREAD_SECONDS)
         if thread.is_alive() and not forming:
             raise RunStoppedError(
-                f"a push failed ({_line(failed)}) and its sender does not stop; resume the run"
-            )
-        raise PushLostError(f"a push was broken off: {_line(failed)}")
+                f"a push failed ({line}) and its sender does not stop; resume the run"
+            ) from cause
+        if forming:
+            raise PushLostError(
+                f"no transfer group was formed: {line}; see that the servers reach this machine at "
+                f"{self._address()}, or give another engine.push_host, then resume the run"
+            ) from cause
+        raise PushLostError(
+            f"a push was broken off: {line}; see the servers' logs, then resume the run"
+        ) from cause
 
-    def _states(self, servers: Servers) -> list[list[tuple[str | None, bool]]]:
-        """Of every worker of every server: the group it is in, and whether it has a GPU."""
+    def _address(self) -> str:
+        """Of this machine, for the servers."""
+        return self._host or _way_to(self._servers.urls)
+
+    def _states(self, servers: Servers) -> list[list[tuple[str | None, str | None]]]:
+        """Of every worker of every server: the group it is in, and its GPU."""
         return [answer["results"] for answer in servers.everywhere("/collective_rpc", STATE)]
 
 
@@ -179,7 +205,3 @@ def _way_to(urls: Iterable[str]) -> str:
     """The address from which this machine reaches the servers; loopback only if it is all of it."""
     own = [own_address(urlsplit(url).hostname or "") for url in urls]
     return min(own, key=lambda address: address.startswith("127.") or address == "::1")
-
-
-def _line(failed: Future[Any]) -> str:
-    return " ".join(str(failed.exception()).split())[:600]

@@ -80,6 +80,8 @@ class VLLMServerEngine(Engine):
 
     def check(self, source: ModelSource, *, max_length: int) -> None:
         """The servers have the model, take `max_length` tokens and, if need be, pushes."""
+        if (way := self._way) is not None:
+            first_alone(way.check_here)
         served = ServedModel(source.path, self.servers, role="engine.servers")
         if served.room < max_length:
             raise UserError(
@@ -90,7 +92,7 @@ class VLLMServerEngine(Engine):
         versions = {answer["version"] for answer in self.servers.read("/version")}
         if len(versions) > 1:
             raise UserError(f"engine.servers: got vLLM {sorted(versions)}, expected one version")
-        if (way := self._way) is not None:
+        if way is not None:
             self._read_labels()
             first_alone(lambda: way.check(self.servers))
 

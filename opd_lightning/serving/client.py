@@ -172,7 +172,7 @@ class Servers:
     def _release(self, job: Job, server: Server, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         if task.cancelled():
-            job.future.cancel()
+            job.drop()
         server.in_flight -= 1
         server.is_probed = False
         self._pump()
@@ -210,9 +210,9 @@ class Servers:
             job.settle(ServerAwayError(message + "run, or resume the run that this ended"))
 
     async def _hang_up(self) -> None:
-        self._waiting, left = deque(), [job.future for job in self._waiting]
-        for future in left:
-            future.cancel()
+        self._waiting, left = deque(), list(self._waiting)
+        for job in left:
+            job.drop()
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)

@@ -37,6 +37,11 @@ class Job:
             else:
                 self.future.set_result(outcome)
 
+    def drop(self) -> None:
+        """Nobody will answer. `cancel` alone does not wake who is in `concurrent.futures.wait`."""
+        if self.future.cancel():
+            self.future.set_running_or_notify_cancel()
+
     def is_hopeless(self, now: float, patience: float) -> bool:
         """Its servers have been away for too long."""
         lost = [s.lost_since for s in self.servers if s.lost_since is not None]

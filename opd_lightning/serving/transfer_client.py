@@ -6,12 +6,21 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any
 
+import torch
+
 from opd_lightning.errors import ServerAwayError
 from opd_lightning.serving.client import Servers
 
 STATE = {"method": "transfer_state"}
 LEAVE = {"method": "leave_transfer"}
 CAUSE_SECONDS = 1.0
+
+
+def gpu_in_use() -> str | None:
+    """The GPU of this process, by a name that no other has; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
 class TransferClient:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,16 +73,30 @@ class TransferEngine(NCCLWeightTransferEngine):
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive all weights. What fails leaves a model that runs, on some old and some new."""
+        on_gloo = isinstance(self.model_update_group, GlooGroup)
+        push = process_ends_after(self._timeout, "a push over NCCL")
         try:
-            if isinstance(self.model_update_group, GlooGroup):
-                self._receive_by_gloo(self.parse_update_info(update_info))
-            else:
-                with process_ends_after(self._timeout, "a push over NCCL"):
-                    super().update_weights(update_info)
+            with nullcontext() if on_gloo else push:
+                super().update_weights(update_info)
         except BaseException:
             self.shutdown()  # so that the sender does not wait for this worker
             undo_reload(self.model)
             raise
+
+    def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
+        """From rank 0, a chunk at a time."""
+        if not isinstance(self.model_update_group, GlooGroup):
+            super().receive_weights(update_info)
+            return
+        dtypes = [getattr(torch, name) for name in update_info.dtype_names]
+        described = list(zip(update_info.names, update_info.shapes, dtypes, strict=True))
+        with disable_mtp_completeness_check():
+            for chunk in chunks(described, self.packed_buffer_size_bytes):
+                names, shapes, kinds = zip(*chunk, strict=True)
+                sizes = [_size(one) for one in chunk]
+                packed = torch.empty(sum(sizes), dtype=torch.uint8)
+                self.model_update_group.broadcast(packed)
+                self.model.load_weights(self._unpacked(packed, names, shapes, kinds, sizes))
 
     def finish_weight_update(self) -> None:
         """Every layer has its weights."""
@@ -94,17 +108,6 @@ class TransferEngine(NCCLWeightTransferEngine):
         """Leave the group."""
         self.group = None
         super().shutdown()
-
-    def _receive_by_gloo(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
-        dtypes = [getattr(torch, name) for name in update_info.dtype_names]
-        described = list(zip(update_info.names, update_info.shapes, dtypes, strict=True))
-        with disable_mtp_completeness_check():
-            for chunk in chunks(described, self.packed_buffer_size_bytes):
-                names, shapes, kinds = zip(*chunk, strict=True)
-                sizes = [_size(one) for one in chunk]
-                packed = torch.empty(sum(sizes), dtype=torch.uint8)
-                self.model_update_group.broadcast(packed)
-                self.model.load_weights(self._unpacked(packed, names, shapes, kinds, sizes))
 
     def _unpacked(self, packed: Tensor, *described: Any) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in unpack_tensor(packed, *described):

@@ -13,6 +13,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
 from opd_lightning.rollouts.vllm_process import repack_heads, sums_in_vllm, undo_reload
 from opd_lightning.serving.serve import TRANSFER_BACKEND
+from opd_lightning.serving.transfer_client import gpu_in_use
 
 # vLLM looks here for what `opd serve` asks for; imported when the worker has its model.
 WeightTransferEngineFactory.register_engine(
@@ -42,8 +43,8 @@ class PushWorker:
             repack_heads(self.get_model())
 
     def transfer_state(self) -> list[Any]:
-        """The transfer group that this worker is in, if any, and whether it has a GPU."""
-        return [self.weight_transfer_engine.group, torch.cuda.is_available()]
+        """The transfer group that this worker is in, if any, and its GPU, if it has one."""
+        return [self.weight_transfer_engine.group, gpu_in_use()]
 
     def leave_transfer(self) -> None:
         """Leave the group, and forget a push that was broken off."""

@@ -20,10 +20,11 @@ TINY = "--hidden 128 --layers 2 --vocabulary 511 --rows 2 --tokens 8 --steps 2"
         ("fsdp2", "--precision bf16-mixed --checkpointing --lora"),
         pytest.param("fsdp2", "--lora --adapter_off", marks=pytest.mark.slow),
         pytest.param("fsdp2", "--precision bf16-mixed", marks=pytest.mark.slow),
+        pytest.param("hsdp", "--ranks 4", marks=pytest.mark.slow),
     ],
-    ids=["ddp", "fsdp2", "fsdp2 read by itself", "fsdp2 of all weights"],
+    ids=["ddp", "fsdp2", "fsdp2 read by itself", "fsdp2 of all weights", "hsdp in groups of two"],
 )
-def test_two_processes_hold_and_send_what_is_predicted(
+def test_processes_hold_and_send_what_is_predicted(
     strategy: str, more: str, tmp_path: Path
 ) -> None:
     words = ["--strategy", strategy, "--ranks", "2", "--out", str(tmp_path / "found.json")]
@@ -39,15 +40,15 @@ def test_two_processes_hold_and_send_what_is_predicted(
     subprocess.run(command, check=True, timeout=600, env=environment, cwd=tmp_path)
     every = json.loads((tmp_path / "found.json").read_text())
     predicted = every[0]["predicted"]
-    assert len(every) == 2
+    assert len(every) == (4 if strategy == "hsdp" else 2)
     for name, size in predicted["held"].items():
         assert size == max(found["held"][name] for found in every)
-    half = 2 if strategy == "fsdp2" else 1  # the embedding has an odd row
-    uneven = 4 * 128 * 3 if strategy == "fsdp2" else 0
+    half = 1 if strategy == "ddp" else 2  # the embedding has an odd row
+    uneven = 0 if strategy == "ddp" else 4 * 128 * 3
     for found in every:
         assert found["held"]["weights"] >= predicted["weights"] // half - uneven
     for name, sent in predicted["sent"].items():
-        # Of two processes each sends half of what is gathered or scattered, all of what is added.
+        # Of two each sends half of what is gathered or scattered, and all of what is added up.
         share = 1 if name == "all_reduce" else 0.5
         assert sent == pytest.approx(every[0]["sent"].get(name, 0) * share, rel=0.01), name
     assert max(predicted["sent"].values()) > 1e5

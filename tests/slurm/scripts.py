@@ -19,7 +19,7 @@ SHORT = (
 # Within its fourth step.
 PAUSE = (
     '--trainer.callbacks+={"class_path":"tests.slurm.parts.Pause",'
-    '"init_args":{"hook":"on_after_backward","step":3,"seconds":2}}'
+    '"init_args":{"hook":"on_after_backward","step":3,"seconds":10}}'
 )
 
 

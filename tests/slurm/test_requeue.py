@@ -51,7 +51,7 @@ def test_a_job_that_is_started_again_ends_like_one_left_alone(
     alone, asked, killed = new_user("alone"), new_user("asked"), new_user("killed")
     within = {"hook": "on_after_backward", "step": 3}
     first = submit(alone, strategy, engine=engine)
-    second = submit(asked, strategy, engine=engine, pause={**within, "seconds": 2})
+    second = submit(asked, strategy, engine=engine, pause={**within, "seconds": 5})
     asked.await_pause(ranks=2)
     second.signal("USR1")
     finish(alone, first, restarts=0)
@@ -75,7 +75,7 @@ def test_a_job_that_is_started_again_ends_like_one_left_alone(
 def test_term_to_one_rank_saves_and_stops_all(cluster: Cluster, new_user: NewUser) -> None:
     """During a validation, which is not waited for."""
     user = new_user("term")
-    pause = {"hook": "on_validation_batch_start", "step": 2, "seconds": 2}
+    pause = {"hook": "on_validation_batch_start", "step": 2, "seconds": 5}
     job = submit(user, "ddp", pause=pause)
     cluster.run("kill", "-TERM", user.await_pause(ranks=2)[1])
     assert job.wait() == "FAILED", user.log(job)
@@ -90,7 +90,7 @@ def test_a_signal_before_the_first_step_is_not_forgotten(
     cluster: Cluster, new_user: NewUser
 ) -> None:
     user = new_user("early")
-    job = submit(user, "ddp", pause={"hook": "setup", "step": 0, "seconds": 2})
+    job = submit(user, "ddp", pause={"hook": "setup", "step": 0, "seconds": 5})
     user.await_pause(ranks=2)
     job.signal("USR1")
     until(lambda: job["Restarts"] == "1", "the requeue")

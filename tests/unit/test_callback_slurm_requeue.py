@@ -49,6 +49,14 @@ def test_one_rank_asks_and_speaks(scontrol: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == ""
 
 
+def test_slurm_may_end_scontrol_with_the_job(
+    scontrol: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (scontrol / "scontrol").write_text("#!/bin/sh\nkill -TERM $$\n")
+    assert left(Wish.REQUEUE) == 0
+    assert capsys.readouterr().err == "opd: SIGUSR1: saved it; job 12 is requeued\n"
+
+
 @pytest.mark.parametrize(
     ("script", "reason"),
     [("#!/bin/sh\necho 'Access denied' >&2; exit 1\n", "Access denied"), (None, "No such file")],

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -241,10 +242,13 @@ def test_close_lets_nobody_wait(start: Start, client: Client) -> None:
 
     server = start(slow)
     servers = client(server)
-    (future,) = servers.spread("/ask", [{"n": 1}])
-    time.sleep(0.1)
-    servers.close()
-    assert future.cancelled()
+    with ThreadPoolExecutor() as pool:
+        futures = servers.each_once("/ask", [{"n": 1}])
+        waiting = pool.submit(wait, futures, timeout=20.0)
+        time.sleep(0.1)
+        servers.close()
+        assert not waiting.result().not_done, "woken, not timed out"
+    assert futures[0].cancelled()
     assert numbers(servers, 1) == [0]
 
 
