@@ -1,5 +1,6 @@
 """Optional parts of a run; take one away and the method is still the same method."""
 
+from callbacks.capability_retention import CapabilityRetention
 from callbacks.collapse_watch import CollapseWatch
 from callbacks.ema_teacher import EMATeacherUpdate
 from callbacks.phased_teacher_sampling import PhasedTeacherSampling
@@ -8,6 +9,7 @@ from callbacks.rollout_log import RolloutLog
 from callbacks.slurm_requeue import SlurmRequeue
 
 __all__ = [
+    "CapabilityRetention",
     "CollapseWatch",
     "EMATeacherUpdate",
     "PhasedTeacherSampling",

@@ -12,6 +12,7 @@ from callbacks.collapse_tracks import Track, Tracks
 from callbacks.good_checkpoints import GoodCheckpoints, StepBack
 from opd_lightning.errors import CollapseError, UserError, raised_by_all
 from opd_lightning.methods.base import DistillationModule
+from opd_lightning.run_log import write_step
 
 
 class CollapseWatch(Callback):
@@ -82,7 +83,7 @@ class CollapseWatch(Callback):
             _say(trainer, reason)
         outside = [track for track in self.tracks if track.outside]
         lost = [track for track in outside if track.is_lost]
-        module.log("collapse/out_of_band", float(len(outside)))
+        figures = {"collapse/out_of_band": float(len(outside))}
         if self.action == "warn":
             for track in lost:
                 if track.outside == track.band.patience:  # once, until it has been back
@@ -92,7 +93,8 @@ class CollapseWatch(Callback):
         elif self.good is not None:
             self.good.note(trainer, calm=not outside)
         if self.good is not None:
-            module.log("collapse/step_backs", float(self.step_backs))
+            figures["collapse/step_backs"] = float(self.step_backs)
+        write_step(trainer, figures, self._seen - 1)
 
     def _act(self, trainer: Trainer, module: DistillationModule, track: Track) -> None:
         what, limit = f"step {self._seen - 1}: {track}", self.settings.at_most

@@ -32,6 +32,18 @@ def write_figures(trainer: Trainer, figures: Mapping[str, Any], step: int) -> No
         logger.save()
 
 
+def write_step(trainer: Trainer, figures: Mapping[str, Any], step: int) -> None:
+    """The same of one optimiser step, where `log_every_n_steps` wants it.
+
+    Args:
+        trainer: Whose loggers.
+        figures: Numbers by name.
+        step: Its index: steps made before it.
+    """
+    if (step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        write_figures(trainer, figures, step)
+
+
 class RunLog(Callback):
     """Holds loggers and checkpoints together: a checkpoint of step n means a log up to n.
 

@@ -44,13 +44,13 @@ class Trainer(LightningTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = kwargs.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        ours: list[Callback] = [RunLog(), RememberSavers(), SaveOnInterruption()]
+        ours: list[Callback] = [RememberSavers(), SaveOnInterruption()]
         has_bar = any(isinstance(callback, ProgressBar) for callback in given)
         if kwargs.get("enable_progress_bar") is not False and not has_bar:
             ours.append(StepProgressBar())
         # Stable: who saves whole steps comes after those that have a part in them.
         given = sorted(given, key=lambda callback: getattr(callback, "comes_last", False))
-        kwargs["callbacks"] = [*given, *ours]
+        kwargs["callbacks"] = [RunLog(), *given, *ours]  # its log begins before others' figures
         super().__init__(*args, **kwargs)  # to the letter: the parser reads it
         self._checkpoint_connector = CheckpointConnector(self)
         check_strategy(self.strategy, self.num_devices, self.num_nodes)

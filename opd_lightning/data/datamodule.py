@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import LightningDataModule
 
 from opd_lightning import preflight
 from opd_lightning.data.engines import Engines, check_engines, plan_engines, push
 from opd_lightning.data.evaluation import EvaluationStream
+from opd_lightning.data.likelihood import LikelihoodStream
+from opd_lightning.data.loading import Loaded, load_suite, load_training
 from opd_lightning.data.mix import RolloutMix, TeacherSampler, samplings_by_author
 from opd_lightning.data.prompt_files import PromptFiles
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.ranks import Ranks
 from opd_lightning.data.stream import TrainingStream
-from opd_lightning.data.suites import EvaluationSuite
+from opd_lightning.data.suites import EvaluationSuite, LikelihoodSuite, Suite
 from opd_lightning.data.views import PromptView, Renderer
 from opd_lightning.data.writer import RolloutWriter
 from opd_lightning.errors import UserError
 from opd_lightning.metrics.evaluation import SuiteScores
+from opd_lightning.metrics.likelihood import LikelihoodScores
 from opd_lightning.rollouts.base import Engine, Sampling
 from opd_lightning.time_limit import TimeLimit
-from opd_lightning.types import Prompt
 from opd_lightning.verifiers.base import Verifier
 
 if TYPE_CHECKING:
     from opd_lightning.methods.base import DistillationModule
-
-
-class _Loaded(NamedTuple):
-    prompts: list[Prompt]
-    ids: list[list[int]]
 
 
 class RolloutDataModule(LightningDataModule):
@@ -47,6 +44,7 @@ class RolloutDataModule(LightningDataModule):
             privileged text as a system message.
         validation: Suites for `opd fit` and `opd validate`, by name.
         test: Suites for `opd test`, by name.
+        texts: Suites that are read and not answered, by all three, by name.
         sampling: How responses are drawn.
         prompts_per_step: Prompts per optimiser step, over all ranks.
         samples_per_prompt: Responses of the student per prompt.
@@ -67,6 +65,7 @@ class RolloutDataModule(LightningDataModule):
         views: dict[str, PromptView] | None = None,
         validation: dict[str, EvaluationSuite] | None = None,
         test: dict[str, EvaluationSuite] | None = None,
+        texts: dict[str, LikelihoodSuite] | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008
         prompts_per_step: int = 64,
         samples_per_prompt: int = 1,
@@ -86,13 +85,19 @@ class RolloutDataModule(LightningDataModule):
         self.verifier = verifier
         self.user_views = set(views or {})
         self.views = {"privileged": PromptView()} | (views or {})
-        self.suites = {"validate": validation or {}, "test": test or {}}
+        self.suites: dict[str, dict[str, Suite]] = {
+            "validate": {**(validation or {}), **(texts or {})},
+            "test": {**(test or {}), **(texts or {})},
+        }
         self.sampling = sampling
         self.prompts_per_step = prompts_per_step
         self.samples_per_prompt = samples_per_prompt
         self.max_staleness = max_staleness
         self.template_args = template_args or {}
         self.seed = seed
+        for name in texts or {}:
+            if name in {**(validation or {}), **(test or {})}:
+                raise UserError(f"data.texts: got {name!r}, the name of another suite; rename one")
         for name in ("prompts_per_step", "samples_per_prompt"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}: got {getattr(self, name)}, expected at least 1")
@@ -100,8 +105,8 @@ class RolloutDataModule(LightningDataModule):
         limit = TimeLimit(engine_time_limit, self._where, "data.engine_time_limit")
         writer = teacher.engine if teacher else None
         self.engines = Engines(engine, writer, self._push_weights, limit)
-        self._train: _Loaded | None = None
-        self._suites: dict[str, _Loaded] = {}
+        self._train: Loaded | None = None
+        self._suites: dict[str, Loaded] = {}
 
     @property
     def module(self) -> DistillationModule:
@@ -114,24 +119,19 @@ class RolloutDataModule(LightningDataModule):
         assert self.trainer is not None
         self.module.check()
         preflight.check_models(self.module)
-        check_engines(self, stage, evaluated=bool(self._suites_of(stage)))
+        suites = self._suites_of(stage).values()
+        check_engines(self, stage, evaluated=any(isinstance(s, EvaluationSuite) for s in suites))
         if stage != "fit" and not self._suites_of(stage):
             name = "data.test" if stage == "test" else "data.validation"
             raise UserError(f"{name}: got no suites, so there is nothing to measure; name one")
         if stage == "fit" and self._train is None:
-            if self.train is None:
-                raise UserError("data.train: got nothing, expected a prompt file to train on")
             preflight.check_trainer(self.trainer)
             preflight.check_method(self.module, self, self.trainer)
             preflight.check_step_size(self.trainer, self)
-            suites = {f"data.validation.{n}": s.prompts for n, s in self._suites_of(stage).items()}
-            self.prompt_files.agree({"data.train": self.train} | suites, Ranks.of(self.trainer))
-            self._train = self._load(self.train, self.sampling, self.verifier, training=True)
+            self._train = load_training(self)
         for name, suite in self._suites_of(stage).items():
-            self._suites[name] = self._load(
-                suite.prompts, suite.sampling or self.sampling, suite.verifier or self.verifier
-            )
-        self._plan_engines()
+            self._suites[name] = load_suite(self, suite)
+        self._plan_engines(self._suites_of(stage))
 
     def train_dataloader(self) -> TrainingStream:
         assert self._train is not None
@@ -154,18 +154,23 @@ class RolloutDataModule(LightningDataModule):
             timer=self.module.timer,
         )
 
-    def val_dataloader(self) -> list[EvaluationStream]:
+    def val_dataloader(self) -> list[EvaluationStream | LikelihoodStream]:
         return self._evaluation("validate")
 
-    def test_dataloader(self) -> list[EvaluationStream]:
+    def test_dataloader(self) -> list[EvaluationStream | LikelihoodStream]:
         return self._evaluation("test")
 
-    def new_scores(self, stage: str) -> dict[str, SuiteScores]:
+    def new_scores(self, stage: str) -> dict[str, SuiteScores | LikelihoodScores]:
         """Empty scores of every suite of a stage ("validate" or "test"), by suite name."""
         return {
             name: suite.scores(self._suites[name].prompts)
             for name, suite in self._suites_of(stage).items()
         }
+
+    def compares_with_start(self, stage: str) -> bool:
+        """Whether a suite of the stage measures how far the student is from its start."""
+        suites = self._suites_of(stage).values()
+        return any(isinstance(s, LikelihoodSuite) and s.compare_with_start for s in suites)
 
     def teardown(self, stage: str) -> None:
         self.engines.close()
@@ -173,69 +178,60 @@ class RolloutDataModule(LightningDataModule):
     def on_exception(self, exception: BaseException) -> None:
         self.engines.close()
 
-    def _suites_of(self, stage: str) -> dict[str, EvaluationSuite]:
+    def _suites_of(self, stage: str) -> dict[str, Suite]:
         return self.suites["test" if stage == "test" else "validate"]
 
-    def _evaluation(self, stage: str) -> list[EvaluationStream]:
-        return [
-            EvaluationStream(
+    def _evaluation(self, stage: str) -> list[EvaluationStream | LikelihoodStream]:
+        return [self._stream(name, suite) for name, suite in self._suites_of(stage).items()]
+
+    def _stream(self, name: str, suite: Suite) -> EvaluationStream | LikelihoodStream:
+        loaded, ranks = self._suites[name], Ranks.of(self.trainer)
+        if isinstance(suite, LikelihoodSuite):
+            return LikelihoodStream(
                 name,
-                *self._suites[name],
-                writer=self._writer(suite.verifier or self.verifier),
-                engines=self.engines,
-                sampling=suite.sampling or self.sampling,
-                samples=suite.samples,
+                *loaded,
+                writer=self._writer(None),
                 batch_size=suite.batch_size,
-                seed=self.seed,
-                ranks=Ranks.of(self.trainer),
+                ranks=ranks,
+                pad_id=self.module.student.source.pad_id,
             )
-            for name, suite in self._suites_of(stage).items()
-        ]
+        return EvaluationStream(
+            name,
+            *loaded,
+            writer=self._writer(suite.verifier or self.verifier),
+            engines=self.engines,
+            sampling=suite.sampling or self.sampling,
+            samples=suite.samples,
+            batch_size=suite.batch_size,
+            seed=self.seed,
+            ranks=ranks,
+        )
 
     def _writer(self, verifier: Verifier | None, *, training: bool = False) -> RolloutWriter:
         return RolloutWriter(
             self.engines.by_author,
             verifier,
-            self._renderer(training=training),
+            self.renderer(training=training),
             self.module.timer,
             guided_view=self.mix.guided_view,
             only_correct=self.mix.only_correct,
             limit=self.engines.limit,
         )
 
-    def _renderer(self, *, training: bool) -> Renderer:
+    def renderer(self, *, training: bool) -> Renderer:
         """Renders the student's prompts and, for training, every view that is read."""
         names = self.module.views() | ({self.mix.guided_view} if self.mix.guided else set())
         views = {name: self.views[name] for name in sorted(names)} if training else {}
         source = self.module.student.source
         return Renderer(source.tokenizer, self.template_args, views, source.eos_ids)
 
-    def _load(
-        self,
-        source: PromptSource,
-        sampling: Sampling,
-        verifier: Verifier | None,
-        *,
-        training: bool = False,
-    ) -> _Loaded:
-        """Prompts with their ids, checked against the verifier and the models' contexts."""
-        prompts = source.load(self.prompt_files.size(source))
-        if verifier is not None:
-            verifier.check(prompts)
-        renderer = self._renderer(training=training)
-        loaded = _Loaded(prompts, [renderer.plain(prompt) for prompt in prompts])
-        mix, teacher = (self.mix, self.teacher) if training else (RolloutMix(), None)
-        preflight.check_prompts(
-            self.module, prompts, loaded.ids, renderer, sampling, mix, teacher, training=training
-        )
-        return loaded
-
-    def _plan_engines(self) -> None:
+    def _plan_engines(self, suites: dict[str, Suite]) -> None:
         """Engines are started for the longest sequence that any stream may ask of them."""
-        loaded = [*([self._train] if self._train else []), *self._suites.values()]
-        longest = max(len(ids) for one in loaded for ids in one.ids)
+        loaded = [self._suites[n] for n, s in suites.items() if isinstance(s, EvaluationSuite)]
+        loaded += [self._train] if self._train else []
+        longest = max((len(ids) for one in loaded for ids in one.ids), default=0)
         if self.mix.guided and self._train is not None:
-            renderer = self._renderer(training=True)
+            renderer = self.renderer(training=True)
             views = (renderer.view(self.mix.guided_view, p) for p in self._train.prompts)
             longest = max(longest, *(len(ids or ()) for ids in views))
         plan_engines(self, longest)

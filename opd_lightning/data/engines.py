@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from opd_lightning.data.ahead import RolloutsAhead
+from opd_lightning.data.suites import EvaluationSuite
 from opd_lightning.errors import UserError
 from opd_lightning.model_source import ModelSource
 from opd_lightning.rollouts.base import Engine
@@ -100,24 +101,6 @@ class Engines:
             self._started.pop().close()
 
 
-def plan_engines(data: RolloutDataModule, longest: int) -> None:
-    """Plan for the longest sequence that any stream may ask for.
-
-    Args:
-        data: Whose engines they are.
-        longest: Tokens of the longest prompt.
-    """
-    suites = [s for stage in data.suites.values() for s in stage.values()]
-    samplings = [data.sampling, *(s.sampling for s in suites if s.sampling is not None)]
-    budget = max(sampling.max_new_tokens for sampling in samplings)
-    if data.engine is not None:
-        data.engines.plan(Author.STUDENT, data.module.student.source, longest + budget)
-    if data.teacher is not None:
-        budget = data.teacher.max_new_tokens or data.sampling.max_new_tokens
-        source = ModelSource(data.teacher.path, role="data.teacher")
-        data.engines.plan(Author.TEACHER, source, longest + budget)
-
-
 def push(student: Student, engine: Engine, *, version: int) -> float:
     """Give the engine the student as it is now, and see that it arrived.
 
@@ -126,6 +109,24 @@ def push(student: Student, engine: Engine, *, version: int) -> float:
     weights = PushedWeights(student.weights, engine.weights_dtype)
     engine.load_weights(version, weights)
     return weights.check(version, engine.weight_sums())
+
+
+def plan_engines(data: RolloutDataModule, longest: int) -> None:
+    """Engines are started for the longest sequence that any stream may ask of them.
+
+    Args:
+        data: Whose engines.
+        longest: Tokens of the longest prompt.
+    """
+    suites = [s for stage in data.suites.values() for s in stage.values()]
+    samplings = [s.sampling for s in suites if isinstance(s, EvaluationSuite)]
+    budget = max(s.max_new_tokens for s in [data.sampling, *filter(None, samplings)])
+    if data.engine is not None:
+        data.engines.plan(Author.STUDENT, data.module.student.source, longest + budget)
+    if data.teacher is not None:
+        budget = data.teacher.max_new_tokens or data.sampling.max_new_tokens
+        source = ModelSource(data.teacher.path, role="data.teacher")
+        data.engines.plan(Author.TEACHER, source, longest + budget)
 
 
 def check_engines(data: RolloutDataModule, stage: str, *, evaluated: bool) -> None:

@@ -35,6 +35,7 @@ class PromptSource:
             and response_ids (the recorded response as token ids, EOS included, which is never
             tokenised again). A field that is not listed is read from the column of its name.
             Without a column messages, the column prompt is read.
+        domains: Keep only the rows of these domains; None keeps all.
         limit: Keep only the first this many prompts.
         on_bad_row: Stop at a row that cannot be used ("error") or leave it out ("skip").
 
@@ -46,6 +47,7 @@ class PromptSource:
         path: str,
         *,
         columns: dict[str, str] | None = None,
+        domains: list[str] | None = None,
         limit: int | None = None,
         on_bad_row: Literal["error", "skip"] = "error",
     ) -> None:
@@ -59,6 +61,7 @@ class PromptSource:
             raise UserError(f"limit must be at least 1, got {limit}; leave it out to read all rows")
         self.path = path
         self.columns = dict(columns or {})
+        self.domains = domains
         self.limit = limit
         self.on_bad_row = on_bad_row
         self.skipped = 0
@@ -69,6 +72,7 @@ class PromptSource:
         problems: list[str] = []
         lines_by_id: dict[str, int] = {}
         unseen = dict(self.columns)
+        domains: set[str] = set()
         for line, raw in read_rows(self.path, size):
             try:
                 row = _decode(raw) if isinstance(raw, bytes) else raw
@@ -84,12 +88,24 @@ class PromptSource:
                     raise UserError(f"{problems[-1]}; {advice}") from error
                 continue
             lines_by_id[prompt.id] = line
-            prompts.append(prompt)
+            domains.add(prompt.domain)
+            if self.domains is None or prompt.domain in self.domains:
+                prompts.append(prompt)
             if len(prompts) == self.limit:
                 break
         self.skipped = len(problems)
+        if len(prompts) != self.limit:  # every row was read
+            self._check_domains(domains)
         self._report(prompts, problems, unseen)
         return prompts
+
+    def _check_domains(self, found: set[str]) -> None:
+        for domain in self.domains or ():
+            if domain not in found:
+                raise UserError(
+                    f"domains: no usable row of {self.path!r} is of {domain!r}, got "
+                    f"{', '.join(sorted(found)) or 'none'}; correct the name or leave it out"
+                )
 
     def _report(self, prompts: list[Prompt], problems: list[str], unseen: dict[str, str]) -> None:
         if not prompts:

@@ -1,4 +1,7 @@
-"""What `opd validate`, `opd test` and validation during `opd fit` measure."""
+"""What `opd validate`, `opd test` and validation during `opd fit` measure.
+
+Two kinds of suites: responses that the student writes, and texts that it reads.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.errors import UserError
 from opd_lightning.metrics.evaluation import SuiteScores
+from opd_lightning.metrics.likelihood import LikelihoodScores
 from opd_lightning.rollouts.base import Sampling
 from opd_lightning.types import Prompt
 from opd_lightning.verifiers.base import Verifier
@@ -49,3 +53,34 @@ class EvaluationSuite:
         powers = {2**i for i in range(1, self.samples.bit_length())}
         pass_at = sorted(powers | {self.samples} - {1}) if self.pass_at is None else self.pass_at
         return SuiteScores([prompt.domain for prompt in prompts], self.samples, pass_at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodSuite:
+    """Texts to be read at validation: the recorded responses of a file, each under its prompt.
+
+    Nothing is sampled, so there is no noise. Tokens are weighted alike and the EOS counts as one;
+    the temperature is 1.
+
+    Args:
+        prompts: Where the rows are; every one needs a `response` or `response_ids`.
+        compare_with_start: Measure how far the student is from its start, too. This takes the
+            start's weights: with LoRA they are there; else a copy, on the device during
+            validation alone, or sharded like the student.
+        batch_size: Texts of a forward pass in each process.
+    """
+
+    prompts: PromptSource
+    compare_with_start: bool = True
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size of a suite: got {self.batch_size}, expected at least 1")
+
+    def scores(self, prompts: Sequence[Prompt]) -> LikelihoodScores:
+        """Empty scores of the suite, whose texts these are."""
+        return LikelihoodScores(self.compare_with_start)
+
+
+Suite = EvaluationSuite | LikelihoodSuite

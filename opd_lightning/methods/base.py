@@ -27,7 +27,7 @@ from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics
 from opd_lightning.metrics.sums import Means
 from opd_lightning.resumption import check_whole_steps, rewind
 from opd_lightning.rules.base import Rates, Scored, Signal
-from opd_lightning.run_log import write_figures
+from opd_lightning.run_log import write_step
 from opd_lightning.sharding import Sharding, whole
 from opd_lightning.student import Student
 from opd_lightning.timing import StepTimer
@@ -122,6 +122,7 @@ class DistillationModule(Contract, EvaluatedModule):
 
     def configure_model(self) -> None:
         self.student.load(Sharding.of(self.trainer))
+        self.load_start()
         if self.trainer.state.fn == TrainerFn.FITTING:  # nobody else asks them
             for teacher in self.teachers():
                 teacher.load(self.trainer.strategy.root_device, self.student)
@@ -230,8 +231,7 @@ class DistillationModule(Contract, EvaluatedModule):
         values |= self.timer.figures(self._tokens)
         self._tokens = float(values["response/tokens_per_step"])
         step = self.trainer.global_step
-        if (step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            write_figures(self.trainer, values | {"epoch": self.trainer.current_epoch}, step)
+        write_step(self.trainer, values | {"epoch": self.trainer.current_epoch}, step)
         shown = {"loss", "reward", "tokens_per_second"}
         self.log_dict({k: v for k, v in values.items() if k not in shown}, logger=False)
         for name in shown & values.keys():

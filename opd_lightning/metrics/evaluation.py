@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class SuiteScores(Metric):
         pass_at: The k of pass@k, from 1 to `samples`.
     """
 
+    judged_by: ClassVar = "score"  # of what `compute` finds: more is better
     full_state_update = False
     score: Tensor  # [P, samples] float64, as are the others
     length: Tensor

@@ -64,23 +64,29 @@ def check_prompts(
                 + (" or lower sampling.max_new_tokens" if sampled else "")
             )
         if recorded:
-            _check_recorded(module, prompt, ids, recorded, renderer)
+            _check_vocabulary(module, prompt, recorded)
+            if training:
+                _check_questions(module, prompt, ids, recorded, renderer)
 
 
-def _check_recorded(
-    module: DistillationModule,
-    prompt: Prompt,
-    ids: list[int],
-    response_ids: list[int],
-    renderer: Renderer,
-) -> None:
-    """The student can write the response, and everybody who is asked can score it."""
+def _check_vocabulary(module: DistillationModule, prompt: Prompt, response_ids: list[int]) -> None:
+    """The student can write the response."""
     size = module.student.source.config.get_text_config().vocab_size
     if max(response_ids) >= size:
         raise UserError(
             f"{prompt.origin}: 'response_ids' holds token {max(response_ids)}, but the student's "
             f"vocabulary ends at {size - 1}; give ids of the student's own tokenizer"
         )
+
+
+def _check_questions(
+    module: DistillationModule,
+    prompt: Prompt,
+    ids: list[int],
+    response_ids: list[int],
+    renderer: Renderer,
+) -> None:
+    """Everybody who is asked can score the response."""
     top_k = module.asked_top_k()
     for name, ask in module.all_asks().items():
         seen = ids if ask.view == "student" else renderer.view(ask.view, prompt)

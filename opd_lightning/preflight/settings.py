@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from opd_lightning.data.stream import TrainingStream
+from opd_lightning.data.suites import EvaluationSuite
 from opd_lightning.preflight.configuration import teacher_sources
 from opd_lightning.preflight.finding import Finding
 
@@ -75,7 +76,8 @@ def _sampling(data: RolloutDataModule) -> Finding:
     cut = {
         name: "greedy" if suite.sampling.temperature == 0 else "truncated"
         for name, suite in suites.items()
-        if suite.sampling is not None
+        if isinstance(suite, EvaluationSuite)
+        and suite.sampling is not None
         and (suite.sampling.temperature == 0 or suite.sampling.top_p < 1 or suite.sampling.top_k)
     }
     if not cut:

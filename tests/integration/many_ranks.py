@@ -17,11 +17,12 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from callbacks import EMATeacherUpdate
+from callbacks import CapabilityRetention, EMATeacherUpdate
 from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.data.mix import TeacherSampler
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.ranks import Ranks
+from opd_lightning.data.suites import LikelihoodSuite
 from opd_lightning.hsdp import HSDPStrategy
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
 from opd_lightning.rollouts import HFEngine, Sampling
@@ -32,6 +33,7 @@ from opd_lightning.verifiers import ExactMatch
 from tests.integration.ways import SAMPLES, TEACHER, Way, adam, moving, ways
 
 PROMPTS = 8  # of a step
+RECORDED = "lab/arithmetic/demonstrations.jsonl"
 
 
 class Layout(NamedTuple):
@@ -103,6 +105,14 @@ def train(
     way: Way, layout: Layout, *, folder: bool = False, save: str = "", resume: str | None = None
 ) -> dict[str, Any]:
     record = Record()
+    callbacks: list[Callback] = [record, EMATeacherUpdate()]
+    often, texts = {}, {}
+    if way.watched:  # one text more than two ranks have rows, and a batch that one of them has
+        callbacks.append(CapabilityRetention(["sub-2"], keep_pareto=False))
+        for domain, limit in (("sub-2", 5), ("add-2", 3)):
+            source = PromptSource(RECORDED, domains=[domain], limit=limit)
+            texts[domain] = LikelihoodSuite(prompts=source, batch_size=2)
+        often = {"val_check_interval": layout.micro_batches, "check_val_every_n_epoch": None}
     trainer = Trainer(
         accelerator="cpu",
         devices=layout.ranks,
@@ -115,8 +125,9 @@ def train(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[record, EMATeacherUpdate()],
+        callbacks=callbacks,
         log_every_n_steps=1,
+        **often,
         **way.trainer,
     )
     writes = "mix" in way.data and way.data["mix"].teacher
@@ -127,6 +138,7 @@ def train(
         sampling=Sampling(max_new_tokens=24),
         prompts_per_step=PROMPTS,
         samples_per_prompt=SAMPLES,
+        texts=texts,
         **{"engine": HFEngine(), **way.data},
     )
     trainer.fit(way.method(), datamodule=data, ckpt_path=resume)

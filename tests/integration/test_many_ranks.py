@@ -92,6 +92,15 @@ def test_many_are_one(runs: Runs, layout: str, part: str, way: str) -> None:
         assert {name: together[name] for name in same} == pytest.approx(same, abs=1e-5)
 
 
+@pytest.mark.parametrize("way", ["sampled", "adapters"])
+@pytest.mark.parametrize("layout", ["one", *HELD])
+def test_they_know_how_far_they_are_from_their_start(runs: Runs, layout: str, way: str) -> None:
+    first, *_, last = runs(layout, "core")[way]["logged"]
+    assert first["val/add-2/kl"] == pytest.approx(0, abs=1e-6) or way == "adapters"
+    assert last["val/add-2/kl"] > 1e-5
+    assert last["retention/worst"] == last["retention/delta/add-2"] != 0
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])

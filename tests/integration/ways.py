@@ -67,6 +67,7 @@ class Way:
     steps: int = 3
     trainer: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    watched: bool = False  # measures after every step how far texts are from the start
 
 
 def student(path: str = STUDENT, lora: Sequence[str] = (), **more: Any) -> Student:
@@ -163,9 +164,9 @@ def ways(prompts: int) -> dict[str, dict[str, Way]]:
     """By part and name; `prompts` of a step."""
     return {
         "core": {
-            "sampled": Way(method=sampled, trainer={"gradient_clip_val": 0.05}),
+            "sampled": Way(method=sampled, trainer={"gradient_clip_val": 0.05}, watched=True),
             "moving": Way(method=moving),
-            "adapters": Way(method=adapters, trainer={"gradient_clip_val": 0.05}),
+            "adapters": Way(method=adapters, trainer={"gradient_clip_val": 0.05}, watched=True),
             "few": few(sampled),
         },
         "more": {

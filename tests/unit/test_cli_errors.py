@@ -68,6 +68,8 @@ def test_wrong_value_inside_a_union(fail: Fail) -> None:
     assert "max_batch_size: got 0" in fail("--data.engine.init_args.max_batch_size=0")
     suite = "--data.validation={x: {prompts: {path: a}, batch_size: 0}}"
     assert "batch_size of a suite: got 0" in fail(suite)
+    texts = "--data.texts={sums: {prompts: {path: a}}}"
+    assert "data.texts: got 'sums', the name of another suite" in fail(texts)
 
 
 def test_what_training_cannot_use(fail: Fail) -> None:

@@ -63,6 +63,16 @@ def test_a_response_may_be_ids(tmp_path: Path) -> None:
     assert other.response_ids is None
 
 
+def test_domains_are_chosen_before_the_limit(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}", "domain": "hard" if i % 2 else "easy"} for i in range(6)]
+    path = write(tmp_path, *rows)
+    chosen = PromptSource(path, domains=["hard"], limit=2).load()
+    assert [prompt.origin for prompt in chosen] == [f"{path}:2", f"{path}:4"]
+    assert len(PromptSource(path, domains=["hard", "easy"]).load()) == 6
+    message = refusal(PromptSource(path, domains=["hard", "harder"]))
+    assert "is of 'harder', got easy, hard; correct the name" in message
+
+
 @pytest.mark.parametrize(
     ("ids", "complaint"),
     [

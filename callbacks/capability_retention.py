@@ -1,0 +1,132 @@
+"""What a run gains on its target, and what it costs its other abilities."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from callbacks.measurement import Measurement, check_measurable
+from callbacks.pareto import ParetoFolder, Point, front
+from opd_lightning.checkpoints.together import tell
+from opd_lightning.errors import UserError
+from opd_lightning.methods.base import DistillationModule
+
+
+class CapabilityRetention(Callback):
+    """Compares every validation with one before the first step.
+
+    What is in `data.validation` or `data.texts` and no target is an ability to be kept. Responses
+    are judged by their score, texts by their mean log-likelihood in nats per token: a delta of
+    -0.05 is five points of accuracy, or a perplexity that is 5 % higher. The worst has the lowest
+    delta. All are measured whenever the run validates (`trainer.val_check_interval`).
+
+    Args:
+        targets: Suites that the run is to improve.
+        keep_pareto: Keep the students, weights alone, that no other beats in both the mean delta
+            of the targets and that of the worst ability, in the run's folder `pareto`.
+        lower_past: Drop of the worst ability past which the learning rate is lowered, once and for
+            all; None never does.
+        lower_to: What it is multiplied by, whatever its schedule says.
+        stop_past: Drop of the worst ability past which the run ends; None never does.
+    """
+
+    def __init__(
+        self,
+        targets: list[str],
+        keep_pareto: bool = True,
+        lower_past: float | None = None,
+        lower_to: float = 0.1,
+        stop_past: float | None = None,
+    ) -> None:
+        for name, bound in (("lower_past", lower_past), ("stop_past", stop_past)):
+            if bound is not None and bound < 0:
+                raise UserError(f"CapabilityRetention.{name}: got {bound}, expected a drop, >= 0")
+        if not 0 < lower_to < 1:
+            raise UserError(f"CapabilityRetention.lower_to: got {lower_to}, expected one in (0, 1)")
+        self.targets, self.keep_pareto = targets, keep_pareto
+        self.lower_past, self.lower_to, self.stop_past = lower_past, lower_to, stop_past
+        self.baseline: dict[str, float] = {}
+        self.points: list[Point] = []
+        self.lowered = False
+        self._folder: ParetoFolder | None = None
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            check_measurable(self.targets, trainer.datamodule, trainer)  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, module: DistillationModule) -> None:  # type: ignore[override]
+        log_dir = trainer.log_dir  # a broadcast, for every rank
+        if self.keep_pareto and log_dir is not None:
+            self._folder = ParetoFolder(Path(log_dir, "pareto"))
+        if self.lowered:
+            module.rate_scales["retention"] = self.lower_to
+        suites = trainer.datamodule.suites["validate"]  # type: ignore[attr-defined]
+        if self.baseline and self.baseline.keys() != suites.keys():
+            raise UserError(
+                f"resume: the checkpoint holds the baseline of the suites {list(self.baseline)}, "
+                f"the run has {list(suites)}; make them alike"
+            )
+        if not self.baseline:
+            if self._folder is not None:
+                tell(self._folder.check_empty)
+            _validate(trainer)
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: DistillationModule) -> None:  # type: ignore[override]
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        scores = {n: float(s.compute()[s.judged_by]) for n, s in module.suites.items()}
+        self.baseline = self.baseline or scores
+        found = Measurement(
+            step=trainer.global_step, start=self.baseline, scores=scores, targets=self.targets
+        )
+        # A validation that was cut short is made again.
+        earlier = [point for point in self.points if point.step < found.step]
+        self.points = front([*earlier, Point.of(found)])
+        module.derived |= found.figures()
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.experiment.add_text("retention", found.table(), found.step)
+        self._act(trainer, module, found)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if self._folder is not None and trainer.state.fn == TrainerFn.FITTING:
+            about = {"targets": self.targets, "baseline": self.baseline}
+            self._folder.keep(trainer, self.points, about)
+
+    def state_dict(self) -> dict[str, Any]:
+        points = [asdict(point) for point in self.points]
+        return {"baseline": self.baseline, "points": points, "lowered": self.lowered}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.baseline, self.lowered = state["baseline"], state["lowered"]
+        self.points = [Point(**point) for point in state["points"]]
+
+    def _act(self, trainer: Trainer, module: DistillationModule, found: Measurement) -> None:
+        drop = -found.retention
+        said = f"step {found.step}: {found.worst!r} dropped by {drop:.3f}, more than"
+        if self.lower_past is not None and drop > self.lower_past and not self.lowered:
+            self.lowered = True
+            module.rate_scales["retention"] = self.lower_to
+            _say(f"{said} {self.lower_past}: learning rate times {self.lower_to} from now")
+        if self.stop_past is not None and drop > self.stop_past:
+            trainer.should_stop = True
+            _say(f"{said} {self.stop_past}: the run ends")
+
+
+def _validate(trainer: Trainer) -> None:
+    """One validation more, before the first step; Lightning has its place in the loop."""
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+
+
+@rank_zero_only
+def _say(message: str) -> None:
+    print(f"opd: {message}", file=sys.stderr)

@@ -1,0 +1,83 @@
+"""A validation of a run, held against the one before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from lightning.pytorch import Trainer
+
+from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.data.suites import EvaluationSuite
+from opd_lightning.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Scores of all suites, more being better; what is no target is an ability to be kept.
+
+    Example: Measurement(step=5, start={"a": 0.5, "b": 0.9}, scores={"a": 0.7, "b": 0.8},
+        targets=["a"]) has gain 0.2 and retention -0.1, of its worst ability "b".
+    """
+
+    step: int  # optimiser steps made
+    start: Mapping[str, float]  # by suite
+    scores: Mapping[str, float]  # likewise
+    targets: Sequence[str]
+
+    @cached_property
+    def deltas(self) -> dict[str, float]:
+        return {name: score - self.start[name] for name, score in self.scores.items()}
+
+    @cached_property
+    def worst(self) -> str:
+        """The ability that lost most, or gained least."""
+        kept = [name for name in self.deltas if name not in self.targets]
+        return min(kept, key=self.deltas.__getitem__)
+
+    @property
+    def gain(self) -> float:
+        """Mean delta of the targets."""
+        return sum(self.deltas[name] for name in self.targets) / len(self.targets)
+
+    @property
+    def retention(self) -> float:
+        """Delta of the worst ability."""
+        return self.deltas[self.worst]
+
+    def figures(self) -> dict[str, float]:
+        """What is logged, by name."""
+        each = {f"retention/delta/{name}": delta for name, delta in self.deltas.items()}
+        return {"retention/gain": self.gain, "retention/worst": self.retention, **each}
+
+    def table(self) -> str:
+        """The same in Markdown, a suite a row."""
+        rows = ["| suite | | start | now | delta |", "|---|---|---|---|---|"]
+        for name, delta in self.deltas.items():
+            role = "target" if name in self.targets else "worst" if name == self.worst else ""
+            figures = f"{self.start[name]:.3f} | {self.scores[name]:.3f} | {delta:+.3f}"
+            rows.append(f"| {name} | {role} | {figures} |")
+        return "\n".join(rows)
+
+
+def check_measurable(targets: list[str], data: RolloutDataModule, trainer: Trainer) -> None:
+    """Raise UserError unless everything that is compared will be measured."""
+    suites = data.suites["validate"]
+    unknown = [name for name in targets if name not in suites]
+    if unknown or not targets or not suites.keys() - set(targets):
+        raise UserError(
+            f"CapabilityRetention.targets: got {targets} of the suites {list(suites)}, "
+            "expected at least one of them, and another to be kept"
+        )
+    for name, suite in suites.items():
+        if isinstance(suite, EvaluationSuite) and not (suite.verifier or data.verifier):
+            raise UserError(
+                f"CapabilityRetention: suite {name!r} has no verifier, so nothing to compare; set "
+                "its verifier or data.verifier"
+            )
+    if not trainer.enable_validation or trainer.limit_val_batches != 1.0:
+        raise UserError(
+            "CapabilityRetention: trainer.limit_val_batches is "
+            f"{trainer.limit_val_batches}, expected 1.0, so that suites are measured whole"
+        )

@@ -1,0 +1,96 @@
+"""The checkpoints that no other beats in both gain and retention."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from callbacks.measurement import Measurement
+from opd_lightning.checkpoints.places import remove
+from opd_lightning.errors import UserError
+
+INDEX = "index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What a run had gained and kept at a step, against its start."""
+
+    step: int  # optimiser steps made
+    gain: float  # mean delta of the targets
+    retention: float  # delta of the worst ability
+    scores: dict[str, float]  # of every suite
+
+    @classmethod
+    def of(cls, found: Measurement) -> Point:
+        scores = dict(found.scores)
+        return cls(step=found.step, gain=found.gain, retention=found.retention, scores=scores)
+
+    def beats(self, other: Point) -> bool:
+        """At least as good in both; of equals each beats the other."""
+        return self.gain >= other.gain and self.retention >= other.retention
+
+
+def front(points: Iterable[Point]) -> list[Point]:
+    """The points that none before them equals and none beats, in their order."""
+    kept: list[Point] = []
+    for point in points:
+        if not any(other.beats(point) for other in kept):
+            kept = [other for other in kept if not point.beats(other)] + [point]
+    return kept
+
+
+class ParetoFolder:
+    """A folder with the students of a front, weights alone, and `index.json` about them.
+
+    The start is a point of the front, too, without a file: it is the student's own folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def file_of(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}.ckpt"
+
+    def check_empty(self) -> None:
+        """Raise UserError if another run left something here."""
+        if any(self.folder.glob("step-*.ckpt")):
+            raise UserError(
+                f"{str(self.folder)!r} holds the students of an earlier run; name another run "
+                "folder with --trainer.logger.init_args.save_dir, or remove them"
+            )
+
+    def keep(self, trainer: Trainer, points: list[Point], about: dict[str, Any]) -> None:
+        """Save the student if it is the newest point; remove what is no point any more.
+
+        All processes must call it. What a killed run left of later steps stays until this one
+        gets there.
+
+        Args:
+            trainer: Whose student.
+            points: The front.
+            about: What else the index says.
+        """
+        now = trainer.global_step
+        if now and points[-1].step == now:
+            trainer.save_checkpoint(self.file_of(now), weights_only=True)
+        if not trainer.is_global_zero:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = [
+            asdict(point) | {"checkpoint": self.file_of(point.step).name if point.step else None}
+            for point in points
+        ]
+        new = self.folder / f".{INDEX}"
+        new.write_text(json.dumps({**about, "points": rows}, indent=2) + "\n")
+        new.replace(self.folder / INDEX)
+        steps = {point.step for point in points}
+        for file in self.folder.glob("step-*.ckpt"):
+            step = int(file.stem.removeprefix("step-"))
+            if step <= now and step not in steps:
+                remove(file)

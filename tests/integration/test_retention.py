@@ -1,0 +1,166 @@
+"""Runs that watch what they forget: logged, kept, acted upon, and the same after a resumption."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from callbacks import CapabilityRetention
+from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.data.mix import RolloutMix
+from opd_lightning.data.prompts import PromptSource
+from opd_lightning.data.suites import EvaluationSuite, LikelihoodSuite
+from opd_lightning.export import load_student
+from opd_lightning.methods import SFT
+from opd_lightning.rollouts import HFEngine, Sampling
+from opd_lightning.student import Student
+from opd_lightning.trainer import Trainer
+from opd_lightning.verifiers import RegexMatch
+
+STEPS, EVERY = 6, 2
+SUMS = "lab/arithmetic/demonstrations.jsonl"
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What who learns to write digits unlearns."""
+    path = tmp_path_factory.mktemp("letters") / "letters.jsonl"
+    rows = [{"messages": f"{i}", "response": "abcdefgh"[i:]} for i in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def fit(
+    folder: Path,
+    letters: str,
+    callback: CapabilityRetention,
+    *,
+    steps: int = STEPS,
+    save_every: int = EVERY,
+    resume: str | None = None,
+) -> dict[str, Tensor]:
+    """Train on subtractions, towards their likelihood; the weights at the end."""
+    method = SFT(
+        Student("lab/arithmetic/student"),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o, total_iters=STEPS),
+    )
+    data = RolloutDataModule(
+        train=PromptSource(SUMS, domains=["sub-2"]),
+        mix=RolloutMix(recorded=1),
+        engine=HFEngine(),
+        sampling=Sampling(max_new_tokens=4),
+        prompts_per_step=4,
+        validation={
+            "written": EvaluationSuite(
+                prompts=PromptSource(SUMS, domains=["add-2"], limit=6),
+                verifier=RegexMatch(r"[a-m]"),
+            ),
+        },
+        texts={
+            "target": LikelihoodSuite(prompts=PromptSource(SUMS, domains=["sub-2"], limit=5)),
+            "letters": LikelihoodSuite(prompts=PromptSource(letters), batch_size=3),
+        },
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        val_check_interval=EVERY,
+        check_val_every_n_epoch=None,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        logger=TensorBoardLogger(str(folder), name="", version=""),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            callback,
+            ModelCheckpoint(folder / "checkpoints", every_n_train_steps=save_every, save_top_k=-1,
+                            filename="{step}", save_last=True),
+        ],
+        log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(method, datamodule=data, ckpt_path=resume)
+    return {name: tensor.clone() for name, tensor in method.student.weights()}
+
+
+def logged(folder: Path) -> dict[str, list[float]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {t: [e.value for e in events.Scalars(t)] for t in events.Tags()["scalars"]}
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_a_run_measures_its_start_and_keeps_the_front(letters: str, tmp_path: Path) -> None:
+    callback = CapabilityRetention(["target"])
+    final = fit(tmp_path, letters, callback)
+    found = logged(tmp_path)
+    for name in ("target", "letters"):
+        assert found[f"val/{name}/kl"][0] == 0
+        assert found[f"retention/delta/{name}"][0] == 0
+        assert min(found[f"val/{name}/kl"][1:]) > 0
+    assert len(found["retention/worst"]) == 1 + STEPS // EVERY
+    assert found["retention/gain"][-1] > 0.1
+    assert found["retention/delta/letters"][-1] < -0.1
+    delta = found["val/target/log_likelihood"][-1] - found["val/target/log_likelihood"][0]
+    assert found["retention/gain"][-1] == pytest.approx(delta, abs=1e-5)
+    worst = min(found["retention/delta/letters"][-1], found["retention/delta/written"][-1])
+    assert found["retention/worst"][-1] == pytest.approx(worst)
+
+    index = json.loads((tmp_path / "pareto" / "index.json").read_text())
+    assert [p["step"] for p in index["points"]] == [p.step for p in callback.points]
+    assert index["points"][0] | {"scores": None} == {
+        "step": 0, "gain": 0.0, "retention": 0.0, "scores": None, "checkpoint": None,
+    }  # fmt: skip
+    names = {p["checkpoint"] for p in index["points"]} - {None}
+    assert names == {path.name for path in (tmp_path / "pareto").glob("*.ckpt")}
+    student = Student("lab/arithmetic/student")
+    assert load_student(student, str(tmp_path / "pareto" / f"step-{STEPS:06d}.ckpt")) == STEPS
+    torch.testing.assert_close(dict(student.weights()), final, atol=0, rtol=0)
+
+
+@pytest.mark.usefixtures("in_lab")
+@pytest.mark.parametrize("stop", [2, 3, 4])  # before a validation, between two, at an epoch's end
+def test_a_resumed_run_retains_alike(stop: int, letters: str, tmp_path: Path) -> None:
+    def watch() -> CapabilityRetention:
+        return CapabilityRetention(["target"], lower_past=0.01, lower_to=0.5)
+
+    whole, first, second = watch(), watch(), watch()
+    unbroken = fit(tmp_path / "whole", letters, whole, save_every=stop)
+    fit(tmp_path / "cut", letters, first, steps=stop, save_every=stop)
+    last = str(tmp_path / "whole" / "checkpoints" / f"step={stop}.ckpt")
+    resumed = fit(tmp_path / "cut", letters, second, save_every=stop, resume=last)
+    assert whole.lowered
+    assert second.state_dict() == whole.state_dict()
+    torch.testing.assert_close(resumed, unbroken, atol=0, rtol=0)
+    one, other = (json.loads((tmp_path / n / "pareto" / "index.json").read_text())
+                  for n in ("whole", "cut"))  # fmt: skip
+    assert one == other
+    kept = [sorted(f.name for f in (tmp_path / n / "pareto").iterdir()) for n in ("whole", "cut")]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_past_a_bound_the_rate_falls_or_the_run_ends(letters: str, tmp_path: Path) -> None:
+    runs: dict[str, dict[str, Any]] = {
+        "free": {},
+        "lowered": {"lower_past": 0.01, "lower_to": 0.25},
+        "stopped": {"stop_past": 0.01},
+    }
+    rates = {}
+    for name, bounds in runs.items():
+        callback = CapabilityRetention(["target"], keep_pareto=False, **bounds)
+        fit(tmp_path / name, letters, callback)
+        assert callback.lowered is (name == "lowered")
+        rates[name] = logged(tmp_path / name)["optim/learning_rate"]
+        assert not (tmp_path / name / "pareto").exists()
+    assert len(rates["free"]) == STEPS
+    assert rates["stopped"] == rates["free"][:EVERY]
+    factors = [now / planned for now, planned in zip(rates["lowered"], rates["free"], strict=True)]
+    assert factors == pytest.approx([1.0] * EVERY + [0.25] * (STEPS - EVERY))
