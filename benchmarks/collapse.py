@@ -1,7 +1,7 @@
 """Whether CollapseWatch notices runs that collapse on the lab, and leaves honest ones alone.
 
 Honest runs are a shipped configuration over several seeds. The others are shipped configurations
-with one thing made wrong, from the first step on; the watch may step back. All is read from the
+with one thing made wrong; the watch may step back. All is read from the
 run's TensorBoard files.
 
 Run: opd lab build; python benchmarks/collapse.py [honest | repetition | rate | scale ...]
@@ -34,7 +34,12 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "repetition": ("grpo", ["--data.verifier=collapse.PaysRepetition"]),
     "rate": (
         "opd",
-        ["--model.init_args.optimizer.init_args.lr=1e-2", "--model.init_args.lr_scheduler=null"],
+        [
+            "--model.init_args.optimizer.init_args.lr=1e-3",
+            "--model.init_args.lr_scheduler=torch.optim.lr_scheduler.MultiStepLR",
+            "--model.init_args.lr_scheduler.init_args.milestones=[20]",
+            "--model.init_args.lr_scheduler.init_args.gamma=10",
+        ],
     ),
     "scale": ("g_opd", ["--model.init_args.scale=20"]),
 }

@@ -13,8 +13,8 @@ from opd_lightning.errors import UserError
 class Band:
     """Where a figure of a step should lie.
 
-    A bound is a number, or a multiple of the figure's mean over the run's first steps. Where a side
-    has both, the wider one counts. None takes a bound away.
+    A bound is a number, or a multiple of the figure's median over the run's first steps. Where a
+    side has both, the wider one counts. None takes a bound away.
 
     Args:
         lowest: The least value.
@@ -58,7 +58,7 @@ class Band:
 class Truncation(Band):
     """Share of responses cut at `sampling.max_new_tokens`; it went to 1 in 2604.08527's runs."""
 
-    highest: float | None = 0.5
+    highest: float | None = 0.3
     rise: float | None = 1.5
 
     figure: ClassVar[str] = "response/truncated"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from statistics import median
 from typing import Any
 
 from callbacks.collapse_rules import Band
@@ -20,15 +21,15 @@ class Track:
     def __init__(self, band: Band, start_steps: int) -> None:
         self.band = band
         self.start_steps = start_steps
-        self.count, self.total = 0, 0.0  # of the start
+        self.first: list[float] = []  # of the start
         self.outside = 0  # steps in a row, up to now
         self.value = math.nan  # the last one
 
     def see(self, value: float) -> None:
         """Judge the figure of a step."""
         self.value = value
-        if math.isfinite(value) and self.count < self.start_steps:
-            self.count, self.total = self.count + 1, self.total + value
+        if math.isfinite(value) and len(self.first) < self.start_steps:
+            self.first.append(value)
             return
         low, high = self.bounds
         self.outside = 0 if low <= value <= high else self.outside + 1
@@ -44,7 +45,7 @@ class Track:
 
     @property
     def start(self) -> float:
-        return self.total / max(self.count, 1)
+        return median(self.first or [0.0])
 
     def __str__(self) -> str:
         low, high = self.bounds
@@ -59,7 +60,7 @@ class Track:
         """Why the rule can never be broken, if it cannot."""
         name, rule = self.band.figure, type(self.band).__name__
         low, high = self.bounds
-        if not self.count:
+        if not self.first:
             return f"{rule}: this run does not log {name}; set the rule to null"
         if low <= 0 and high >= self.band.most:
             return (
@@ -69,10 +70,10 @@ class Track:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "total": self.total, "outside": self.outside}
+        return {"first": list(self.first), "outside": self.outside}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.count, self.total, self.outside = state["count"], state["total"], state["outside"]
+        self.first, self.outside = list(state["first"]), state["outside"]
 
 
 class Tracks:

@@ -31,7 +31,7 @@ class CollapseWatch(Callback):
         repetition: The share of repetitive responses.
         entropy: The student's entropy.
         length: The length of responses.
-        start_steps: Steps that the figures' starts are the means of. They are not judged.
+        start_steps: Steps that the figures' starts are the medians of. They are not judged.
         step_back: How to step back.
     """
 
@@ -69,7 +69,7 @@ class CollapseWatch(Callback):
         self._seen = trainer.global_step
         self._slow_down(module)
         if self.good is not None:
-            self.good.find(trainer)
+            self.good.begin(trainer)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, module: DistillationModule, *_: Any

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from opd_lightning.checkpoints import step_back
 from opd_lightning.checkpoints.places import remove
@@ -44,8 +45,8 @@ class GoodCheckpoints:
     """Keeps two checkpoints, one for each of the last two calm stretches of `every` steps.
 
     Of the newer one nobody knows yet what comes of its weights; the older one was followed by a
-    calm stretch at least. So that is the one to step back to. The first is taken after the first
-    step. They lie beside the run's other checkpoints, as `good-step=<step>.ckpt`.
+    calm stretch at least. So that is the one to step back to. The first is the run's start. They
+    lie beside the run's other checkpoints, as `good-step=<step>.ckpt`.
 
     Args:
         every: Length of a calm stretch in optimiser steps.
@@ -70,18 +71,24 @@ class GoodCheckpoints:
                 "folder it saves in; leave trainer.enable_checkpointing on, or choose 'stop'"
             )
 
-    def find(self, trainer: Trainer) -> None:
-        """Forget those that are no longer there; a run may go on from an old checkpoint."""
+    def begin(self, trainer: Trainer) -> None:
+        """Save the start of a run; of one that goes on from an old checkpoint, see what is left."""
         self.steps = tell(lambda: [s for s in self.steps if _path(trainer, s).exists()])
+        # To be saved in shards, an optimiser without a state would make an empty step first.
+        if trainer.global_step == 0 and not isinstance(trainer.strategy, ModelParallelStrategy):
+            self._save(trainer)
 
     def note(self, trainer: Trainer, *, calm: bool) -> None:
         """Save if it is time to; all processes must call it after every step."""
         self.calm = self.calm + 1 if calm else 0
         if calm and (not self.steps or self.calm >= self.every):
-            dropped, self.steps = self.steps[:-1], [*self.steps[-1:], trainer.global_step]
-            self.calm = 0  # it is itself in what is saved
-            trainer.save_checkpoint(_path(trainer, self.steps[-1]), weights_only=False)
-            _remove(trainer, dropped)
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        dropped, self.steps = self.steps[:-1], [*self.steps[-1:], trainer.global_step]
+        self.calm = 0  # it is itself in what is saved
+        trainer.save_checkpoint(_path(trainer, self.steps[-1]), weights_only=False)
+        _remove(trainer, dropped)
 
     def step_back(self, trainer: Trainer, module: DistillationModule) -> int:
         """Undo what was learnt since the older one; the number of its step.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -110,8 +111,15 @@ class RunLog(Callback):
 
 
 def _void_from(trainer: Trainer, step: int) -> None:
-    """Tell TensorBoard that what earlier processes logged for `step` and later did not happen."""
+    """Tell TensorBoard that what earlier processes logged for `step` and later did not happen.
+
+    Only if there were any: TensorBoard reads files by the clock times in their names, and one of a
+    clock that was put back comes first. Twice, because the first START is not taken for a restart.
+    """
     start = Event(session_log=SessionLog(status=SessionLog.START))
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.file_writer.add_event(start, step)
+            writer = logger.experiment.file_writer  # has its own file by now
+            if len(list(Path(logger.log_dir).glob("events.out.tfevents.*"))) > 1:
+                writer.add_event(start, step)
+                writer.add_event(start, step)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -66,10 +67,10 @@ def test_paid_repetition_is_caught_and_undone(
     assert 3 < caught < 20
     before, after = logged[: caught + 1], logged[caught + 1 :]
     assert len(after) > 5
-    assert before[-1]["response/truncated"] > 0.9 > before[0]["response/truncated"] + 0.2
-    assert all(step["response/truncated"] < 0.9 for step in after)
+    assert before[-1]["response/truncated"] > 0.9
+    assert mean(step["response/truncated"] for step in after) < 0.8
     assert all(step["reward"] < before[-1]["reward"] / 2 for step in after)
-    assert after[-1]["collapse/out_of_band"] == 0
+    assert all(step["entropy/student"] > 3.8 for step in after)
     rates = [step["optim/learning_rate"] for step in (before[-1], after[-1])]
     assert rates == pytest.approx([2e-2, 4e-4])
 
@@ -78,7 +79,7 @@ def test_paid_repetition_is_caught_and_undone(
 
 START, PATIENCE = 3, 2
 STEPS = 8
-BACK = 5  # optimiser steps made when it steps back, to what it was after the first
+BACK, GOOD = 5, 2  # optimiser steps made when it steps back, and of what it steps back to
 
 
 def watch_all(action: Any = "step_back", at_most: int = 1) -> CollapseWatch:
@@ -89,7 +90,7 @@ def watch_all(action: Any = "step_back", at_most: int = 1) -> CollapseWatch:
         entropy=None,
         length=Length(fall=None, highest=1.0, rise=None, patience=PATIENCE),
         start_steps=START,
-        step_back=StepBack(every_n_steps=2, at_most=at_most),
+        step_back=StepBack(every_n_steps=1, at_most=at_most),
     )
 
 
@@ -105,8 +106,8 @@ class Look(Callback):
             return
         self.looked = True
         folder = Path(trainer.checkpoint_callback.dirpath)
-        assert [p.name for p in folder.iterdir()] == ["good-step=1.ckpt"]
-        good = torch.load(folder / "good-step=1.ckpt", weights_only=True)
+        assert [p.name for p in folder.iterdir()] == [f"good-step={GOOD}.ckpt"]
+        good = torch.load(folder / f"good-step={GOOD}.ckpt", weights_only=True)
         exactly(pl_module.state_dict(), good["state_dict"])
         optimizer = trainer.optimizers[0]
         exactly(optimizer.state_dict()["state"], good["optimizer_states"][0]["state"])
@@ -158,6 +159,12 @@ def run(module: OPD, folder: Path, **more: Any) -> Losses:
 def test_a_run_that_stepped_back_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     whole = method()
     expected = run(whole, tmp_path / "whole").of_step
+    # In the first step, of which only its good checkpoint knows.
+    folder = tmp_path / "first"
+    with pytest.raises(ConnectionError):
+        run(method(2), folder)
+    assert [path.name for path in folder.iterdir()] == ["good-step=0.ckpt"]
+    assert run(method(), folder, ckpt_path="last").of_step == expected
     # Before it steps back, one step out of its band already; and after it.
     for step in (BACK - 1, BACK + 1):
         folder = tmp_path / str(step)
@@ -165,7 +172,8 @@ def test_a_run_that_stepped_back_is_resumed_bit_for_bit(tmp_path: Path) -> None:
             run(method(PARTS * step + 2), folder)
         resumed = method()
         seen = run(resumed, folder, ckpt_path=str(folder / "last.ckpt")).of_step
-        assert seen == {n: loss for n, loss in expected.items() if n >= step}
+        # The step before is what callbacks can still see when the first micro-batch ends.
+        assert seen == {n: loss for n, loss in expected.items() if n >= step - 1}
         exactly(weights(resumed), weights(whole))
 
 

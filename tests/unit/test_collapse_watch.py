@@ -47,9 +47,9 @@ def outside(band: Band, values: Sequence[float], start_steps: int = 3) -> list[i
 @pytest.mark.parametrize(
     ("band", "start", "bounds"),
     [
-        (Truncation(), 0.0, (-math.inf, 0.5)),
-        (Truncation(), 0.4, (-math.inf, 0.6)),  # the wider of 0.5 and 1.5 x 0.4
-        (Truncation(rise=None), 0.4, (-math.inf, 0.5)),
+        (Truncation(), 0.0, (-math.inf, 0.3)),
+        (Truncation(), 0.4, (-math.inf, 0.6)),  # the wider of 0.3 and 1.5 x 0.4
+        (Truncation(rise=None), 0.4, (-math.inf, 0.3)),
         (Truncation(highest=None), 0.4, (-math.inf, 0.6)),
         (Repetition(), 0.0, (-math.inf, 0.1)),
         (Entropy(), 0.5, (0.01, 1.5)),
@@ -67,7 +67,7 @@ def test_bounds(band: Band, start: float, bounds: tuple[float, float]) -> None:
     [
         (Length(), [90, 100, 110, 399, 401, 500, 400, 20, 19], [0, 0, 0, 0, 1, 2, 0, 0, 1]),
         # The start is not judged by bounds that depend on it.
-        (Truncation(), [0.9, 0.0, 0.0, 0.46, 0.46, 0.51], [0, 0, 0, 0, 0, 1]),
+        (Truncation(), [0.9, 0.0, 0.1, 0.3, 0.29, 0.31], [0, 0, 0, 0, 0, 1]),
         (Entropy(), [0.5, 0.5, 0.5, 0.009, 1.51], [0, 0, 0, 1, 2]),  # either side counts
         # No number is in no band, and no part of a start.
         (Entropy(), [math.nan, 0.5, 0.5, 0.5, math.inf, 0.5], [1, 1, 1, 1, 2, 0]),
@@ -103,15 +103,18 @@ class Run:
     def __init__(self, watch: CollapseWatch, folder: Path) -> None:
         self.watch = watch
         self.logs: Sequence[str] = tuple(HEALTHY)
-        self.module = SimpleNamespace(rate_scales={}, log=self._log)
+        self.module = SimpleNamespace(rate_scales={})
         self.logged: list[dict[str, float]] = []
         self.saved: list[int] = []
         self.trainer = SimpleNamespace(
             global_step=0,
             is_global_zero=True,
+            strategy=None,
             checkpoint_callback=ModelCheckpoint(folder),
             save_checkpoint=self._save,
             callback_metrics={},
+            log_every_n_steps=1,
+            loggers=[SimpleNamespace(log_metrics=self._log, save=lambda: None)],
         )
         self.begin()
 
@@ -138,8 +141,9 @@ class Run:
             cast(Trainer, self.trainer), cast(DistillationModule, self.module)
         )
 
-    def _log(self, name: str, value: float) -> None:
-        self.logged[-1][name] = value
+    def _log(self, figures: dict[str, float], step: int) -> None:
+        assert step == len(self.logged) - 1
+        self.logged[-1] |= figures
 
     def _save(self, path: Path, weights_only: bool) -> None:
         assert not weights_only
@@ -240,23 +244,22 @@ def test_two_checkpoints_of_calm_stretches_are_kept(tmp_path: Path) -> None:
     def there() -> list[str]:
         return sorted(path.name for path in tmp_path.iterdir())
 
-    run.steps(1)
-    assert run.saved == [1]
+    assert run.saved == [0]
     run.steps(8)
-    assert run.saved == [1, 5, 9]
-    assert there() == ["good-step=5.ckpt", "good-step=9.ckpt"]
+    assert run.saved == [0, 4, 8]
+    assert there() == ["good-step=4.ckpt", "good-step=8.ckpt"]
     run.steps(3)
     run.step(response_truncated=0.9)  # one step is out of its band: the stretch begins anew
     run.steps(3)
-    assert run.saved == [1, 5, 9]
+    assert run.saved == [0, 4, 8]
     run.step()
-    assert run.saved == [1, 5, 9, 17]
+    assert run.saved == [0, 4, 8, 16]
     assert run.watch.good is not None
-    assert run.watch.good.steps == [9, 17]
-    assert run.watch.good.state_dict() == {"steps": [9, 17], "calm": 0}
-    (tmp_path / "good-step=9.ckpt").unlink()
+    assert run.watch.good.steps == [8, 16]
+    assert run.watch.good.state_dict() == {"steps": [8, 16], "calm": 0}
+    (tmp_path / "good-step=8.ckpt").unlink()
     run.begin()
-    assert run.watch.good.steps == [17]
+    assert run.watch.good.steps == [16]
 
 
 def test_a_run_without_checkpoints_cannot_step_back() -> None:
