@@ -1,7 +1,8 @@
-"""A script: `collapse_ranks.py RANKS FILE` trains in the untrained lab and steps back once.
+"""A script: `collapse_ranks.py RANKS HOW FILE` trains in the untrained lab and steps back once.
 
-Plain gradient descent, so that a step back shows in the weights. Rank 0 writes its weights at the
-end, those of all ranks, and how often the run stepped back.
+HOW is ddp, or fsdp with its checkpoints in a file or a folder. Gradient descent with momentum, so
+that a step back shows in weights and optimiser alike. Rank 0 writes its weights at the end, those
+of all ranks, and how often the run stepped back.
 """
 
 import sys
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from opd_lightning.checkpoints.together import gather
 from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.methods import OPD
 from opd_lightning.rollouts import HFEngine, Sampling
+from opd_lightning.sharding import whole
 from opd_lightning.student import Student
 from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.trainer import Trainer
@@ -23,12 +26,24 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.integration.test_collapse import watch_all
 
 
-def main(ranks: int, file: Path) -> None:
+def strategy_of(ranks: int, how: str) -> Strategy | str:
+    if ranks == 1:
+        return "auto"
+    if how == "ddp":
+        return how
+    return ModelParallelStrategy(
+        data_parallel_size=ranks,
+        tensor_parallel_size=1,
+        save_distributed_checkpoint=how == "folder",
+    )
+
+
+def main(ranks: int, how: str, file: Path) -> None:
     watch = watch_all()
     trainer = Trainer(
         accelerator="cpu",
         devices=ranks,
-        strategy="ddp" if ranks > 1 else "auto",
+        strategy=strategy_of(ranks, how),
         max_steps=6,
         max_epochs=-1,
         accumulate_grad_batches=2,
@@ -42,7 +57,7 @@ def main(ranks: int, file: Path) -> None:
     method = OPD(
         Student("lab/arithmetic/student"),
         FrozenTeacher("lab/arithmetic/teacher"),
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
         max_logprob_gap=1e-3,
     )
     data = RolloutDataModule(
@@ -52,7 +67,8 @@ def main(ranks: int, file: Path) -> None:
         prompts_per_step=4,
     )
     trainer.fit(method, datamodule=data)
-    mine = {name: p.detach().clone() for name, p in method.student.named_parameters()}
+    named = method.student.named_parameters()
+    mine = {name: whole(p.detach()).clone() for name, p in named}
     every = gather(mine)
     if trainer.is_global_zero:
         result = {"weights": mine, "of_ranks": every, "step_backs": watch.step_backs}
@@ -63,4 +79,4 @@ def main(ranks: int, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

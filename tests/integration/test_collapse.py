@@ -193,12 +193,20 @@ def test_a_run_ends_where_it_is_told_to(action: str, step: int, told: str, tmp_p
 SCRIPT = Path(__file__).with_name("collapse_ranks.py")
 
 
-def test_ranks_step_back_together(untrained_lab: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        "ddp",
+        pytest.param("file", marks=pytest.mark.slow),
+        pytest.param("folder", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_step_back_together(how: str, untrained_lab: Path, tmp_path: Path) -> None:
     found = []
     for ranks in (1, 2):
         file = tmp_path / f"{ranks}.pt"
-        command = [sys.executable, str(SCRIPT), str(ranks), str(file)]
-        subprocess.run(command, cwd=untrained_lab, check=True, timeout=240)
+        command = [sys.executable, str(SCRIPT), str(ranks), how, str(file)]
+        subprocess.run(command, cwd=untrained_lab, check=True, timeout=300)
         found.append(torch.load(file, weights_only=True))
     one, two = found
     assert one["step_backs"] == two["step_backs"] == 1

@@ -306,7 +306,8 @@ def test_every_threshold_is_in_the_yaml(monkeypatch: pytest.MonkeyPatch, tmp_pat
         "        length: {rise: null, patience: 9}\n        step_back: {at_most: 1}\n"
     )
     cli = OPDCLI(["fit", "--config", str(CONFIG), "--config", str(tmp_path / "watch.yaml")])
-    (watch,) = [c for c in cli.trainer.callbacks if isinstance(c, CollapseWatch)]  # type: ignore[attr-defined]
+    callbacks: Iterable[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    (watch,) = [c for c in callbacks if isinstance(c, CollapseWatch)]
     assert [track.band for track in watch.tracks] == [
         Truncation(highest=0.3),
         Entropy(),
