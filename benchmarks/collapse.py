@@ -38,7 +38,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
             "--model.init_args.optimizer.init_args.lr=1e-3",
             "--model.init_args.lr_scheduler=torch.optim.lr_scheduler.MultiStepLR",
             "--model.init_args.lr_scheduler.init_args.milestones=[20]",
-            "--model.init_args.lr_scheduler.init_args.gamma=10",
+            "--model.init_args.lr_scheduler.init_args.gamma=30",
         ],
     ),
     "scale": ("g_opd", ["--model.init_args.scale=20"]),
