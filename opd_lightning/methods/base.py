@@ -115,6 +115,8 @@ class DistillationModule(Contract, EvaluatedModule):
         """Note what became of the signal, token by token."""
         done = {**rates, "selected": signal.mask}
         self.rates.update(scored.batch, {f"rule/{name}": rate for name, rate in done.items()})
+        if "teacher" not in scored.others:  # else it is among the signal's figures
+            self.rates.update(scored.batch, {"entropy/student": scored.student.entropy})
         told = {"log_ratio": scored.log_ratio} if "teacher" in scored.others else {}
         self.token_figures = told | {"advantage": signal.advantage, **done}
 

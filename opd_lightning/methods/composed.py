@@ -95,8 +95,6 @@ class ComposedMethod(DistillationModule):
         self.skipped.look(batch, mask, student=student, **scored.others)
         if "teacher" in scored.others:
             self.note_signal(batch, student, scored.teacher, mask)
-        else:
-            self.rates.update(batch, {"entropy/student": student.entropy})
         if prepared is None:
             signal = self._first_signal(scored)
             rates: Rates = {}
