@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--staleness", type=int, choices=(0, 1), default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every purge
     ddp = {"trainer__strategy": "ddp", "trainer__devices": options.ranks}
     changes = {
         "data__engine": {"class_path": f"opd_lightning.rollouts.{ENGINES[options.engine]}"},
