@@ -30,6 +30,7 @@ from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.trainer import Trainer
 from tests.integration.test_interrupted import Losses
 from tests.toy_run import Toy, train
+from tests.unit.test_checkpoints import flip
 
 WAYS = ("ddp", "file", "folder")  # DDP; FSDP2 with gathered files; FSDP2 with folders of shards
 
@@ -70,12 +71,7 @@ def faults(folder: Path, way: str) -> dict[str, Any]:
     if dist.get_rank() == 0:  # in a file that rank 1 checks
         newest = [folder / "last.ckpt", folder / "step=3.ckpt"]
         for path in newest:
-            file = path / "__1_0.distcp" if path.is_dir() else path
-            content = bytearray(file.read_bytes())
-            middle = len(content) // 2
-            for at in range(middle, middle + 256):  # more than padding, which nobody reads
-                content[at] ^= 1
-            file.write_bytes(content)
+            flip(path / "__1_0.distcp" if path.is_dir() else path)
     dist.barrier()
     _, third = train(folder, 4, saver=all_steps, **strategy(way))
     wide = Toy(width=16)
