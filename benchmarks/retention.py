@@ -3,7 +3,8 @@
 The student is trained from scratch on sums with two and three digits and differences with two, and
 sees a few differences with three. These, the hard ones, are then all that OPD (the lab's teacher),
 SFT (worked solutions) and GRPO (rewards) train on, at one constant learning rate. Each run is
-looked at where its gain on held-out hard problems first reaches `--gain`.
+looked at where its gain on held-out hard problems first reaches `--gain`. Runs that are in the
+work folder are read, not made again.
 
 Run: opd lab build; python benchmarks/retention.py [--seeds 0 1 2] [--out retention.json]
 """
@@ -34,8 +35,8 @@ STUDENT = ModelRecipe(
 )
 SEEN = 60  # hard problems that the student saw, of each other domain 3,000
 METHODS = {"OPD": "opd", "SFT": "sft", "GRPO": "grpo"}
-# Responses of a step: as many for all, in GRPO's case to an eighth as many prompts.
-SIZES = {"OPD": (64, 1), "SFT": (64, 1), "GRPO": (8, 8)}
+# Prompts of a step, and responses to each; with as few as the others GRPO learns nothing.
+SIZES = {"OPD": (64, 1), "SFT": (64, 1), "GRPO": (32, 8)}
 
 
 def prepare(work: Path) -> None:
@@ -141,9 +142,9 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
         cells = [method, f"{len(there)} of {len(found)}"]
         for name in columns:
             values = [run[name] for run in there]
-            digits = 0 if name == "step" else 3
+            digits, sign = (0, "") if name == "step" else (3, "+")
             spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):+.{digits}f}{spread}" if values else "not reached")
+            cells.append(f"{mean(values):{sign}.{digits}f}{spread}" if values else "not reached")
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/retention"))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--gain", type=float, default=0.2)
+    parser.add_argument("--gain", type=float, default=0.1)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--every", type=int, default=10, help="steps between two evaluations")
     parser.add_argument("--steps", type=int, default=80)
