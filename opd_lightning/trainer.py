@@ -1,44 +1,38 @@
-"""Lightning's Trainer with this program's own commands; each method here is an `opd` subcommand."""
+"""Lightning's Trainer as this program trains and measures with it."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
-from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 
-from opd_lightning import preflight, signals
-from opd_lightning.cache_teacher import fill
+from opd_lightning import measurement_report, signals
 from opd_lightning.checkpoints import CheckpointConnector, write
 from opd_lightning.checkpoints.savers import RememberSavers
+from opd_lightning.commands import Commands
 from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.data.prompt_files import PromptFiles
-from opd_lightning.errors import NotReadyError, UserError
-from opd_lightning.export import load_student, write_hf_folder
+from opd_lightning.errors import UserError
 from opd_lightning.interruption import SaveOnInterruption, TermAsInterrupt
 from opd_lightning.methods.base import DistillationModule
-from opd_lightning.preflight import report
-from opd_lightning.preflight.check import look_at
 from opd_lightning.progress import StepProgressBar
 from opd_lightning.quiet import only_warnings
 from opd_lightning.run_lock import held
 from opd_lightning.run_log import RunLog
 from opd_lightning.sharding import check_strategy
-from opd_lightning.teachers.cached import CachedTeacher
-from opd_lightning.types import Author
-from opd_lightning.write_responses import write_responses
 
 
-class Trainer(LightningTrainer):
+class Trainer(Commands):
     """See Lightning's documentation.
 
-    Added are our own commands, a progress bar in optimiser steps, a log without seams, and a
-    checkpoint when a run is cut short.
+    Added are our own commands, a progress bar in optimiser steps, a log without seams, scores for
+    people and for programs, and a checkpoint when a run is cut short.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -81,132 +75,81 @@ class Trainer(LightningTrainer):
         with held(folder) if folder is not None and self.is_global_zero else nullcontext():
             super().fit(*args, **kwargs)
 
-    def export(
+    def validate(
         self,
-        model: DistillationModule,
-        ckpt_path: str,
-        out: str,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
         datamodule: LightningDataModule | None = None,
-    ) -> None:
-        """Write a checkpoint's student as a Hugging Face folder.
-
-        Args:
-            ckpt_path: Checkpoint of the run whose config is given.
-            out: Folder to write; must not exist or be empty.
-            datamodule: Not needed; every command is handed one.
-        """
-        folder = Path(out)
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"--out: {out!r} is not empty; name a new folder")
-        preflight.check_usable(model.student.source)
-        step = load_student(model.student, ckpt_path)
-        write_hf_folder(model.student, folder)
-        print(f"wrote the student of step {step} to {folder}")
-
-    def check(
-        self,
-        model: DistillationModule,
-        datamodule: RolloutDataModule,
-        samples: int = 16,
-        compare_teachers: bool = True,
+        weights_only: bool | None = None,
         json: bool = False,
-    ) -> None:
-        """Look at a run before it is started: settings, tokens, numbers, cost. Writes nothing.
-
-        In one process, with student and teachers whole on its device.
+        out: str | None = None,
+    ) -> list[Mapping[str, float]]:
+        """Measure a student on data.validation and data.texts: of a run's checkpoint, or a folder.
 
         Args:
-            samples: Responses that the numbers are taken of.
-            compare_teachers: Load the weights of teachers elsewhere too, and compare log-probs.
-            json: Print one JSON object instead of a table.
+            model: The method, with the student.
+            dataloaders: Not needed; a datamodule has them.
+            ckpt_path: Checkpoint of the run whose config is given; without one the student is the
+                Hugging Face folder that the config names.
+            verbose: Print the scores.
+            datamodule: Holds the suites and the engine.
+            weights_only: Not needed; nothing but tensors and plain data is ever read.
+            json: Print them as one JSON object instead of a table.
+            out: File to write the same object to.
         """
-        if samples < 1:
-            raise UserError(f"--samples: got {samples}, expected at least 1")
+        with self._reported("validate", ckpt_path, verbose, json, out):
+            return super().validate(model, dataloaders, ckpt_path, False, datamodule, weights_only)
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+        json: bool = False,
+        out: str | None = None,
+    ) -> list[Mapping[str, float]]:
+        """Measure a student on data.test and data.texts: of a run's checkpoint, or a folder.
+
+        Args:
+            model: The method, with the student.
+            dataloaders: Not needed; a datamodule has them.
+            ckpt_path: Checkpoint of the run whose config is given; without one the student is the
+                Hugging Face folder that the config names.
+            verbose: Print the scores.
+            datamodule: Holds the suites and the engine.
+            weights_only: Not needed; nothing but tensors and plain data is ever read.
+            json: Print them as one JSON object instead of a table.
+            out: File to write the same object to.
+        """
+        with self._reported("test", ckpt_path, verbose, json, out):
+            return super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
+
+    @contextmanager
+    def _reported(
+        self, stage: str, checkpoint: str | Path | None, verbose: bool, json: bool, out: str | None
+    ) -> Iterator[None]:
+        """Print, and write, what is measured inside."""
+        if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
+            raise UserError(
+                f"--out: got {out!r}, expected a file to write, in a folder that is there"
+            )
+        if json:
+            only_warnings()
+        # Libraries print what they like.
+        with redirect_stdout(sys.stderr) if json else nullcontext():
+            yield
         if not self.is_global_zero:
             return
-        only_warnings()
-        self.strategy.connect(model)
-        self.datamodule = datamodule
-        model.trainer = datamodule.trainer = self
-        try:
-            with redirect_stdout(sys.stderr):  # libraries print what they like
-                findings = look_at(
-                    self, model, datamodule, samples=samples, compare_teachers=compare_teachers
-                )
-        finally:
-            datamodule.teardown("fit")
-            model.teardown("fit")
+        module = cast(DistillationModule, self.lightning_module)
+        found = measurement_report.measured(module, self.datamodule, stage, checkpoint)
+        if out is not None:
+            Path(out).write_text(measurement_report.as_json(found) + "\n")
         if json:
-            print(report.as_json(findings))
-        else:
-            report.as_table(findings, Console())
-        if any(finding.level == "error" for finding in findings):
-            raise NotReadyError(report.verdict(findings))
-
-    def cache_teacher(
-        self,
-        model: DistillationModule,
-        batch_tokens: int = 16384,
-        datamodule: RolloutDataModule | None = None,
-    ) -> None:
-        """Ask the teachers behind a run's CachedTeachers about its recorded responses.
-
-        Run it again to go on where it stopped. One process, on the trainer's first device.
-
-        Args:
-            batch_tokens: Most tokens of a batch, prompts and padding included.
-            datamodule: Holds the responses.
-        """
-        parts = [part for teacher in model.teachers() for part in teacher.parts()]
-        cached = [part for part in parts if isinstance(part, CachedTeacher)]
-        if not cached:
-            raise UserError(
-                "model: it asks no CachedTeacher, so there is nothing to cache; put one around the "
-                "teacher"
-            )
-        assert datamodule is not None
-        for teacher in cached:
-            teacher.note_unknown()
-        self.strategy.connect(model)
-        model.trainer = datamodule.trainer = self
-        datamodule.setup("fit")
-        for teacher in cached:
-            fill(
-                teacher,
-                student=model.student,
-                device=self.strategy.root_device,
-                batch_tokens=batch_tokens,
-            )
-
-    def write_responses(
-        self,
-        model: DistillationModule,
-        out: str,
-        author: Literal["student", "teacher"] = "student",
-        samples: int = 1,
-        batch_size: int = 256,
-        ckpt_path: str | None = None,
-        datamodule: RolloutDataModule | None = None,
-    ) -> None:
-        """Write responses to the prompts of data.train, as a prompt file of recorded responses.
-
-        Run it again to go on where it stopped.
-
-        Args:
-            out: File to write, JSON lines.
-            author: The student with data.engine, or the teacher of data.teacher.
-            samples: Responses per prompt.
-            batch_size: Prompts per call of the engine.
-            ckpt_path: Checkpoint of the student; without one it writes as it starts.
-            datamodule: Holds the prompts, the engines and the sampling.
-        """
-        assert datamodule is not None
-        write_responses(
-            model,
-            datamodule,
-            Path(out),
-            kind=Author(author),
-            samples=samples,
-            batch_size=batch_size,
-            ckpt_path=ckpt_path,
-        )
+            print(measurement_report.as_json(found))
+        elif verbose:
+            measurement_report.as_table(found, Console())

@@ -25,6 +25,7 @@ from opd_lightning.metrics.evaluation import SuiteScores
 from opd_lightning.metrics.likelihood import LikelihoodScores
 from opd_lightning.rollouts.base import Engine, Sampling
 from opd_lightning.time_limit import TimeLimit
+from opd_lightning.types import Prompt
 from opd_lightning.verifiers.base import Verifier
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ class RolloutDataModule(LightningDataModule):
             if name in {**(validation or {}), **(test or {})}:
                 raise UserError(f"data.texts: got {name!r}, the name of another suite; rename one")
         for name in ("prompts_per_step", "samples_per_prompt"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.{name}: got {getattr(self, name)}, expected at least 1")
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"data.{name}: got {value}, expected at least 1")
         self.prompt_files = PromptFiles()  # the trainer gives those of a run
         limit = TimeLimit(engine_time_limit, self._where, "data.engine_time_limit")
         writer = teacher.engine if teacher else None
@@ -162,10 +163,12 @@ class RolloutDataModule(LightningDataModule):
 
     def new_scores(self, stage: str) -> dict[str, SuiteScores | LikelihoodScores]:
         """Empty scores of every suite of a stage ("validate" or "test"), by suite name."""
-        return {
-            name: suite.scores(self._suites[name].prompts)
-            for name, suite in self._suites_of(stage).items()
-        }
+        suites = self._suites_of(stage).items()
+        return {name: suite.scores(self.prompts_of(name)) for name, suite in suites}
+
+    def prompts_of(self, suite: str) -> list[Prompt]:
+        """What a suite measures, once it is set up."""
+        return self._suites[suite].prompts
 
     def compares_with_start(self, stage: str) -> bool:
         """Whether a suite of the stage measures how far the student is from its start."""

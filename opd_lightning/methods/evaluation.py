@@ -32,6 +32,8 @@ class EvaluatedModule(LightningModule):
         super().__init__()
         self.suites: dict[str, SuiteScores | LikelihoodScores] = {}
         self.scores: dict[str, float] = {}  # of the last validation or test, as they are logged
+        # Of a measurement outside of a run: the figures of every domain, by suite.
+        self.scores_by_domain: dict[str, dict[str, dict[str, float]]] = {}
         self.derived: dict[str, float] = {}  # what callbacks make of them, logged with them
         self.validation_is_over = False  # of the weights as they are now
 
@@ -97,7 +99,16 @@ class EvaluatedModule(LightningModule):
         fits = self.trainer.state.fn == TrainerFn.FITTING
         if fits:  # at the number of steps made; Lightning's index is one less
             write_figures(self.trainer, self.scores, self.trainer.global_step)
-        self.log_dict(self.scores, logger=not fits)
+        else:
+            self.scores_by_domain = {
+                name: {
+                    domain: {key: float(value) for key, value in figures.items()}
+                    for domain, figures in scores.compute_by_domain().items()
+                }
+                for name, scores in self.suites.items()
+                if isinstance(scores, SuiteScores)
+            }
+        self.log_dict(self.scores, logger=not fits and bool(self.trainer.loggers))
         if self.start is not None:
             self.start.rest()
         if self.student.sharding is not None and any(

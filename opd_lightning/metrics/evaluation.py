@@ -73,20 +73,40 @@ class SuiteScores(Metric):
         `score` is avg@n, with its 95 % interval from `score_low` to `score_high`; `score/<domain>`
         comes if there are several; pass@k is `pass_at_<k>`, the vote `majority`.
         """
-        result = {"length": self.length.mean(), "truncated": self.truncated.mean()}
-        if self.score.isnan().any():  # no verifier
+        result = self._figures(range(len(self.domains)))
+        if "score" in result:
+            average = self.score.mean(dim=1)
+            for domain, rows in self._rows_by_domain().items():
+                result[f"score/{domain}"] = average[rows].mean()
+        return result
+
+    def compute_by_domain(self) -> dict[str, dict[str, Tensor]]:
+        """The figures of `compute` for each domain alone; empty if there is but one.
+
+        All ranks must call it.
+        """
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn):
+            return {domain: self._figures(rows) for domain, rows in self._rows_by_domain().items()}
+
+    def _rows_by_domain(self) -> dict[str, list[int]]:
+        rows: dict[str, list[int]] = {domain: [] for domain in sorted(set(self.domains))}
+        for i, domain in enumerate(self.domains):
+            rows[domain].append(i)
+        return rows if len(rows) > 1 else {}
+
+    def _figures(self, prompts: Sequence[int]) -> dict[str, Tensor]:
+        rows = list(prompts)
+        score, votes = self.score[rows], self.votes[rows]
+        result = {"length": self.length[rows].mean(), "truncated": self.truncated[rows].mean()}
+        if score.isnan().any():  # no verifier
             return result
-        average = self.score.mean(dim=1)
+        average = score.mean(dim=1)
         result["score"] = average.mean()
         result["score_low"], result["score_high"] = interval(average)
-        if len(set(self.domains)) > 1:
-            for domain in sorted(set(self.domains)):
-                rows = [i for i, other in enumerate(self.domains) if other == domain]
-                result[f"score/{domain}"] = average[rows].mean()
         for k in self.pass_at:
-            result[f"pass_at_{k}"] = pass_at_k(self.score >= 1, k).mean()
-        if self.votes.any():
-            result["majority"] = self.vote[self.votes > 0].mean()
+            result[f"pass_at_{k}"] = pass_at_k(score >= 1, k).mean()
+        if votes.any():
+            result["majority"] = self.vote[rows][votes > 0].mean()
         return result
 
 

@@ -234,6 +234,18 @@ def test_several_samples_by_enumeration() -> None:
     assert got["majority"] == pytest.approx((1 + 0 + 0.25) / 3)
 
 
+def test_a_domain_alone_is_a_suite_of_its_own_prompts() -> None:
+    whole, x, y = (SuiteScores(domains, 4, [2]) for domains in (["x", "y", "x"], ["x"] * 2, ["y"]))
+    for prompt in range(3):
+        whole.update(*suite_rows(prompt))
+    for domain, metric in ((x, [0, 2]), (y, [1])):
+        for place, prompt in enumerate(metric):
+            rows, answers = suite_rows(prompt)
+            domain.update([replace(row, group=place) for row in rows], answers)
+    assert whole.compute_by_domain() == {"x": x.compute(), "y": y.compute()}
+    assert not x.compute_by_domain()  # there is but one
+
+
 def test_ranks_with_different_prompts_add_up_to_the_whole() -> None:
     whole, *ranks = (SuiteScores(["x", "y", "x"], 4, [2]) for _ in range(3))
     for prompt in range(3):

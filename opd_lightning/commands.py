@@ -1,0 +1,159 @@
+"""What the `opd` command can do besides training and measuring: one method a subcommand."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Literal
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Trainer as LightningTrainer
+from rich.console import Console
+
+from opd_lightning import preflight
+from opd_lightning.cache_teacher import fill
+from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.errors import NotReadyError, UserError
+from opd_lightning.export import load_student, write_hf_folder
+from opd_lightning.methods.base import DistillationModule
+from opd_lightning.preflight import report
+from opd_lightning.preflight.check import look_at
+from opd_lightning.quiet import only_warnings
+from opd_lightning.teachers.cached import CachedTeacher
+from opd_lightning.types import Author
+from opd_lightning.write_responses import write_responses
+
+
+class Commands(LightningTrainer):
+    """Lightning's Trainer with our own commands."""
+
+    def export(
+        self,
+        model: DistillationModule,
+        ckpt_path: str,
+        out: str,
+        datamodule: LightningDataModule | None = None,
+    ) -> None:
+        """Write a checkpoint's student as a Hugging Face folder.
+
+        Args:
+            ckpt_path: Checkpoint of the run whose config is given.
+            out: Folder to write; must not exist or be empty.
+            datamodule: Not needed; every command is handed one.
+        """
+        folder = Path(out)
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"--out: {out!r} is not empty; name a new folder")
+        preflight.check_usable(model.student.source)
+        step = load_student(model.student, ckpt_path)
+        write_hf_folder(model.student, folder)
+        print(f"wrote the student of step {step} to {folder}")
+
+    def check(
+        self,
+        model: DistillationModule,
+        datamodule: RolloutDataModule,
+        samples: int = 16,
+        compare_teachers: bool = True,
+        json: bool = False,
+    ) -> None:
+        """Look at a run before it is started: settings, tokens, numbers, cost. Writes nothing.
+
+        In one process, with student and teachers whole on its device.
+
+        Args:
+            samples: Responses that the numbers are taken of.
+            compare_teachers: Load the weights of teachers elsewhere too, and compare log-probs.
+            json: Print one JSON object instead of a table.
+        """
+        if samples < 1:
+            raise UserError(f"--samples: got {samples}, expected at least 1")
+        if not self.is_global_zero:
+            return
+        only_warnings()
+        self.strategy.connect(model)
+        self.datamodule = datamodule
+        model.trainer = datamodule.trainer = self
+        try:
+            with redirect_stdout(sys.stderr):  # libraries print what they like
+                findings = look_at(
+                    self, model, datamodule, samples=samples, compare_teachers=compare_teachers
+                )
+        finally:
+            datamodule.teardown("fit")
+            model.teardown("fit")
+        if json:
+            print(report.as_json(findings))
+        else:
+            report.as_table(findings, Console())
+        if any(finding.level == "error" for finding in findings):
+            raise NotReadyError(report.verdict(findings))
+
+    def cache_teacher(
+        self,
+        model: DistillationModule,
+        batch_tokens: int = 16384,
+        datamodule: RolloutDataModule | None = None,
+    ) -> None:
+        """Ask the teachers behind a run's CachedTeachers about its recorded responses.
+
+        Run it again to go on where it stopped. One process, on the trainer's first device.
+
+        Args:
+            batch_tokens: Most tokens of a batch, prompts and padding included.
+            datamodule: Holds the responses.
+        """
+        parts = [part for teacher in model.teachers() for part in teacher.parts()]
+        cached = [part for part in parts if isinstance(part, CachedTeacher)]
+        if not cached:
+            raise UserError(
+                "model: it asks no CachedTeacher, so there is nothing to cache; put one around the "
+                "teacher"
+            )
+        assert datamodule is not None
+        for teacher in cached:
+            teacher.note_unknown()
+        self.strategy.connect(model)
+        model.trainer = datamodule.trainer = self
+        datamodule.setup("fit")
+        for teacher in cached:
+            fill(
+                teacher,
+                student=model.student,
+                device=self.strategy.root_device,
+                batch_tokens=batch_tokens,
+            )
+
+    def write_responses(
+        self,
+        model: DistillationModule,
+        out: str,
+        author: Literal["student", "teacher"] = "student",
+        samples: int = 1,
+        batch_size: int = 256,
+        ckpt_path: str | None = None,
+        datamodule: RolloutDataModule | None = None,
+    ) -> None:
+        """Write responses to the prompts of data.train, as a prompt file of recorded responses.
+
+        Run it again to go on where it stopped.
+
+        Args:
+            out: File to write, JSON lines.
+            author: The student with data.engine, or the teacher of data.teacher.
+            samples: Responses per prompt.
+            batch_size: Prompts per call of the engine.
+            ckpt_path: Checkpoint of the student; without one it writes as it starts.
+            datamodule: Holds the prompts, the engines and the sampling.
+        """
+        assert datamodule is not None
+        write_responses(
+            model,
+            datamodule,
+            Path(out),
+            kind=Author(author),
+            samples=samples,
+            batch_size=batch_size,
+            ckpt_path=ckpt_path,
+        )
