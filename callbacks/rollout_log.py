@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from opd_lightning.errors import UserError
 from opd_lightning.methods.base import DistillationModule
 from opd_lightning.token_page import TokenRow, token_page
+from opd_lightning.tokenization import token_texts
 from opd_lightning.types import Rollout, RolloutBatch
 
 OLD_FILES = 4  # of JSON lines, besides the current one
@@ -141,7 +142,6 @@ def _row(module: DistillationModule, batch: RolloutBatch, index: int) -> TokenRo
         name: values.detach().expand_as(batch.response_mask)[index, :length].float().tolist()
         for name, values in module.token_figures.items()
     }
-    tokenizer = module.student.source.tokenizer
-    tokens = [tokenizer.decode([i]) for i in rollout.response_ids[:length]]
+    tokens = token_texts(module.student.source.tokenizer, rollout.response_ids[:length])
     caption = f"{rollout.author}, reward {rollout.reward:.2f}, ended by {rollout.stop_reason}"
     return TokenRow(_question(rollout), caption, tokens, figures)

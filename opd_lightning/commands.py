@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch import Trainer as LightningTrainer
@@ -20,8 +21,9 @@ from opd_lightning.methods.base import DistillationModule
 from opd_lightning.preflight import report
 from opd_lightning.preflight.check import look_at
 from opd_lightning.quiet import only_warnings
+from opd_lightning.sample import Question, Sampler, chat, read_prompt
 from opd_lightning.teachers.cached import CachedTeacher
-from opd_lightning.types import Author
+from opd_lightning.types import Author, Message
 from opd_lightning.write_responses import write_responses
 
 
@@ -89,6 +91,81 @@ class Commands(LightningTrainer):
             report.as_table(findings, Console())
         if any(finding.level == "error" for finding in findings):
             raise NotReadyError(report.verdict(findings))
+
+    def sample(
+        self,
+        model: DistillationModule,
+        datamodule: RolloutDataModule,
+        prompt: str | None = None,
+        system: str | None = None,
+        samples: int = 1,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        max_new_tokens: int | None = None,
+        privileged: str | None = None,
+        answer: str | None = None,
+        domain: str = "default",
+        html: str | None = None,
+        max_length: int | None = None,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Answer a prompt, or chat, with every token coloured by what the teacher thinks of it.
+
+        Without a prompt stdin is one; on a terminal, every line is a turn of a conversation. Tokens
+        are coloured on a terminal and on a page; without a teacher by the student's own log-prob.
+        One process.
+
+        Args:
+            prompt: The user's message.
+            system: A system message before it.
+            samples: Responses to write.
+            temperature: Of the sampler, 0 being greedy; None takes data.sampling, as do the next
+                two. Teacher and student are compared at data.sampling's own.
+            top_p: Nucleus mass.
+            max_new_tokens: Most tokens of a response.
+            privileged: What a teacher with a privileged view is shown.
+            answer: The reference answer; with it data.verifier scores the responses.
+            domain: Which teacher is asked, where each domain has its own.
+            html: File to write a page of all responses to.
+            max_length: Most tokens of a conversation; None: the context of the student.
+            ckpt_path: Checkpoint of the run whose config is given; without one the student is the
+                Hugging Face folder that the config names.
+        """
+        given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        if samples < 1:
+            raise UserError(f"--samples: got {samples}, expected at least 1")
+        if html is not None and (Path(html).is_dir() or not Path(html).parent.is_dir()):
+            raise UserError(f"--html: got {html!r}, expected a file, in a folder that is there")
+        if not self.is_global_zero:
+            return
+        question = Question(
+            samples=samples,
+            sampling=replace(datamodule.sampling, **changes),
+            privileged=privileged,
+            answer=answer,
+            domain=domain,
+        )
+        text = read_prompt(prompt, sys.stdin)
+        only_warnings()
+        self.strategy.connect(model)
+        model.trainer = datamodule.trainer = self
+        preflight.check_models(model)
+        page = None if html is None else Path(html)
+        sampler = Sampler(model, datamodule, question, Console(file=sys.stdout), page)
+        first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        longest = max_length or model.student.source.context_length
+        if text is not None:
+            first.append({"role": "user", "content": text})
+            longest = len(sampler.check(first)) + question.sampling.max_new_tokens
+        try:
+            sampler.start(ckpt_path, longest, self.strategy.root_device)
+            if text is not None:
+                sampler.answer(first)
+            else:
+                chat(sampler, first, lambda: input("> "))
+        finally:
+            sampler.close()
 
     def cache_teacher(
         self,

@@ -25,7 +25,7 @@ TRAINER_DEFAULTS = {
     "max_epochs": -1,  # runs are measured in optimiser steps: trainer.max_steps
 }
 
-OWN_COMMANDS = ("check", "export", "write_responses", "cache_teacher")
+OWN_COMMANDS = ("check", "sample", "export", "write_responses", "cache_teacher")
 DASHED = [name.replace("_", "-") for name in OWN_COMMANDS]
 
 # What jsonargparse says besides the cause: type unions tried in vain, dumps of the value.

@@ -3,7 +3,8 @@
 import hashlib
 
 # What a seed is for; part of its coordinates, so that two uses never share a stream.
-PROMPT_ORDER, TRAINING_SAMPLE, EVALUATION_SAMPLE, AUTHOR, GUIDANCE, WRITTEN_SAMPLE = range(6)
+PROMPT_ORDER, TRAINING_SAMPLE, EVALUATION_SAMPLE, AUTHOR, GUIDANCE = range(5)
+WRITTEN_SAMPLE, SHOWN_SAMPLE = range(5, 7)
 
 
 def derive_seed(*coordinates: int) -> int:

@@ -10,6 +10,9 @@ from typing import NamedTuple
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+ABOVE, BELOW = (38, 133, 196), (214, 69, 65)  # red, green, blue of values above 0 and below
+IN_SCALE = 0.98  # share of the tokens that fit in the scale: one surprise must not bleach the rest
+
 
 class TokenRow(NamedTuple):
     """A response and what is known of each of its tokens."""
@@ -33,7 +36,8 @@ def token_page(title: str, rows: Sequence[TokenRow]) -> str:
     text = json.dumps(data).replace("<", "\\u003c")
     environment = Environment(loader=PackageLoader("opd_lightning"), autoescape=True)
     template = environment.get_template("tokens.html")
-    return template.render(title=title, rows=rows, data=Markup(text))
+    colours = {"above": "{} {} {}".format(*ABOVE), "below": "{} {} {}".format(*BELOW)}
+    return template.render(title=title, rows=rows, data=Markup(text), in_scale=IN_SCALE, **colours)
 
 
 def _plain(values: Sequence[float]) -> list[float | None]:

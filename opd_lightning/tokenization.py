@@ -19,6 +19,7 @@ from opd_lightning.model_source import ModelSource
 _PROBE = "two words,\n\n  1+1=2; (and) so on?"
 _SPACE = "\u2581"  # SentencePiece's
 _SENTENCE_PIECE = {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"}  # steps of its decoders
+UNFINISHED = "\ufffd"  # what decoders write for a part of a character
 _BATCH = 4096  # texts in one call; what comes back is large
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -73,6 +74,24 @@ def whole_characters(tokens: Sequence[bytes]) -> int:
         whole -= 1
         unfinished -= len(tokens[whole])
     return whole
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What every token adds to the text; together they are the text, special tokens included.
+
+    A character of several tokens belongs to the last of them.
+    """
+    texts: list[str] = []
+    # Decoded from one token before the new ones: the first of a text may lose its space.
+    start = done = 0
+    for end in range(1, len(ids) + 1):
+        before = tokenizer.decode(ids[start:done])
+        both = tokenizer.decode(ids[start:end])
+        is_whole = not both.endswith(UNFINISHED) or end == len(ids)
+        texts.append(both[len(before) :] if is_whole else "")
+        if is_whole:
+            start, done = done, end
+    return texts
 
 
 def token_bytes(source: ModelSource) -> dict[int, bytes]:

@@ -14,6 +14,7 @@ from opd_lightning.tokenization import (
     check_spelling,
     ends_within,
     token_bytes,
+    token_texts,
     whole_characters,
 )
 from tests.tokenizers import KINDS, as_source, byte_level, word_piece, wrapped
@@ -211,3 +212,22 @@ def test_a_tokenizer_cuts_none_of_its_own_tokens_and_the_rest_as_it_reads(kind: 
     (found,) = ends_within(source, [whole.encode()])
     ends = [end - in_front for end in accumulate(map(len, tokens))][:-1]
     assert places(found) == [end for end in ends if end > 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_tokens_add_is_the_text(kind: str) -> None:
+    tokenizer = wrapped(KINDS[kind]()).tokenizer
+    for text in ("the so 1+1=2;", " näive", "dogs\n\n  and"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert "".join(token_texts(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_a_character_belongs_to_the_last_of_its_tokens() -> None:
+    tokenizer = wrapped(byte_level()).tokenizer
+    ids = tokenizer.encode("a雪🙂", add_special_tokens=False)
+    texts = token_texts(tokenizer, ids)
+    assert "".join(texts) == "a雪🙂"
+    assert [text for text in texts if text] == ["a", "雪", "🙂"]
+    assert len(texts) > 3
+    assert "".join(token_texts(tokenizer, ids[:-1])) == tokenizer.decode(ids[:-1])  # cut short
+    assert token_texts(tokenizer, []) == []
