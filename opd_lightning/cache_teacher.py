@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from time import monotonic
 
 import torch
-from tqdm import tqdm
 
 from opd_lightning.data.collate import collate
+from opd_lightning.progress import Progress
 from opd_lightning.student import Student
 from opd_lightning.teachers.base import RecordedQuestion, Teacher
 from opd_lightning.teachers.cached import CachedTeacher
@@ -45,7 +45,7 @@ def fill(
         teacher.load(device, student)
         with (
             ScoreWriter(cached.folder, description) as writer,
-            tqdm(total=tokens, unit="token", unit_scale=True, disable=None) as bar,
+            Progress("score", tokens, "token") as bar,
         ):
             for parts in _rounds(cached.unknown, batch_tokens):
                 batches = [_collate(part, description, student).to(device) for part in parts]

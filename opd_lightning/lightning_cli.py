@@ -22,6 +22,7 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the stream deals prompts out to the ranks itself
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 1,
+    "enable_model_summary": False,  # a run says in its first line what it trains
     "max_epochs": -1,  # runs are measured in optimiser steps: trainer.max_steps
 }
 

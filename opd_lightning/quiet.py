@@ -7,6 +7,8 @@ import os
 import re
 import warnings
 
+from opd_lightning.progress import is_watched
+
 # Part of the message, and why it does not concern the user.
 _NOT_FOR_USERS = (
     "does not have many workers",  # loaders here write rollouts; there is nothing to parallelise
@@ -21,14 +23,29 @@ _NOT_FOR_USERS = (
 )
 
 
+# The same where no job was asked for: a machine may have SLURM and not be used through it.
+_NOT_OUTSIDE_OF_JOBS = ("The `srun` command is available on your system but is not used",)
+
+# Lightning greets with the hardware that it did not find.
+_NO_NEWS = ("Tip:", "TPU available: False", "HPU available: False")
+
+
 def quiet_libraries() -> None:
     """Call once, before training starts; warnings that a user can act on still show."""
+    if not is_watched():
+        # Read when the libraries are imported; bars of loading and writing weights.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    for message in _NOT_FOR_USERS:
+    outside = () if "SLURM_JOB_ID" in os.environ else _NOT_OUTSIDE_OF_JOBS
+    for message in (*_NOT_FOR_USERS, *outside):
         warnings.filterwarnings("ignore", message=f"(?s).*{re.escape(message)}")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+        logging.getLogger(name).addFilter(_is_news)
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(part in record.getMessage() for part in _NO_NEWS)
 
 
 def only_warnings() -> None:

@@ -19,13 +19,14 @@ from opd_lightning.commands import Commands
 from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.data.prompt_files import PromptFiles
 from opd_lightning.errors import UserError
+from opd_lightning.first_line import FirstLine
 from opd_lightning.interruption import SaveOnInterruption, TermAsInterrupt
 from opd_lightning.methods.base import DistillationModule
-from opd_lightning.progress import StepProgressBar
 from opd_lightning.quiet import only_warnings
 from opd_lightning.run_lock import held
 from opd_lightning.run_log import RunLog
 from opd_lightning.sharding import check_strategy
+from opd_lightning.step_progress import StepProgressBar
 
 
 class Trainer(Commands):
@@ -41,7 +42,7 @@ class Trainer(Commands):
         ours: list[Callback] = [RememberSavers(), SaveOnInterruption()]
         has_bar = any(isinstance(callback, ProgressBar) for callback in given)
         if kwargs.get("enable_progress_bar") is not False and not has_bar:
-            ours.append(StepProgressBar())
+            ours += [FirstLine(), StepProgressBar()]
         # Stable: who saves whole steps comes after those that have a part in them.
         given = sorted(given, key=lambda callback: getattr(callback, "comes_last", False))
         kwargs["callbacks"] = [RunLog(), *given, *ours]  # its log begins before others' figures

@@ -11,8 +11,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, BinaryIO
 
-from tqdm import tqdm
-
 from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.data.engines import push
 from opd_lightning.data.mix import RolloutMix, samplings_by_author
@@ -23,6 +21,7 @@ from opd_lightning.export import load_student
 from opd_lightning.methods.base import DistillationModule
 from opd_lightning.model_source import ModelSource
 from opd_lightning.preflight import check_prompts, check_same_tokens, check_usable
+from opd_lightning.progress import Progress
 from opd_lightning.rollouts.base import Engine, Sampling
 from opd_lightning.seeding import WRITTEN_SAMPLE, derive_seed
 from opd_lightning.timing import StepTimer
@@ -164,7 +163,7 @@ def _write(
 ) -> None:
     """Batch by batch to the file, each on the disk before the next is begun."""
     began, tokens = monotonic(), 0
-    with tqdm(total=len(rows), unit="response", disable=None) as bar:
+    with Progress("generate", len(rows), "response") as bar:
         for first in range(0, len(rows), batch_size):
             part = rows[first : first + batch_size]
             rollouts = writer.write([row for _, row in part], {author.kind: author.sampling})

@@ -21,6 +21,10 @@ class EvaluationBatch:
     rollouts: tuple[Rollout, ...]  # all samples of a prompt in one batch
     answers: tuple[str | None, ...] | None  # what they come to; None if nobody can tell
 
+    @property
+    def rows(self) -> int:
+        return len(self.rollouts)
+
     def to(self, *_: object, **__: object) -> EvaluationBatch:
         """Nothing here lives on a device."""
         return self
@@ -58,6 +62,11 @@ class EvaluationStream:
     def __len__(self) -> int:
         """Batches, as many on every rank; the last may be empty here."""
         return self.batches
+
+    @property
+    def rows(self) -> int:
+        """Responses to write on this rank."""
+        return len(self.mine) * self.samples
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         for first in range(0, self.batches * self.batch_size, self.batch_size):

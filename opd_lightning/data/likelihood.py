@@ -22,6 +22,10 @@ class LikelihoodBatch:
     suite: str
     texts: RolloutBatch
 
+    @property
+    def rows(self) -> int:
+        return sum(not rollout.dropped for rollout in self.texts.rollouts)
+
     def to(self, device: torch.device, **_: object) -> LikelihoodBatch:
         return replace(self, texts=self.texts.to(device))
 
@@ -52,6 +56,11 @@ class LikelihoodStream:
     def __len__(self) -> int:
         """Batches, as many on every rank."""
         return self.batches
+
+    @property
+    def rows(self) -> int:
+        """Texts to read on this rank."""
+        return len(self.mine)
 
     def __iter__(self) -> Iterator[LikelihoodBatch]:
         for first in range(0, self.batches * self.batch_size, self.batch_size):

@@ -24,7 +24,7 @@ from opd_lightning.export import write_hf_folder
 from opd_lightning.lab import arithmetic, identity
 from opd_lightning.lab.models import new_model
 from opd_lightning.methods import SFT
-from opd_lightning.progress import StepProgressBar
+from opd_lightning.step_progress import StepProgressBar
 from opd_lightning.student import Student
 
 

@@ -21,6 +21,7 @@ from opd_lightning.lightning_cli import OPDCLI
 from opd_lightning.methods import SFT
 from opd_lightning.rollouts import HFEngine, Sampling
 from opd_lightning.rollouts.vllm_process import vllm_unavailable
+from opd_lightning.step_progress import StepProgressBar
 from opd_lightning.student import Student
 from opd_lightning.verifiers import ExactMatch
 
@@ -93,7 +94,11 @@ def evaluate(model: Path, prompts: Path) -> dict[str, float]:
         sampling=Sampling(max_new_tokens=64),
     )
     trainer = Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[StepProgressBar()],
     )
     (values,) = trainer.validate(SFT(Student(str(model))), datamodule=data, verbose=False)
     return {name.removeprefix("val/suite/"): value for name, value in values.items()}

@@ -82,6 +82,15 @@ class Cluster:
         command = ("env", *environment, "sbatch", "--parsable", f"--chdir={script.parent}")
         return Job(self, self.run(*command, *options, str(script)))
 
+    def break_node(self, name: str) -> None:
+        """Let a node go down, and come back."""
+        update = ("scontrol", "update", f"nodename={name}")
+        self.run(*update, "state=down", "reason=test")
+        # One whose daemon has reported in the meantime is back already, and refuses.
+        subprocess.run([*self._enter, *update, "state=resume"], capture_output=True, check=False)
+        show = ("sinfo", "--noheader", f"--nodes={name}", "--format=%T")
+        until(lambda: "down" not in self.run(*show), f"{name} is back")
+
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()

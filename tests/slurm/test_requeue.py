@@ -58,8 +58,7 @@ def test_a_job_that_is_started_again_ends_like_one_left_alone(
     third = submit(killed, strategy, engine=engine, pause={**within, "seconds": 1200})
     finish(asked, second, restarts=1)
     killed.await_pause(ranks=2)
-    cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
-    cluster.run("scontrol", "update", "nodename=n2", "state=resume")
+    cluster.break_node("n2")
     finish(killed, third, restarts=1)
 
     said = f"opd: SIGUSR1: saved the beginning of step 4 as {LAST}; job {second.number} is requeued"

@@ -1,0 +1,161 @@
+"""Progress of a run, counted in what a run is measured in: optimiser steps."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+
+from opd_lightning.progress import Progress
+
+if TYPE_CHECKING:
+    from opd_lightning.methods.evaluation import EvaluatedModule
+
+
+class StepProgressBar(ProgressBar):
+    """One bar for the whole run, with the loss, the reward and tokens per second.
+
+    A validation has a bar of its own, in responses, and leaves a line with its scores. In a log
+    there are lines instead, on rank 0: one every `log_every_n_steps`, and not too many a minute.
+
+    Args:
+        label: What the bar is called.
+    """
+
+    def __init__(self, label: str = "step") -> None:
+        super().__init__()
+        self.label = label
+        self._enabled = True
+        self._steps: Progress | None = None
+        self._suites: Progress | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_steps": None, "_suites": None}  # which cannot be sent elsewhere
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """What a module prints, above the bars."""
+        if self._enabled:
+            _say(" ".join(map(str, args)))
+
+    # Training -----------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        steps = trainer.estimated_stepping_batches
+        self._steps = Progress(
+            self.label,
+            None if math.isinf(steps) else int(steps),
+            "step",
+            every=trainer.log_every_n_steps,  # type: ignore[attr-defined]
+            disable=not self._enabled,
+        )
+        # A resumed run begins in the middle, and its rate counts from there.
+        self._steps.initial = self._steps.n = self._steps.last_print_n = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        bar = self._steps
+        if bar is not None and bar.n != trainer.global_step and not bar.disable:
+            shown = self.get_metrics(trainer, pl_module)
+            bar.set_postfix_str(", ".join(_figures(shown)), refresh=False)
+            bar.update(trainer.global_step - bar.n)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        for bar in (self._suites, self._steps):
+            if bar is not None:
+                bar.close()
+        self._suites = self._steps = None
+
+    # Measuring ----------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer.val_dataloaders, fits=trainer.state.fn == TrainerFn.FITTING)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer.test_dataloaders, fits=False)
+
+    def _begin(self, suites: Any, *, fits: bool) -> None:
+        responses = sum(suite.rows for suite in suites)
+        self._suites = Progress(
+            "evaluate", responses, "response", stays=not fits, disable=not self._enabled
+        )
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._suites is not None:
+            self._suites.update(batch.rows)
+
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.on_validation_batch_end(*args, **kwargs)
+
+    def on_validation_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: EvaluatedModule
+    ) -> None:
+        if self._suites is not None:
+            self._suites.close()
+        if self._enabled and trainer.state.fn == TrainerFn.FITTING:
+            for suite in pl_module.suites:
+                _say(f"step {trainer.global_step}, {_scores(suite, pl_module.scores)}")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._suites is not None:
+            self._suites.close()
+
+
+def _figures(shown: Mapping[str, Any]) -> list[str]:
+    """The loss first, the speed last."""
+    names = sorted(shown.keys() - {"v_num", "tokens_per_second"}, key=lambda n: (n != "loss", n))
+    figures = [f"{name} {float(shown[name]):.3g}" for name in names]
+    rate = shown.get("tokens_per_second")
+    return figures if rate is None else [*figures, f"{float(rate):,.0f} tokens/s"]
+
+
+def _scores(suite: str, scores: Mapping[str, float]) -> str:
+    """A suite's scores in a line."""
+    known = {key.removeprefix(f"val/{suite}/"): value for key, value in scores.items()}
+    parts = []
+    if "score" in known:
+        parts.append(f"score {known['score']:.3f}")
+        parts[0] += f" ({known['score_low']:.3f} to {known['score_high']:.3f})"
+    if "length" in known:
+        parts += [f"length {known['length']:.1f}", f"truncated {known['truncated']:.1%}"]
+    if "perplexity" in known:
+        parts.append(f"perplexity {known['perplexity']:.4g}")
+    if "kl" in known:
+        parts.append(f"KL from the start {known['kl']:.4f}")
+    return f"{suite}: " + ", ".join(parts)
+
+
+def _say(line: str) -> None:
+    Progress.write(line, file=sys.stderr)

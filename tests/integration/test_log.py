@@ -1,0 +1,46 @@
+"""What a run says on stderr, where stderr is a file: what a person would want to read."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_a_run_of_two_ranks_is_told_once_and_in_lines(in_lab: Path, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "opd_lightning", "fit"),
+        *("--config", str(CONFIGS / "lab" / "opd.yaml")),
+        *("--config", str(CONFIGS / "strategy" / "ddp.yaml")),
+        *("--trainer.devices=2", "--trainer.max_steps=3", "--trainer.val_check_interval=3"),
+        *("--data.prompts_per_step=8", "--data.sampling.max_new_tokens=8"),
+        f"--trainer.logger.init_args.save_dir={tmp_path / 'run'}",
+    ]
+    log = tmp_path / "log"
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "HF_HUB_DISABLE"))}
+    with log.open("w") as file:
+        done = subprocess.run(
+            command, cwd=in_lab, env=own, stdout=subprocess.PIPE, stderr=file, timeout=300
+        )
+    lines = log.read_text()
+    assert done.returncode == 0, lines
+    assert done.stdout == b""
+    first = (
+        r"^opd: OPD trains lab/arithmetic/student \([\d,]+ parameters, all\) on cpu, 2 processes: "
+        rf"step 0 to 3, 8 prompts a step; run folder {tmp_path}/run/?$"
+    )
+    assert len(re.findall(first, lines, re.MULTILINE)) == 1
+    step = (
+        r"^step 3/3, loss [-\d.e]+, reward [\d.]+, [\d,]+ tokens/s, [\d.]+ (s a step|steps/s), "
+        r"\d\d:\d\d in all$"
+    )
+    assert len(re.findall(step, lines, re.MULTILINE)) == 1
+    scores = r"^step 3, sums: score [\d.]+ \([\d.]+ to [\d.]+\), length [\d.]+, truncated [\d.]+%$"
+    assert len(re.findall(scores, lines, re.MULTILINE)) == 1
+    assert "\r" not in lines
+    for noise in ("Loading weights", "srun", "TPU", "it/s", "UserWarning"):
+        assert noise not in lines
