@@ -6,6 +6,7 @@ from callbacks.ema_teacher import EMATeacherUpdate
 from callbacks.phased_teacher_sampling import PhasedTeacherSampling
 from callbacks.rng_state import RngState
 from callbacks.rollout_log import RolloutLog
+from callbacks.signal_plots import SignalPlots
 from callbacks.slurm_requeue import SlurmRequeue
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "PhasedTeacherSampling",
     "RngState",
     "RolloutLog",
+    "SignalPlots",
     "SlurmRequeue",
 ]

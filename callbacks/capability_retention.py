@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from callbacks.measurement import Measurement, check_measurable
 from callbacks.pareto import ParetoFolder, Point, front
 from opd_lightning.checkpoints.together import tell
+from opd_lightning.dashboard import Layout
 from opd_lightning.errors import UserError
 from opd_lightning.methods.base import DistillationModule
 
@@ -36,6 +37,16 @@ class CapabilityRetention(Callback):
         lower_to: What it is multiplied by, whatever its schedule says.
         stop_past: Drop of the worst ability past which the run ends; None never does.
     """
+
+    charts: ClassVar[Layout] = {
+        "What does it cost?": {
+            "delta to the start, by suite": ["Multiline", ["retention/delta/"]],
+            "gain on the targets, and the worst ability": [
+                "Multiline",
+                ["retention/(gain|worst)$"],
+            ],
+        }
+    }
 
     def __init__(
         self,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, Trainer
 
 from callbacks.collapse_rules import Band, Entropy, Length, Repetition, Truncation
 from callbacks.collapse_tracks import Track, Tracks
 from callbacks.good_checkpoints import GoodCheckpoints, StepBack
+from opd_lightning.dashboard import Layout
 from opd_lightning.errors import CollapseError, UserError, raised_by_all
 from opd_lightning.methods.base import DistillationModule
 from opd_lightning.run_log import write_step
@@ -36,6 +37,11 @@ class CollapseWatch(Callback):
     """
 
     comes_last = True  # so that what it saves has everybody else's part in the step
+    charts: ClassVar[Layout] = {
+        "Do they collapse?": {
+            "rules that the step breaks, step-backs so far": ["Multiline", ["collapse/"]],
+        }
+    }
 
     def __init__(
         self,

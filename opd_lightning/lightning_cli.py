@@ -16,6 +16,7 @@ from opd_lightning.checkpoints import LAST
 from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.errors import UserError, report
 from opd_lightning.methods.base import DistillationModule
+from opd_lightning.settings import flat_settings
 from opd_lightning.trainer import Trainer
 
 TRAINER_DEFAULTS = {
@@ -140,7 +141,7 @@ class OPDCLI(LightningCLI):
             raise UserError(one_line(str(error))) from error
 
     def before_fit(self) -> None:
-        """Refuse to mix a new run's checkpoints with those of an old one."""
+        """Refuse to mix a new run with an old one; tell the log what this one was set to."""
         folder = Path(self.trainer.log_dir or ".", "checkpoints")
         resumes = self.config.fit.get("ckpt_path")
         if self.trainer.logger and not resumes and any(folder.glob("[!.]*")):
@@ -149,6 +150,8 @@ class OPDCLI(LightningCLI):
                 f"--ckpt_path {LAST}, or name another run folder with "
                 "--trainer.logger.init_args.save_dir"
             )
+        assert isinstance(self.trainer, Trainer)
+        self.trainer.run_log.settings = flat_settings(self.config.fit.as_dict())
 
     def before_validate(self) -> None:
         """Figures of a measurement do not belong between those of a run."""

@@ -48,7 +48,7 @@ class Progress(tqdm):
         self.in_lines = not is_watched()
         how: dict[str, Any] = {"bar_format": BAR, "file": sys.stderr, "dynamic_ncols": True}
         if self.in_lines:
-            how = {"bar_format": LINE, "file": _Lines(sys.stderr)}
+            how = {"bar_format": LINE, "file": _Lines(sys.stderr), "position": 0}
             how |= {"mininterval": PAUSE, "miniters": every}
             self._told: float | None = None  # how much was done at the last line
         super().__init__(

@@ -18,6 +18,7 @@ _NOT_FOR_USERS = (
     "was deprecated in v4",  # Lightning against this jsonargparse
     "assuming the intent is to load in a single process",  # it is: export reads shards alone
     "The dirpath has changed from",  # ModelCheckpoint, when a checkpoint is but measured
+    "but have no logger configured",  # nor has a measurement, which prints what it finds
     "which exceeds buffer_size_bytes",  # vLLM about a tensor that is sent alone, as it must be
     "`torch.distributed.reduce_op` is deprecated",  # vLLM against this torch
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
+from opd_lightning.dashboard import write_dashboard
+from opd_lightning.starts import note_start
+
 if TYPE_CHECKING:
+    from opd_lightning.methods.base import DistillationModule
     from opd_lightning.methods.evaluation import EvaluatedModule
 
 
-def write_figures(trainer: Trainer, figures: Mapping[str, Any], step: int) -> None:
+def write_figures(trainer: Trainer, figures: Mapping[str, float], step: int) -> None:
     """Hand a run's figures to its loggers, and have them on disk.
 
     Lightning would do so after the step's checkpoint is saved, so that a run that dies in between
@@ -27,13 +32,12 @@ def write_figures(trainer: Trainer, figures: Mapping[str, Any], step: int) -> No
         figures: Numbers by name.
         step: Optimiser steps made by the weights that the figures are of.
     """
-    values = {k: v.item() if isinstance(v, Tensor) else v for k, v in figures.items()}
     for logger in trainer.loggers:
-        logger.log_metrics(values, step)
+        logger.log_metrics(dict(figures), step)
         logger.save()
 
 
-def write_step(trainer: Trainer, figures: Mapping[str, Any], step: int) -> None:
+def write_step(trainer: Trainer, figures: Mapping[str, float], step: int) -> None:
     """The same of one optimiser step, where `log_every_n_steps` wants it.
 
     Args:
@@ -55,9 +59,13 @@ class RunLog(Callback):
 
     With them it keeps what callbacks monitor (`trainer.callback_metrics`). A validation of the last
     step that was cut short is made when the finished run is started again.
+
+    Every start is noted in the run folder. The first one, and any that begins at step 0 again,
+    writes what TensorBoard opens with; who goes on finds it there.
     """
 
     def __init__(self) -> None:
+        self.settings: Mapping[str, float | str] = {}  # of the run, as a flat table
         self._resumed: dict[str, dict[str, float]] = {}
         self._began = False
 
@@ -67,10 +75,28 @@ class RunLog(Callback):
         self._resumed = checkpoint.get("log", {})
 
     def on_train_start(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: EvaluatedModule
+        self, trainer: Trainer, pl_module: DistillationModule
     ) -> None:
         self._began = True
+        log_dir = trainer.log_dir  # a broadcast, for every rank
         self._go_on(trainer, pl_module)
+        if trainer.logger is not None and log_dir is not None and trainer.is_global_zero:
+            self._note_start(trainer, pl_module, Path(log_dir))
+
+    def _note_start(self, trainer: Trainer, module: DistillationModule, run: Path) -> None:
+        seeds = {
+            "seed_everything": int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            "data": trainer.datamodule.seed,  # type: ignore[attr-defined]
+        }
+        first = note_start(
+            run,
+            step=trainer.global_step,
+            checkpoint=None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+            seeds=seeds,
+            processes=trainer.world_size,
+        )
+        if first or trainer.global_step == 0:
+            write_dashboard(trainer, module, self.settings)
 
     def _go_on(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         if trainer.is_global_zero:

@@ -45,7 +45,8 @@ class Trainer(Commands):
             ours += [FirstLine(), StepProgressBar()]
         # Stable: who saves whole steps comes after those that have a part in them.
         given = sorted(given, key=lambda callback: getattr(callback, "comes_last", False))
-        kwargs["callbacks"] = [RunLog(), *given, *ours]  # its log begins before others' figures
+        self.run_log = RunLog()  # begins before others' figures
+        kwargs["callbacks"] = [self.run_log, *given, *ours]
         super().__init__(*args, **kwargs)  # to the letter: the parser reads it
         self._checkpoint_connector = CheckpointConnector(self)
         check_strategy(self.strategy, self.num_devices, self.num_nodes)

@@ -105,6 +105,7 @@ def settings(
         (f"{lightning}LearningRateMonitor", {}),
         ("callbacks.EMATeacherUpdate", {}),
         ("callbacks.RolloutLog", {"every_n_steps": 3}),
+        ("callbacks.SignalPlots", {"every_n_steps": 3}),
         (f"{__name__}.Whereabouts", {"path": "whereabouts"}),
         *((name, {}) for name in callbacks),
     ]
@@ -271,7 +272,7 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def tensors(run: Path) -> dict[str, list[tuple[int, bytes]]]:
-    """Everything else that it logged, texts and histograms, as TensorBoard's server reads it."""
+    """Everything else that it logged, texts and pictures, as TensorBoard's server reads it."""
     events = ServedEvents(str(run), size_guidance={"tensors": 0})
     events.Reload()
     return {

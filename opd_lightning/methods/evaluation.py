@@ -108,7 +108,7 @@ class EvaluatedModule(LightningModule):
                 for name, scores in self.suites.items()
                 if isinstance(scores, SuiteScores)
             }
-        self.log_dict(self.scores, logger=not fits and bool(self.trainer.loggers))
+        self.log_dict(self.scores, logger=not fits)
         if self.start is not None:
             self.start.rest()
         if self.student.sharding is not None and any(

@@ -23,13 +23,15 @@ class OverlapStatistics(Sums):
         ours, theirs = student.top_ids[mask], teacher.top_ids[mask]
         if theirs.shape[1] == 0:
             return
-        known = teacher.top_logprobs[mask].double()
-        # [N, K, K']; a server may tell fewer tokens than asked.
-        same = (ours[:, :, None] == theirs[:, None, :]) & known.isfinite()[:, None, :]
-        shared = same.any(dim=2)
+        known = teacher.top_logprobs[mask].float()
+        theirs = theirs.masked_fill(~known.isfinite(), -1)  # a server may tell fewer than asked
+        same = ours[:, :, None] == theirs[:, None, :]  # [N, K, K']
+        # A token stands in a set once: its place there is the only one.
+        found, place = same.view(torch.uint8).max(dim=2)
+        shared = found.bool()
         count = shared.sum(dim=1)
-        own = student.top_logprobs.detach()[mask].double()
-        other = torch.where(same, known[:, None, :], 0.0).sum(dim=2)
+        own = student.top_logprobs.detach()[mask].float()
+        other = torch.where(shared, known.gather(1, place), 0.0)
         self._add(
             tokens=len(ours),
             shared=count > 0,

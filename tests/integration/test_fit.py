@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -118,6 +118,20 @@ def weights(source: DistillationModule | str) -> dict[str, Tensor]:
     student = Student(source) if isinstance(source, str) else source.student
     student.load()
     return {name: tensor.clone() for name, tensor in student.weights()}
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_progress_bars_show_what_is_logged() -> None:
+    class Shown(Callback):
+        last: ClassVar[dict[str, Any]] = {}
+
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            self.last.update(trainer.progress_bar_metrics)
+
+    shown = Shown()
+    logged = fit(method_of(), steps=2, callbacks=[shown]).logged[-1]
+    assert shown.last.keys() == {"loss", "reward", "tokens_per_second"}
+    assert shown.last == pytest.approx({name: logged[name] for name in shown.last})
 
 
 @pytest.mark.usefixtures("in_lab")

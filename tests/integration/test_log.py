@@ -41,6 +41,6 @@ def test_a_run_of_two_ranks_is_told_once_and_in_lines(in_lab: Path, tmp_path: Pa
     assert len(re.findall(step, lines, re.MULTILINE)) == 1
     scores = r"^step 3, sums: score [\d.]+ \([\d.]+ to [\d.]+\), length [\d.]+, truncated [\d.]+%$"
     assert len(re.findall(scores, lines, re.MULTILINE)) == 1
-    assert "\r" not in lines
+    assert not re.search(r"[\r\x1b]", lines)
     for noise in ("Loading weights", "srun", "TPU", "it/s", "UserWarning"):
         assert noise not in lines

@@ -1,27 +1,29 @@
 """What TensorBoard shows of a run that went on from an older checkpoint, asked over HTTP."""
 
 import json
-import subprocess
-import sys
+import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree
-from socket import socket
 from typing import Any
 from urllib.error import URLError
 from urllib.parse import urlencode
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from opd_lightning.cli import main
 from tests.killing import CONFIG, RUN, scalars, settings, tensors
+from tests.tensorboard_server import tensorboard
 
 STEPS, FROM = 8, 3
+LAYOUT = "custom_scalars__config__"
+ROW = "_hparams_/session_start_info"
 
 
 class Histograms(Callback):
@@ -31,21 +33,6 @@ class Histograms(Callback):
         if trainer.global_step > trainer.fit_loop.epoch_loop._batches_that_stepped:
             step = trainer.global_step - 1
             trainer.logger.experiment.add_histogram("noise", torch.arange(9.0) * step, step)
-
-
-@contextmanager
-def tensorboard(run: Path, fast: bool) -> Iterator[str]:
-    """A server's address; `fast` is the loader that it takes by default, a program of its own."""
-    with socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = ["--logdir", str(run), "--port", str(port), "--load_fast", str(fast).lower()]
-    process = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *command])
-    try:
-        yield f"http://127.0.0.1:{port}/data/plugin"
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def ask(server: str, route: str, tag: str, wanted: int) -> list[Any]:
@@ -60,6 +47,25 @@ def ask(server: str, route: str, tag: str, wanted: int) -> list[Any]:
         except (URLError, ConnectionError):  # not up, or not loaded
             continue
     return found
+
+
+def table(server: str, *columns: str) -> list[dict[str, Any]]:
+    """Rows of the HParams tab: settings and figures by name."""
+    wanted = {
+        "allowedStatuses": ["STATUS_UNKNOWN"],
+        "aggregationType": "AGGREGATION_AVG",
+        "startIndex": 0,
+        "sliceSize": 9,
+        "colParams": [{"metric": {"group": "", "tag": column}} for column in columns],
+    }
+    request = Request(f"{server}/hparams/session_groups", json.dumps(wanted).encode())
+    request.add_header("Content-Type", "application/json")
+    with urlopen(request) as answer:
+        groups = json.load(answer)["sessionGroups"]
+    return [
+        group["hparams"] | {m["name"]["tag"]: m["value"] for m in group["metricValues"]}
+        for group in groups
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +107,8 @@ def test_the_server_shows_one_run(whole: Path, resumed: Path, fast: bool) -> Non
     if fast:
         pytest.importorskip("tensorboard_data_server")
     expected = scalars(whole / RUN)
-    with tensorboard(resumed, fast) as server:
+    with tensorboard(resumed, fast=fast) as address:
+        server = f"{address}/data/plugin"
         loss = ask(server, "scalars/scalars", "loss", 6)
         assert [(step, value) for _, step, value in loss] == expected["loss"][:6]
         scores = ask(server, "scalars/scalars", "val/sums/length", 1)
@@ -110,3 +117,64 @@ def test_the_server_shows_one_run(whole: Path, resumed: Path, fast: bool) -> Non
         assert [entry["step"] for entry in texts] == [0, 3]
         histograms = ask(server, "histograms/histograms", "noise", 6)
         assert [entry[1] for entry in histograms] == list(range(6))
+        images = ask(server, "images/images", "signal/by_depth", 2)
+        assert [entry["step"] for entry in images] == [0, 3]
+        (row,) = table(server, "loss", "val/sums/length")
+        assert (row["method"], row["optimizer.lr"]) == ("GOPD", 2.5e-3)
+        assert row["trainer.max_steps"] == STEPS  # as the run began
+        assert row["loss"] == expected["loss"][5][1]
+        with urlopen(f"{server}/custom_scalars/layout") as answer:
+            categories = [category["title"] for category in json.load(answer)["category"]]
+        assert categories == [
+            "Does it learn?",
+            "Are the responses healthy?",
+            "What does the teacher say?",
+            "Where does the time go?",
+        ]
+
+
+def test_every_chart_has_its_figures(whole: Path) -> None:
+    """The layout names tags by regular expressions, which nobody else would miss."""
+    events = EventAccumulator(str(whole / RUN))
+    events.Reload()
+    (entry,) = events.Tensors(LAYOUT)
+    layout = Layout.FromString(entry.tensor_proto.string_val[0])
+    charts = [chart for category in layout.category for chart in category.chart]
+    assert charts
+    logged = set(events.Tags()["scalars"])
+    for chart in charts:
+        margins = [
+            tag
+            for series in chart.margin.series
+            for tag in (series.value, series.lower, series.upper)
+        ]
+        assert set(margins) <= logged, chart.title
+        for tag in chart.multiline.tag:
+            assert any(re.match(tag, name) for name in logged), chart.title
+
+
+def test_starts_are_noted(whole: Path, resumed: Path) -> None:
+    (first,) = (whole / RUN / "starts.jsonl").read_text().splitlines()
+    lines = (resumed / "starts.jsonl").read_text().splitlines()
+    assert lines[0] == first
+    again = json.loads(lines[1])
+    assert again["step"] == FROM
+    assert again["checkpoint"].endswith(f"step={FROM}.ckpt")
+    assert again["seeds"] == {"seed_everything": 0, "data": 0}
+
+
+def test_who_goes_on_in_another_folder_is_a_run_of_its_own(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(whole)
+    command = ["--config", str(CONFIG), "--config", "settings.yaml"]
+    start = str(RUN / "checkpoints" / f"epoch=0-step={FROM}.ckpt")
+    rate = "--model.init_args.scale=1.1"
+    place = f"--trainer.logger.init_args.save_dir={tmp_path}"
+    main(["fit", *command, "--ckpt_path", start, rate, place, "--trainer.max_steps=4"])
+    assert {LAYOUT, ROW} <= tensors(tmp_path).keys()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    content = events.SummaryMetadata(ROW).plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["scale"].number_value == 1.1

@@ -42,6 +42,12 @@ def test_a_line_every_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.fullmatch(rf"generate 10/10, loss 9, {rate}, \d\d:\d\d in all", lines[-1])
 
 
+def test_the_end_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PAUSE", 0.0)
+    lines = told(monkeypatch, every=5)
+    assert [line.split(",")[0] for line in lines] == ["generate 5/10", "generate 10/10"]
+
+
 def test_lines_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = told(monkeypatch)
     assert line.startswith("generate 10/10, ")
@@ -56,6 +62,19 @@ def test_a_stage_that_did_nothing_has_no_line(monkeypatch: pytest.MonkeyPatch) -
     with Progress("generate", 10, "response", disable=True) as bar:
         bar.update(10)
     assert log.getvalue() == ""
+
+
+def test_a_stage_inside_of_another_moves_no_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    monkeypatch.setattr(progress, "PAUSE", 0.0)
+    with Progress("step", 1, "step") as outer:
+        with Progress("evaluate", 10, "response") as inner:
+            inner.update(10)
+        outer.update(1)
+    lines = log.getvalue().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["evaluate 10/10", "step 1/1"]
+    assert "\x1b" not in log.getvalue()
 
 
 def test_slow_stages_have_seconds_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,105 @@
+"""The teacher's signal in pictures: its histogram, and where in the responses it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.tensorboard import SummaryWriter
+
+from opd_lightning.errors import UserError
+from opd_lightning.methods.base import DistillationModule
+from opd_lightning.metrics.depth import DECILES
+
+LIMIT, BINS = 10.0, 200  # nats; what is larger is counted at the ends
+COLOURS = "#4c72b0", "#c44e52"
+
+
+class SignalPlots(Callback):
+    """Shows d_t = log pi_T - log pi_S of a whole step, over all ranks, in TensorBoard.
+
+    `signal/log_ratio` is its histogram, in bins of 0.1 nats; the image `signal/by_depth` its mean
+    and absolute mean by tenth of the longest response that may be written. Methods that ask no
+    teacher show neither.
+
+    Args:
+        every_n_steps: Optimiser steps between two entries.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"SignalPlots.every_n_steps: got {every_n_steps}, expected at least 1")
+        self.every_n_steps = every_n_steps
+
+    def on_before_optimizer_step(  # type: ignore[override]
+        self, trainer: Trainer, module: DistillationModule, optimizer: Optimizer
+    ) -> None:
+        # The step's last moment with its figures: the module logs and forgets them next.
+        step = trainer.global_step
+        if step % self.every_n_steps or trainer.logger is None:
+            return
+        sums = module.depth.sums
+        ratios = torch.cat([sums.new_zeros(0), *module.signal.log_ratios])
+        here = torch.cat([sums.flatten(), *histogram(ratios)])
+        whole: Tensor = trainer.strategy.reduce(here, reduce_op="sum")
+        depth, counts, moments = whole.cpu().split([sums.numel(), BINS, 2])
+        if not trainer.is_global_zero or not counts.any():
+            return
+        picture = draw(depth.view(3, DECILES))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                _add_histogram(logger.experiment, counts, moments, step)
+                logger.experiment.add_image("signal/by_depth", picture, step, dataformats="HWC")
+
+
+def histogram(ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts `[BINS]` of d_t `[N]` float64 in nats, and the sums `[2]` of it and its square.
+
+    Infinities are left out: their step is skipped, and says why.
+    """
+    ratio = ratio[ratio.isfinite()]
+    counts = torch.histc(ratio.clamp(-LIMIT, LIMIT), BINS, -LIMIT, LIMIT)
+    return counts, torch.stack([ratio.sum(), (ratio**2).sum()])
+
+
+def _add_histogram(writer: SummaryWriter, counts: Tensor, moments: Tensor, step: int) -> None:
+    edges = torch.linspace(-LIMIT, LIMIT, BINS + 1, dtype=torch.float64)
+    filled = counts.nonzero()
+    writer.add_histogram_raw(
+        "signal/log_ratio",
+        min=float(edges[filled[0]]),
+        max=float(edges[filled[-1] + 1]),
+        num=int(counts.sum()),
+        sum=float(moments[0]),
+        sum_squares=float(moments[1]),
+        bucket_limits=edges[1:].tolist(),
+        bucket_counts=counts.tolist(),
+        global_step=step,
+    )
+
+
+def draw(depth: Tensor) -> np.ndarray:
+    """The picture `[H, W, 3]` uint8 of tokens, d_t and its size `[3, 10]`, summed by depth."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tokens, ratio, size = depth.numpy()
+    tenths = np.flatnonzero((tokens > 0) & np.isfinite(size))
+    figure = Figure(figsize=(4.2, 2.6), dpi=80)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.16, 0.19, 0.81, 0.68))  # finding a place takes a second drawing
+    axes.bar(tenths, size[tenths] / tokens[tenths], color=COLOURS[0], label="absolute mean")
+    axes.plot(tenths, ratio[tenths] / tokens[tenths], "o-", color=COLOURS[1], label="mean")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(
+        xticks=range(DECILES),
+        xlim=(-0.6, DECILES - 0.4),
+        xlabel="tenth of sampling.max_new_tokens",
+        ylabel="d_t, nats per token",
+    )
+    axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]

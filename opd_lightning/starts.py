@@ -1,0 +1,89 @@
+"""With what a run was started, and each time that it went on: one line of `starts.jsonl` each."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FILE = "starts.jsonl"
+MOST_CHANGES = 50  # files of the working folder that are named
+
+
+def note_start(run: Path, *, step: int, **about: Any) -> bool:
+    """Append what this process is to the run folder's starts.
+
+    Args:
+        run: The run folder.
+        step: Optimiser steps that the run has made.
+        about: Plain data besides: the checkpoint, seeds.
+
+    Returns:
+        Whether it is the first start in the folder.
+    """
+    path = run / FILE
+    first = not path.exists()
+    start = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": step,
+        **about,
+        "command": sys.argv,
+        "folder": os.getcwd(),
+        "git": git_state(),
+        "machine": {
+            "host": platform.node(),
+            "system": platform.platform(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "threads": torch.get_num_threads(),
+        },
+        "versions": versions(),
+    }
+    run.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(start) + "\n")
+    return first
+
+
+def git_state() -> Mapping[str, Any] | None:
+    """The working folder's commit, and what differs from it; None outside of a repository."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changes = (_git("status", "--porcelain") or "").splitlines()
+    return {"commit": commit, "dirty": bool(changes), "changes": changes[:MOST_CHANGES]}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.rstrip() if done.returncode == 0 else None
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of this package and of what it needs or can use, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    try:
+        needed = requires("opd-lightning") or []
+    except PackageNotFoundError:  # it is run from its source
+        needed = []
+    names = {re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in needed}
+    for name in ("opd-lightning", *sorted(names)):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,36 @@
+"""A configuration as a flat table."""
+
+from opd_lightning.settings import flat_settings
+
+
+def test_classes_stand_where_their_settings_hang() -> None:
+    config = {
+        "seed_everything": 3,
+        "model": {
+            "class_path": "opd_lightning.methods.OPD",
+            "init_args": {
+                "teacher": {"class_path": "x.FrozenTeacher", "init_args": {"path": "t"}},
+                "rules": [
+                    {"class_path": "x.Gate", "init_args": {"at": 0.5}},
+                    {"class_path": "x.B"},
+                ],
+                "terms": None,
+            },
+        },
+        "data": {"engine": {"class_path": "x.HFEngine"}, "sampling": {"top_p": 1.0}, "on": True},
+        "trainer": {"max_steps": 200, "callbacks": [{"class_path": "x.Y"}], "devices": [0, 1]},
+    }
+    assert flat_settings(config) == {
+        "seed": 3,
+        "method": "OPD",
+        "teacher": "FrozenTeacher",
+        "teacher.path": "t",
+        "rules.0": "A",
+        "rules.0.at": 0.5,
+        "rules.1": "B",
+        "data.engine": "HFEngine",
+        "data.sampling.top_p": 1.0,
+        "data.on": "True",
+        "trainer.max_steps": 200,
+        "trainer.devices": "[0, 1]",
+    }

@@ -1,0 +1,50 @@
+"""What is noted of a start."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd_lightning.starts import FILE, git_state, note_start
+
+
+def git(*arguments: str) -> str:
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    done = subprocess.run(["git", *who, *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def test_a_line_for_every_start(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert note_start(run, step=0, checkpoint=None)
+    assert not note_start(run, step=5, checkpoint="last")
+    one, two = (json.loads(line) for line in (run / FILE).read_text().splitlines())
+    assert (one["step"], one["checkpoint"]) == (0, None)
+    assert (two["step"], two["checkpoint"]) == (5, "last")
+    assert one["versions"]["torch"] == torch.__version__
+    assert one["command"]
+
+
+def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_state() is None
+    git("init")
+    assert git_state() is None  # nothing is committed
+    (tmp_path / "a").write_text("a")
+    git("add", "a")
+    git("commit", "-m", "a")
+    state = git_state()
+    assert state == {"commit": git("rev-parse", "HEAD"), "dirty": False, "changes": []}
+    (tmp_path / "a").write_text("b")
+    (tmp_path / "method.py").touch()
+    state = git_state()
+    assert state is not None
+    assert (state["dirty"], state["changes"]) == (True, [" M a", "?? method.py"])
+
+
+def test_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_state() is None
