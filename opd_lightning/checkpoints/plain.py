@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,19 @@ def metadata_of(folder: Path) -> Metadata:
 
 class _Metadata(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         found = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if found or name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise _refusal(f"{module}.{name}")
+
+
+def _member(of: Any, name: str) -> Enum:
+    """How some releases of Python 3.11 pickle an enumeration's member; no other `getattr`."""
+    if not (isinstance(of, type) and issubclass(of, Enum)):
+        raise _refusal("builtins.getattr")
+    return of[name]
 
 
 def _refusal(name: str) -> pickle.UnpicklingError:
