@@ -88,7 +88,7 @@ def test_many_are_one(runs: Runs, layout: str, part: str, way: str) -> None:
     for alone, together in zip(one["logged"], many["logged"], strict=True):
         assert together.keys() == alone.keys()
         same = {name: value for name, value in alone.items() if not name.startswith(TIMING)}
-        assert len(same) > 10
+        assert len(same) >= 10  # fewer where nobody wrote a token
         assert {name: together[name] for name in same} == pytest.approx(same, abs=1e-5)
 
 

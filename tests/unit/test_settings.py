@@ -25,7 +25,7 @@ def test_classes_stand_where_their_settings_hang() -> None:
         "method": "OPD",
         "teacher": "FrozenTeacher",
         "teacher.path": "t",
-        "rules.0": "A",
+        "rules.0": "Gate",
         "rules.0.at": 0.5,
         "rules.1": "B",
         "data.engine": "HFEngine",
