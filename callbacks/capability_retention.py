@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +15,7 @@ from callbacks.measurement import Measurement, check_measurable
 from callbacks.pareto import ParetoFolder, Point, front
 from opd_lightning.checkpoints.together import tell
 from opd_lightning.dashboard import Layout
-from opd_lightning.errors import UserError
+from opd_lightning.errors import UserError, note
 from opd_lightning.methods.base import DistillationModule
 
 
@@ -138,6 +137,4 @@ def _validate(trainer: Trainer) -> None:
     trainer.training = True
 
 
-@rank_zero_only
-def _say(message: str) -> None:
-    print(f"opd: {message}", file=sys.stderr)
+_say = rank_zero_only(note)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, Trainer
@@ -11,7 +10,7 @@ from callbacks.collapse_rules import Band, Entropy, Length, Repetition, Truncati
 from callbacks.collapse_tracks import Track, Tracks
 from callbacks.good_checkpoints import GoodCheckpoints, StepBack
 from opd_lightning.dashboard import Layout
-from opd_lightning.errors import CollapseError, UserError, raised_by_all
+from opd_lightning.errors import CollapseError, UserError, note, raised_by_all
 from opd_lightning.methods.base import DistillationModule
 from opd_lightning.run_log import write_step
 
@@ -141,4 +140,4 @@ _LOOK = f"look at rollouts, and if they are bad, {_CHANGE}"
 
 def _say(trainer: Trainer, message: str) -> None:
     if trainer.is_global_zero:
-        print(f"opd: {message}", file=sys.stderr)
+        note(message)

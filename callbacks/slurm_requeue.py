@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from typing import Any, NoReturn
 
 import torch
@@ -14,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from opd_lightning import signals
 from opd_lightning.checkpoints import save_last
 from opd_lightning.data.datamodule import RolloutDataModule
-from opd_lightning.errors import UserError, report
+from opd_lightning.errors import UserError, note, report
 from opd_lightning.signals import SignalledError, Wish
 
 
@@ -93,7 +92,7 @@ class SlurmRequeue(Callback):
 def _leave(wish: Wish, saved: str, speaks: bool) -> NoReturn:
     """Tell SLURM and the user, on one rank, and end the run, on all."""
     job, refusal, code = _job(), None, 128 + wish.signal
-    line = f"opd: {wish.signal.name}: {saved}; "
+    line = f"{wish.signal.name}: {saved}; "
     if wish is Wish.REQUEUE and job:
         code = 0
         line += f"job {job} is requeued"
@@ -104,7 +103,7 @@ def _leave(wish: Wish, saved: str, speaks: bool) -> NoReturn:
         code = 1
         report(f"job {job} could not be requeued ({refusal}); {saved}; submit it again")
     elif speaks:
-        print(line, file=sys.stderr, flush=True)
+        note(line)
     raise SignalledError(code)
 
 

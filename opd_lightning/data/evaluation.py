@@ -54,23 +54,20 @@ class EvaluationStream:
         self.engines = engines
         self.sampling = sampling
         self.samples = samples
-        self.batch_size = batch_size
         self.seed = seed
-        self.mine = range(ranks.rank, len(prompts), ranks.world_size)
-        self.batches = -(-len(prompts) // (ranks.world_size * batch_size))
+        self.mine = ranks.batches(len(prompts), batch_size)
 
     def __len__(self) -> int:
         """Batches, as many on every rank; the last may be empty here."""
-        return self.batches
+        return len(self.mine)
 
     @property
     def rows(self) -> int:
         """Responses to write on this rank."""
-        return len(self.mine) * self.samples
+        return sum(map(len, self.mine)) * self.samples
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        for first in range(0, self.batches * self.batch_size, self.batch_size):
-            chosen = self.mine[first : first + self.batch_size]
+        for chosen in self.mine:
             rows = [
                 Row(
                     self.prompts[i],

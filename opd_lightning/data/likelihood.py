@@ -48,23 +48,20 @@ class LikelihoodStream:
         self.prompts = prompts
         self.prompt_ids = prompt_ids
         self.writer = writer
-        self.batch_size = batch_size
         self.pad_id = pad_id
-        self.mine = range(ranks.rank, len(prompts), ranks.world_size)
-        self.batches = -(-len(prompts) // (ranks.world_size * batch_size))
+        self.mine = ranks.batches(len(prompts), batch_size)
 
     def __len__(self) -> int:
         """Batches, as many on every rank."""
-        return self.batches
+        return len(self.mine)
 
     @property
     def rows(self) -> int:
         """Texts to read on this rank."""
-        return len(self.mine)
+        return sum(map(len, self.mine))
 
     def __iter__(self) -> Iterator[LikelihoodBatch]:
-        for first in range(0, self.batches * self.batch_size, self.batch_size):
-            chosen = self.mine[first : first + self.batch_size]
+        for chosen in self.mine:
             rows = [
                 Row(self.prompts[i], self.prompt_ids[i], i, Author.RECORDED, seed=0)
                 for i in chosen or [0]

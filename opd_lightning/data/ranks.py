@@ -19,6 +19,12 @@ class Ranks:
     sum: Callable[[int], int]  # over all ranks
     gather: Callable[[Any], list[Any]]  # plain data of every rank, in their order
 
+    def batches(self, count: int, size: int) -> list[range]:
+        """This rank's share of `count` things, in batches; as many on all ranks, so some empty."""
+        mine = range(self.rank, count, self.world_size)
+        batches = -(-count // (self.world_size * size))
+        return [mine[first : first + size] for first in range(0, batches * size, size)]
+
     @classmethod
     def of(cls, trainer: Any) -> Ranks:
         """The ranks of a Lightning trainer."""

@@ -201,3 +201,15 @@ def test_evaluation_is_split_over_ranks_and_paired_between_steps() -> None:
     many = [suite(rank, 12) for rank in range(12)]  # more than there are prompts
     assert {len(one) for one in many} == {1}
     assert answers(*many) == answers(suite(0, 1))
+
+
+def test_batches_are_shared_out() -> None:
+    for count, size, world in ((7, 2, 3), (1, 4, 2), (0, 3, 2), (8, 2, 2), (5, 1, 1)):
+        ranks = [
+            Ranks(rank=rank, world_size=world, sum=int, gather=lambda x: [x])
+            for rank in range(world)
+        ]
+        shares = [rank.batches(count, size) for rank in ranks]
+        assert len({len(share) for share in shares}) == 1
+        assert all(len(batch) <= size for share in shares for batch in share)
+        assert sorted(i for share in shares for batch in share for i in batch) == [*range(count)]
