@@ -63,9 +63,11 @@ def test_a_table_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_of_a_step_that_was_made_again_the_later_counts(tmp_path: Path) -> None:
     write_run(tmp_path, [0.25], [3.0, 2.0])
-    with SummaryWriter(str(tmp_path), filename_suffix=".again") as writer:
+    with SummaryWriter(str(tmp_path / "again")) as writer:
         writer.add_scalar("loss", 5.0, 1)
         writer.add_scalar("loss", 4.0, 2)
+    (again,) = (tmp_path / "again").iterdir()
+    again.rename(tmp_path / "events.out.tfevents.9999999999.later")  # names are read in order
     assert read(tmp_path)["loss"].values.tolist() == [3.0, 5.0, 4.0]
     assert line("run", "loss", [read(tmp_path)]).last == 4.0
 
