@@ -1,7 +1,6 @@
 """The one place that multiplies by the vocabulary matrix, in chunks of response tokens.
 
-Logits live for one chunk and are computed again in the backward pass. They are read in smaller
-blocks, whose temporaries stay in a cache.
+A chunk's logits are read in blocks that fit a cache, and computed again in the backward pass.
 Axes: N response tokens of a micro-batch, n of a chunk or block, H hidden size, V vocabulary.
 """
 
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from opd_lightning.likeliest import likeliest
 
 # Logits of one chunk: 2**25 float32 values are 128 MiB (220 tokens at a vocabulary of 152,064).
 MAX_CHUNK_ELEMENTS = 2**25
@@ -246,5 +247,4 @@ def _full(teacher: Distribution, raw: Tensor | None, rows: slice, like: Tensor) 
 def _describe(logprobs: Tensor, targets: Tensor, top_k: int) -> FlatScores:
     # Where a log-prob is -inf, 0 * -inf would be NaN; exp(-1e4) is 0 as well.
     entropy = -logprobs.exp().mul_(logprobs.clamp_min(-1e4)).sum(dim=-1)
-    top_logprobs, top_ids = logprobs.topk(min(top_k, logprobs.shape[-1]), dim=-1)
-    return FlatScores(logprobs.gather(1, targets)[:, 0], entropy, top_ids, top_logprobs)
+    return FlatScores(logprobs.gather(1, targets)[:, 0], entropy, *likeliest(logprobs, top_k))

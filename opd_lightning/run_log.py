@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.utilities.logger import _add_prefix
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
 from opd_lightning.dashboard import write_dashboard
@@ -33,7 +36,10 @@ def write_figures(trainer: Trainer, figures: Mapping[str, float], step: int) -> 
         step: Optimiser steps made by the weights that the figures are of.
     """
     for logger in trainer.loggers:
-        logger.log_metrics(dict(figures), step)
+        if isinstance(logger, TensorBoardLogger):
+            _write_event(logger, figures, step)
+        else:
+            logger.log_metrics(dict(figures), step)
         logger.save()
 
 
@@ -149,3 +155,11 @@ def _void_from(trainer: Trainer, step: int) -> None:
             if len(list(Path(logger.log_dir).glob("events.out.tfevents.*"))) > 1:
                 writer.add_event(start, step)
                 writer.add_event(start, step)
+
+
+@rank_zero_only
+def _write_event(logger: TensorBoardLogger, figures: Mapping[str, float], step: int) -> None:
+    """All figures in one event: `log_metrics` makes one of each, in forty times the time."""
+    named = _add_prefix(figures, logger._prefix, logger.LOGGER_JOIN_CHAR)
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in named.items()]
+    logger.experiment.file_writer.add_summary(Summary(value=values), step)

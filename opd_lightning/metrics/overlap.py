@@ -23,23 +23,29 @@ class OverlapStatistics(Sums):
         ours, theirs = student.top_ids[mask], teacher.top_ids[mask]
         if theirs.shape[1] == 0:
             return
-        known = teacher.top_logprobs[mask].float()
+        known = teacher.top_logprobs[mask]
         theirs = theirs.masked_fill(~known.isfinite(), -1)  # a server may tell fewer than asked
-        same = ours[:, :, None] == theirs[:, None, :]  # [N, K, K']
+        same = ours[:, :, None] == theirs[:, None, :]
         # A token stands in a set once: its place there is the only one.
         found, place = same.view(torch.uint8).max(dim=2)
         shared = found.bool()
-        count = shared.sum(dim=1)
+        size = shared.sum(dim=1)
         own = student.top_logprobs.detach()[mask].float()
-        other = torch.where(shared, known.gather(1, place), 0.0)
+        other = torch.where(shared, known.gather(1, place), 0.0).float()
+        gap = (other - own).mul_(shared)
+        p, p_scale = _on_it(own, shared)
+        q, q_scale = _on_it(other, shared)
+        p_mass, q_mass = p.sum(dim=1), q.sum(dim=1)
+        # sum of p/p_mass (log(q/q_mass) - log(p/p_mass)), whatever the scales are
+        advantage = (p * gap).sum(dim=1) / p_mass + (p_mass / q_mass).log() + p_scale - q_scale
         self._add(
             tokens=len(ours),
-            shared=count > 0,
-            ratio=shared.double().mean(dim=1),
-            student_mass=(own.exp() * shared).sum(dim=1),
-            teacher_mass=(other.exp() * shared).sum(dim=1),
-            advantage=_mean(_renormalised(own, shared), _renormalised(other, shared), shared),
-            teacher_weighted=_mean(other, own, shared),
+            shared=size > 0,
+            ratio=size.double() / ours.shape[1],
+            student_mass=p_mass * p_scale.exp(),
+            teacher_mass=q_mass * q_scale.exp(),
+            advantage=torch.where(size > 0, advantage / size, 0.0),
+            teacher_weighted=(q * gap).sum(dim=1) * q_scale.exp() / -size.clamp_min(1),
         )
 
     def compute(self) -> dict[str, Tensor]:
@@ -60,11 +66,7 @@ class OverlapStatistics(Sums):
         return result
 
 
-def _renormalised(logprobs: Tensor, shared: Tensor) -> Tensor:
-    return logprobs.masked_fill(~shared, -torch.inf).log_softmax(dim=1)
-
-
-def _mean(weights: Tensor, others: Tensor, shared: Tensor) -> Tensor:
-    """Mean over O of w (other - w) in log-probs `[N, K]`, as `[N]`; 0 where O is empty."""
-    terms = torch.where(shared, weights.exp() * (others - weights), 0.0)
-    return terms.sum(dim=1) / shared.sum(dim=1).clamp_min(1)
+def _on_it(logprobs: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities `[N, K]` on O and 0 elsewhere, scaled to 1 at most; the scale's log `[N]`."""
+    largest = logprobs.masked_fill(~shared, -torch.inf).amax(dim=1, keepdim=True)
+    return (logprobs - largest).clamp_max_(0.0).exp_().mul_(shared), largest[:, 0]

@@ -19,6 +19,7 @@ from transformers import (
 from opd_lightning import head as head_module
 from opd_lightning.causal_lm import response_states
 from opd_lightning.head import Comparison, Distribution, Head, TokenStates, TopLogprobs, score
+from opd_lightning.likeliest import likeliest
 from opd_lightning.losses.divergence import reverse_kl
 from opd_lightning.types import RolloutBatch
 from tests.batches import make_batch, make_rollout
@@ -366,3 +367,24 @@ def test_tied_weights_and_adapters_get_their_gradients(monkeypatch: pytest.Monke
         )
         a, b = (torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses)
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize(
+    ("size", "k"), [(11, 0), (11, 4), (11, 11), (11, 20), (640, 10), (639, 10)]
+)
+def test_the_likeliest_are_torchs_top_k(rows: int, size: int, k: int) -> None:
+    torch.manual_seed(0)
+    logprobs = torch.randn(rows, size, requires_grad=True).log_softmax(-1)
+    logprobs = logprobs.masked_fill(torch.arange(size) == 3, -torch.inf)
+    ids, found = likeliest(logprobs, k)
+    expected = logprobs.topk(min(k, size))
+    assert torch.equal(ids, expected.indices)
+    assert torch.equal(found, expected.values)
+    assert not found.requires_grad
+
+
+def test_of_equals_the_likeliest_are_each_there_once() -> None:
+    ids, found = likeliest(torch.zeros(3, 9), 5)
+    assert all(len(set(row)) == 5 for row in ids.tolist())
+    assert torch.equal(found, torch.zeros(3, 5))
