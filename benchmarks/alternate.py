@@ -17,11 +17,18 @@ PATTERN = (True, False, False, True)
 
 
 class Alternate(Callback):
-    """Switches diagnostics on and off between steps, and takes CPU time in seconds."""
+    """Switches diagnostics on and off between steps, and takes CPU time in seconds.
+
+    Args:
+        first: Whether the first step has them.
+    """
 
     comes_last = True
 
-    def __init__(self) -> None:
+    def __init__(self, first: bool = True) -> None:
+        self.pattern = [is_on == first for is_on in PATTERN]
+        self.is_on: list[bool] = []  # by step
+        self.losses: list[float] = []  # likewise
         self.learning: list[float] = []  # per response token, by step
         self.whole: list[float] = []  # likewise, from one step's begin to the next one's
         self.inside: list[dict[str, float]] = []  # likewise, of every diagnostic, where it is on
@@ -40,7 +47,8 @@ class Alternate(Callback):
         assert trainer.accumulate_grad_batches == 1
         if self.learning:
             self.whole.append((process_time() - self._began) / self._tokens)
-        is_on = PATTERN[batch_idx % len(PATTERN)]
+        is_on = self.pattern[batch_idx % len(PATTERN)]
+        self.is_on.append(is_on)
         for owner, name, instead in _diagnostics(trainer, module):
             self._replace(owner, name, self._timed(owner, name) if is_on else instead)
         if not is_on:
@@ -48,7 +56,8 @@ class Alternate(Callback):
         self._tokens = int(batch.response_mask.sum())
         self._began = process_time()
 
-    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+        self.losses.append(float(outputs["loss"]))
         self.learning.append((process_time() - self._began) / self._tokens)
         for restore in self._restore:
             restore()

@@ -1,12 +1,13 @@
-"""What a run's diagnostics cost: steps with them and without, by turns, in one run of the demo.
+"""What a run's diagnostics cost: every step of the demo with them and without.
 
 Off are all figures but those that a step needs (the loss, the gradient norm and the check for
 infinities): the top-k sets and entropies of both heads, every metric, the engine's gap, what is
 written, RolloutLog, SignalPlots and CollapseWatch. Two figures of it, both of CPU time per response
 token and as shares of the whole step, generation included:
 
-- by turns: the learning halves of steps with diagnostics against those without (on, off, off, on:
-  what drifts cancels);
+- by pairs: the run is made twice and trains alike, to the last digit of every loss. Each step has
+  diagnostics in one of the two, by turns (on, off, off, on; then the other way round), so that
+  neither the step nor what drifts makes a difference between their learning halves;
 - in place: the time inside of the diagnostics, which leaves out what they do to caches, but varies
   little.
 
@@ -31,7 +32,7 @@ WARM_UP = 2 * len(PATTERN)  # steps that are not counted
 RESAMPLES = 10_000
 
 
-def run(config: Path, steps: int) -> Alternate:
+def run(config: Path, steps: int, first: bool) -> Alternate:
     """Train for so many steps, by turns."""
     with TemporaryDirectory() as folder:
         cli = OPDCLI(
@@ -42,18 +43,19 @@ def run(config: Path, steps: int) -> Alternate:
                 "--trainer.limit_val_batches=0",
                 "--trainer.enable_progress_bar=false",
                 "--trainer.callbacks+=benchmarks.alternate.Alternate",
+                f"--trainer.callbacks.first={first}",
             ]
         )
     (found,) = (c for c in cli.trainer.callbacks if isinstance(c, Alternate))
     return found
 
 
-def by_turns(found: Alternate) -> list[float]:
-    """What steps with diagnostics take more than those without, block by block."""
-    length = len(PATTERN)
-    ends = range(WARM_UP + length, len(found.learning) + 1, length)
-    blocks = [zip(found.learning[end - length : end], PATTERN, strict=True) for end in ends]
-    return [mean(x if is_on else -x for x, is_on in block) * 2 for block in blocks]
+def by_pairs(one: Alternate, other: Alternate) -> list[float]:
+    """What each step takes more with diagnostics than without."""
+    if one.losses != other.losses:
+        raise SystemExit("the two runs differ in their losses, so their steps are no pairs")
+    pairs = zip(one.is_on, one.learning, other.learning, strict=True)
+    return [x - y if is_on else y - x for is_on, x, y in pairs][WARM_UP:]
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -69,12 +71,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "lab" / "opd.yaml")
     options = parser.parse_args()
-    found = run(options.config, options.steps)
-    whole = mean(found.whole[WARM_UP:])
-    steps = [step for step in found.inside[WARM_UP:] if step]  # those that were on
+    runs = [run(options.config, options.steps, first) for first in (True, False)]
+    whole = mean(seconds for found in runs for seconds in found.whole[WARM_UP:])
+    # Of those that were on.
+    steps = [step for found in runs for step in found.inside[WARM_UP:] if step]
     print(f"{1e6 * whole:.1f} us of CPU time per response token; diagnostics, as shares of it:")
     for how, values in (
-        ("by turns", by_turns(found)),
+        ("by pairs", by_pairs(*runs)),
         ("in place", [sum(step.values()) for step in steps]),
     ):
         shares = [value / whole for value in values]
