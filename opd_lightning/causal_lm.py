@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from opd_lightning.head import Head, TokenStates
+from opd_lightning.library_bars import told_as
 from opd_lightning.model_source import ModelSource
 from opd_lightning.types import RolloutBatch
 
@@ -30,7 +31,8 @@ def load_causal_lm(
         "trust_remote_code": source.trust_remote_code,
     }
     if not empty:
-        return AutoModelForCausalLM.from_pretrained(source.path, **how)
+        with told_as(f"load {source.role}", "tensor"):
+            return AutoModelForCausalLM.from_pretrained(source.path, **how)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(source.config, **how).eval()
 

@@ -3,6 +3,8 @@
 import sys
 from typing import Self, TypeVar
 
+from opd_lightning.progress import say
+
 Error = TypeVar("Error", bound=Exception)
 
 
@@ -88,4 +90,4 @@ def report(message: str) -> None:
 
 def note(message: str) -> None:
     """One line about what a user should know and need not answer."""
-    print(f"opd: {message}", file=sys.stderr)
+    say(f"opd: {message}")

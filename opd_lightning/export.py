@@ -11,6 +11,7 @@ from opd_lightning.checkpoints import whole
 from opd_lightning.checkpoints.plain import load
 from opd_lightning.checkpoints.writing import META
 from opd_lightning.errors import UserError
+from opd_lightning.library_bars import told_as
 from opd_lightning.student import Student
 
 PREFIX = "student."  # of its tensors in a checkpoint
@@ -58,5 +59,6 @@ def write_hf_folder(student: Student, folder: Path) -> None:
     """Write config, safetensors (LoRA merged) and tokenizer; transformers and vLLM load it."""
     model = student.model
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    lm.save_pretrained(folder, state_dict=dict(student.weights()))
+    with told_as("write student", "shard"):
+        lm.save_pretrained(folder, state_dict=dict(student.weights()))
     student.source.tokenizer.save_pretrained(folder)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Callable
-from functools import partial
-from typing import Any, TextIO
+from collections.abc import Iterable, Iterator
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from opd_lightning.progress_bar import Bar
 
-BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {speed}{postfix}]"
-LINE = "{desc} {n_fmt}/{total_fmt}{postfix}, {speed}, {left}"
 PAUSE = 10.0  # seconds between two lines of a log
-LONG = 5.0  # seconds that a call takes before its own bar shows
+LONG = 5.0  # seconds that a stage within another takes before its bar shows
+LONG_IN_LOGS = 60.0  # before its first line in a log, and between two
+REDRAW = 0.1  # seconds between two pictures of a bar
+
+T = TypeVar("T")
 
 
 def is_watched() -> bool:
@@ -21,17 +26,37 @@ def is_watched() -> bool:
     return sys.stderr.isatty() and "SLURM_STEP_ID" not in os.environ
 
 
-class Progress(tqdm):
+def _is_first() -> bool:
+    """Whether this is the first process of a run; others have nothing to add."""
+    dist = sys.modules.get("torch.distributed")  # which the first to speak need not import
+    return dist is None or not dist.is_initialized() or dist.get_rank() == 0
+
+
+def say(line: str) -> None:
+    """A line on stderr, above the bars."""
+    if is_watched():
+        from opd_lightning.progress_bar import Bar
+
+        Bar.write(line, file=sys.stderr)
+    else:
+        sys.stderr.write(f"{line}\n")  # at once, for threads may talk at a time
+        sys.stderr.flush()
+
+
+class Progress:
     """What is done of a stage, its rate and the time left, on stderr.
 
     Example, of what a log gets: "generate 512/4,096 responses, 38.1 responses/s, 01:34 left".
+    The first rank alone shows any. Stages may be under way in several threads, each in one.
 
     Args:
         label: What the stage is called.
-        total: How much there is to do; None: nobody knows.
+        total: How much there is to do, at most; None: nobody knows.
         unit: Of what, in the singular.
+        done: How much was done before.
         every: Least difference between two lines of a log; they are `PAUSE` apart in any case.
-        stays: Say at the end what was done; else the bar vanishes, and a short stage has no line.
+        within: Another stage, or a step, of which this is a part: shown once it is long, and
+            never at its end.
         disable: Show nothing.
     """
 
@@ -41,70 +66,124 @@ class Progress(tqdm):
         total: int | None,
         unit: str,
         *,
+        done: int = 0,
         every: int = 1,
-        stays: bool = True,
+        within: bool = False,
         disable: bool = False,
     ) -> None:
-        self.in_lines = not is_watched()
-        how: dict[str, Any] = {"bar_format": BAR, "file": sys.stderr, "dynamic_ncols": True}
-        if self.in_lines:
-            how = {"bar_format": LINE, "file": _Lines(sys.stderr), "position": 0}
-            how |= {"mininterval": PAUSE, "miniters": every}
-            self._told: float | None = None  # how much was done at the last line
-        super().__init__(
-            desc=label,
-            total=total,
-            unit=unit,
-            leave=stays,
-            smoothing=0,  # the rate is that of the whole stage
-            disable=disable,
-            **how,
-        )
+        self.label = label
+        self.total = total
+        self.unit = unit
+        self.units = unit + ("es" if unit.endswith("ch") else "s")
+        self.within = within
+        self.figures = ""  # told beside, such as "loss 0.3"
+        self.done = self._told = self._before = done
+        self._every = every
+        self._began = monotonic()
+        self._bar: Bar | None = None
+        self._in_lines = not is_watched()
+        self._pause = REDRAW
+        first = LONG if within else 0.0
+        if self._in_lines:
+            first = self._pause = LONG_IN_LOGS if within else PAUSE
+        self._is_hidden = disable or not _is_first()
+        self._due = math.inf if self._is_hidden else self._began + first
+        if not (self._is_hidden or self._in_lines or within):
+            self._show()
+
+    def update(self, more: int = 1) -> None:
+        """So much more is done; costs less than a microsecond where nothing is to be shown."""
+        self.done += more
+        if monotonic() >= self._due:
+            self._show()
+
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """One after the other; each is done when the next is asked for."""
+        for item in items:
+            yield item
+            self.update()
+
+    def shorten(self, less: int) -> None:
+        """So much is not to be done after all."""
+        if self.total is not None:
+            self.total -= less
+
+    def close(self) -> None:
+        """Say what was done, or leave no trace of what was within another stage."""
+        if self._bar is not None:
+            if not self.within:
+                self._show()
+            self._bar.close()
+            self._bar = None
+        elif self._in_lines and not self.within and not self._is_hidden:
+            self._every = 1
+            self._show()
+        self._is_hidden, self._due = True, math.inf
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # What is shown --------------------------------------------------------------------------
 
     @property
-    def format_dict(self) -> dict[str, Any]:
-        """Everything that a format may name."""
-        known: dict[str, Any] = super().format_dict
-        done, elapsed = self.n - known["initial"], known["elapsed"]
-        rate = done / elapsed if elapsed else 0.0
-        unit = self.unit
-        if not rate:
-            speed, left = f"? {unit}s/s", "? left"
+    def elapsed(self) -> float:
+        """Seconds since the stage began."""
+        return monotonic() - self._began
+
+    @property
+    def amount(self) -> str:
+        """Such as "512/4,096 responses"; steps of a stage that is called "step" are but numbers."""
+        total = "?" if self.total is None else f"{self.total:,}"
+        return f"{self.done:,}/{total}" + (f" {self.units}" if self.unit != self.label else "")
+
+    @property
+    def speed(self) -> str:
+        """Of the whole stage, such as "38.1 responses/s" or "5 s a step"."""
+        if not (rate := self._rate):
+            return f"? {self.units}/s"
+        if rate < 1:
+            return f"{1 / rate:.3g} s a {self.unit}"
+        return f"{rate:,.3g} {self.units}/s" if rate < 1000 else f"{rate:,.0f} {self.units}/s"
+
+    @property
+    def left(self) -> str:
+        """Such as "01:34 left", or "02:10 in all" at the end."""
+        if self.total is not None and self.done >= self.total:
+            return f"{clock(self.elapsed)} in all"
+        if self.total is None or not self._rate:
+            return "? left"
+        return f"{clock((self.total - self.done) / self._rate)} left"
+
+    @property
+    def _rate(self) -> float:
+        return (self.done - self._before) / max(self.elapsed, 1e-9)
+
+    def _show(self) -> None:
+        if self._in_lines:
+            if self.done - self._told < self._every:
+                return  # no line without news
+            told = (self.label + " " + self.amount, self.figures, self.speed, self.left)
+            say(", ".join(part for part in told if part))
+            self._told = self.done
+        elif self._bar is None:
+            from opd_lightning.progress_bar import Bar
+
+            self._bar = Bar(self)
         else:
-            speed = f"{rate:,.3g} {unit}s/s" if rate < 1000 else f"{rate:,.0f} {unit}s/s"
-            if rate < 1:
-                speed = f"{1 / rate:.3g} s a {unit}"
-            left = "? left"
-            if self.total is not None and self.n < self.total:
-                left = f"{self.format_interval((self.total - self.n) / rate)} left"
-            elif self.total is not None:
-                left = f"{self.format_interval(elapsed)} in all"
-        return {**known, "speed": speed, "left": left}
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
-        """A log has no line without news."""
-        if self.in_lines:
-            if self.n in (self.initial, self._told):
-                return None
-            self._told = self.n
-        shown: bool | None = super().display(msg, pos)
-        return shown
-
-    @classmethod
-    def of_long_calls(cls) -> bool | Callable[..., Any]:
-        """A bar for calls of a library that are sometimes long, once they are; no lines."""
-        return is_watched() and partial(tqdm, delay=LONG, leave=False, file=sys.stderr)
+            self._bar.refresh()
+        self._due = monotonic() + self._pause
 
 
-class _Lines:
-    """A file for tqdm: what it writes over and over again becomes lines."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-
-    def write(self, text: str) -> None:
-        if text := text.strip():  # of what moves the cursor to the line's beginning
-            print(text, file=self._file, flush=True)
-
-    def flush(self) -> None:
-        """Every line is."""
+def clock(seconds: float) -> str:
+    """Minutes and seconds, such as 01:34, and hours where there are any."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute:02}:{second:02}"

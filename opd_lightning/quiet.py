@@ -34,7 +34,8 @@ _NO_NEWS = ("Tip:", "TPU available: False", "HPU available: False")
 def quiet_libraries() -> None:
     """Call once, before training starts; warnings that a user can act on still show."""
     if not is_watched():
-        # Read when the libraries are imported; bars of loading and writing weights.
+        # Read when tqdm and the hub's library are imported, by our child processes, too.
+        os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     outside = () if "SLURM_JOB_ID" in os.environ else _NOT_OUTSIDE_OF_JOBS
@@ -50,9 +51,6 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def only_warnings() -> None:
-    """For programs that train as one of their steps: no greetings, no loading bars of models."""
-    from transformers.utils import logging as transformers_logging
-
+    """For programs that train as one of their steps: no greetings."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    transformers_logging.disable_progress_bar()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
-from opd_lightning.progress import Progress
+from opd_lightning.progress import Progress, say
 
 if TYPE_CHECKING:
     from opd_lightning.methods.evaluation import EvaluatedModule
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
 class StepProgressBar(ProgressBar):
     """One bar for the whole run, with the loss, the reward and tokens per second.
 
-    A validation has a bar of its own, in responses, and leaves a line with its scores. In a log
+    A long step has a bar of its own, in micro-batches, and so has a validation, in responses, which
+    leaves a line with its scores. In a log
     there are lines instead, on rank 0: one every `log_every_n_steps`, and not too many a minute.
 
     Args:
@@ -32,10 +32,12 @@ class StepProgressBar(ProgressBar):
         self.label = label
         self._enabled = True
         self._steps: Progress | None = None
+        self._parts: Progress | None = None
         self._suites: Progress | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_steps": None, "_suites": None}  # which cannot be sent elsewhere
+        # Which cannot be sent elsewhere.
+        return {**vars(self), "_steps": None, "_parts": None, "_suites": None}
 
     def disable(self) -> None:
         self._enabled = False
@@ -46,7 +48,7 @@ class StepProgressBar(ProgressBar):
     def print(self, *args: Any, **kwargs: Any) -> None:
         """What a module prints, above the bars."""
         if self._enabled:
-            _say(" ".join(map(str, args)))
+            say(" ".join(map(str, args)))
 
     # Training -----------------------------------------------------------------------------
 
@@ -56,11 +58,19 @@ class StepProgressBar(ProgressBar):
             self.label,
             None if math.isinf(steps) else int(steps),
             "step",
+            done=trainer.global_step,  # a resumed run begins in the middle
             every=trainer.log_every_n_steps,  # type: ignore[attr-defined]
             disable=not self._enabled,
         )
-        # A resumed run begins in the middle, and its rate counts from there.
-        self._steps.initial = self._steps.n = self._steps.last_print_n = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._parts is None:
+            parts = trainer.accumulate_grad_batches
+            self._parts = Progress(
+                "learn", parts, "micro-batch", within=True, disable=not self._enabled
+            )
 
     def on_train_batch_end(
         self,
@@ -70,11 +80,16 @@ class StepProgressBar(ProgressBar):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        bar = self._steps
-        if bar is not None and bar.n != trainer.global_step and not bar.disable:
-            shown = self.get_metrics(trainer, pl_module)
-            bar.set_postfix_str(", ".join(_figures(shown)), refresh=False)
-            bar.update(trainer.global_step - bar.n)
+        steps, parts = self._steps, self._parts
+        if steps is None or parts is None or not self._enabled:
+            return
+        if steps.done == trainer.global_step:
+            parts.update()
+        else:
+            parts.close()
+            self._parts = None
+            steps.figures = ", ".join(_figures(self.get_metrics(trainer, pl_module)))
+            steps.update(trainer.global_step - steps.done)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
@@ -85,10 +100,10 @@ class StepProgressBar(ProgressBar):
         self._close()
 
     def _close(self) -> None:
-        for bar in (self._suites, self._steps):
+        for bar in (self._suites, self._parts, self._steps):
             if bar is not None:
                 bar.close()
-        self._suites = self._steps = None
+        self._suites = self._parts = self._steps = None
 
     # Measuring ----------------------------------------------------------------------------
 
@@ -101,7 +116,7 @@ class StepProgressBar(ProgressBar):
     def _begin(self, suites: Any, *, fits: bool) -> None:
         responses = sum(suite.rows for suite in suites)
         self._suites = Progress(
-            "evaluate", responses, "response", stays=not fits, disable=not self._enabled
+            "evaluate", responses, "response", within=fits, disable=not self._enabled
         )
 
     def on_validation_batch_end(
@@ -126,7 +141,7 @@ class StepProgressBar(ProgressBar):
             self._suites.close()
         if self._enabled and trainer.state.fn == TrainerFn.FITTING:
             for suite in pl_module.suites:
-                _say(f"step {trainer.global_step}, {_scores(suite, pl_module.scores)}")
+                say(f"step {trainer.global_step}, {_scores(suite, pl_module.scores)}")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._suites is not None:
@@ -155,7 +170,3 @@ def _scores(suite: str, scores: Mapping[str, float]) -> str:
     if "kl" in known:
         parts.append(f"KL from the start {known['kl']:.4f}")
     return f"{suite}: " + ", ".join(parts)
-
-
-def _say(line: str) -> None:
-    Progress.write(line, file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from opd_lightning import progress
 from opd_lightning.errors import EngineMismatchError, UserError
 from opd_lightning.rollouts import Engine, Request, Sampling
 from opd_lightning.rollouts.weight_sums import PushedWeights
@@ -201,6 +203,24 @@ class EngineContract:
 
     def test_no_requests_no_completions(self, engine: Engine) -> None:
         assert engine.generate([], Sampling(max_new_tokens=8)) == []
+
+    def test_a_long_call_tells_how_far_it_is(
+        self,
+        engine: Engine,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        engine.generate(REQUESTS, Sampling(max_new_tokens=8))
+        assert "generate" not in capsys.readouterr().err  # this one is short
+        monkeypatch.setattr(progress, "LONG_IN_LOGS", 0.0)
+        engine.generate(REQUESTS, Sampling(max_new_tokens=8))
+        told = re.compile(r"generate (\d+)/(\d+) (responses|token steps), .+ (left|in all)")
+        lines = capsys.readouterr().err.splitlines()
+        found = [told.fullmatch(line) for line in lines if line.startswith("generate")]
+        amounts = [(int(match[1]), int(match[2])) for match in found if match]
+        assert len(amounts) == len(found) > 1
+        assert amounts == sorted(set(amounts))
+        assert amounts[-1][0] == amounts[-1][1]
 
     def test_pushed_weights_write_from_then_on(
         self, engine: Engine, model: Any, tiny_model_dir: Any

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from opd_lightning.errors import UserError
 from opd_lightning.lab.tokenizer import VOCABULARY, build_tokenizer
+from opd_lightning.library_bars import told_as
 
 CONTEXT_LENGTH = 256
 HEAD_DIM = 32  # the smallest that vLLM's CPU attention takes
@@ -58,5 +59,6 @@ def new_model(folder: Path, *, layers: int, hidden_size: int, seed: int) -> None
         model = Qwen3ForCausalLM(config)
     # Temperature 1 over the whole vocabulary: what the trainer assumes of every sample.
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, **ends)
-    model.save_pretrained(folder)
+    with told_as("write model", "shard"):
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -15,6 +15,7 @@ from opd_lightning.losses.surrogate import Surrogate
 from opd_lightning.methods.base import DistillationModule
 from opd_lightning.methods.checks import check_parts, corrects_sampler
 from opd_lightning.methods.scoring import LOSS, Answers, announce, ask_everybody, concatenate_ranks
+from opd_lightning.progress import Progress
 from opd_lightning.rules.base import Compare, Rates, Rule, Scored, Signal, add_rates
 from opd_lightning.rules.terms import Term
 from opd_lightning.student import Student
@@ -154,7 +155,8 @@ class ComposedMethod(DistillationModule):
         if self.aggregation != "mask-mean" and not any(rule.step_wide for rule in self.rules):
             return
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            answers = [self._score(batch.to(self.device)) for batch in batches]
+            with Progress("score", len(batches), "micro-batch", within=True) as bar:
+                answers = [self._score(batch.to(self.device)) for batch in bar.each(batches)]
             scored = [answer.scored for answer in answers]
             signals = [self._first_signal(one) for one in scored]
             rates: list[Rates] = [{} for _ in batches]

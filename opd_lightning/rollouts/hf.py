@@ -5,7 +5,7 @@ The reference engine: it runs wherever PyTorch does, and tests hold the faster o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from opd_lightning.causal_lm import Dtype, load_causal_lm
 from opd_lightning.errors import UserError
 from opd_lightning.model_source import ModelSource
+from opd_lightning.progress import Progress
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.checks import check_lengths, checked_weights
 from opd_lightning.rollouts.weight_sums import EngineSum, engine_sums
@@ -82,10 +83,14 @@ class HFEngine(Engine):
         # Neighbours of similar length waste the least padding when the list is split.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         completions: dict[int, Completion] = {}
-        for first in range(0, len(order), self.max_batch_size):
-            chosen = order[first : first + self.max_batch_size]
-            batch = [requests[i] for i in chosen]
-            completions.update(zip(chosen, self._generate_batch(batch, sampling), strict=True))
+        firsts = range(0, len(order), self.max_batch_size)
+        steps = len(firsts) * sampling.max_new_tokens  # unless all responses of a batch end earlier
+        with Progress("generate", steps, "token step", within=True) as bar:
+            for first in firsts:
+                chosen = order[first : first + self.max_batch_size]
+                batch = [requests[i] for i in chosen]
+                found = self._generate_batch(batch, sampling, bar)
+                completions.update(zip(chosen, found, strict=True))
         return [completions[i] for i in range(len(requests))]
 
     def sleep(self) -> None:
@@ -104,7 +109,9 @@ class HFEngine(Engine):
         self._model = None
         self.version = -1
 
-    def _generate_batch(self, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def _generate_batch(
+        self, batch: Sequence[Request], sampling: Sampling, bar: Progress
+    ) -> list[Completion]:
         from transformers import GenerationConfig, LogitsProcessorList
 
         width = max(len(request.prompt_ids) for request in batch)
@@ -114,7 +121,7 @@ class HFEngine(Engine):
             input_ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             attention_mask[row, width - len(request.prompt_ids) :] = 1
         seeds = [request.seed for request in batch] if sampling.temperature > 0 else None
-        draw = _make_draw(seeds, self._device)
+        draw = _make_draw(seeds, self._device, bar.update)
         output = self._model.generate(
             input_ids.to(self._device),
             attention_mask=attention_mask.to(self._device),
@@ -126,6 +133,7 @@ class HFEngine(Engine):
             ),
             logits_processor=LogitsProcessorList([*_make_warpers(sampling), draw]),
         )
+        bar.shorten(sampling.max_new_tokens - len(draw.logprobs))
         response_ids = output[:, width:].tolist()
         # [B, T]; rows that ended earlier go on drawing beside the others and are cut here.
         logprobs = torch.stack(draw.logprobs, dim=1).tolist()
@@ -147,8 +155,9 @@ class _Draw:
     greedy argmax over what is returned here picks the very token that was recorded.
     """
 
-    def __init__(self, generators: list[torch.Generator] | None) -> None:
+    def __init__(self, generators: list[torch.Generator] | None, tell: Callable[[], None]) -> None:
         self._generators = generators  # one a row; None is greedy
+        self._tell = tell  # called at every step
         self._noise: Tensor | None = None  # [B, V], reused by every step
         self.logprobs: list[Tensor] = []  # one [B] a step, float32 nats
 
@@ -157,6 +166,7 @@ class _Draw:
         keys = scores if self._generators is None else scores - self._exponential_log(scores)
         chosen = keys.argmax(dim=-1, keepdim=True)
         self.logprobs.append(scores.gather(1, chosen).squeeze(1) - scores.logsumexp(dim=-1))
+        self._tell()
         return keys
 
     def _exponential_log(self, scores: Tensor) -> Tensor:
@@ -173,10 +183,10 @@ class _Draw:
         return self._noise.log_().neg_().log_().float()
 
 
-def _make_draw(seeds: list[int] | None, device: torch.device) -> _Draw:
+def _make_draw(seeds: list[int] | None, device: torch.device, tell: Callable[[], None]) -> _Draw:
     if seeds is None:
-        return _Draw(None)
-    return _Draw([torch.Generator(device).manual_seed(seed) for seed in seeds])
+        return _Draw(None, tell)
+    return _Draw([torch.Generator(device).manual_seed(seed) for seed in seeds], tell)
 
 
 def _make_warpers(sampling: Sampling) -> list[Any]:

@@ -12,11 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opd_lightning.errors import UserError
+from opd_lightning.library_bars import of_vllm
 from opd_lightning.model_source import ModelSource
-from opd_lightning.progress import Progress
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.checks import check_lengths, checked_weights, parameter_shapes
-from opd_lightning.rollouts.first_rank import is_first
 from opd_lightning.rollouts.vllm_errors import run_errors, start_errors
 from opd_lightning.rollouts.vllm_process import (
     CPU_ARGUMENTS,
@@ -160,7 +159,7 @@ class VLLMEngine(Engine):
         ]
         # Its CPU sampler draws from the global generator beside the seeds.
         with isolate_rng(), run_errors():
-            bar = is_first() and Progress.of_long_calls()
+            bar = of_vllm("generate")
             outputs = self._llm.generate(prompts, parameters, use_tqdm=bar)
         return [_to_completion(output.outputs[0]) for output in outputs]
 

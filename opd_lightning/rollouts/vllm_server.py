@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from torch import Tensor
 from opd_lightning.causal_lm import Dtype
 from opd_lightning.errors import EngineMismatchError, PushLostError, UserError
 from opd_lightning.model_source import ModelSource
+from opd_lightning.progress import Progress
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.checks import check_lengths, checked_weights, parameter_shapes
 from opd_lightning.rollouts.first_rank import drain, first_alone, is_first
@@ -150,6 +152,9 @@ class VLLMServerEngine(Engine):
         ]
         futures = self.servers.spread("/inference/v1/generate", bodies)
         try:
+            with Progress("generate", len(bodies), "response", within=True) as bar:
+                for future in bar.each(as_completed(futures)):
+                    future.result()  # the first to fail ends the call
             return [self._to_completion(future.result()["choices"][0]) for future in futures]
         finally:
             for future in futures:
