@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from time import monotonic
 from types import TracebackType
@@ -47,7 +48,8 @@ class Progress:
     """What is done of a stage, its rate and the time left, on stderr.
 
     Example, of what a log gets: "generate 512/4,096 responses, 38.1 responses/s, 01:34 left".
-    The first rank alone shows any. Stages may be under way in several threads, each in one.
+    The first rank alone shows any. Several threads may each have stages; of one stage, a thread may
+    tell what is done while another ends it.
 
     Args:
         label: What the stage is called.
@@ -81,6 +83,7 @@ class Progress:
         self._every = every
         self._began = monotonic()
         self._bar: Bar | None = None
+        self._lock = threading.Lock()  # of what is shown
         self._in_lines = not is_watched()
         self._pause = REDRAW
         first = LONG if within else 0.0
@@ -88,7 +91,7 @@ class Progress:
             first = self._pause = LONG_IN_LOGS if within else PAUSE
         self._is_hidden = disable or not _is_first()
         self._due = math.inf if self._is_hidden else self._began + first
-        if not (self._is_hidden or self._in_lines or within):
+        if not (self._in_lines or within):
             self._show()
 
     def update(self, more: int = 1) -> None:
@@ -110,15 +113,14 @@ class Progress:
 
     def close(self) -> None:
         """Say what was done, or leave no trace of what was within another stage."""
-        if self._bar is not None:
-            if not self.within:
-                self._show()
-            self._bar.close()
-            self._bar = None
-        elif self._in_lines and not self.within and not self._is_hidden:
+        if not self.within:
             self._every = 1
             self._show()
-        self._is_hidden, self._due = True, math.inf
+        with self._lock:
+            self._is_hidden, self._due = True, math.inf
+            if self._bar is not None:
+                self._bar.close()
+                self._bar = None
 
     def __enter__(self) -> Self:
         return self
@@ -167,13 +169,24 @@ class Progress:
         return (self.done - self._before) / max(self.elapsed, 1e-9)
 
     def _show(self) -> None:
-        if self._in_lines:
-            if self.done - self._told < self._every:
-                return  # no line without news
-            told = (self.label + " " + self.amount, self.figures, self.speed, self.left)
-            say(", ".join(part for part in told if part))
-            self._told = self.done
-        elif self._bar is None:
+        with self._lock:
+            if self._is_hidden:
+                return
+            if self._in_lines:
+                self._add_line()
+            else:
+                self._draw()
+
+    def _add_line(self) -> None:
+        if self.done - self._told < self._every:
+            return  # no line without news
+        told = (f"{self.label} {self.amount}", self.figures, self.speed, self.left)
+        say(", ".join(part for part in told if part))
+        self._told = self.done
+        self._due = monotonic() + self._pause
+
+    def _draw(self) -> None:
+        if self._bar is None:
             from opd_lightning.progress_bar import Bar
 
             self._bar = Bar(self)

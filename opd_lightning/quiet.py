@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 
-from opd_lightning.progress import is_watched
+from opd_lightning.progress import is_watched, say
 
 # Part of the message, and why it does not concern the user.
 _NOT_FOR_USERS = (
@@ -27,8 +27,13 @@ _NOT_FOR_USERS = (
 # The same where no job was asked for: a machine may have SLURM and not be used through it.
 _NOT_OUTSIDE_OF_JOBS = ("The `srun` command is available on your system but is not used",)
 
-# Lightning greets with the hardware that it did not find.
-_NO_NEWS = ("Tip:", "TPU available: False", "HPU available: False")
+# Lightning greets with the hardware that it did not find, and ends with what the bar shows.
+_NO_NEWS = (
+    "Tip:",
+    "TPU available: False",
+    "HPU available: False",
+    "`Trainer.fit` stopped: `max_steps=",
+)
 
 
 def quiet_libraries() -> None:
@@ -44,6 +49,12 @@ def quiet_libraries() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_is_news)
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+    logging.lastResort = _AboveBars(logging.WARNING)  # of loggers without a handler, as ours are
+
+
+class _AboveBars(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -150,15 +149,8 @@ class VLLMServerEngine(Engine):
             }
             for request in requests
         ]
-        futures = self.servers.spread("/inference/v1/generate", bodies)
-        try:
-            with Progress("generate", len(bodies), "response", within=True) as bar:
-                for future in bar.each(as_completed(futures)):
-                    future.result()  # the first to fail ends the call
-            return [self._to_completion(future.result()["choices"][0]) for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()  # the others, if one has failed
+        with Progress("generate", len(bodies), "response", within=True) as bar:
+            return self._ask(bodies, bar)
 
     def weight_sums(self) -> list[EngineSum]:
         """Of all servers, those apart whose GPUs share the weights."""
@@ -225,6 +217,18 @@ class VLLMServerEngine(Engine):
         self.servers.everywhere("/update_weight_version", {"new_version": NO_WEIGHTS})
         self.servers.everywhere("/sleep?level=2")
         return FIRST_WEIGHTS  # which no server has until it is pushed to
+
+    def _ask(self, bodies: list[dict[str, Any]], bar: Progress) -> list[Completion]:
+        def read(answer: dict[str, Any]) -> dict[str, Any]:
+            bar.update()
+            return answer["choices"][0]
+
+        futures = self.servers.spread("/inference/v1/generate", bodies, [read] * len(bodies))
+        try:
+            return [self._to_completion(future.result()) for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()  # the others, if one has failed
 
     def _to_completion(self, choice: dict[str, Any]) -> Completion:
         for span in choice["weight_versions"]:
