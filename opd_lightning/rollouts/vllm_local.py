@@ -14,6 +14,7 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.library_bars import of_vllm
 from opd_lightning.model_source import ModelSource
+from opd_lightning.progress import is_watched
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.checks import check_lengths, checked_weights, parameter_shapes
 from opd_lightning.rollouts.vllm_errors import run_errors, start_errors
@@ -100,6 +101,7 @@ class VLLMEngine(Engine):
             "generation_config": "vllm",  # not the folder's, which would change the sampling
             "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
             "disable_log_stats": True,
+            "use_tqdm_on_load": is_watched(),
         }
         if on_cuda:
             arguments["gpu_memory_utilization"] = self.gpu_memory_utilization

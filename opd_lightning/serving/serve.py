@@ -12,6 +12,7 @@ from jsonargparse import auto_cli
 from opd_lightning.errors import UserError
 from opd_lightning.model_identity import model_identity
 from opd_lightning.model_source import ModelSource
+from opd_lightning.progress import is_watched
 from opd_lightning.quiet import only_warnings
 from opd_lightning.rollouts.vllm_process import CPU_ARGUMENTS, vllm_unavailable
 from opd_lightning.serving.guard import KEY_FILE_VARIABLE, Guard, make_key_file
@@ -124,6 +125,7 @@ def vllm_arguments(weights: Literal["fixed", "pushed"]) -> dict[str, Any]:
         "disable_fastapi_docs": True,
         "disable_uvicorn_access_log": True,
         "uvicorn_log_level": "warning",
+        "use_tqdm_on_load": is_watched(),
     }
     if weights == "pushed":
         arguments["worker_extension_cls"] = PUSH_WORKER

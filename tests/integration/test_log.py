@@ -8,7 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def log_of(command: list[str], folder: Path, log: Path) -> tuple[str, bytes]:
+    """A command's stderr, which is a file without anything that moves a cursor; its stdout."""
+    set_here = ("SLURM_", "HF_HUB_DISABLE", "TQDM_")
+    own = {k: v for k, v in os.environ.items() if not k.startswith(set_here)}
+    with log.open("w") as file:
+        done = subprocess.run(
+            command, cwd=folder, env=own, stdout=subprocess.PIPE, stderr=file, timeout=300
+        )
+    assert done.returncode == 0, log.read_text()
+    assert not re.search(rb"[\r\x1b]", log.read_bytes())
+    return log.read_text(), done.stdout
 
 
 def test_a_run_of_two_ranks_is_told_once_and_in_lines(in_lab: Path, tmp_path: Path) -> None:
@@ -21,16 +36,8 @@ def test_a_run_of_two_ranks_is_told_once_and_in_lines(in_lab: Path, tmp_path: Pa
         "--data.texts={'worked': {'prompts': {'path': 'lab/arithmetic/demonstrations.jsonl'}}}",
         f"--trainer.logger.init_args.save_dir={tmp_path / 'run'}",
     ]
-    log = tmp_path / "log"
-    set_here = ("SLURM_", "HF_HUB_DISABLE", "TQDM_")
-    own = {k: v for k, v in os.environ.items() if not k.startswith(set_here)}
-    with log.open("w") as file:
-        done = subprocess.run(
-            command, cwd=in_lab, env=own, stdout=subprocess.PIPE, stderr=file, timeout=300
-        )
-    lines = log.read_text()
-    assert done.returncode == 0, lines
-    assert done.stdout == b""
+    lines, stdout = log_of(command, in_lab, tmp_path / "log")
+    assert stdout == b""
     first = (
         r"^opd: OPD trains lab/arithmetic/student \([\d,]+ parameters, all\) on cpu, 2 processes: "
         rf"step 0 to 3, 8 prompts a step; run folder {tmp_path}/run/?$"
@@ -44,6 +51,19 @@ def test_a_run_of_two_ranks_is_told_once_and_in_lines(in_lab: Path, tmp_path: Pa
     scores = r"^step 3, sums: score [\d.]+ \([\d.]+ to [\d.]+\), length [\d.]+, truncated [\d.]+%$"
     assert len(re.findall(scores, lines, re.MULTILINE)) == 1
     assert re.search(r"^step 3, worked: perplexity [\d.]+, KL", lines, re.MULTILINE)
-    assert not re.search(rb"[\r\x1b]", log.read_bytes())
     for noise in ("Loading weights", "it/s", "stopped", "srun", "TPU", "UserWarning"):
         assert noise not in lines
+
+
+@pytest.mark.vllm
+def test_a_measurement_by_vllm_draws_nothing(in_lab: Path, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "opd_lightning", "validate"),
+        *("--config", str(CONFIGS / "lab" / "opd.yaml")),
+        *("--config", str(CONFIGS / "engine" / "vllm.yaml")),
+        "--data.sampling.max_new_tokens=8",
+    ]
+    lines, stdout = log_of(command, in_lab, tmp_path / "log")
+    assert re.search(r"^evaluate 32/32 responses, .+ in all$", lines, re.MULTILINE)
+    assert "it/s" not in lines
+    assert not re.search(rb"[\r\x1b]", stdout)
