@@ -101,6 +101,10 @@ class TestVLLMServerEngine(EngineContract):
         super().test_frequencies_match_the_distribution(engine, model, sampling)
 
 
+def test_its_log_has_no_bars(server: RunningServer) -> None:
+    assert b"\r" not in server.log.read_bytes()
+
+
 def test_the_same_seeds_write_the_same_as_in_process(
     engine: VLLMServerEngine, tiny_model_dir: Any
 ) -> None:
