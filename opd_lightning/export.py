@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 from opd_lightning.checkpoints import whole
+from opd_lightning.checkpoints.matching import first_difference, shapes_of
 from opd_lightning.checkpoints.plain import load
-from opd_lightning.checkpoints.writing import META
 from opd_lightning.errors import UserError
 from opd_lightning.library_bars import told_as
 from opd_lightning.student import Student
@@ -21,38 +21,28 @@ def load_student(student: Student, checkpoint: str) -> int:
     """Load the student's weights from a run's checkpoint; returns the optimiser step.
 
     A checkpoint is a file, or a folder of shards, which are read straight into the weights.
+
+    Raises:
+        UserError: It is damaged, or not of this student.
     """
-    if whole(checkpoint).is_folder:
-        return _load_shards(student, Path(checkpoint))
-    content = load(Path(checkpoint), mmap=True)
-    saved = content["state_dict"].items()
-    weights = {n.removeprefix(PREFIX): t for n, t in saved if n.startswith(PREFIX)}
-    if not weights:
+    saved = whole(checkpoint)
+    there = {n.removeprefix(PREFIX): s for n, s in saved.shapes.items() if n.startswith(PREFIX)}
+    if not there:
         raise UserError(f"{checkpoint!r} holds no student; give a checkpoint that `opd fit` wrote")
     student.load()
-    try:
-        student.load_state_dict(weights)
-    except RuntimeError as error:
-        raise _not_its_student(student, checkpoint, error) from error
-    return int(content["global_step"])
-
-
-def _load_shards(student: Student, folder: Path) -> int:
-    student.load()
-    weights = {f"{PREFIX}{name}": tensor for name, tensor in student.state_dict().items()}
-    try:
-        dcp.load({"state_dict": weights}, checkpoint_id=folder, no_dist=True)
-    except (CheckpointException, RuntimeError, ValueError) as error:
-        raise _not_its_student(student, str(folder), error) from error
-    return int(load(folder / META)["global_step"])
-
-
-def _not_its_student(student: Student, checkpoint: str, error: BaseException) -> UserError:
-    difference = " ".join(str(error).split())[:300]
-    return UserError(
-        f"{checkpoint!r} is not of the student in this config ({student.source.path!r}): "
-        f"{difference}"
-    )
+    if difference := first_difference(there, shapes_of(student)):
+        raise UserError(
+            f"{checkpoint!r} is not of the student in this config ({student.source.path!r}): "
+            f"{difference}; give the config.yaml of the run that wrote it"
+        )
+    weights = student.state_dict()
+    if saved.is_folder:
+        content: dict[str, Any] = {"state_dict": {PREFIX + n: t for n, t in weights.items()}}
+        dcp.load(content, checkpoint_id=saved.path, no_dist=True)
+    else:
+        content = load(saved.path, mmap=True)
+        student.load_state_dict({n: content["state_dict"][PREFIX + n] for n in weights})
+    return saved.step
 
 
 def write_hf_folder(student: Student, folder: Path) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.optim import Optimizer
 
-from opd_lightning.checkpoints.reading import Saved
+from opd_lightning.checkpoints.reading import Saved, Shape
 from opd_lightning.errors import UserError, raised_by_all
 
 
@@ -45,7 +46,7 @@ def check_readable(saved: Saved, trainer: Trainer, *, training: bool) -> None:
             "name another, or start a new run from an exported student"
         )
     assert trainer.lightning_module is not None
-    if difference := _difference(saved, trainer.lightning_module):
+    if difference := first_difference(saved.shapes, shapes_of(trainer.lightning_module)):
         raise UserError(
             f"{name} is not of this run's model: {difference}; go on with the config.yaml of the "
             "run that wrote it"
@@ -88,12 +89,16 @@ def differences(saved: Saved, trainer: Trainer) -> list[str]:
     return lines
 
 
-def _difference(saved: Saved, module: LightningModule) -> str | None:
+def shapes_of(module: nn.Module) -> dict[str, Shape]:
+    """Of all that it would save."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def first_difference(there: Mapping[str, Shape], here: Mapping[str, Shape]) -> str | None:
     """The first weight that one has and the other has not, or has in another shape."""
-    here = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    for name in sorted(saved.shapes.keys() | here.keys()):
-        there, ours = saved.shapes.get(name), here.get(name)
-        if there != ours:
-            sides = [f"of shape {list(s)}" if s is not None else "not" for s in (there, ours)]
+    for name in sorted(there.keys() | here.keys()):
+        shapes = there.get(name), here.get(name)
+        if shapes[0] != shapes[1]:
+            sides = [f"of shape {list(s)}" if s is not None else "not" for s in shapes]
             return f"{name!r} is {sides[0]} there and {sides[1]} in this run"
     return None

@@ -40,13 +40,13 @@ def load(file: Path | io.BytesIO, *, mmap: bool = False) -> Any:
 
     Raises:
         pickle.UnpicklingError: There is more in it.
-        RuntimeError: It is damaged.
+        Exception: It is damaged; of any kind.
     """
     try:
         return torch.load(file, map_location="cpu", mmap=mmap or None, weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL:? ?'?([\w.]+)", str(error))
-        raise _refusal(name[1] if name else "unknown") from error
+        raise _refusal(name[1] if name else "or changed bytes") from error
 
 
 def metadata_of(folder: Path) -> Metadata:

@@ -28,6 +28,7 @@ from opd_lightning.checkpoints.together import gather, rank
 from opd_lightning.errors import CheckpointError, UserError, raised_by_all
 
 MANIFEST = "manifest.json"  # of a folder of shards: {"files": {name: [bytes, CRC-32]}}
+INDEX = ".metadata"  # of a folder of shards: which shard holds what
 META = "meta.pt"  # of a folder of shards: all but weights and optimiser
 PATIENCE = 60.0  # seconds that one node's files may take to show up on another
 
@@ -152,7 +153,7 @@ def _finish_folder(folder: Path, sums: list[dict[str, list[int]]]) -> None:
     _check_plain(folder / META)
     sync(folder / META)
     files = {name: value for part in sums for name, value in part.items()}
-    for name in (META, ".metadata"):
+    for name in (META, INDEX):
         files[name] = sum_of(folder / name)
     wait_for(folder, {name: size for name, (size, _) in files.items()})
     manifest = folder / MANIFEST

@@ -1,0 +1,187 @@
+"""Whatever happened to a checkpoint's bytes, one line says so, and not in a library's words."""
+
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from opd_lightning.checkpoints import whole
+from opd_lightning.errors import UserError
+from opd_lightning.export import load_student
+from opd_lightning.student import Student
+from tests.conftest import TinyModelDir
+from tests.toy_run import Toy, train
+
+CUT = "it is cut short, or was not written by `opd fit`"
+CHANGED = "bytes of it are missing or were changed"
+FOREIGN = "it holds something else than the state of a run"
+OTHER_BYTES = r"['\"][^ ]*['\"] in it has other bytes than were written"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`last.ckpt`, a file, and in `shards` another, a folder."""
+    folder = tmp_path_factory.mktemp("saved")
+    train(folder, 1, ckpt_path=None)
+    try:
+        shards = ModelParallelStrategy(1, 1, save_distributed_checkpoint=True)
+        train(folder / "shards", 1, ckpt_path=None, strategy=shards)
+    finally:
+        dist.destroy_process_group()
+    return folder
+
+
+def refusal(path: Path) -> str:
+    """What is said to be wrong with it."""
+    with pytest.raises(UserError) as refused:
+        whole(path)
+    line = str(refused.value)
+    assert "\n" not in line
+    start = f"--ckpt_path: {str(path)!r} is damaged or no checkpoint: "
+    reason, end = line.removeprefix(start).rsplit("; ", 1)
+    assert line.startswith(start)
+    assert end.endswith("with `opd fit --ckpt_path last`")
+    return reason
+
+
+def without(name: str) -> Callable[[bytes, Path], None]:
+    """Leave an entry of the archive out."""
+
+    def damage(content: bytes, path: Path) -> None:
+        path.write_bytes(content)
+        with zipfile.ZipFile(path) as archive:
+            kept = {e: archive.read(e) for e in archive.namelist() if not e.endswith(name)}
+        with zipfile.ZipFile(path, "w") as archive:
+            for entry, data in kept.items():
+                archive.writestr(entry, data)
+
+    return damage
+
+
+def part(share: float) -> Callable[[bytes, Path], None]:
+    return lambda content, path: path.write_bytes(content[: int(len(content) * share)])  # type: ignore[return-value]
+
+
+def holding(what: Any) -> Callable[[bytes, Path], None]:
+    return lambda _, path: torch.save(what, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda _, path: None, "'copy.ckpt' is missing"),
+        *((part(share), CUT) for share in (0, 0.1, 0.5, 0.99)),
+        (lambda content, path: path.write_bytes(bytes(len(content))), CUT),
+        (lambda _, path: path.write_text("a text\n"), CUT),
+        (lambda _, path: path.write_bytes(pickle.dumps({"global_step": 1})), CUT),
+        (without("data.pkl"), "'data.pkl' in it is missing"),
+        (without("data/0"), CHANGED),
+        (without("version"), CHANGED),
+        (holding([1, 2]), FOREIGN),
+        (holding(torch.zeros(3)), FOREIGN),
+        (holding({"weight": torch.zeros(3)}), FOREIGN),
+        (holding({"global_step": 1}), FOREIGN),
+        (holding({"global_step": 1, "state_dict": {"weight": 1}}), FOREIGN),
+        (holding({"global_step": 1, "state_dict": {}, "more": Toy}), r"more than .*toy_run\.Toy"),
+    ],
+)
+def test_a_file(
+    damage: Callable[[bytes, Path], None], reason: str, saved: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "copy.ckpt"
+    damage((saved / "last.ckpt").read_bytes(), path)
+    assert re.search(reason, refusal(path))
+
+
+def test_any_flipped_bits(saved: Path, tmp_path: Path) -> None:
+    """In what no checksum covers, such as dates, they change nothing."""
+    content = (saved / "last.ckpt").read_bytes()
+    directory = content.find(b"PK\x01\x02")
+    path, random = tmp_path / "flipped.ckpt", Random(0)
+    reasons = []
+    for _ in range(150):
+        flipped = bytearray(content)
+        for _ in range(random.choice((1, 4))):
+            place = random.choice(
+                (random.randrange(directory), random.randrange(directory, len(content)))
+            )
+            flipped[place] ^= 1 << random.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            whole(path)
+        except UserError:
+            reasons.append(refusal(path))
+    known = f"{CUT}|{CHANGED}|{OTHER_BYTES}|'data.pkl' in it is missing"
+    assert [reason for reason in reasons if not re.fullmatch(known, reason)] == []
+    assert len(reasons) > 75
+
+
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "meta.pt", "manifest.json"])
+def test_a_folder_of_shards(name: str, saved: Path, tmp_path: Path) -> None:
+    def refusal_after(damage: Callable[[Path], Any]) -> str:
+        folder = tmp_path / damage.__name__
+        shutil.copytree(saved / "shards" / "last.ckpt", folder)
+        damage(folder / name)
+        return refusal(folder)
+
+    def gone(file: Path) -> None:
+        file.unlink()
+
+    def cut(file: Path) -> None:
+        file.write_bytes(file.read_bytes()[:10])
+
+    assert whole(saved / "shards" / "last.ckpt").step == 1
+    assert refusal_after(gone) == f"{name!r} is missing"
+    if name == "manifest.json":
+        assert refusal_after(cut) == CHANGED
+    else:
+        assert re.fullmatch(rf"{name!r} has 10 of \d+ bytes", refusal_after(cut))
+        assert re.fullmatch(OTHER_BYTES, refusal_after(flipped))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"files": 1}', '{"files": {"a": 1}}'])
+def test_a_manifest_of_something_else(content: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    assert refusal(tmp_path) == CHANGED
+
+
+def test_a_run_says_the_same(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy.ckpt"
+    without("data/0")((saved / "last.ckpt").read_bytes(), path)
+    with pytest.raises(UserError, match=CHANGED):
+        train(tmp_path, 2, ckpt_path=path)
+
+
+def test_another_student_is_named_by_its_first_weight(
+    tiny_model_dir: TinyModelDir, tmp_path: Path
+) -> None:
+    student = Student(str(tiny_model_dir()))
+    student.load()
+    weights = {f"student.{name}": tensor for name, tensor in student.state_dict().items()}
+    torch.save({"global_step": 3, "state_dict": weights}, tmp_path / "3.ckpt")
+    assert load_student(student, str(tmp_path / "3.ckpt")) == 3
+    wider = Student(str(tiny_model_dir(hidden_size=128)))
+    with pytest.raises(UserError, match=r"is of shape \[.*64\] there and of shape \[.*128\] in"):
+        load_student(wider, str(tmp_path / "3.ckpt"))
+    with pytest.raises(UserError, match="holds no student"):
+        load_student(student, str(_without_student(tmp_path / "0.ckpt")))
+
+
+def _without_student(path: Path) -> Path:
+    torch.save({"global_step": 0, "state_dict": {"layers.weight": torch.zeros(2)}}, path)
+    return path
