@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -38,6 +40,19 @@ _NOISE = re.compile(
 )
 
 
+def as_yaml(word: str) -> str:
+    """A word of the command line, its value as YAML writes it if Python wrote it.
+
+    jsonargparse hands `null` on to the parsers of nested classes as `None`, which would be a text.
+    """
+    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    try:
+        read = ast.literal_eval(value) if "None" in value else ""
+        return option + equals + json.dumps(read) if not isinstance(read, str) else word
+    except (ValueError, SyntaxError, TypeError):
+        return word
+
+
 def one_line(message: str) -> str:
     """The causes in a parser's message, outermost first."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
@@ -47,6 +62,9 @@ def one_line(message: str) -> str:
 
 
 class _Parser(LightningArgumentParser):
+    def parse_args(self, args: Any = None, *rest: Any, **more: Any) -> Any:
+        return super().parse_args(args and [as_yaml(word) for word in args], *rest, **more)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         command = self.prog.replace(" [options]", "")
         report(f"{one_line(message)}; `{command} --help` lists what is accepted")

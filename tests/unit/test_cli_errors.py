@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from opd_lightning import causal_lm
 from opd_lightning.cli import main
-from opd_lightning.lightning_cli import one_line
+from opd_lightning.lightning_cli import as_yaml, one_line
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "lab" / "opd.yaml")
 
@@ -190,3 +191,33 @@ def test_one_line_keeps_causes_only() -> None:
         """Parser key "model": Problem with given class_path 'm.Sub': """
         "Option 'betta' is not accepted; Given value: m.Sub"
     )
+
+
+@pytest.mark.parametrize("word", ["null", "None"])
+@pytest.mark.parametrize(
+    "option", ["data.engine.device", "model.teacher.attn_implementation", "model.teacher"]
+)
+def test_null_is_nothing_and_no_text(
+    option: str, word: str, in_lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value in ([f"--{option}={word}"], [f"--{option}", word]):
+        with pytest.raises(SystemExit) as ended:
+            main(["fit", "--config", CONFIG, *value, "--print_config"])
+        assert ended.value.code == 0
+        settings = yaml.safe_load(capsys.readouterr().out)
+        for name in option.split("."):
+            settings = settings.get("init_args", settings)[name]
+        assert settings is None
+
+
+@pytest.mark.parametrize(
+    ("word", "read"),
+    [
+        ("--a.b={'c': None, 'd': [1, None]}", '--a.b={"c": null, "d": [1, null]}'),
+        ("--prompt=Is it None?", "--prompt=Is it None?"),
+        ("'None'", "'None'"),
+        ("--a={None, 1}", "--a={None, 1}"),
+    ],
+)
+def test_what_python_wrote_is_read_as_yaml(word: str, read: str) -> None:
+    assert as_yaml(word) == read
