@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -100,9 +99,7 @@ class CapabilityRetention(Callback):
         earlier = [point for point in self.points if point.step < found.step]
         self.points = front([*earlier, Point.of(found)])
         module.derived |= found.figures()
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_text("retention", found.table(), found.step)
+        module.tables["retention"] = found.table()
         self._act(trainer, module, found)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -43,6 +43,15 @@ def write_figures(trainer: Trainer, figures: Mapping[str, float], step: int) -> 
         logger.save()
 
 
+def write_validation(trainer: Trainer, module: EvaluatedModule) -> None:
+    """Log what a validation found, at the number of optimiser steps made."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            for tag, table in module.tables.items():
+                logger.experiment.add_text(tag, table, trainer.global_step)
+    write_figures(trainer, module.scores, trainer.global_step)  # and all of it is on disk
+
+
 def write_step(trainer: Trainer, figures: Mapping[str, float], step: int) -> None:
     """The same of one optimiser step, where `log_every_n_steps` wants it.
 
@@ -60,8 +69,8 @@ class RunLog(Callback):
 
     Whatever was logged for steps before n is on disk before the checkpoint is. Whatever is there
     for n and after it, of a run that died later, is declared void when a run goes on from n, in
-    the words that TensorBoard's files have for it. Only the scores of a validation made at n
-    belong to n and are not made again: the checkpoint has them.
+    the words that TensorBoard's files have for it. Only the scores and tables of a validation made
+    at n belong to n and are not made again: the checkpoint has them.
 
     With them it keeps what callbacks monitor (`trainer.callback_metrics`). A validation of the last
     step that was cut short is made when the finished run is started again.
@@ -72,7 +81,7 @@ class RunLog(Callback):
 
     def __init__(self) -> None:
         self.settings: Mapping[str, float | str] = {}  # of the run, as a flat table
-        self._resumed: dict[str, dict[str, float]] = {}
+        self._resumed: dict[str, Any] = {}
         self._began = False
 
     def on_load_checkpoint(
@@ -113,8 +122,9 @@ class RunLog(Callback):
             {name: Tensor([value]).squeeze().to(device) for name, value in monitored.items()}
         )
         pl_module.scores = self._resumed.get("validation", {})
+        pl_module.tables = self._resumed.get("tables", {})
         pl_module.validation_is_over = bool(pl_module.scores)
-        write_figures(trainer, pl_module.scores, trainer.global_step)
+        write_validation(trainer, pl_module)
         self._resumed = {}
 
     def on_save_checkpoint(
@@ -123,6 +133,7 @@ class RunLog(Callback):
         checkpoint["log"] = {
             "monitored": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "validation": pl_module.scores if pl_module.validation_is_over else {},
+            "tables": pl_module.tables if pl_module.validation_is_over else {},
         }
         for logger in trainer.loggers:
             logger.save()

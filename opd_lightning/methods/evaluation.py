@@ -14,7 +14,7 @@ from opd_lightning.head import Comparison, score
 from opd_lightning.losses.divergence import ForwardKL
 from opd_lightning.metrics.evaluation import SuiteScores
 from opd_lightning.metrics.likelihood import LikelihoodScores
-from opd_lightning.run_log import write_figures
+from opd_lightning.run_log import write_validation
 from opd_lightning.sharding import rest
 from opd_lightning.student import Student
 from opd_lightning.teachers.local import LocalTeacher
@@ -35,6 +35,7 @@ class EvaluatedModule(LightningModule):
         # Of a measurement outside of a run: the figures of every domain, by suite.
         self.scores_by_domain: dict[str, dict[str, dict[str, float]]] = {}
         self.derived: dict[str, float] = {}  # what callbacks make of them, logged with them
+        self.tables: dict[str, str] = {}  # in Markdown, by tag, likewise
         self.validation_is_over = False  # of the weights as they are now
 
     def load_start(self) -> None:
@@ -88,7 +89,7 @@ class EvaluatedModule(LightningModule):
     def _new_suites(self, stage: str) -> None:
         suites = self.trainer.datamodule.new_scores(stage)  # type: ignore[attr-defined]
         self.suites = {name: scores.to(self.device) for name, scores in suites.items()}
-        self.derived = {}
+        self.derived, self.tables = {}, {}
 
     def _log_suites(self, prefix: str) -> None:
         self.scores = {
@@ -98,7 +99,7 @@ class EvaluatedModule(LightningModule):
         } | self.derived
         fits = self.trainer.state.fn == TrainerFn.FITTING
         if fits:  # at the number of steps made; Lightning's index is one less
-            write_figures(self.trainer, self.scores, self.trainer.global_step)
+            write_validation(self.trainer, self)
         else:
             self.scores_by_domain = {
                 name: {

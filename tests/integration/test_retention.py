@@ -22,6 +22,7 @@ from opd_lightning.rollouts import HFEngine, Sampling
 from opd_lightning.student import Student
 from opd_lightning.trainer import Trainer
 from opd_lightning.verifiers import RegexMatch
+from tests.killing import scalars, tensors
 
 STEPS, EVERY = 6, 2
 SUMS = "lab/arithmetic/demonstrations.jsonl"
@@ -42,10 +43,13 @@ def fit(
     callback: CapabilityRetention,
     *,
     steps: int = STEPS,
-    save_every: int = EVERY,
+    save_every: int | None = EVERY,
     resume: str | None = None,
 ) -> dict[str, Tensor]:
-    """Train on subtractions, towards their likelihood; the weights at the end."""
+    """Train on subtractions, towards their likelihood; the weights at the end.
+
+    Saved every `save_every` steps, or after every validation if None.
+    """
     method = SFT(
         Student("lab/arithmetic/student"),
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
@@ -82,7 +86,7 @@ def fit(
         callbacks=[
             callback,
             ModelCheckpoint(folder / "checkpoints", every_n_train_steps=save_every, save_top_k=-1,
-                            filename="{step}", save_last=True),
+                            filename="{step}", save_last=True, save_on_train_epoch_end=False),
         ],
         log_every_n_steps=1,
     )  # fmt: skip
@@ -144,6 +148,24 @@ def test_a_resumed_run_retains_alike(stop: int, letters: str, tmp_path: Path) ->
     assert one == other
     kept = [sorted(f.name for f in (tmp_path / n / "pareto").iterdir()) for n in ("whole", "cut")]
     assert kept[0] == kept[1]
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_what_a_validation_wrote_before_its_checkpoint_is_there_once(
+    letters: str, tmp_path: Path
+) -> None:
+    def watch() -> CapabilityRetention:
+        return CapabilityRetention(["target"], keep_pareto=False)
+
+    fit(tmp_path / "whole", letters, watch())
+    fit(tmp_path / "cut", letters, watch(), steps=EVERY + 1, save_every=None)
+    saved = str(tmp_path / "cut" / "checkpoints" / f"step={EVERY}.ckpt")
+    fit(tmp_path / "cut", letters, watch(), save_every=None, resume=saved)
+    for read in (tensors, scalars):
+        found, expected = (read(tmp_path / name) for name in ("cut", "whole"))
+        assert found == expected
+    steps = [step for step, _ in tensors(tmp_path / "cut")["retention/text_summary"]]
+    assert steps == list(range(0, STEPS + 1, EVERY))
 
 
 @pytest.mark.usefixtures("in_lab")
