@@ -88,6 +88,7 @@ def plan(probe: Probe, optimizer: Optimizer) -> Plan:
         engine=engine_bytes(probe),
         engine_sleeps=probe.engine is not None and probe.engine.sleep_while_training,
         pushed=probe.engine.weights_dtype if probe.engine is not None else None,
+        compares_with_start=student.lora is None and probe.data.compares_with_start("validate"),
         readings=sum(isinstance(p, AdapterOffTeacher) for p in dict.fromkeys(parts)),
     )
 

@@ -24,16 +24,18 @@ class Memory:
     training: dict[str, int]  # while micro-batches go forward and back
     moving: dict[str, int]  # while the optimiser moves the weights
     pushing: dict[str, int]  # while an engine, awake, is given them
+    measuring: dict[str, int]  # while a validation reads texts, and engines are awake
     engine: dict[str, int]
     engine_sleeps: bool
     host: int  # in CPU memory, where the device is a GPU
 
     def fullest(self) -> dict[str, int]:
         """The parts at the moment that takes most."""
-        awake = self.engine | self.pushing
+        asleep = (self.training, self.moving)
+        awake = (self.pushing, self.measuring)
         if self.engine_sleeps:
-            return self.always | max(self.training, self.moving, awake, key=_sum)
-        return self.always | self.engine | max(self.training, self.moving, self.pushing, key=_sum)
+            return self.always | max(*asleep, *(self.engine | part for part in awake), key=_sum)
+        return self.always | self.engine | max(*asleep, *awake, key=_sum)
 
 
 def process_memory(plan: Plan) -> Memory:
@@ -64,14 +66,17 @@ def process_memory(plan: Plan) -> Memory:
             teachers += size
         if sharded:
             passing += gathered_bytes(model, layout)
+    start = held_bytes(parameters, layout) if plan.compares_with_start else 0
+    comes_and_goes = plan.on_gpu and layout.shards == 1
     return Memory(
-        always={**always, "teachers": teachers},
+        always={**always, "teachers": teachers, "start": 0 if comes_and_goes else start},
         training={**training, "passing_teachers": passing},
         moving={"update": _update_bytes(parameters, plan.optimizer, layout, plan.on_gpu)},
         pushing={"push": _push_bytes(plan)},
+        measuring={"start": start} if comes_and_goes else {},
         engine={"engine": plan.engine},
         engine_sleeps=plan.engine_sleeps,
-        host=host,
+        host=host + (start if comes_and_goes else 0),
     )
 
 

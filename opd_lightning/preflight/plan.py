@@ -46,6 +46,8 @@ class Plan:
         engine: Bytes of the engine in this process.
         engine_sleeps: Whether it gives them back while the trainer works.
         pushed: What engines, here or elsewhere, keep the student's weights in; None without one.
+        compares_with_start: Whether validations read the student's folder again, to compare with
+            it; without LoRA, as an adapter is switched off instead.
         readings: Teachers that are the student itself, read without a gradient.
     """
 
@@ -64,6 +66,7 @@ class Plan:
     engine: int = 0
     engine_sleeps: bool = False
     pushed: torch.dtype | None = None
+    compares_with_start: bool = False
     readings: int = 0
 
     @cached_property

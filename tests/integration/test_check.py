@@ -26,7 +26,9 @@ from opd_lightning.preflight.memory import student_bytes
 from opd_lightning.rollouts import HFEngine, Request, Sampling
 from opd_lightning.rollouts.vllm_process import vllm_unavailable
 from opd_lightning.student import Student
-from opd_lightning.teachers import FrozenTeacher, TopKTeacher
+from opd_lightning.teachers import EMATeacher, FrozenTeacher, TopKTeacher
+from opd_lightning.teachers.local import OwnModelTeacher
+from opd_lightning.teachers.start import start_of
 from opd_lightning.trainer import Trainer
 from opd_lightning.types import Completion, RolloutBatch, TokenScores
 from tests.servers import RunningServer
@@ -419,10 +421,36 @@ def test_memory_of_the_student_is_counted_exactly(
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
 
-    def measured(tensors: Iterable[Any]) -> int:
-        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-
     assert counted["weights"] == measured(student.parameters())
     assert counted["gradients"] == measured(p.grad for p in trained)
     states = [value for state in optimizer.state.values() for value in state.values()]
     assert counted["optimizer"] == measured(states)
+
+
+def measured(tensors: Iterable[Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def test_memory_of_copies_of_the_student_is_counted_exactly(check: Check) -> None:
+    """A start that validations compare with, and a running average."""
+    student = Student("lab/arithmetic/student")
+    student.load()
+    start = start_of(student, None)
+    assert isinstance(start, OwnModelTeacher)
+    start.load(torch.device("cpu"), student)
+    retention = f"{CONFIGS}/lab/retention.yaml"
+    of_lora = ("--model.student.lora.r=2", "--model.student.lora.target_modules=all-linear")
+    for changes, expected in (
+        ((), measured(start.model().parameters())),
+        (of_lora, 0),
+        (("--data.texts=null",), 0),
+    ):
+        found = by_subject(check("--trainer.callbacks=null", *changes, config=retention))
+        assert found["memory (estimate)"]["values"]["start_bytes"] == expected
+    average = EMATeacher()
+    found = by_subject(check(config=str(CONFIGS / "lab" / "sdft.yaml")))
+    student = Student("lab/identity/base")
+    student.load()
+    average.load(torch.device("cpu"), student)
+    values = found["memory (estimate)"]["values"]
+    assert values["teachers_bytes"] == measured(average.model().parameters())

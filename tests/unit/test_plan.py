@@ -111,6 +111,25 @@ def test_a_push_needs_the_largest_tensor_whole_and_once_in_the_engines_dtype() -
     assert process_memory(plan(Layout(), pushed=None)).pushing == {"push": 0}
 
 
+@pytest.mark.parametrize(
+    ("layout", "on_gpu"), [(Layout(), False), (Layout(), True), (Layout(world=2, shards=2), True)]
+)
+def test_a_start_is_on_a_gpu_while_it_is_read_unless_it_is_sharded(
+    layout: Layout, on_gpu: bool
+) -> None:
+    without, memory = (
+        process_memory(plan(layout, on_gpu=on_gpu, compares_with_start=compares))
+        for compares in (False, True)
+    )
+    weights = memory.always["weights"]
+    comes_and_goes = on_gpu and layout.shards == 1
+    assert memory.host - without.host == (weights if comes_and_goes else 0)
+    assert memory.measuring == ({"start": weights} if comes_and_goes else {})
+    assert memory.always["start"] == (0 if comes_and_goes else weights)
+    large = replace(memory, training={}, moving={}, pushing={})
+    assert large.fullest()["start"] == weights
+
+
 @pytest.mark.parametrize("sleeps", [False, True])
 def test_an_engine_that_sleeps_is_not_there_while_a_step_trains(sleeps: bool) -> None:
     for engine in (1, 10**9):
