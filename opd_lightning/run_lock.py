@@ -1,4 +1,4 @@
-"""One job at a time in a run folder."""
+"""One job at a time in a run folder, or at a file that it goes on with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,33 +21,44 @@ PATIENCE = 120.0  # seconds that a requeued job waits for its earlier self to be
 UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
+def held(folder: Path, *, patience: float = PATIENCE) -> AbstractContextManager[None]:
+    """Hold a run folder, which is made if it is not there; see `_held`."""
+    elsewhere = "name another folder with --trainer.logger.init_args.save_dir"
+    return _held(folder / LOCK, f"run folder {str(folder)!r}", elsewhere, patience)
+
+
+def held_file(file: Path, *, patience: float = PATIENCE) -> AbstractContextManager[None]:
+    """Hold a file that a command writes to, its folder made if it is not there; see `_held`."""
+    place = file.with_name(f".{file.name}{LOCK}")
+    return _held(place, f"--out: {str(file)!r}", "name another file", patience)
+
+
 @contextmanager
-def held(folder: Path, *, patience: float = PATIENCE) -> Iterator[None]:
-    """Hold a run folder, or raise UserError that says who does, before anything is written to it.
+def _held(path: Path, what: str, elsewhere: str, patience: float) -> Iterator[None]:
+    """Hold it, or raise UserError that says who does, before anything is written to it.
 
     The kernel frees the lock when the process ends, however it ends; processes it has started do
     not keep it. On a network file system the file server does so, after a node that went down as
     soon as it believes it gone. Where files cannot be locked, that is said and the run goes on.
 
     Args:
-        folder: The run's; made if it is not there.
+        path: The lock; it says who holds it, and stays.
+        what: It is for, as a message begins.
+        elsewhere: What somebody can do who does not want to wait.
         patience: Seconds to wait for another process of the same SLURM job: a requeued job may
             start while its earlier self still ends.
     """
-    path = folder / LOCK
     lock = FileLock(path, thread_local=False, fallback_to_soft=False)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _acquire(lock, path, patience)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _acquire(lock, path, what, elsewhere, patience)
         path.write_text(json.dumps(_myself()))
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             reason = f"{error.strerror or error}"
-            raise UserError(
-                f"run folder {str(folder)!r}: {reason}; name one that can be written to"
-            ) from error
+            raise UserError(f"{what}: {reason}; name one that can be written to") from error
         note(
-            f"run folder {str(folder)!r}: files cannot be locked there ({error.strerror}), so take "
+            f"{what}: files cannot be locked there ({error.strerror}), so take "
             "care that no other job uses it"
         )
     try:
@@ -56,7 +67,7 @@ def held(folder: Path, *, patience: float = PATIENCE) -> Iterator[None]:
         lock.release()
 
 
-def _acquire(lock: FileLock, path: Path, patience: float) -> None:
+def _acquire(lock: FileLock, path: Path, what: str, elsewhere: str, patience: float) -> None:
     try:
         lock.acquire(timeout=0)
         return
@@ -64,16 +75,13 @@ def _acquire(lock: FileLock, path: Path, patience: float) -> None:
         holder = _read(path)
     mine = _myself()["slurm_job"]
     if mine and holder.get("slurm_job") == mine:
-        note(f"waiting up to {patience:g} s for {_words(holder)} to leave {str(path.parent)!r}")
+        note(f"waiting up to {patience:g} s for {_words(holder)} to leave {what}")
         try:
             lock.acquire(timeout=patience)
             return
         except Timeout:
             pass
-    raise UserError(
-        f"run folder {str(path.parent)!r} is in use by {_words(holder)}; wait for it or end it, or "
-        "name another folder with --trainer.logger.init_args.save_dir"
-    )
+    raise UserError(f"{what} is in use by {_words(holder)}; wait for it or end it, or {elsewhere}")
 
 
 def _myself() -> dict[str, Any]:

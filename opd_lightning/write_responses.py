@@ -23,6 +23,7 @@ from opd_lightning.model_source import ModelSource
 from opd_lightning.preflight import check_prompts, check_same_tokens, check_usable
 from opd_lightning.progress import Progress
 from opd_lightning.rollouts.base import Engine, Sampling
+from opd_lightning.run_lock import held_file
 from opd_lightning.seeding import WRITTEN_SAMPLE, derive_seed
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Prompt, Rollout
@@ -52,11 +53,13 @@ def write_responses(
 
     A row has the prompt's fields, `response`, `response_ids`, `stop_reason`, `reward` if there is a
     verifier, and `written_by`: model, sampling and seed, which are the same for a whole file. Its
-    id is the prompt's with the sample's number.
+    id is the prompt's with the sample's number. One job at a time writes to a file.
     """
     for name, value in (("samples", samples), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"--{name}: got {value}, expected at least 1")
+    if out.is_dir():
+        raise UserError(f"--out: got {str(out)!r}, which is a folder, expected a file to write")
     author = _author(module, data, kind, ckpt_path)
     renderer = Renderer(author.source.tokenizer, data.template_args, {}, author.source.eos_ids)
     prompts, ids = _prompts(module, data, renderer, author)
@@ -72,8 +75,7 @@ def write_responses(
         for sample in range(samples)
         for seed in [derive_seed(WRITTEN_SAMPLE, data.seed, i, sample)]
     ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a+b") as file:
+    with held_file(out), out.open("a+b") as file:
         done = _recover(file, out, written_by)
         rows = [(name, row) for name, row in rows if name not in done]
         print(f"{out}: {len(done)} rows are there, {len(rows)} are to be written")

@@ -22,12 +22,12 @@ from opd_lightning.run_lock import LOCK, held
 from tests.integration.test_fit import CONFIG
 from tests.integration.test_interrupted import FAST
 
-# Holds the folder, with a forked child beside it, until it is ended.
+# Holds the folder or file, with a forked child beside it, until it is ended.
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from opd_lightning.run_lock import held
-with held(Path(sys.argv[1])):
+from opd_lightning import run_lock
+with getattr(run_lock, sys.argv[3])(Path(sys.argv[1])):
     if os.fork() == 0:
         os.write(1, b"x")
         time.sleep(float(sys.argv[2]))
@@ -37,10 +37,12 @@ with held(Path(sys.argv[1])):
 
 
 @contextmanager
-def another_job(folder: Path, seconds: float = 60, **environment: str) -> Iterator[Any]:
-    """A process that holds `folder`."""
+def another_job(
+    place: Path, seconds: float = 60, hold: str = "held", **environment: str
+) -> Iterator[Any]:
+    """A process that holds `place`, by the function of that name."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder), str(seconds)],
+        [sys.executable, "-c", HOLDER, str(place), str(seconds), hold],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         start_new_session=True,
@@ -127,3 +129,32 @@ def test_a_finished_run_lets_go(tmp_path: Path) -> None:
     fit(tmp_path, *FAST, "--trainer.max_steps=1", "--trainer.limit_val_batches=0")
     with held(tmp_path):
         pass
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_two_jobs_do_not_write_responses_to_one_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "responses.jsonl"
+
+    def write(out: Path) -> None:
+        main(
+            ["write-responses", "--config", CONFIG, "--out", str(out), "--data.train.limit=2",
+             "--data.sampling.max_new_tokens=4", "--trainer.logger=false"]
+        )  # fmt: skip
+
+    with another_job(out, hold="held_file") as process:
+        with pytest.raises(SystemExit) as exit_:
+            write(out)
+        assert exit_.value.code == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opd: error")]
+        assert line.startswith(
+            f"opd: error: --out: {str(out)!r} is in use by process {process.pid}"
+        )
+        assert not out.exists()
+        write(tmp_path / "others.jsonl")
+    write(out)
+    assert out.read_text() == (tmp_path / "others.jsonl").read_text()
+    with pytest.raises(SystemExit):
+        write(tmp_path)
+    assert "which is a folder, expected a file" in capsys.readouterr().err
