@@ -52,10 +52,10 @@ class RunningServer:
     def is_running(self) -> bool:
         return self.process.poll() is None
 
-    def restart(self) -> RunningServer:
-        """After it has ended, on the port that it had."""
+    def restart(self, *, elsewhere: bool = False) -> RunningServer:
+        """After it has ended, on the port that it had, or on another."""
         self.address_file.unlink(missing_ok=True)  # `kill` leaves it
-        self._start("--port", self._port)
+        self._start(*([] if elsewhere else ["--port", self._port]))
         return self
 
     def children(self) -> list[int]:

@@ -53,10 +53,25 @@ def found_addresses(servers: Sequence[str], *, patience: float) -> list[str]:
         patience: Seconds that address files are waited for: their servers may still be loading.
     """
     until = time.monotonic() + patience
-    return [s if "://" in s else _read(Path(s).expanduser(), until, patience) for s in servers]
+    files = [address_file(server) for server in servers]
+    pairs = zip(servers, files, strict=True)
+    return [s if file is None else _wait_for(file, until, patience) for s, file in pairs]
 
 
-def _read(file: Path, until: float, patience: float) -> str:
+def address_file(server: str) -> Path | None:
+    """The file that the address is in, unless it is one itself."""
+    return None if "://" in server else Path(server).expanduser()
+
+
+def address_in(file: Path) -> str | None:
+    """The address in it now; None if there is none."""
+    try:
+        return checked_address(file.read_text().strip())
+    except (OSError, UserError):  # its server has ended, or somebody else writes there
+        return None
+
+
+def _wait_for(file: Path, until: float, patience: float) -> str:
     if not file.is_file():
         log.warning("address file '%s': waiting %g s for its server", file, patience)
     while not file.is_file():

@@ -16,7 +16,12 @@ from functools import partial
 from typing import Any
 
 from opd_lightning.errors import ServerAwayError, UserError
-from opd_lightning.serving.addresses import checked_address, found_addresses
+from opd_lightning.serving.addresses import (
+    address_file,
+    address_in,
+    checked_address,
+    found_addresses,
+)
 from opd_lightning.serving.job import Job
 from opd_lightning.serving.wire import FIRST_PAUSE, Line, LostError, Server, read_key
 
@@ -33,7 +38,7 @@ class Servers:
 
     Args:
         servers: Their addresses, such as "http://127.0.0.1:8000", or paths of their address files,
-            which are read when the servers are first asked.
+            which are read when the servers are first asked, and again while one is lost.
         key_file: File with the key alone, readable by its owner alone. None takes the environment
             variable OPD_SERVER_KEY, if it is set.
         patience: Seconds that servers, or their address files, are waited for.
@@ -114,7 +119,10 @@ class Servers:
             if self._loop is None:
                 key = read_key(self.key_file)
                 urls = found_addresses(self._addresses, patience=self.patience)
-                self._servers = [Server(Line(url, key, self.timeout)) for url in urls]
+                self._servers = [
+                    Server(Line(url, key, self.timeout), address_file(address))
+                    for url, address in zip(urls, self._addresses, strict=True)
+                ]
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=_run, args=(self._loop,), daemon=True).start()
             return self._servers
@@ -157,6 +165,8 @@ class Servers:
 
     async def _do(self, job: Job, server: Server) -> None:
         try:
+            if server.lost_since is not None:
+                await _look_for(server)
             answer = job.read(await server.line.ask(job.method, job.path, job.body))
         except LostError as fault:
             self._note(fault, job, server)
@@ -218,6 +228,16 @@ class Servers:
         await asyncio.gather(*self._running, return_exceptions=True)
         for server in self._servers:
             await server.line.close()
+
+
+async def _look_for(server: Server) -> None:
+    """A server that was started again may listen elsewhere."""
+    if server.file is not None:
+        # The disk may be slow, and the others go on meanwhile.
+        url = await asyncio.to_thread(address_in, server.file)
+        if url is not None and url != server.line.url:
+            log.warning("%s is at %s now", server.line.url, url)
+            server.line.url = url
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

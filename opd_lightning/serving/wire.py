@@ -57,7 +57,6 @@ class Line:
 
     def _dial(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(
-            base_url=self.url,
             headers=self._headers,
             timeout=self._timeout,
             limits=httpx.Limits(max_connections=1, keepalive_expiry=KEPT_SECONDS),
@@ -69,7 +68,7 @@ class Line:
         self, client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None
     ) -> Any:
         try:
-            response = await client.request(method, path, json=body)
+            response = await client.request(method, self.url + path, json=body)
         except httpx.ConnectError as error:
             raise LostError("could not be reached", reached=False) from error
         except httpx.TimeoutException as error:
@@ -96,16 +95,22 @@ class Line:
                 f"{self.url}: answered 401, so the key is missing or wrong; give the server's "
                 f"in key_file or {KEY_VARIABLE}"
             )
-        if status == 404 and "model" in body and (served := await _served(client)):
+        if status == 404 and "model" in body and (served := await _served(client, self.url)):
             return f"{self.url}: got model {body['model']!r} to ask, but it serves {served}"
         return f"{self.url}{path}: answered {status}: {_words(response)}"
 
 
 class Server:
-    """A line, and how its other end does."""
+    """A line, and how its other end does.
 
-    def __init__(self, line: Line) -> None:
+    Args:
+        line: To where it was last heard of.
+        file: Its address file, if it has one: it may come back elsewhere.
+    """
+
+    def __init__(self, line: Line, file: Path | None) -> None:
         self.line = line
+        self.file = file
         self.in_flight = 0
         self.lost_since: float | None = None  # of the monotonic clock; None while it answers
         self.retry_at = 0.0
@@ -118,10 +123,10 @@ class Server:
         return self.in_flight < IN_FLIGHT
 
 
-async def _served(client: httpx.AsyncClient) -> str:
+async def _served(client: httpx.AsyncClient, url: str) -> str:
     """Names of the models that the server has; empty if it does not tell."""
     try:
-        listed = (await client.get("/v1/models")).json()["data"]
+        listed = (await client.get(f"{url}/v1/models")).json()["data"]
         return " and ".join(repr(model["id"]) for model in listed)
     except (httpx.HTTPError, ValueError, LookupError, TypeError):
         return ""

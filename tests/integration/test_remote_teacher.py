@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,7 @@ def test_a_server_of_somebody_else_s(teacher_server: RunningServer) -> None:
 def losses(run: Path, server: RunningServer) -> list[float]:
     arguments = [
         *("--config", CONFIG, "--config", REMOTE, *at(server)),
+        f"--model.init_args.teacher.init_args.servers=[{server.address_file}]",
         *("--trainer.max_steps=4", "--trainer.val_check_interval=1000"),
         *("--trainer.accumulate_grad_batches=2", "--trainer.enable_progress_bar=false"),
         *("--data.prompts_per_step=8", "--data.sampling.max_new_tokens=10"),
@@ -325,21 +327,24 @@ def after_requests(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_lost_server_is_waited_for(
+    elsewhere: bool,
     teacher_server: RunningServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: Any,
 ) -> None:
-    undisturbed = losses(tmp_path / "undisturbed", teacher_server)
+    undisturbed, before = losses(tmp_path / "undisturbed", teacher_server), teacher_server.url
 
     def lose() -> None:
         teacher_server.kill()
-        threading.Timer(1.0, teacher_server.restart).start()
+        threading.Timer(1.0, partial(teacher_server.restart, elsewhere=elsewhere)).start()
 
     after_requests(monkeypatch, 2, lose)
     disturbed = losses(tmp_path / "disturbed", teacher_server)
     assert "answers again" in caplog.text
+    assert (teacher_server.url != before) is elsewhere
     # What is computed beside a sequence moves its last bits, in any vLLM.
     assert disturbed == pytest.approx(undisturbed, abs=2e-6)
     assert len(set(undisturbed)) == 4

@@ -210,6 +210,27 @@ def test_an_address_file_is_read_when_it_is_needed(
     assert numbers(servers, 3) == [0, 1, 2]
 
 
+def test_an_address_file_is_read_again_when_its_server_is_lost(
+    start: Start, client: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, file = start(echo), tmp_path / "address"
+    file.write_text(first.url + "\n")
+    servers = client(str(file), patience=20)
+    first.stop()
+    futures = servers.spread("/ask", [{"n": n} for n in range(3)])
+    time.sleep(0.5)
+    file.unlink()  # a server that ends takes it away
+    time.sleep(0.5)
+    file.write_text("nonsense")
+    time.sleep(0.5)
+    second = start(echo)
+    assert second.url != first.url
+    file.write_text(second.url + "\n")
+    assert [future.result(timeout=20)["n"] for future in futures] == [0, 1, 2]
+    assert servers.urls == [second.url]
+    assert f"{first.url} is at {second.url} now" in caplog.text
+
+
 def test_everywhere_asks_each(start: Start, client: Client) -> None:
     both = start(lambda _: (200, {"who": 0})), start(lambda _: (200, {"who": 1}))
     assert client(*both).everywhere("/ask", {"n": 1}) == [{"who": 0}, {"who": 1}]
