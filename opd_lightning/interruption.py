@@ -17,9 +17,10 @@ from opd_lightning.signals import SignalledError
 class SaveOnInterruption(Callback):
     """Saves the beginning of the step that an exception or Ctrl-C ended, beside the others.
 
-    As `last.ckpt`. Nothing is saved before the first optimiser step, while
-    the optimiser moves (the last checkpoint stays the newest whole state), and in runs of several
-    processes: one that fails cannot save together with those that go on.
+    As `last.ckpt`. Nothing is saved before the first optimiser step, while the optimiser moves (the
+    last checkpoint stays the newest whole state), and in runs of several processes: one that fails
+    cannot save together with those that go on, and a signal finds them at different collectives.
+    `callbacks.SlurmRequeue` lets them finish the step instead.
     """
 
     def __init__(self) -> None:
@@ -67,4 +68,7 @@ class TermAsInterrupt(_SignalConnector):
 
 
 _MOVING = "the run ended while its weights moved; go on from the last checkpoint"
-_SEVERAL = "of several processes, one alone cannot; go on from the last checkpoint"
+_SEVERAL = (
+    "of several processes, one alone cannot; go on from the last checkpoint (on SIGTERM "
+    "callbacks.SlurmRequeue has all of them save, also without SLURM)"
+)

@@ -103,14 +103,18 @@ def test_a_run_without_a_folder_to_save_in_is_refused() -> None:
 # As a program ----------------------------------------------------------------------------
 
 
-def begin(lab: Path, folder: Path, callbacks: list[Any]) -> subprocess.Popen[str]:
-    """`opd fit` in a folder of its own, once it notes signals."""
+def begin(
+    lab: Path, folder: Path, callbacks: list[Any], *, ranks: int = 1
+) -> subprocess.Popen[str]:
+    """`opd fit` in a folder and a process group of its own, once it notes signals."""
     (folder / "lab").symlink_to(lab / "lab")
     saver = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
     changes = {
         "data": {"prompts_per_step": 4, "sampling": {"max_new_tokens": 6}, "validation": None},
         "trainer": {
             "max_steps": 5,
+            "devices": ranks,
+            "strategy": "ddp" if ranks > 1 else "auto",
             "logger": {"init_args": {"save_dir": "run"}},
             "callbacks": [*callbacks, saver],
         },
@@ -122,6 +126,7 @@ def begin(lab: Path, folder: Path, callbacks: list[Any]) -> subprocess.Popen[str
         cwd=folder,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     until(lambda: is_caught(run.pid, TERM), "the run's start")
     return run
@@ -133,7 +138,7 @@ def is_caught(process: int, number: signal.Signals) -> bool:
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
-PAUSE = {
+PAUSE: dict[str, Any] = {
     "class_path": "tests.slurm.parts.Pause",
     "init_args": {"hook": "on_after_backward", "step": 2, "seconds": 60},
 }
@@ -166,6 +171,35 @@ def test_without_the_callback_term_is_ctrl_c(untrained_lab: Path, tmp_path: Path
     _, said = run.communicate(timeout=60)
     assert run.returncode == 1, said
     assert "opd: saved the beginning of step 2" in said
+
+
+def paused(folder: Path) -> bool:
+    return all((folder / f"waits-{rank}").exists() for rank in (0, 1))
+
+
+@pytest.mark.timeout(600)
+def test_several_processes_save_nothing_on_their_own(untrained_lab: Path, tmp_path: Path) -> None:
+    run = begin(untrained_lab, tmp_path, [PAUSE], ranks=2)
+    until(lambda: paused(tmp_path), "the pause")
+    os.killpg(run.pid, signal.SIGINT)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 1, said
+    assert said.count("opd: nothing saved: of several processes, one alone cannot; go on") == 1
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_several_processes_save_together_without_slurm(untrained_lab: Path, tmp_path: Path) -> None:
+    pause = {**PAUSE, "init_args": {**PAUSE["init_args"], "seconds": 3}}
+    callbacks = [{"class_path": "callbacks.SlurmRequeue"}, pause]
+    run = begin(untrained_lab, tmp_path, callbacks, ranks=2)
+    until(lambda: paused(tmp_path), "the pause")
+    os.kill(int((tmp_path / "waits-1").read_text()), TERM)  # one of them is enough
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 143, said
+    assert said.count("opd: SIGTERM: saved the beginning of step 3 as ") == 1
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 
 # Random numbers --------------------------------------------------------------------------
