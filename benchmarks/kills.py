@@ -20,7 +20,9 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
-from tests.killing import CONFIG, compare, fit_command, run_under_fire, settings
+from tests.comparing import compare
+from tests.full_run import CONFIG, fit_command, settings
+from tests.killing import run_under_fire
 
 ENGINES = {"hf": "HFEngine", "vllm": "VLLMEngine"}
 

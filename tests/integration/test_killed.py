@@ -8,7 +8,9 @@ from random import Random
 
 import pytest
 
-from tests.killing import CONFIG, RUN, compare, fit_command, run_under_fire, scalars, settings
+from tests.comparing import compare, scalars
+from tests.full_run import CONFIG, RUN, fit_command, settings
+from tests.killing import run_under_fire
 
 STEPS = 12
 

@@ -8,7 +8,8 @@ import pytest
 
 from opd_lightning.cli import main
 from opd_lightning.rollouts.vllm_process import vllm_unavailable
-from tests.killing import CONFIG, RUN, compare, scalars, settings, tensors
+from tests.comparing import compare, scalars, tensors
+from tests.full_run import CONFIG, RUN, settings
 
 STEPS = 10  # an epoch is eight; validation follows steps 5 and 10
 SG_OPD = CONFIG.with_name("sg_opd.yaml")

@@ -22,7 +22,7 @@ from opd_lightning.rollouts import HFEngine, Sampling
 from opd_lightning.student import Student
 from opd_lightning.trainer import Trainer
 from opd_lightning.verifiers import RegexMatch
-from tests.killing import scalars, tensors
+from tests.comparing import scalars, tensors
 
 STEPS, EVERY = 6, 2
 SUMS = "lab/arithmetic/demonstrations.jsonl"

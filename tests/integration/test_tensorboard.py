@@ -18,7 +18,8 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from opd_lightning.cli import main
-from tests.killing import CONFIG, RUN, scalars, settings, tensors
+from tests.comparing import scalars, tensors
+from tests.full_run import CONFIG, RUN, settings
 from tests.tensorboard_server import tensorboard
 
 STEPS, FROM = 8, 3

@@ -1,0 +1,72 @@
+"""How a run that something happened to differs from one that nothing happened to."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import (
+    EventAccumulator as ServedEvents,
+)
+from torch import Tensor
+
+from tests.full_run import RUN
+
+CLOCK = ("time/", "cost/", "tokens_per_second")  # figures that differ from run to run
+LATE = "savers"  # who saves a checkpoint is not noted in that one
+
+
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Everything that a run logged as a number, less what a clock decided."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if not tag.startswith(CLOCK)
+    }
+
+
+def tensors(run: Path) -> dict[str, list[tuple[int, bytes]]]:
+    """Everything else that it logged, texts and pictures, as TensorBoard's server reads it."""
+    events = ServedEvents(str(run), size_guidance={"tensors": 0})
+    events.Reload()
+    return {
+        tag: [(e.step, e.tensor_proto.SerializeToString()) for e in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+        if events.SummaryMetadata(tag).plugin_data.plugin_name != "scalars"
+    }
+
+
+def differences(one: Any, other: Any, at: str = "") -> list[str]:
+    """Where two checkpoints differ, to the bit; what a clock decided is left out."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        found = [f"{at}: keys {one.keys() ^ other.keys()}"] if one.keys() != other.keys() else []
+        for key in one.keys() & other.keys():
+            if not str(key).startswith((*CLOCK, LATE)):
+                found += differences(one[key], other[key], f"{at}/{key}")
+        return found
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        if len(one) != len(other):
+            return [f"{at}: {len(one)} and {len(other)} entries"]
+        pairs = zip(one, other, strict=True)
+        return [d for i, (x, y) in enumerate(pairs) for d in differences(x, y, f"{at}/{i}")]
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        same = one.dtype == other.dtype and torch.equal(one, other)
+        return [] if same else [f"{at}: tensors differ"]
+    both_nan = one != one and other != other
+    return [] if one == other or both_nan else [f"{at}: {one!r} and {other!r}"]
+
+
+def compare(folder: Path, whole: Path) -> list[str]:
+    """Where the run in `folder` differs from the one in `whole`: last checkpoint and log."""
+    one, other = (
+        torch.load(at / RUN / "checkpoints" / "last.ckpt", weights_only=True)
+        for at in (folder, whole)
+    )
+    found = differences(one, other, "last.ckpt")
+    readers: dict[str, Callable[[Path], Any]] = {"scalars": scalars, "tensors": tensors}
+    for name, read in readers.items():
+        found += differences(read(folder / RUN), read(whole / RUN), name)
+    return found
