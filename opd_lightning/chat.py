@@ -1,4 +1,4 @@
-"""The chat template: messages to token ids."""
+"""The chat template: messages to token ids, and to text."""
 
 from __future__ import annotations
 
@@ -41,3 +41,27 @@ def render(
             f"{error}; change the row or the template"
         ) from error
     return list(ids)
+
+
+def render_text(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    template_args: dict[str, Any],
+    *,
+    continues: bool = False,
+) -> str:
+    """The chat template over messages, as text: ready for the reply, or inside of the last turn."""
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
+            tokenize=False,
+            **template_args,
+        )
+    except TemplateError as error:
+        raise UserError(
+            f"the student's chat template refuses the messages: {error}; leave out "
+            "apply_chat_template, or change the template"
+        ) from error
+    return str(text)

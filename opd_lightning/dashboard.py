@@ -11,7 +11,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
-from opd_lightning.data.suites import EvaluationSuite
+from opd_lightning.data.suites import EvaluationSuite, LikelihoodSuite
 
 if TYPE_CHECKING:
     from opd_lightning.data.datamodule import RolloutDataModule
@@ -70,9 +70,9 @@ def _judged(data: RolloutDataModule) -> dict[str, str]:
     """What every suite of a validation is judged by; nothing without a verifier."""
     judged = {}
     for name, suite in data.suites["validate"].items():
-        if not isinstance(suite, EvaluationSuite):
+        if isinstance(suite, LikelihoodSuite):
             judged[name] = "perplexity"
-        elif suite.verifier or data.verifier:
+        elif not isinstance(suite, EvaluationSuite) or suite.verifier or data.verifier:
             judged[name] = "score"
     return judged
 
@@ -82,7 +82,7 @@ def _layout(trainer: Trainer, module: DistillationModule, data: RolloutDataModul
     learns: dict[str, list[Any]] = {}
     for name, figure in _judged(data).items():
         tag = f"val/{name}/{figure}"
-        if figure == "score":
+        if isinstance(data.suites["validate"][name], EvaluationSuite):
             chart = ["Margin", [tag, f"{tag}_low", f"{tag}_high"]]
             learns[f"{name}: score and its 95 % interval"] = chart
         else:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from opd_lightning.checkpoints.reading import look
 from opd_lightning.data.suites import EvaluationSuite
+from opd_lightning.harness.exam import Exam
 
 if TYPE_CHECKING:
     from opd_lightning.data.datamodule import RolloutDataModule
@@ -56,9 +57,12 @@ def _suite(
         for key, value in module.scores.items()
         if key.startswith(prefix) and "/" not in key.removeprefix(prefix)
     }
-    prompts = data.prompts_of(name)
+    loaded, suite = data.loaded(name), data.suites[stage][name]
+    if isinstance(loaded, Exam):
+        name = loaded.task.task
+        return {"task": name, "documents": loaded.documents, "metric": loaded.metric} | figures
+    prompts = loaded.prompts
     about: dict[str, Any] = {"prompts": len(prompts)}
-    suite = data.suites[stage][name]
     if isinstance(suite, EvaluationSuite):
         about |= {"samples": suite.samples, "sampling": asdict(suite.sampling or data.sampling)}
     domains = {
@@ -80,7 +84,7 @@ def _plain(value: Any) -> Any:
 
 
 def as_table(found: Mapping[str, Any], console: Console) -> None:
-    """A block for every suite that was answered, domains below it; then those that were read."""
+    """A block for every suite that was answered, domains below it; texts read; tasks."""
     student, suites = found["student"], found["suites"]
     title = student["path"]
     if student["checkpoint"] is not None:
@@ -91,8 +95,11 @@ def as_table(found: Mapping[str, Any], console: Console) -> None:
         console.width = max(console.width, WIDTH)
     if answered:
         console.print(_answered(answered))
-    if read := {name: suite for name, suite in suites.items() if name not in answered}:
+    tasks = {name: suite for name, suite in suites.items() if "task" in suite}
+    if read := {name: suite for name, suite in suites.items() if name not in {**answered, **tasks}}:
         console.print(_read(read))
+    if tasks:
+        console.print(_tasks(tasks))
 
 
 def _answered(suites: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -138,6 +145,18 @@ def _read(suites: Mapping[str, Mapping[str, Any]]) -> Table:
         moved = f"{suite['kl']:.4f}" if "kl" in suite else ""
         loss = f"{-suite['log_likelihood']:.4f}"
         figures = (str(suite["prompts"]), f"{suite['perplexity']:.4g}", loss, moved)
+        table.add_row(f"[bold]{name}[/]", *figures)
+    return table
+
+
+def _tasks(suites: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", overflow="fold", min_width=12)
+    for name in ("documents", "judged by", "score", "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, suite in suites.items():
+        ends = f"{suite['score_low']:.3f}-{suite['score_high']:.3f}" if "score_low" in suite else ""
+        figures = (str(suite["documents"]), suite["metric"], f"{suite['score']:.3f}", ends)
         table.add_row(f"[bold]{name}[/]", *figures)
     return table
 

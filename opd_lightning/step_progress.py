@@ -162,6 +162,7 @@ def _scores(suite: str, scores: Mapping[str, float]) -> str:
     parts = []
     if "score" in known:
         parts.append(f"score {known['score']:.3f}")
+    if "score_low" in known:
         parts[0] += f" ({known['score_low']:.3f} to {known['score_high']:.3f})"
     if "length" in known:
         parts += [f"length {known['length']:.1f}", f"truncated {known['truncated']:.1%}"]

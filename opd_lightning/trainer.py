@@ -88,7 +88,7 @@ class Trainer(Commands):
         json: bool = False,
         out: str | None = None,
     ) -> list[Mapping[str, float]]:
-        """Measure a student on data.validation and data.texts: of a run's checkpoint, or a folder.
+        """Measure a student on data.validation, texts and tasks: a run's checkpoint, or a folder.
 
         Args:
             model: The method, with the student.
@@ -115,7 +115,7 @@ class Trainer(Commands):
         json: bool = False,
         out: str | None = None,
     ) -> list[Mapping[str, float]]:
-        """Measure a student on data.test and data.texts: of a run's checkpoint, or a folder.
+        """Measure a student on data.test, texts and tasks: a run's checkpoint, or a folder.
 
         Args:
             model: The method, with the student.

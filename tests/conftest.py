@@ -112,6 +112,7 @@ def untrained_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from opd_lightning.lab.models import new_model
 
     root = tmp_path_factory.mktemp("user")
+    (root / "configs").symlink_to(Path(__file__).parents[1] / "configs")
     lab = root / "lab" / "arithmetic"
     for role, hidden_size in (("teacher", 64), ("student", 32)):
         (lab / role).mkdir(parents=True)

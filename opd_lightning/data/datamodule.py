@@ -9,23 +9,27 @@ from lightning.pytorch import LightningDataModule
 
 from opd_lightning import preflight
 from opd_lightning.data.engines import Engines, check_engines, plan_engines, push
-from opd_lightning.data.evaluation import EvaluationStream
-from opd_lightning.data.likelihood import LikelihoodStream
-from opd_lightning.data.loading import Loaded, load_suite, load_training
+from opd_lightning.data.loading import load_suite, load_training
+from opd_lightning.data.measuring import (
+    MeasuringStream,
+    asks_engine,
+    longest_answer,
+    longest_prompt,
+    stream_of,
+)
 from opd_lightning.data.mix import RolloutMix, TeacherSampler, samplings_by_author
 from opd_lightning.data.prompt_files import PromptFiles
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.ranks import Ranks
 from opd_lightning.data.stream import TrainingStream
-from opd_lightning.data.suites import EvaluationSuite, LikelihoodSuite, Suite
+from opd_lightning.data.suites import EvaluationSuite, LikelihoodSuite, Loaded, Scores, Suite
 from opd_lightning.data.views import PromptView, Renderer
 from opd_lightning.data.writer import RolloutWriter
 from opd_lightning.errors import UserError
-from opd_lightning.metrics.evaluation import SuiteScores
-from opd_lightning.metrics.likelihood import LikelihoodScores
+from opd_lightning.harness.exam import Exam
+from opd_lightning.harness.task import HarnessTask
 from opd_lightning.rollouts.base import Engine, Sampling
 from opd_lightning.time_limit import TimeLimit
-from opd_lightning.types import Prompt
 from opd_lightning.verifiers.base import Verifier
 
 if TYPE_CHECKING:
@@ -46,6 +50,7 @@ class RolloutDataModule(LightningDataModule):
         validation: Suites for `opd fit` and `opd validate`, by name.
         test: Suites for `opd test`, by name.
         texts: Suites that are read and not answered, by all three, by name.
+        tasks: Tasks of lm-evaluation-harness, for all three, by name.
         sampling: How responses are drawn.
         prompts_per_step: Prompts per optimiser step, over all ranks.
         samples_per_prompt: Responses of the student per prompt.
@@ -67,6 +72,7 @@ class RolloutDataModule(LightningDataModule):
         validation: dict[str, EvaluationSuite] | None = None,
         test: dict[str, EvaluationSuite] | None = None,
         texts: dict[str, LikelihoodSuite] | None = None,
+        tasks: dict[str, HarnessTask] | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008
         prompts_per_step: int = 64,
         samples_per_prompt: int = 1,
@@ -87,8 +93,8 @@ class RolloutDataModule(LightningDataModule):
         self.user_views = set(views or {})
         self.views = {"privileged": PromptView()} | (views or {})
         self.suites: dict[str, dict[str, Suite]] = {
-            "validate": {**(validation or {}), **(texts or {})},
-            "test": {**(test or {}), **(texts or {})},
+            "validate": {**(validation or {}), **(texts or {}), **(tasks or {})},
+            "test": {**(test or {}), **(texts or {}), **(tasks or {})},
         }
         self.sampling = sampling
         self.prompts_per_step = prompts_per_step
@@ -96,9 +102,13 @@ class RolloutDataModule(LightningDataModule):
         self.max_staleness = max_staleness
         self.template_args = template_args or {}
         self.seed = seed
-        for name in texts or {}:
-            if name in {**(validation or {}), **(test or {})}:
-                raise UserError(f"data.texts: got {name!r}, the name of another suite; rename one")
+        taken = {*(validation or {}), *(test or {})}
+        for room, names in (("texts", texts or {}), ("tasks", tasks or {})):
+            if both := taken & names.keys():
+                raise UserError(
+                    f"data.{room}: got {min(both)!r}, the name of another suite; rename one"
+                )
+            taken |= names.keys()
         for name in ("prompts_per_step", "samples_per_prompt"):
             if (value := getattr(self, name)) < 1:
                 raise UserError(f"data.{name}: got {value}, expected at least 1")
@@ -107,7 +117,7 @@ class RolloutDataModule(LightningDataModule):
         writer = teacher.engine if teacher else None
         self.engines = Engines(engine, writer, self._push_weights, limit)
         self._train: Loaded | None = None
-        self._suites: dict[str, Loaded] = {}
+        self._suites: dict[str, Loaded | Exam] = {}
 
     @property
     def module(self) -> DistillationModule:
@@ -120,9 +130,8 @@ class RolloutDataModule(LightningDataModule):
         assert self.trainer is not None
         self.module.check()
         preflight.check_models(self.module)
-        suites = self._suites_of(stage).values()
-        check_engines(self, stage, evaluated=any(isinstance(s, EvaluationSuite) for s in suites))
-        if stage != "fit" and not self._suites_of(stage):
+        suites = self._suites_of(stage)
+        if stage != "fit" and not suites:
             name = "data.test" if stage == "test" else "data.validation"
             raise UserError(f"{name}: got no suites, so there is nothing to measure; name one")
         if stage == "fit" and self._train is None:
@@ -130,15 +139,18 @@ class RolloutDataModule(LightningDataModule):
             preflight.check_method(self.module, self, self.trainer)
             preflight.check_step_size(self.trainer, self)
             self._train = load_training(self)
-        for name, suite in self._suites_of(stage).items():
-            self._suites[name] = load_suite(self, suite)
-        self._plan_engines(self._suites_of(stage))
+        for name, suite in suites.items():
+            self._suites[name] = load_suite(self, name, suite)
+        check_engines(
+            self, stage, evaluated=any(asks_engine(s, self._suites[n]) for n, s in suites.items())
+        )
+        self._plan_engines(suites)
 
     def train_dataloader(self) -> TrainingStream:
         assert self._train is not None
         return TrainingStream(
             *self._train,
-            writer=self._writer(self.verifier, training=True),
+            writer=self.writer(self.verifier, training=True),
             samplings=samplings_by_author(self.sampling, self.mix, self.teacher),
             mix_at=lambda step: self.mix_at(step),
             before_step=lambda step: self.before_step(step),
@@ -155,20 +167,20 @@ class RolloutDataModule(LightningDataModule):
             timer=self.module.timer,
         )
 
-    def val_dataloader(self) -> list[EvaluationStream | LikelihoodStream]:
+    def val_dataloader(self) -> list[MeasuringStream]:
         return self._evaluation("validate")
 
-    def test_dataloader(self) -> list[EvaluationStream | LikelihoodStream]:
+    def test_dataloader(self) -> list[MeasuringStream]:
         return self._evaluation("test")
 
-    def new_scores(self, stage: str) -> dict[str, SuiteScores | LikelihoodScores]:
+    def new_scores(self, stage: str) -> dict[str, Scores]:
         """Empty scores of every suite of a stage ("validate" or "test"), by suite name."""
-        suites = self._suites_of(stage).items()
-        return {name: suite.scores(self.prompts_of(name)) for name, suite in suites}
+        suites: dict[str, Any] = self._suites_of(stage)
+        return {name: suite.scores(self._suites[name]) for name, suite in suites.items()}
 
-    def prompts_of(self, suite: str) -> list[Prompt]:
+    def loaded(self, suite: str) -> Loaded | Exam:
         """What a suite measures, once it is set up."""
-        return self._suites[suite].prompts
+        return self._suites[suite]
 
     def compares_with_start(self, stage: str) -> bool:
         """Whether a suite of the stage measures how far the student is from its start."""
@@ -184,33 +196,11 @@ class RolloutDataModule(LightningDataModule):
     def _suites_of(self, stage: str) -> dict[str, Suite]:
         return self.suites["test" if stage == "test" else "validate"]
 
-    def _evaluation(self, stage: str) -> list[EvaluationStream | LikelihoodStream]:
-        return [self._stream(name, suite) for name, suite in self._suites_of(stage).items()]
+    def _evaluation(self, stage: str) -> list[MeasuringStream]:
+        suites = self._suites_of(stage).items()
+        return [stream_of(self, name, suite, self._suites[name]) for name, suite in suites]
 
-    def _stream(self, name: str, suite: Suite) -> EvaluationStream | LikelihoodStream:
-        loaded, ranks = self._suites[name], Ranks.of(self.trainer)
-        if isinstance(suite, LikelihoodSuite):
-            return LikelihoodStream(
-                name,
-                *loaded,
-                writer=self._writer(None),
-                batch_size=suite.batch_size,
-                ranks=ranks,
-                pad_id=self.module.student.source.pad_id,
-            )
-        return EvaluationStream(
-            name,
-            *loaded,
-            writer=self._writer(suite.verifier or self.verifier),
-            engines=self.engines,
-            sampling=suite.sampling or self.sampling,
-            samples=suite.samples,
-            batch_size=suite.batch_size,
-            seed=self.seed,
-            ranks=ranks,
-        )
-
-    def _writer(self, verifier: Verifier | None, *, training: bool = False) -> RolloutWriter:
+    def writer(self, verifier: Verifier | None, *, training: bool = False) -> RolloutWriter:
         return RolloutWriter(
             self.engines.by_author,
             verifier,
@@ -230,14 +220,14 @@ class RolloutDataModule(LightningDataModule):
 
     def _plan_engines(self, suites: dict[str, Suite]) -> None:
         """Engines are started for the longest sequence that any stream may ask of them."""
-        loaded = [self._suites[n] for n, s in suites.items() if isinstance(s, EvaluationSuite)]
-        loaded += [self._train] if self._train else []
-        longest = max((len(ids) for one in loaded for ids in one.ids), default=0)
+        given = [longest_prompt(suite, self._suites[name]) for name, suite in suites.items()]
+        longest = max([*given, *map(len, self._train.ids if self._train else [])], default=0)
         if self.mix.guided and self._train is not None:
             renderer = self.renderer(training=True)
             views = (renderer.view(self.mix.guided_view, p) for p in self._train.prompts)
             longest = max(longest, *(len(ids or ()) for ids in views))
-        plan_engines(self, longest)
+        answers = [longest_answer(self._suites[name]) for name in suites]
+        plan_engines(self, longest, max(answers, default=0))
 
     def _where(self) -> str:
         return f"rank {self.module.global_rank}, step {self.module.global_step}"

@@ -111,18 +111,20 @@ def push(student: Student, engine: Engine, *, version: int) -> float:
     return weights.check(version, engine.weight_sums())
 
 
-def plan_engines(data: RolloutDataModule, longest: int) -> None:
+def plan_engines(data: RolloutDataModule, longest: int, budget: int) -> None:
     """Engines are started for the longest sequence that any stream may ask of them.
 
     Args:
         data: Whose engines.
         longest: Tokens of the longest prompt.
+        budget: Tokens of the longest answer to a task.
     """
     suites = [s for stage in data.suites.values() for s in stage.values()]
     samplings = [s.sampling for s in suites if isinstance(s, EvaluationSuite)]
-    budget = max(s.max_new_tokens for s in [data.sampling, *filter(None, samplings)])
+    lengths = [s.max_new_tokens for s in [data.sampling, *filter(None, samplings)]]
     if data.engine is not None:
-        data.engines.plan(Author.STUDENT, data.module.student.source, longest + budget)
+        most = longest + max(budget, *lengths)
+        data.engines.plan(Author.STUDENT, data.module.student.source, most)
     if data.teacher is not None:
         budget = data.teacher.max_new_tokens or data.sampling.max_new_tokens
         source = ModelSource(data.teacher.path, role="data.teacher")

@@ -1,20 +1,30 @@
 """What `opd validate`, `opd test` and validation during `opd fit` measure.
 
-Two kinds of suites: responses that the student writes, and texts that it reads.
+Three kinds of suites: responses that the student writes, texts that it reads, and tasks of
+lm-evaluation-harness.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.errors import UserError
+from opd_lightning.harness.task import HarnessTask
 from opd_lightning.metrics.evaluation import SuiteScores
+from opd_lightning.metrics.exam import ExamScores
 from opd_lightning.metrics.likelihood import LikelihoodScores
 from opd_lightning.rollouts.base import Sampling
 from opd_lightning.types import Prompt
 from opd_lightning.verifiers.base import Verifier
+
+
+class Loaded(NamedTuple):
+    """Prompts, and each as the student sees it."""
+
+    prompts: list[Prompt]
+    ids: list[list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +58,11 @@ class EvaluationSuite:
                 f"pass_at of a suite: got {wrong[0]}, expected 1 to {self.samples}, its 'samples'"
             )
 
-    def scores(self, prompts: Sequence[Prompt]) -> SuiteScores:
-        """Empty scores of the suite, whose prompts these are."""
+    def scores(self, loaded: Loaded) -> SuiteScores:
+        """Empty scores of the suite."""
         powers = {2**i for i in range(1, self.samples.bit_length())}
         pass_at = sorted(powers | {self.samples} - {1}) if self.pass_at is None else self.pass_at
-        return SuiteScores([prompt.domain for prompt in prompts], self.samples, pass_at)
+        return SuiteScores([prompt.domain for prompt in loaded.prompts], self.samples, pass_at)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +88,10 @@ class LikelihoodSuite:
         if self.batch_size < 1:
             raise UserError(f"batch_size of a suite: got {self.batch_size}, expected at least 1")
 
-    def scores(self, prompts: Sequence[Prompt]) -> LikelihoodScores:
-        """Empty scores of the suite, whose texts these are."""
+    def scores(self, loaded: Loaded) -> LikelihoodScores:
+        """Empty scores of the suite."""
         return LikelihoodScores(self.compare_with_start)
 
 
-Suite = EvaluationSuite | LikelihoodSuite
+Suite = EvaluationSuite | LikelihoodSuite | HarnessTask
+Scores = SuiteScores | LikelihoodScores | ExamScores

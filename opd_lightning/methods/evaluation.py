@@ -10,16 +10,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from opd_lightning.data.evaluation import EvaluationBatch
 from opd_lightning.data.likelihood import LikelihoodBatch
+from opd_lightning.data.suites import Scores
 from opd_lightning.head import Comparison, score
 from opd_lightning.losses.divergence import ForwardKL
 from opd_lightning.metrics.evaluation import SuiteScores
+from opd_lightning.metrics.exam import ExamScores, likelihoods_of
 from opd_lightning.metrics.likelihood import LikelihoodScores
 from opd_lightning.run_log import write_validation
 from opd_lightning.sharding import rest
 from opd_lightning.student import Student
 from opd_lightning.teachers.local import LocalTeacher
 from opd_lightning.teachers.start import start_of
-from opd_lightning.types import RolloutBatch
+from opd_lightning.types import RolloutBatch, TokenScores
 
 
 class EvaluatedModule(LightningModule):
@@ -30,7 +32,7 @@ class EvaluatedModule(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.suites: dict[str, SuiteScores | LikelihoodScores] = {}
+        self.suites: dict[str, Scores] = {}
         self.scores: dict[str, float] = {}  # of the last validation or test, as they are logged
         # Of a measurement outside of a run: the figures of every domain, by suite.
         self.scores_by_domain: dict[str, dict[str, dict[str, float]]] = {}
@@ -51,24 +53,31 @@ class EvaluatedModule(LightningModule):
     ) -> None:
         scores = self.suites[batch.suite]
         if isinstance(batch, LikelihoodBatch):
-            assert isinstance(scores, LikelihoodScores)
+            assert not isinstance(scores, SuiteScores)
             self._read(batch.texts, scores)
+        elif isinstance(scores, ExamScores):
+            scores.update(batch.rollouts)
         else:
             assert isinstance(scores, SuiteScores)
             scores.update(batch.rollouts, batch.answers)
 
-    def _read(self, texts: RolloutBatch, scores: LikelihoodScores) -> None:
+    def _read(self, texts: RolloutBatch, scores: LikelihoodScores | ExamScores) -> None:
         """One pass of each side, and of both heads in the same precision: equal ones are at 0."""
         states = self.student.states(texts, "student")
         comparisons = {}
-        if scores.compares:
+        asked = isinstance(scores, ExamScores)
+        if isinstance(scores, LikelihoodScores) and scores.compares:
             assert self.start is not None
             comparisons["start"] = Comparison(self.start.states(texts, "student"), ForwardKL())
         targets = texts.response_ids[texts.response_mask]
         with torch.autocast(targets.device.type, enabled=False):
-            found = score(states, targets, comparisons=comparisons)
-        logprobs = found.student.logprobs
-        scores.update(logprobs, found.values.get("start", torch.zeros_like(logprobs)))
+            found = score(states, targets, top_k=int(asked), comparisons=comparisons)
+        if isinstance(scores, ExamScores):
+            tokens = TokenScores.unflatten(found.student, texts)
+            scores.update(texts.rollouts, likelihoods_of(texts, tokens))
+        else:
+            logprobs = found.student.logprobs
+            scores.update(logprobs, found.values.get("start", torch.zeros_like(logprobs)))
 
     def test_step(self, *args: Any, **kwargs: Any) -> None:
         self.validation_step(*args, **kwargs)
@@ -113,6 +122,6 @@ class EvaluatedModule(LightningModule):
         if self.start is not None:
             self.start.rest()
         if self.student.sharding is not None and any(
-            isinstance(scores, LikelihoodScores) for scores in self.suites.values()
+            not isinstance(scores, SuiteScores) and scores.reads for scores in self.suites.values()
         ):
             rest(self.student)  # it was read, and no backward pass follows

@@ -14,6 +14,7 @@ class LikelihoodScores(Sums):
     """Perplexity, and KL(start || now), over the tokens of all texts, each of the same weight."""
 
     judged_by: ClassVar = "log_likelihood"
+    reads: ClassVar = True  # the student itself is asked
     names = ("tokens", "logprobs", "divergence")
 
     def __init__(self, compares: bool) -> None:

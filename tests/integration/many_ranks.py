@@ -23,6 +23,7 @@ from opd_lightning.data.mix import TeacherSampler
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.ranks import Ranks
 from opd_lightning.data.suites import LikelihoodSuite
+from opd_lightning.harness.task import HarnessTask
 from opd_lightning.hsdp import HSDPStrategy
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
 from opd_lightning.rollouts import HFEngine, Sampling
@@ -34,6 +35,7 @@ from tests.integration.ways import SAMPLES, TEACHER, Way, adam, moving, ways
 
 PROMPTS = 8  # of a step
 RECORDED = "lab/arithmetic/demonstrations.jsonl"
+TASKS = "tasks"
 
 
 class Layout(NamedTuple):
@@ -106,12 +108,14 @@ def train(
 ) -> dict[str, Any]:
     record = Record()
     callbacks: list[Callback] = [record, EMATeacherUpdate()]
-    often, texts = {}, {}
+    often, texts, tasks = {}, {}, {}
     if way.watched:  # one text more than two ranks have rows, and a batch that one of them has
         callbacks.append(CapabilityRetention(["sub-2"], keep_pareto=False))
         for domain, limit in (("sub-2", 5), ("add-2", 3)):
             source = PromptSource(RECORDED, domains=[domain], limit=limit)
             texts[domain] = LikelihoodSuite(prompts=source, batch_size=2)
+        for task in ("rolling", "writing"):  # read first, then written by weights pushed anew
+            tasks[task] = HarnessTask(task=task, include_path=TASKS, limit=3, batch_size=2)
         often = {"val_check_interval": layout.micro_batches, "check_val_every_n_epoch": None}
     trainer = Trainer(
         accelerator="cpu",
@@ -139,6 +143,7 @@ def train(
         prompts_per_step=PROMPTS,
         samples_per_prompt=SAMPLES,
         texts=texts,
+        tasks=tasks,
         **{"engine": HFEngine(), **way.data},
     )
     trainer.fit(way.method(), datamodule=data, ckpt_path=resume)

@@ -19,6 +19,7 @@ from opd_lightning.rollouts.base import Request
 from opd_lightning.rollouts.vllm_process import vllm_unavailable
 from opd_lightning.student import Student
 from tests.conftest import build_tiny_model
+from tests.harness_tasks import write_tasks
 from tests.integration.ways import ways
 
 SCRIPT = Path(__file__).with_name("many_ranks.py")
@@ -57,6 +58,8 @@ TOGETHER = [["one"], ["ddp", "ddp, unused"], ["fsdp2", "fsdp2, 1"], ["hsdp"]]
 def runs(untrained_lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("many_ranks")
     (folder / "lab").symlink_to(untrained_lab / "lab")
+    (folder / "tasks").mkdir()
+    write_tasks(folder / "tasks")
     build_tiny_model(folder / "untied", hidden_size=64, layers=2, seed=0, tie=False)
     return Runs(folder)
 
@@ -98,7 +101,10 @@ def test_they_know_how_far_they_are_from_their_start(runs: Runs, layout: str, wa
     first, *_, last = runs(layout, "core")[way]["logged"]
     assert first["val/add-2/kl"] == pytest.approx(0, abs=1e-6) or way == "adapters"
     assert last["val/add-2/kl"] > 1e-5
-    assert last["retention/worst"] == last["retention/delta/add-2"] != 0
+    assert last["val/rolling/score"] != first["val/rolling/score"]
+    deltas = [last[f"retention/delta/{name}"] for name in ("add-2", "rolling", "writing")]
+    assert last["retention/worst"] == min(deltas)
+    assert deltas[0] != 0
 
 
 @pytest.mark.slow

@@ -75,6 +75,25 @@ def test_a_checkpoint_and_its_exported_folder_score_alike(
     assert folder["suites"] == saved["suites"]
 
 
+def test_tasks_of_the_harness_are_measured_beside_suites(
+    in_lab: Path, measure: Measure, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tasks = str(Path(CONFIG).parents[1] / "suites" / "lm_eval.yaml")
+    changes = ("--config", CONFIG, "--config", tasks, "--data.validation=null")
+    found = measure(*changes, "--data.tasks.written-sums.limit=4")["suites"]
+    assert list(found) == ["written-sums", "chosen-sums"]
+    assert found["written-sums"]["documents"] == 4
+    assert found["written-sums"]["metric"] == "exact_match.last"
+    chosen = found["chosen-sums"]
+    assert chosen["score"] == chosen["acc_norm"]
+    assert chosen["score_low"] < chosen["score"] < chosen["score_high"]
+    main(["test", *changes, "--trainer.enable_progress_bar=false"])
+    shown = capfd.readouterr()
+    lines = [line.split()[:3] for line in shown.out.splitlines()]
+    assert ["written-sums", "32", "exact_match.last"] in lines
+    assert not [word for word in ("it/s", "Selected", "Running", "WARNING") if word in shown.err]
+
+
 def test_a_table_for_people(in_lab: Path, capfd: pytest.CaptureFixture[str]) -> None:
     suite = "{sums: {prompts: {path: lab/arithmetic/held_out.jsonl}, samples: 2}}"
     main(

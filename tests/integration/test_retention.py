@@ -17,12 +17,14 @@ from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.suites import EvaluationSuite, LikelihoodSuite
 from opd_lightning.export import load_student
+from opd_lightning.harness.task import HarnessTask
 from opd_lightning.methods import SFT
 from opd_lightning.rollouts import HFEngine, Sampling
 from opd_lightning.student import Student
 from opd_lightning.trainer import Trainer
 from opd_lightning.verifiers import RegexMatch
 from tests.comparing import scalars, tensors
+from tests.harness_tasks import write_tasks
 
 STEPS, EVERY = 6, 2
 SUMS = "lab/arithmetic/demonstrations.jsonl"
@@ -45,6 +47,7 @@ def fit(
     steps: int = STEPS,
     save_every: int | None = EVERY,
     resume: str | None = None,
+    tasks: dict[str, HarnessTask] | None = None,
 ) -> dict[str, Tensor]:
     """Train on subtractions, towards their likelihood; the weights at the end.
 
@@ -71,6 +74,7 @@ def fit(
             "target": LikelihoodSuite(prompts=PromptSource(SUMS, domains=["sub-2"], limit=5)),
             "letters": LikelihoodSuite(prompts=PromptSource(letters), batch_size=3),
         },
+        tasks=tasks,
     )
     trainer = Trainer(
         accelerator="cpu",
@@ -127,6 +131,20 @@ def test_a_run_measures_its_start_and_keeps_the_front(letters: str, tmp_path: Pa
     student = Student("lab/arithmetic/student")
     assert load_student(student, str(tmp_path / "pareto" / f"step-{STEPS:06d}.ckpt")) == STEPS
     torch.testing.assert_close(dict(student.weights()), final, atol=0, rtol=0)
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_a_task_of_the_harness_is_an_ability(letters: str, tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    folder = write_tasks(tmp_path / "tasks")
+    rolling = HarnessTask(task="rolling", include_path=folder)
+    fit(tmp_path, letters, CapabilityRetention(["target"]), steps=2, tasks={"prose": rolling})
+    found = logged(tmp_path)
+    start, now = found["val/prose/bits_per_byte"]
+    assert now > start
+    scores = found["val/prose/score"]
+    assert found["retention/delta/prose"] == pytest.approx([0, scores[1] - scores[0]], abs=1e-5)
+    assert found["retention/worst"][-1] <= found["retention/delta/prose"][-1] < 0
 
 
 @pytest.mark.usefixtures("in_lab")

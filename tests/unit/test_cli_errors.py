@@ -11,6 +11,7 @@ import yaml
 from opd_lightning import causal_lm
 from opd_lightning.cli import main
 from opd_lightning.lightning_cli import as_yaml, one_line
+from tests.harness_tasks import write_tasks
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "lab" / "opd.yaml")
 
@@ -71,6 +72,15 @@ def test_wrong_value_inside_a_union(fail: Fail) -> None:
     assert "batch_size of a suite: got 0" in fail(suite)
     texts = "--data.texts={sums: {prompts: {path: a}}}"
     assert "data.texts: got 'sums', the name of another suite" in fail(texts)
+
+
+def test_tasks_that_cannot_be_had(fail: Fail, tmp_path: Path) -> None:
+    choice = "{sums: {task: choice, include_path: tasks}}"
+    assert "data.tasks: got 'sums', the name of another suite" in fail(f"--data.tasks={choice}")
+    folder = write_tasks(tmp_path)
+    (tmp_path / "rows.jsonl").unlink()
+    line = fail(f"--data.tasks={{quiz: {{task: choice, include_path: {folder}}}}}")
+    assert "data.tasks.quiz: cannot load 'choice': FileNotFoundError" in line
 
 
 def test_what_training_cannot_use(fail: Fail) -> None:

@@ -29,6 +29,7 @@ ABOVE = {
     "serving": ("losses", "rules", "teachers", "data", "methods", "student", "cli", "lab"),
     "rules": ("rollouts", "verifiers", "data", "methods", "student", "cli", "lab"),
     "teachers": ("losses", "rules", "rollouts", "data", "methods", "cli", "lab"),
+    "harness": ("losses", "rules", "teachers", "data", "methods", "student", "cli", "lab"),
     "verifiers": ("losses", "rollouts", "teachers", "data", "methods", "student", "cli", "lab"),
     "data": ("losses", "teachers", "methods", "cli", "lab"),
     "methods": ("rollouts", "cli", "lightning_cli", "lab"),

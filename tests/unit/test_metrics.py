@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from opd_lightning.data.prompts import PromptSource
-from opd_lightning.data.suites import EvaluationSuite
+from opd_lightning.data.suites import EvaluationSuite, Loaded
 from opd_lightning.errors import UserError
 from opd_lightning.metrics.bootstrap import interval
 from opd_lightning.metrics.depth import DepthStatistics
@@ -271,7 +271,7 @@ def test_an_interval_covers_as_often_as_it_says() -> None:
 def test_a_suite_measures_powers_of_two_and_all_samples(samples: int) -> None:
     source = PromptSource("p.jsonl")
     suite = EvaluationSuite(prompts=source, samples=samples)
-    assert suite.scores([]).pass_at == {1: [], 2: [2], 6: [2, 4, 6]}[samples]
+    assert suite.scores(Loaded([], [])).pass_at == {1: [], 2: [2], 6: [2, 4, 6]}[samples]
     with pytest.raises(UserError, match=f"got {samples + 1}, expected 1 to {samples}"):
         EvaluationSuite(prompts=source, samples=samples, pass_at=[samples + 1])
 

@@ -1,0 +1,87 @@
+"""What lm-eval found, by the names that are logged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from opd_lightning.errors import UserError
+
+WIDTH = 1.96  # standard errors from the middle of a 95 % interval to its ends
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """Figures of a task, or of a group and its members.
+
+    A metric of a task that filters its answers in several ways is `metric.filter`.
+    """
+
+    values: Mapping[str, float]  # by metric
+    errors: Mapping[str, float]  # standard errors, where they are known
+    higher_is_better: Mapping[str, bool]
+    members: Mapping[str, Mapping[str, float]]  # values of a group's members, by their name
+    documents: int
+
+    @classmethod
+    def of(cls, results: Mapping[str, Any], name: str) -> Self:
+        """From what lm-eval's `evaluate` returns."""
+        found = results["results"]
+        own = {k: v for k, v in found[name].items() if "," in k and isinstance(v, int | float)}
+        directions = results["higher_is_better"].get(name, {})
+        values, errors = {}, {}
+        higher: dict[str, bool] = {}
+        for key, value in own.items():
+            metric, _, _ = key.partition(",")
+            if metric.endswith("_stderr"):
+                errors[_plain(key).replace("_stderr", "", 1)] = float(value)
+            else:
+                values[_plain(key)] = float(value)
+                higher[_plain(key)] = directions.get(metric) is not False
+        return cls(
+            values=values,
+            errors=errors,
+            higher_is_better=higher,
+            members={
+                member: {_plain(k): v for k, v in found[member].items() if "," in k}
+                for member in results["group_subtasks"].get(name, [])
+            },
+            documents=found[name].get("sample_len", 0),
+        )
+
+    def choose(self, metric: str | None) -> str:
+        """The metric to be judged by: this one, `acc_norm`, or the first."""
+        if not self.values:
+            raise UserError("it has no figure of its own; name one of its members")
+        if metric is None:
+            return "acc_norm" if "acc_norm" in self.values else next(iter(self.values))
+        if metric not in self.values:
+            raise UserError(f"metric: got {metric!r}, expected one of {', '.join(self.values)}")
+        return metric
+
+    def judged_by(self, metric: str) -> dict[str, float]:
+        """All metrics and their standard errors, and the score with its 95 % interval."""
+        found = {**self.values, **{f"{k}_stderr": v for k, v in self.errors.items()}}
+        value = self.values[metric]
+        found["score"] = self._score(metric, value)
+        if metric in self.errors:
+            reach = WIDTH * self.errors[metric]
+            ends = (self._score(metric, end) for end in (value - reach, value + reach))
+            found["score_low"], found["score_high"] = sorted(ends)
+        for name, values in self.members.items():
+            if metric in values:
+                found[f"score/{name}"] = self._score(metric, values[metric])
+        return found
+
+    def _score(self, metric: str, value: float) -> float:
+        """The higher the better: log-likelihood for a perplexity, else minus the metric."""
+        if self.higher_is_better[metric]:
+            return value
+        return -math.log(value) if "perplexity" in metric and value > 0 else -value
+
+
+def _plain(key: str) -> str:
+    metric, _, kind = key.partition(",")
+    return metric if kind == "none" else f"{metric}.{kind}"

@@ -1,0 +1,319 @@
+"""Tasks of lm-evaluation-harness: figures as its own models have them, on any number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.data.exams import ExamStream
+from opd_lightning.data.ranks import Ranks
+from opd_lightning.data.views import Renderer
+from opd_lightning.data.writer import RolloutWriter
+from opd_lightning.errors import UserError
+from opd_lightning.harness import library
+from opd_lightning.harness.exam import Exam
+from opd_lightning.harness.figures import Figures
+from opd_lightning.harness.questions import Reader
+from opd_lightning.harness.task import HarnessTask
+from opd_lightning.methods import SFT
+from opd_lightning.metrics.exam import ExamScores
+from opd_lightning.model_source import ModelSource
+from opd_lightning.rollouts import HFEngine
+from opd_lightning.student import Student
+from opd_lightning.timing import StepTimer
+from opd_lightning.trainer import Trainer
+from tests.conftest import TinyModelDir
+from tests.harness_tasks import ROWS, TASKS, write_tasks
+
+Prepare = Callable[..., Exam]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+def reader_of(folder: Path, context_length: int | None = None) -> Reader:
+    source = ModelSource(str(folder))
+    return Reader(
+        tokenizer=source.tokenizer,
+        template_args={},
+        context_length=context_length or source.context_length,
+    )
+
+
+@pytest.fixture
+def prepare(tiny_model_dir: TinyModelDir, tasks: str) -> Prepare:
+    """An exam of one of the tasks."""
+
+    def make(
+        task: str, *, folder: str = tasks, context_length: int | None = None, **settings: Any
+    ) -> Exam:
+        reader = reader_of(tiny_model_dir(), context_length)
+        named = HarnessTask(task=task, include_path=folder, **settings)
+        return Exam.prepare("suite", named, reader)
+
+    return make
+
+
+def validate(folder: Path, **tasks: HarnessTask) -> Any:
+    """The module after it was measured."""
+    module = SFT(Student(str(folder)))
+    data = RolloutDataModule(tasks=tasks, engine=HFEngine())
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False,
+                      enable_model_summary=False, enable_checkpointing=False)  # fmt: skip
+    trainer.validate(module, datamodule=data, verbose=False)
+    return module
+
+
+# The same as lm-eval's own model of transformers -----------------------------------------------
+
+
+@torch.no_grad()
+def test_log_likelihoods_are_those_of_transformers(
+    tiny_model_dir: TinyModelDir, tasks: str
+) -> None:
+    module = validate(tiny_model_dir(), choice=HarnessTask(task="choice", include_path=tasks))
+    scores = module.suites["choice"]
+    assert len(scores.exam.readings) == sum(len(row["options"]) for row in ROWS)  # type: ignore[misc, arg-type]
+    for reading, (nats, greedy) in zip(scores.exam.readings, scores.read.tolist(), strict=True):
+        ids = torch.tensor([reading.context_ids + reading.text_ids])
+        logits = module.student.model(input_ids=ids).logits[0].double().log_softmax(-1)
+        start = len(reading.context_ids) - 1
+        predicted = logits[start : start + len(reading.text_ids)]
+        expected = predicted.gather(1, torch.tensor(reading.text_ids)[:, None]).sum()
+        assert nats == pytest.approx(float(expected), abs=1e-5)
+        assert bool(greedy) is (predicted.argmax(-1).tolist() == reading.text_ids)
+
+
+@pytest.mark.parametrize(("examples", "chat"), [(0, False), (2, True)])
+def test_a_task_comes_out_as_from_lm_eval_itself(
+    examples: int, chat: bool, tiny_model_dir: TinyModelDir, tasks: str
+) -> None:
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    settings: dict[str, Any] = {"include_path": tasks, "num_fewshot": examples,
+                                "apply_chat_template": chat}  # fmt: skip
+    folder = tiny_model_dir()
+    given = {name: HarnessTask(task=name, **settings) for name in TASKS}
+    module = validate(folder, **given)
+    theirs = HFLM(pretrained=str(folder), device="cpu", batch_size=4, dtype="float32")
+    for name in TASKS:
+        loaded = library.load(name, tasks)
+        for task in loaded["tasks"].values():
+            task.set_config("num_fewshot", examples)
+            task.set_fewshot_seed(library.EXAMPLES_SEED)
+        found: Any = evaluate(lm=theirs, task_dict=loaded, apply_chat_template=chat,
+                              fewshot_as_multiturn=True)  # fmt: skip
+        figures = {key.partition(",")[::2]: v for key, v in found["results"][name].items()}
+        ours = module.suites[name]
+        for (metric, kind), value in figures.items():
+            if kind and value != "N/A":
+                plain = metric if kind == "none" else f"{metric}.{kind}"
+                plain = plain.replace("_stderr.first", ".first_stderr")
+                plain = plain.replace("_stderr.whole", ".whole_stderr")
+                assert module.scores[f"val/{name}/{plain}"] == pytest.approx(value, rel=1e-5), plain
+        rows = found["samples"][name]
+        answers = [answer[0] for row in rows[: len(ROWS)] for answer in row["resps"]]
+        if name == "writing":
+            written = [
+                w.cut(
+                    ours.exam._asked.tokenizer.decode(
+                        line[1 : 1 + line[0]], skip_special_tokens=True
+                    )
+                )
+                for w, line in zip(ours.exam.writings, ours.written.tolist(), strict=True)
+            ]
+            assert written == answers
+            assert any(written)
+        elif name == "choice":
+            torch.testing.assert_close(
+                ours.read, torch.tensor(answers, dtype=torch.float64), atol=1e-4, rtol=0
+            )
+
+
+def test_a_text_longer_than_the_context_is_read_in_windows(prepare: Prepare) -> None:
+    """Every token once, the first after the prefix; all tokens of a window have their places."""
+    exam = prepare("rolling", context_length=16)
+    whole = prepare("rolling")
+    parts, texts = ([i for r in one.readings for i in r.text_ids] for one in (exam, whole))
+    assert parts == texts
+    assert len(exam.readings) > len(whole.readings) == len(ROWS)
+    assert max(len(r.context_ids) + len(r.text_ids) for r in exam.readings) == 16
+    graded = exam.grade([(-1.0, False)] * len(exam.readings), [])
+    bytes_read = sum(len(str(row["text"])) for row in ROWS)
+    assert graded["bits_per_byte"] == pytest.approx(
+        len(exam.readings) / bytes_read / math.log(2), rel=1e-6
+    )
+    assert graded["score"] == -graded["bits_per_byte"]
+
+
+def test_contexts_are_cut_on_the_left(prepare: Prepare) -> None:
+    exams = [prepare("choice", context_length=n) for n in (14, 256)]
+    short, long = (exam.readings for exam in exams)
+    assert [r.text_ids for r in short] == [r.text_ids for r in long]
+    for cut, full in zip(short, long, strict=True):
+        room = 14 - len(full.text_ids)
+        assert cut.context_ids == full.context_ids[-room:]
+    too_long = [len(full.context_ids) + len(full.text_ids) > 14 for full in long]
+    assert [exam.shortened for exam in exams] == [sum(too_long), 0] != [0, 0]
+
+
+# Ranks ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_together_are_one(ranks: int, prepare: Prepare, tiny_model_dir: TinyModelDir) -> None:
+    """Also where some are asked less than others, or nothing: all read equally often."""
+    module = SFT(Student(str(tiny_model_dir())))
+    module.student.load()
+    exam = prepare("choice", limit=3)
+    source = module.student.source
+    renderer = Renderer(source.tokenizer, {}, {}, source.eos_ids)
+    alone, together = ExamScores(exam), ExamScores(exam)
+    lengths = set()
+    for world, scores in ((1, alone), (ranks, together)):
+        for rank in range(world):
+            stream = ExamStream(
+                "suite",
+                exam,
+                writer=RolloutWriter({}, None, renderer, StepTimer()),
+                engines=Any,  # type: ignore[arg-type]
+                batch_size=2,
+                seed=0,
+                ranks=Ranks(rank=rank, world_size=world, sum=lambda n: n, gather=lambda x: [x]),
+                pad_id=source.pad_id,
+            )
+            mine = ExamScores(exam)
+            module.suites = {"suite": mine}
+            batches = list(stream)
+            assert len(batches) == len(stream)
+            assert sum(batch.rows for batch in batches) == stream.rows
+            for index, batch in enumerate(batches):
+                module.validation_step(batch, index)
+            scores.read += mine.read
+            lengths.add((world, len(batches)))
+    assert len(lengths) == len({1, ranks})
+    torch.testing.assert_close(together.read, alone.read, atol=1e-5, rtol=0)
+    assert (alone.read[:, 0] < 0).all()
+
+
+# Figures ----------------------------------------------------------------------------------------
+
+
+def results(**figures: float) -> dict[str, Any]:
+    directions = {"acc": True, "perplexity": False, "brier_score": False, "odd": None}
+    return {
+        "results": {"t": {"alias": "t", "sample_len": 7, **figures}},
+        "higher_is_better": {"t": directions},
+        "group_subtasks": {},
+    }
+
+
+def test_a_score_is_better_the_higher_it_is() -> None:
+    found = Figures.of(
+        results(**{"acc,none": 0.5, "acc_stderr,none": 0.1, "perplexity,none": math.e,
+                   "brier_score,none": 0.25, "perplexity_stderr,none": 1.0}),
+        "t",
+    )  # fmt: skip
+    assert found.choose(None) == "acc"
+    assert found.documents == 7
+    acc = found.judged_by("acc")
+    assert (acc["score"], acc["score_low"], acc["score_high"]) == pytest.approx((0.5, 0.304, 0.696))
+    assert acc["brier_score"] == 0.25
+    assert found.judged_by("brier_score")["score"] == -0.25
+    assert "score_low" not in found.judged_by("brier_score")
+    perplexity = found.judged_by("perplexity")
+    assert perplexity["score"] == pytest.approx(-1)
+    assert perplexity["score_low"] < -1 < perplexity["score_high"]
+
+
+def test_of_several_metrics(prepare: Prepare) -> None:
+    assert prepare("choice").metric == "acc_norm"
+    assert prepare("choice", metric="acc").metric == "acc"
+    assert prepare("writing").metric == "exact_match.first"
+    assert prepare("writing", metric="exact_match.whole").metric == "exact_match.whole"
+
+
+def test_a_group_is_judged_by_its_members(prepare: Prepare) -> None:
+    exam = prepare("both", limit=2)
+    assert (exam.metric, len(exam.writings), len(exam.readings)) == ("acc", 2, 6)
+    likelihoods = [(0.0 if i % 3 == 0 else -9.0, False) for i in range(6)]
+    graded = exam.grade(likelihoods, [[], []])
+    assert graded["score"] == graded["score/choice"] == 0.5
+
+
+def test_nobody_hears_or_notices_it(prepare: Prepare, capfd: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_rng_state()
+    exam = prepare("choice", num_fewshot=2)
+    exam.grade([(-1.0, False)] * len(exam.readings), [])
+    assert torch.equal(torch.get_rng_state(), before)
+    shown = capfd.readouterr()
+    assert (shown.out, shown.err) == ("", "")
+
+
+# Errors -----------------------------------------------------------------------------------------
+
+
+def refusal(prepare: Prepare, *args: Any, **settings: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        prepare(*args, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_wrong_is_one_line(prepare: Prepare, tmp_path: Path) -> None:
+    line = refusal(prepare, "choice", folder="nowhere")
+    assert line == "data.tasks.suite: include_path: got 'nowhere', expected a folder of tasks"
+    line = refusal(prepare, "choice", metric="f1")
+    assert "metric: got 'f1', expected one of acc, acc_norm" in line
+    line = refusal(prepare, "writing", context_length=12)
+    assert "got answers of up to 12 tokens for the student's context of 12" in line
+    (tmp_path / "beams").mkdir()
+    beams = write_tasks(tmp_path / "beams", generation_kwargs={"until": [], "num_beams": 4})
+    assert "got generation_kwargs 'num_beams'" in refusal(prepare, "writing", folder=beams)
+    (tmp_path / "fixed").mkdir()
+    fixed = write_tasks(tmp_path / "fixed", num_fewshot=0)
+    assert "is made for 0" in refusal(prepare, "choice", folder=fixed, num_fewshot=1)
+    (tmp_path / "gone").mkdir()
+    gone = write_tasks(tmp_path / "gone")
+    (tmp_path / "gone" / "rows.jsonl").unlink()
+    line = refusal(prepare, "choice", folder=gone)
+    assert "data.tasks.suite: cannot load 'choice': FileNotFoundError" in line
+
+
+def test_what_is_written_needs_an_engine(tiny_model_dir: TinyModelDir, tasks: str) -> None:
+    module = SFT(Student(str(tiny_model_dir())))
+    writing = HarnessTask(task="writing", include_path=tasks)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    with pytest.raises(UserError, match=r"data\.engine: got nothing, but responses must be"):
+        trainer.validate(module, datamodule=RolloutDataModule(tasks={"quiz": writing}))
+    assert module.student.model is None
+
+
+def test_settings_that_make_no_sense() -> None:
+    with pytest.raises(UserError, match="limit of a task: got 0, expected at least 1"):
+        HarnessTask(task="choice", limit=0)
+    with pytest.raises(UserError, match="num_fewshot of a task: got -1"):
+        HarnessTask(task="choice", num_fewshot=-1)
+
+
+def test_without_the_harness(prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
+    assert 'pip install -e ".[lm-eval]"' in refusal(prepare, "choice")
+
+
+@pytest.mark.slow
+def test_tasks_that_come_with_the_harness(prepare: Prepare) -> None:
+    """All are listed, which takes time; their data are at a hub that tests do not reach."""
+    assert "got 'nonsense', which lm-eval does not know" in refusal(prepare, "nonsense")
+    assert "cannot load 'hellaswag'" in refusal(prepare, "hellaswag")
+    assert "stands for several tasks" in refusal(prepare, "ai2_arc")
