@@ -10,6 +10,7 @@ from typing import Any, Self
 from opd_lightning.errors import UserError
 
 WIDTH = 1.96  # standard errors from the middle of a 95 % interval to its ends
+SHARES = ("acc", "exact_match")  # metrics that are shares of the documents begin so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +66,13 @@ class Figures:
         """All metrics and their standard errors, and the score with its 95 % interval."""
         found = {**self.values, **{f"{k}_stderr": v for k, v in self.errors.items()}}
         value = self.values[metric]
-        found["score"] = self._score(metric, value)
+        score = found["score"] = self._score(metric, value)
         if metric in self.errors:
-            reach = WIDTH * self.errors[metric]
-            ends = (self._score(metric, end) for end in (value - reach, value + reach))
-            found["score_low"], found["score_high"] = sorted(ends)
+            reach = WIDTH * self.errors[metric] / (value if self._is_perplexity(metric) else 1)
+            found["score_low"], found["score_high"] = score - reach, score + reach
+            if metric.startswith(SHARES):
+                found["score_low"] = max(found["score_low"], 0.0)
+                found["score_high"] = min(found["score_high"], 1.0)
         for name, values in self.members.items():
             if metric in values:
                 found[f"score/{name}"] = self._score(metric, values[metric])
@@ -77,9 +80,12 @@ class Figures:
 
     def _score(self, metric: str, value: float) -> float:
         """The higher the better: log-likelihood for a perplexity, else minus the metric."""
-        if self.higher_is_better[metric]:
-            return value
-        return -math.log(value) if "perplexity" in metric and value > 0 else -value
+        if self._is_perplexity(metric):
+            return -math.log(value)
+        return value if self.higher_is_better[metric] else -value
+
+    def _is_perplexity(self, metric: str) -> bool:
+        return "perplexity" in metric and not self.higher_is_better[metric]
 
 
 def _plain(key: str) -> str:

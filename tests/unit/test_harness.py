@@ -233,7 +233,15 @@ def test_a_score_is_better_the_higher_it_is() -> None:
     assert "score_low" not in found.judged_by("brier_score")
     perplexity = found.judged_by("perplexity")
     assert perplexity["score"] == pytest.approx(-1)
-    assert perplexity["score_low"] < -1 < perplexity["score_high"]
+    reach = 1.96 / math.e  # of the logarithm
+    assert perplexity["score_low"] == pytest.approx(-1 - reach)
+    assert perplexity["score_high"] == pytest.approx(-1 + reach)
+
+
+def test_no_share_is_more_than_all() -> None:
+    found = Figures.of(results(**{"acc,none": 0.98, "acc_stderr,none": 0.02}), "t").judged_by("acc")
+    assert found["score_low"] == pytest.approx(0.9408)
+    assert found["score_high"] == 1.0
 
 
 def test_of_several_metrics(prepare: Prepare) -> None:
