@@ -40,7 +40,7 @@ class Commands(LightningTrainer):
         """Write a checkpoint's student as a Hugging Face folder.
 
         Args:
-            ckpt_path: Checkpoint of the run whose config is given.
+            ckpt_path: Checkpoint of the run whose config is given; last: its newest whole one.
             out: Folder to write; must not exist or be empty.
             datamodule: Not needed; every command is handed one.
         """
@@ -71,8 +71,6 @@ class Commands(LightningTrainer):
         """
         if samples < 1:
             raise UserError(f"--samples: got {samples}, expected at least 1")
-        if not self.is_global_zero:
-            return
         only_warnings()
         self.strategy.connect(model)
         self.datamodule = datamodule
@@ -128,8 +126,8 @@ class Commands(LightningTrainer):
             domain: Which teacher is asked, where each domain has its own.
             html: File to write a page of all responses to.
             max_length: Most tokens of a conversation; None: the context of the student.
-            ckpt_path: Checkpoint of the run whose config is given; without one the student is the
-                Hugging Face folder that the config names.
+            ckpt_path: Checkpoint of the run whose config is given, or last, its newest whole one;
+                without one the student is the Hugging Face folder that the config names.
         """
         given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
         changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
@@ -137,8 +135,6 @@ class Commands(LightningTrainer):
             raise UserError(f"--samples: got {samples}, expected at least 1")
         if html is not None and (Path(html).is_dir() or not Path(html).parent.is_dir()):
             raise UserError(f"--html: got {html!r}, expected a file, in a folder that is there")
-        if not self.is_global_zero:
-            return
         question = Question(
             samples=samples,
             sampling=replace(datamodule.sampling, **changes),
@@ -221,7 +217,8 @@ class Commands(LightningTrainer):
             author: The student with data.engine, or the teacher of data.teacher.
             samples: Responses per prompt.
             batch_size: Prompts per call of the engine.
-            ckpt_path: Checkpoint of the student; without one it writes as it starts.
+            ckpt_path: Checkpoint of the student, or last, the run's newest whole one; without one
+                it writes as it starts.
             datamodule: Holds the prompts, the engines and the sampling.
         """
         assert datamodule is not None

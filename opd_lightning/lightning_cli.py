@@ -14,9 +14,9 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from opd_lightning.checkpoints import LAST
+from opd_lightning.checkpoints import LAST, needed, settle_folders
 from opd_lightning.data.datamodule import RolloutDataModule
-from opd_lightning.errors import UserError, report
+from opd_lightning.errors import UserError, note, report
 from opd_lightning.methods.base import DistillationModule
 from opd_lightning.settings import flat_settings
 from opd_lightning.trainer import Trainer
@@ -143,10 +143,10 @@ class OPDCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         command = self.config.subcommand
         path = self.config[command].get("ckpt_path")
-        if path and not (path == LAST and command == "fit") and not Path(path).exists():
+        if path and path != LAST and not Path(path).exists():
             raise UserError(
-                f"--ckpt_path: no checkpoint at {path!r}; look in the run folder's 'checkpoints'"
-                + (f" (only `opd fit` knows {LAST!r})" if path == LAST else "")
+                f"--ckpt_path: no checkpoint at {path!r}; look in the run folder's 'checkpoints', "
+                f"or give {LAST!r}, its newest whole one"
             )
 
     def instantiate_classes(self) -> None:
@@ -173,9 +173,25 @@ class OPDCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Figures of a measurement do not belong between those of a run."""
+        settle_folders(self.trainer)
         self.trainer.logger = None
 
     before_test = before_validate
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Our own commands are of one process, whoever started more."""
+        if subcommand not in OWN_COMMANDS or self.trainer.is_global_zero:
+            super()._run_subcommand(subcommand)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        # Lightning's commands ask when all processes know one another.
+        if subcommand in OWN_COMMANDS and kwargs.get("ckpt_path") == LAST:
+            settle_folders(self.trainer)
+            saved = needed(self.trainer)
+            note(f"--ckpt_path {LAST}: {str(saved.path)!r}, step {saved.step}")
+            kwargs["ckpt_path"] = str(saved.path)
+        return kwargs
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would read the whole checkpoint here, for settings that are in the YAML.

@@ -6,14 +6,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from opd_lightning.checkpoints.reading import look
+from opd_lightning.checkpoints.reading import Saved
 from opd_lightning.data.suites import EvaluationSuite
 from opd_lightning.harness.exam import Exam
 
@@ -26,7 +25,7 @@ WIDTH = 140  # characters, where no terminal sets a limit
 
 
 def measured(
-    module: DistillationModule, data: RolloutDataModule, stage: str, checkpoint: str | Path | None
+    module: DistillationModule, data: RolloutDataModule, stage: str, saved: Saved | None
 ) -> dict[str, Any]:
     """One object: who was measured, and every suite's figures by the names that runs log them by.
 
@@ -34,14 +33,14 @@ def measured(
         module: After the measurement.
         data: Its data.
         stage: "validate" or "test".
-        checkpoint: Whose weights were measured; None: the student's folder as it is.
+        saved: Whose weights were measured; None: the student's folder as it is.
     """
     return {
         "stage": stage,
         "student": {
             "path": module.student.source.path,
-            "checkpoint": None if checkpoint is None else str(checkpoint),
-            "step": None if checkpoint is None else look(Path(checkpoint)).step,
+            "checkpoint": None if saved is None else str(saved.path),
+            "step": None if saved is None else saved.step,
         },
         "seed": data.seed,
         "suites": {name: _suite(name, module, data, stage) for name in module.suites},

@@ -93,15 +93,15 @@ class Trainer(Commands):
         Args:
             model: The method, with the student.
             dataloaders: Not needed; a datamodule has them.
-            ckpt_path: Checkpoint of the run whose config is given; without one the student is the
-                Hugging Face folder that the config names.
+            ckpt_path: Checkpoint of the run whose config is given, or last, its newest whole one;
+                without one the student is the Hugging Face folder that the config names.
             verbose: Print the scores.
             datamodule: Holds the suites and the engine.
             weights_only: Not needed; nothing but tensors and plain data is ever read.
             json: Print them as one JSON object instead of a table.
             out: File to write the same object to.
         """
-        with self._reported("validate", ckpt_path, verbose, json, out):
+        with self._reported("validate", verbose, json, out):
             return super().validate(model, dataloaders, ckpt_path, False, datamodule, weights_only)
 
     def test(
@@ -120,21 +120,19 @@ class Trainer(Commands):
         Args:
             model: The method, with the student.
             dataloaders: Not needed; a datamodule has them.
-            ckpt_path: Checkpoint of the run whose config is given; without one the student is the
-                Hugging Face folder that the config names.
+            ckpt_path: Checkpoint of the run whose config is given, or last, its newest whole one;
+                without one the student is the Hugging Face folder that the config names.
             verbose: Print the scores.
             datamodule: Holds the suites and the engine.
             weights_only: Not needed; nothing but tensors and plain data is ever read.
             json: Print them as one JSON object instead of a table.
             out: File to write the same object to.
         """
-        with self._reported("test", ckpt_path, verbose, json, out):
+        with self._reported("test", verbose, json, out):
             return super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
 
     @contextmanager
-    def _reported(
-        self, stage: str, checkpoint: str | Path | None, verbose: bool, json: bool, out: str | None
-    ) -> Iterator[None]:
+    def _reported(self, stage: str, verbose: bool, json: bool, out: str | None) -> Iterator[None]:
         """Print, and write, what is measured inside."""
         if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
             raise UserError(
@@ -148,7 +146,8 @@ class Trainer(Commands):
         if not self.is_global_zero:
             return
         module = cast(DistillationModule, self.lightning_module)
-        found = measurement_report.measured(module, self.datamodule, stage, checkpoint)
+        saved = cast(CheckpointConnector, self._checkpoint_connector).saved
+        found = measurement_report.measured(module, self.datamodule, stage, saved)
         if out is not None:
             Path(out).write_text(measurement_report.as_json(found) + "\n")
         if json:

@@ -92,8 +92,8 @@ def whole(path: str | Path) -> Saved:
 
 def refusal(path: str | Path, error: DamagedError) -> UserError:
     return UserError(
-        f"--ckpt_path: {str(path)!r} is damaged or no checkpoint: {error}; name another of a "
-        "run's, or continue a run from its newest whole one with `opd fit --ckpt_path last`"
+        f"--ckpt_path: {str(path)!r} is damaged or no checkpoint: {error}; name another of "
+        "the run's, or give 'last', its newest whole one"
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -454,3 +455,19 @@ def test_memory_of_copies_of_the_student_is_counted_exactly(check: Check) -> Non
     average.load(torch.device("cpu"), student)
     values = found["memory (estimate)"]["values"]
     assert values["teachers_bytes"] == measured(average.model().parameters())
+
+
+@pytest.mark.parametrize("rank", [None, 0, 1])
+def test_one_of_several_processes_looks(
+    in_lab: Path,
+    rank: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whether nobody has started the others, or somebody has."""
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+    overlay = ["--config", str(CONFIGS / "strategy" / "ddp.yaml")]
+    main(["check", "--config", CONFIG, *overlay, *SMALL])
+    assert capsys.readouterr().out.count("Ready to train.") == (rank != 1)
