@@ -51,11 +51,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, RunStoppedError) as error:
-        everywhere = getattr(error, "raised_by_all", False)
-        if not (everywhere and _rank()):
-            report(str(error))
-        if everywhere:
-            _part()
+        _end(error)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except SignalledError as end:
         _part()
@@ -69,6 +65,22 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(1)
     finally:
         signals.close()
+
+
+def _end(error: Exception) -> None:
+    """Report an error, by one of the processes that have it, and leave together with those."""
+    from opd_lightning.said_once import Ending
+
+    if getattr(error, "raised_by_all", False):
+        if _rank() == 0:
+            report(str(error))
+        _part()
+        return
+    ending = Ending(str(error))
+    if ending.is_first:
+        report(str(error))
+    if ending.all_come():
+        _part()
 
 
 def _rank() -> int:
