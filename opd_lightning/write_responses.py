@@ -11,6 +11,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, BinaryIO
 
+from opd_lightning.checkpoints import whole
 from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.data.engines import push
 from opd_lightning.data.mix import RolloutMix, samplings_by_author
@@ -66,7 +67,8 @@ def write_responses(
     budget = author.sampling.max_new_tokens
     written_by = (
         f"{kind} {author.source.identity}"
-        + (f", checkpoint {ckpt_path}" if ckpt_path else "")
+        # A run writes its last.ckpt again and again.
+        + (f", checkpoint {ckpt_path} of step {whole(ckpt_path).step}" if ckpt_path else "")
         + f", temperature {author.sampling.temperature}, max_new_tokens {budget}, seed {data.seed}"
     )
     rows = [

@@ -54,7 +54,7 @@ def test_it_is_taken_and_named(
         assert "the student of step 1" in shown.out
     if command == "write-responses":
         (first, *_) = (tmp_path / "written.jsonl").read_text().splitlines()
-        assert "checkpoints/whole.ckpt" in json.loads(first)["written_by"]
+        assert "checkpoints/whole.ckpt of step 1, " in json.loads(first)["written_by"]
 
 
 def test_a_measurement_takes_it_and_names_it(in_lab: Path, run: Path, capsys: Said) -> None:
