@@ -1,10 +1,12 @@
 """Whether CollapseWatch notices runs that collapse on the lab, and leaves honest ones alone.
 
-Honest runs are a shipped configuration over several seeds. The others are shipped configurations
-with one thing made wrong; the watch may step back. All is read from the
-run's TensorBoard files.
+Honest runs are shipped configurations. The others are shipped configurations with one thing made
+wrong; there the watch steps back. When a collapse began is also told without the watch: by the
+reward and by truncation (`onset`). All is read from the runs' TensorBoard files; runs that are
+there are not made again.
 
-Run: opd lab build; python benchmarks/collapse.py [honest | repetition | rate | scale ...]
+Run: opd lab build; opd lab build --world identity
+python benchmarks/collapse.py [honest | repetition | rate | smaller-rate | scale ...]
 """
 
 from __future__ import annotations
@@ -12,35 +14,54 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from callbacks.collapse_rules import Disagreement, Entropy, Length, Repetition, Truncation
+from callbacks.collapse_tracks import Tracks
 from opd_lightning.types import Prompt
 from opd_lightning.verifiers import Verifier
 
 OPD = [sys.executable, "-m", "opd_lightning"]
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "lab"
-FIGURES = ("reward", "response/truncated", "response/length", "entropy/student")
+BANDS = (Truncation(), Repetition(), Entropy(), Length(), Disagreement())
+START_STEPS = 3  # the watch's own
+HONEST = ("opd", "opd_full_vocabulary", "g_opd", "grpo", "edge_opd", "sdft")
+CALLBACKS = {"sdft": ["callbacks.EMATeacherUpdate"]}  # that a method cannot do without
+SAMPLES = {"grpo": 8}  # of a prompt
+ANSWER = {
+    "class_path": "opd_lightning.verifiers.ExactMatch",
+    "init_args": {"pattern": r";(-?\d+)$"},
+}
+
+Logged = dict[str, dict[int, float]]  # by name and step
+
+
+def jump(factor: int) -> list[str]:
+    """From a learning rate of 1e-3, at step 20."""
+    method = "--model.init_args"
+    return [
+        f"{method}.optimizer.init_args.lr=1e-3",
+        f"{method}.lr_scheduler=torch.optim.lr_scheduler.MultiStepLR",
+        f"{method}.lr_scheduler.init_args.milestones=[20]",
+        f"{method}.lr_scheduler.init_args.gamma={factor}",
+    ]
+
 
 # What is made wrong: a configuration and changes to it.
 WRONG: dict[str, tuple[str, list[str]]] = {
     "repetition": ("grpo", ["--data.verifier=collapse.PaysRepetition"]),
-    "rate": (
-        "opd",
-        [
-            "--model.init_args.optimizer.init_args.lr=1e-3",
-            "--model.init_args.lr_scheduler=torch.optim.lr_scheduler.MultiStepLR",
-            "--model.init_args.lr_scheduler.init_args.milestones=[20]",
-            "--model.init_args.lr_scheduler.init_args.gamma=30",
-        ],
-    ),
+    "rate": ("opd", jump(30)),
+    "smaller-rate": ("opd", jump(10)),
     "scale": ("g_opd", ["--model.init_args.scale=20"]),
 }
 
@@ -54,13 +75,28 @@ class PaysRepetition(Verifier):
         return [sum(a == b for a, b in pairwise(r)) / 64 for r in responses]
 
 
-def fit(config: str, run: Path, responses: int, *changes: str) -> list[str]:
-    """Train with so many responses a step; what the watch said."""
-    samples = 8 if config == "grpo" else 1
+def fit(config: str, run: Path, action: str, steps: int, responses: int, *changes: str) -> None:
+    """Train, unless it is done; what the watch said is left beside the run."""
+    if run.with_suffix(".txt").exists():
+        return
+    run.parent.mkdir(parents=True, exist_ok=True)
+    callbacks: list[dict[str, Any]] = [
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"save_top_k": 0},
+        },
+        {"class_path": "callbacks.CollapseWatch", "init_args": {"action": action}},
+        *({"class_path": name} for name in CALLBACKS.get(config, ())),
+    ]
+    overlay: dict[str, Any] = {"trainer": {"callbacks": callbacks, "max_steps": steps}}
+    if action == "step_back":  # the reward may be what is wrong
+        overlay["data"] = {"validation": {"sums": {"verifier": ANSWER}}}
+    run.with_suffix(".yaml").write_text(json.dumps(overlay))
     command = [*OPD, "fit", "--config", str(CONFIGS / f"{config}.yaml")]
-    command += ["--trainer.enable_progress_bar=false", "--trainer.val_check_interval=1000"]
+    command += ["--config", str(run.with_suffix(".yaml")), "--trainer.enable_progress_bar=false"]
+    command += [f"--trainer.val_check_interval={steps}"]
     command += [f"--trainer.logger.init_args.save_dir={run}"]
-    command += [f"--data.prompts_per_step={responses // samples}", *changes]
+    command += [f"--data.prompts_per_step={responses // SAMPLES.get(config, 1)}", *changes]
     path = os.pathsep.join([str(HERE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": path}, text=True, capture_output=True
@@ -68,64 +104,105 @@ def fit(config: str, run: Path, responses: int, *changes: str) -> list[str]:
     said = [line for line in done.stderr.splitlines() if line.startswith("opd: ")]
     if done.returncode and not any("out of its band" in line for line in said):
         sys.exit(done.stderr)
-    return said
+    run.with_suffix(".txt").write_text("\n".join(said))
 
 
-def figures(run: Path) -> dict[str, dict[int, float]]:
+def figures(run: Path) -> Logged:
     events = EventAccumulator(str(run))
     events.Reload()
-    names = [*FIGURES, "collapse/out_of_band", "collapse/step_backs"]
-    kept = [name for name in names if name in events.Tags()["scalars"]]
-    return {name: {event.step: event.value for event in events.Scalars(name)} for name in kept}
+    return {
+        name: {event.step: event.value for event in events.Scalars(name)}
+        for name in events.Tags()["scalars"]
+    }
 
 
-def honest(config: str, seed: int, responses: int, runs: Path) -> dict[str, Any]:
-    run = runs / f"{config}-{seed}"
-    said = fit(config, run, responses, f"--seed_everything={seed}")
+def honest(run: Path) -> dict[str, Any]:
+    """Of every figure its start, its least and largest value, its band, and the steps outside."""
     logged = figures(run)
-    extremes = {name: (min(logged[name].values()), max(logged[name].values())) for name in FIGURES}
-    outside = sum(logged["collapse/out_of_band"].values())
-    return {"run": run.name, "steps outside": outside, "said": said, "range": extremes}
+    tracks = Tracks((band for band in BANDS if band.figure in logged), START_STEPS)
+    outside = dict.fromkeys((track.band.figure for track in tracks), 0)  # in a row, at most
+    for step in sorted(logged["loss"]):
+        tracks.see({name: logged[name][step] for name in outside if step in logged[name]})
+        for track in tracks:
+            outside[track.band.figure] = max(outside[track.band.figure], track.outside)
+    seen = {}
+    for track in tracks:
+        name = track.band.figure
+        values = logged[name].values()
+        row = (track.start, min(values), max(values), *track.bounds, outside[name])
+        seen[name] = " ".join(f"{value:.3g}" for value in row)
+    said = run.with_suffix(".txt").read_text()
+    return {"said": said, "start, least, largest, band, steps outside in a row": seen}
 
 
-def wrong(name: str, steps: int, responses: int, runs: Path) -> dict[str, Any]:
-    config, changes = WRONG[name]
-    run = runs / name
-    watch = run.with_suffix(".yaml")
-    runs.mkdir(parents=True, exist_ok=True)
-    callbacks = [
-        {
-            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-            "init_args": {"save_top_k": 0},
-        },
-        {"class_path": "callbacks.CollapseWatch", "init_args": {"action": "step_back"}},
-    ]
-    watch.write_text(json.dumps({"trainer": {"callbacks": callbacks, "max_steps": steps}}))
-    said = fit(config, run, responses, f"--config={watch}", *changes)
+def onset(logged: Logged) -> int | None:
+    """The first step that looks broken without the watch, or None.
+
+    More than 0.3 of its responses are truncated, or it is the first of three whose rewards are
+    below half of the best that three steps in a row had, in the median, until then.
+    """
+    rewards, best = logged["reward"], 0.0
+    for step in sorted(rewards):
+        if logged["response/truncated"][step] > 0.3:
+            return step
+        if step >= 3:
+            best = max(best, median(rewards[n] for n in range(step - 3, step)))
+        if all(rewards.get(n, best) < best / 2 for n in range(step, step + 3)):
+            return step
+    return None
+
+
+def wrong(run: Path) -> dict[str, Any]:
+    """When it began, when it was caught, and what came of it."""
     logged = figures(run)
-    backs = logged["collapse/step_backs"]
-    at = [s for s in sorted(backs) if s and backs[s] > backs.get(s - 1, 0.0)]
-    shown = sorted({0, *at, *(s + 1 for s in at), max(logged["reward"])} & logged["reward"].keys())
-    table = {s: [round(logged[name].get(s, float("nan")), 3) for name in FIGURES] for s in shown}
-    outside = [s for s, count in logged["collapse/out_of_band"].items() if count]
-    return {"run": name, "stepped back at": at, "outside": outside, "said": said, "steps": table}
+    said = run.with_suffix(".txt").read_text().splitlines()
+    told = [m for line in said if (m := re.match(r"opd: (?:error: )?step (\d+): (\w+): ", line))]
+    caught = [(int(match[1]), match[2]) for match in told]
+    good = [int(match[1]) for line in said if (match := re.search(r"after (\d+) steps \(", line))]
+    last, rewards = max(logged["reward"]), logged["reward"]
+    lost = [step for step, count in logged["collapse/out_of_band"].items() if count]
+    there = {
+        "onset": onset(logged),
+        "first outside": min(lost, default=None),
+        "caught": caught,
+        "back to": good,
+        "last step outside": max(lost, default=None),
+        "last step": last,
+        "reward before": mean(rewards[n] for n in range(good[-1], good[-1] + 10)) if good else None,
+        "reward after": mean(rewards[n] for n in range(last - 9, last + 1)),
+    }
+    ends = {band.figure: logged[band.figure][last] for band in BANDS if band.figure in logged}
+    held_out = logged.get("val/sums/score", {})
+    return there | {"held out, at the end": list(held_out.values())[-1:], "end": ends}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*", default=["honest", *WRONG])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--config", default="opd", help="of the honest runs")
-    parser.add_argument("--steps", type=int, default=100, help="of the others")
-    parser.add_argument("--responses", type=int, default=256, help="of a step")
+    parser.add_argument("--honest", nargs="*", default=HONEST, help="configurations")
+    parser.add_argument("--honest-steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=70, help="of the others")
+    parser.add_argument("--responses", type=int, default=64, help="of a step")
     parser.add_argument("--runs", type=Path, default=Path("runs/collapse"))
     args = parser.parse_args()
+
+    def show(run: Path, found: dict[str, Any]) -> None:
+        print(json.dumps({"run": run.name, **found}), flush=True)
+
     for kind in args.kinds:
-        if kind == "honest":
-            for seed in args.seeds:
-                print(json.dumps(honest(args.config, seed, args.responses, args.runs)), flush=True)
-        else:
-            print(json.dumps(wrong(kind, args.steps, args.responses, args.runs)), flush=True)
+        for seed in args.seeds:
+            seeded = f"--seed_everything={seed}"
+            if kind != "honest":
+                config, changes = WRONG[kind]
+                run = args.runs / f"{kind}-{seed}"
+                fit(config, run, "step_back", args.steps, args.responses, seeded, *changes)
+                show(run, wrong(run))
+                continue
+            for config in args.honest:
+                run = args.runs / f"honest-{config}-{seed}"
+                fit(config, run, "warn", args.honest_steps, args.responses, seeded)
+                show(run, honest(run))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ class Band:
 
     figure: ClassVar[str]  # as it is logged
     most: ClassVar[float] = math.inf  # what the figure can be
+    always: ClassVar[bool] = True  # whether every method logs it
     meaning: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -102,3 +103,19 @@ class Length(Band):
 
     figure: ClassVar[str] = "response/length"
     meaning: ClassVar[str] = "so responses are far from the length they had"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disagreement(Band):
+    """Mean size of d_t = log pi_T - log pi_S on the sampled tokens, in nats.
+
+    A run that learns from its teacher comes closer to it. One that breaks, in whatever form, writes
+    what the teacher would not. Methods without a teacher do not log the figure.
+    """
+
+    highest: float | None = 1.0
+    rise: float | None = 3.0
+
+    figure: ClassVar[str] = "signal/log_ratio_abs_mean"
+    always: ClassVar[bool] = False
+    meaning: ClassVar[str] = "so the student leaves its teacher"

@@ -60,6 +60,8 @@ class Track:
         """Why the rule can never be broken, if it cannot."""
         name, rule = self.band.figure, type(self.band).__name__
         low, high = self.bounds
+        if not self.first and not self.band.always:
+            return None
         if not self.first:
             return f"{rule}: this run does not log {name}; set the rule to null"
         if low <= 0 and high >= self.band.most:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, Trainer
 
-from callbacks.collapse_rules import Band, Entropy, Length, Repetition, Truncation
+from callbacks.collapse_rules import Band, Disagreement, Entropy, Length, Repetition, Truncation
 from callbacks.collapse_tracks import Track, Tracks
 from callbacks.good_checkpoints import GoodCheckpoints, StepBack
 from opd_lightning.dashboard import Layout
@@ -31,6 +31,7 @@ class CollapseWatch(Callback):
         repetition: The share of repetitive responses.
         entropy: The student's entropy.
         length: The length of responses.
+        disagreement: The distance between student and teacher, in methods that have one.
         start_steps: Steps that the figures' starts are the medians of. They are not judged.
         step_back: How to step back.
     """
@@ -49,10 +50,11 @@ class CollapseWatch(Callback):
         repetition: Repetition | None = Repetition(),  # noqa: B008
         entropy: Entropy | None = Entropy(),  # noqa: B008
         length: Length | None = Length(),  # noqa: B008
+        disagreement: Disagreement | None = Disagreement(),  # noqa: B008
         start_steps: int = 3,
         step_back: StepBack = StepBack(),  # noqa: B008
     ) -> None:
-        rules: tuple[Band | None, ...] = (truncation, repetition, entropy, length)
+        rules: tuple[Band | None, ...] = (truncation, repetition, entropy, length, disagreement)
         bands = [rule for rule in rules if rule is not None]
         if not bands or start_steps < 1:
             raise UserError(

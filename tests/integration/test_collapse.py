@@ -20,8 +20,9 @@ from opd_lightning.errors import CollapseError
 from opd_lightning.methods import GRPO, OPD
 from opd_lightning.rollouts import Sampling
 from opd_lightning.rules import TruncatedImportance
+from opd_lightning.rules.base import Scored
 from opd_lightning.student import Student
-from opd_lightning.teachers import EMATeacher
+from opd_lightning.teachers import EMATeacher, FrozenTeacher
 from opd_lightning.types import Prompt, RolloutBatch
 from opd_lightning.verifiers import Verifier
 from tests.integration.test_fit import fit, weights
@@ -75,6 +76,27 @@ def test_paid_repetition_is_caught_and_undone(
     assert rates == pytest.approx([2e-2, 4e-4])
 
 
+class Backwards(OPD):
+    """Pushed away from its teacher."""
+
+    def advantage(self, scored: Scored) -> torch.Tensor:
+        return -scored.log_ratio
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_a_student_that_leaves_its_teacher_is_caught() -> None:
+    """Whatever its responses look like: no other rule is on."""
+    method = Backwards(
+        Student("lab/arithmetic/student"),
+        FrozenTeacher("lab/arithmetic/teacher"),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
+    )
+    watch = CollapseWatch("stop", None, None, None, None)
+    with pytest.raises(CollapseError, match="Disagreement: signal/log_ratio_abs_mean is") as told:
+        fit(method, steps=20, callbacks=[watch], sampling=Sampling(max_new_tokens=8))
+    assert 10 <= int(str(told.value).split()[1].rstrip(":")) <= 16
+
+
 # Every response is too long, so it is known when a run steps back --------------------------
 
 START, PATIENCE = 3, 2
@@ -89,6 +111,7 @@ def watch_all(action: Any = "step_back", at_most: int = 1) -> CollapseWatch:
         repetition=None,
         entropy=None,
         length=Length(fall=None, highest=1.0, rise=None, patience=PATIENCE),
+        disagreement=None,
         start_steps=START,
         step_back=StepBack(every_n_steps=1, at_most=at_most),
     )

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import CollapseWatch
-from callbacks.collapse_rules import Band, Entropy, Length, Repetition, Truncation
+from callbacks.collapse_rules import Band, Disagreement, Entropy, Length, Repetition, Truncation
 from callbacks.collapse_tracks import Track
 from callbacks.good_checkpoints import GoodCheckpoints, StepBack
 from opd_lightning.errors import CollapseError, UserError
@@ -28,6 +28,7 @@ HEALTHY = {
     "response/repetitive": 0.0,
     "entropy/student": 0.4,
     "response/length": 300.0,
+    "signal/log_ratio_abs_mean": 0.3,
 }
 
 
@@ -56,6 +57,8 @@ def outside(band: Band, values: Sequence[float], start_steps: int = 3) -> list[i
         (Entropy(lowest=0.005), 0.5, (0.005, 1.5)),
         (Length(), 100.0, (20.0, 400.0)),
         (Length(fall=None, highest=50.0, rise=None), 100.0, (-math.inf, 50.0)),
+        (Disagreement(), 0.0, (-math.inf, 1.0)),  # its own teacher, at first
+        (Disagreement(), 0.5, (-math.inf, 1.5)),
     ],
 )
 def test_bounds(band: Band, start: float, bounds: tuple[float, float]) -> None:
@@ -86,7 +89,7 @@ def test_steps_out_of_the_band(band: Band, values: list[float], expected: list[i
         (lambda: Entropy(lowest=math.nan), "expected numbers of 0 or more"),
         (lambda: StepBack(slow_down=0.0), "a factor in"),
         (lambda: CollapseWatch(start_steps=0), "start_steps 0"),
-        (lambda: CollapseWatch("warn", None, None, None, None), "got 0 rules"),
+        (lambda: CollapseWatch("warn", None, None, None, None, None), "got 0 rules"),
     ],
 )
 def test_knobs_are_checked(make: Any, told: str) -> None:
@@ -126,7 +129,7 @@ class Run:
     def step(self, **changes: float) -> None:
         """A step of two micro-batches."""
         self.logged.append({})
-        figures = HEALTHY | {name.replace("_", "/"): value for name, value in changes.items()}
+        figures = HEALTHY | {name.replace("_", "/", 1): value for name, value in changes.items()}
         self.trainer.callback_metrics = {name: torch.tensor(figures[name]) for name in self.logs}
         self._hook()
         self.trainer.global_step += 1
@@ -159,6 +162,7 @@ def test_an_honest_run_hears_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
             entropy_student=0.4 * 0.97**step,
             response_length=300 * 1.005**step * odd,
             response_truncated=0.02 * 1.02**step,
+            signal_log_ratio_abs_mean=0.3 * 0.99**step * odd,
         )
     assert capsys.readouterr().err == ""
     assert {step["collapse/out_of_band"] for step in run.logged} <= {0.0, 1.0}
@@ -173,6 +177,7 @@ def test_an_honest_run_hears_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
         ({"entropy_student": 4.0}, "Entropy: entropy/student is 4"),
         ({"response_length": 2000.0}, "Length: response/length is 2e+03"),
         ({"response_length": 10.0}, "Length: response/length is 10"),
+        ({"signal_log_ratio_abs_mean": 1.1}, "Disagreement: signal/log_ratio_abs_mean is 1.1"),
     ],
 )
 def test_every_rule_warns_once_a_time(
@@ -199,6 +204,7 @@ def test_rules_that_can_never_be_broken_are_named(
     run = Run(CollapseWatch(), tmp_path)
     run.logs = ("response/truncated", "response/repetitive", "entropy/student")
     run.steps(6, response_truncated=0.8)
+    # Nothing of the teacher's signal: there may be no teacher.
     high, missing = capsys.readouterr().err.splitlines()
     assert "Truncation: response/truncated began at 0.8, so that it can never leave" in high
     assert "Length: this run does not log response/length; set the rule to null" in missing
@@ -303,7 +309,8 @@ def test_every_threshold_is_in_the_yaml(monkeypatch: pytest.MonkeyPatch, tmp_pat
     (tmp_path / "watch.yaml").write_text(
         "trainer:\n  callbacks:\n    - class_path: callbacks.CollapseWatch\n      init_args:\n"
         "        action: step_back\n        repetition: null\n        truncation: {highest: 0.3}\n"
-        "        length: {rise: null, patience: 9}\n        step_back: {at_most: 1}\n"
+        "        length: {rise: null, patience: 9}\n        disagreement: {highest: 2.0}\n"
+        "        step_back: {at_most: 1}\n"
     )
     cli = OPDCLI(["fit", "--config", str(CONFIG), "--config", str(tmp_path / "watch.yaml")])
     callbacks: Iterable[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
@@ -312,5 +319,6 @@ def test_every_threshold_is_in_the_yaml(monkeypatch: pytest.MonkeyPatch, tmp_pat
         Truncation(highest=0.3),
         Entropy(),
         Length(rise=None, patience=9),
+        Disagreement(highest=2.0),
     ]
     assert watch.settings == StepBack(at_most=1)
