@@ -30,7 +30,7 @@ class StepBack:
     """
 
     every_n_steps: int = 20
-    slow_down: float = 0.25
+    slow_down: float = 0.1
     at_most: int = 3
 
     def __post_init__(self) -> None:

@@ -139,7 +139,7 @@ class Look(Callback):
         # The clock was not put back: schedule, prompts, and the version of the weights.
         schedule = 1e-2 * (1 / 3 + 2 / 3 * BACK / STEPS)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(schedule)
-        assert pl_module.rate_scales == {"collapse": 0.25}
+        assert pl_module.rate_scales == {"collapse": 0.1}
         assert batch.totals.step == BACK
         assert {rollout.policy_version for rollout in batch.rollouts} == {BACK}
 
