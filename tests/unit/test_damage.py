@@ -49,7 +49,7 @@ def refusal(path: Path) -> str:
     start = f"--ckpt_path: {str(path)!r} is damaged or no checkpoint: "
     reason, end = line.removeprefix(start).rsplit("; ", 1)
     assert line.startswith(start)
-    assert end.endswith("with `opd fit --ckpt_path last`")
+    assert end == "name another of the run's, or give 'last', its newest whole one"
     return reason
 
 
