@@ -213,6 +213,7 @@ def test_an_address_file_is_read_when_it_is_needed(
 def test_an_address_file_is_read_again_when_its_server_is_lost(
     start: Start, client: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("WARNING", logger="opd_lightning")
     first, file = start(echo), tmp_path / "address"
     file.write_text(first.url + "\n")
     servers = client(str(file), patience=20)
