@@ -21,7 +21,7 @@ from opd_lightning.errors import UserError
 # lm-eval's own, so that figures agree with its command line.
 RANDOM_SEED, NUMPY_SEED, EXAMPLES_SEED = 0, 1234, 1234
 
-_TALKS = ("lm_eval", "datasets", "evaluate")
+_TALKS = ("lm_eval", "datasets", "evaluate", "huggingface_hub")
 
 
 def check_installed() -> None:
