@@ -101,19 +101,23 @@ def as_table(found: Mapping[str, Any], console: Console) -> None:
         console.print(_tasks(tasks))
 
 
+def _table(*columns: str) -> Table:
+    """An empty one; what its rows are called comes first."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", overflow="fold", min_width=12)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
 def _answered(suites: Mapping[str, Mapping[str, Any]]) -> Table:
     """Columns that no suite has are left out."""
     rows = [row for suite in suites.values() for row in (suite, *_domains(suite).values())]
     keys = {key for row in rows for key in row}
     passes = sorted((key for key in keys if key.startswith("pass_at_")), key=_k)
     shown = [key for key in ("score", *passes, "majority", "length", "truncated") if key in keys]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", overflow="fold", min_width=12)
-    for key in ("prompts", *shown):
-        name = f"pass@{_k(key)}" if key in passes else key
-        table.add_column(name, justify="right", no_wrap=True)
-        if key == "score":
-            table.add_column("95 %", justify="right", no_wrap=True)
+    titles = {"score": ["score", "95 %"], **{key: [f"pass@{_k(key)}"] for key in passes}}
+    table = _table("prompts", *(title for key in shown for title in titles.get(key, [key])))
     for name, suite in suites.items():
         table.add_section()
         several = f", n={suite['samples']}" if suite["samples"] > 1 else ""
@@ -136,10 +140,7 @@ def _cells(row: Mapping[str, Any], shown: list[str]) -> list[str]:
 
 
 def _read(suites: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", overflow="fold", min_width=12)
-    for name in ("texts", "perplexity", "nats per token", "KL from the start"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table("texts", "perplexity", "nats per token", "KL from the start")
     for name, suite in suites.items():
         moved = f"{suite['kl']:.4f}" if "kl" in suite else ""
         loss = f"{-suite['log_likelihood']:.4f}"
@@ -149,10 +150,7 @@ def _read(suites: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _tasks(suites: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", overflow="fold", min_width=12)
-    for name in ("documents", "judged by", "score", "95 %"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table("documents", "judged by", "score", "95 %")
     for name, suite in suites.items():
         ends = f"{suite['score_low']:.3f}-{suite['score_high']:.3f}" if "score_low" in suite else ""
         figures = (str(suite["documents"]), suite["metric"], f"{suite['score']:.3f}", ends)

@@ -4,7 +4,7 @@ import random
 import string
 from dataclasses import replace
 from itertools import combinations
-from math import log
+from math import exp, log
 
 import pytest
 import torch
@@ -74,8 +74,9 @@ def overlap(student: dict[int, float], teacher: dict[int, float]) -> dict[str, f
 
     def told(model: dict[int, float]) -> TokenScores:
         one = torch.zeros(1, 1)
-        ids, probs = (torch.tensor([[list(x)]]) for x in (model.keys(), model.values()))
-        return TokenScores(logprobs=one, entropy=one, top_ids=ids, top_logprobs=probs.log())
+        ids = torch.tensor([[list(model)]])
+        logprobs = torch.tensor([[list(model.values())]], dtype=torch.float64).log().float()
+        return TokenScores(logprobs=one, entropy=one, top_ids=ids, top_logprobs=logprobs)
 
     metric = OverlapStatistics()
     metric.update(told(student), told(teacher), torch.ones(1, 1, dtype=torch.bool))
@@ -103,6 +104,17 @@ def test_u23_identical_and_disjoint_supports() -> None:
     one = {1: 0.6, 2: 0.0}  # all that a server told of its top 2
     assert overlap(model, one)["ratio"] == 0.5
     assert overlap(model, one)["advantage"] == 0  # all of what they share
+
+
+def test_overlap_of_what_both_think_all_but_impossible() -> None:
+    """Their probabilities are 0 in float32; renormalised on what is shared they are not."""
+    student = {1: 1.0, 2: exp(-200), 3: exp(-201)}
+    teacher = {4: 1.0, 3: exp(-300), 2: exp(-302)}
+    got = overlap(student, teacher)
+    first, second = 1 / (1 + exp(-1)), 1 / (1 + exp(-2))
+    expected = first * log((1 - second) / first) + (1 - first) * log(second / (1 - first))
+    assert got["advantage"] == pytest.approx(expected / 2, rel=1e-4)
+    assert got["student_mass"] == got["teacher_mass"] == got["teacher_weighted"] == 0
 
 
 def test_a_teacher_that_ranks_nothing_has_no_overlap() -> None:
