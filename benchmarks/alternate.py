@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 
 from callbacks import CollapseWatch, RolloutLog, SignalPlots
-from opd_lightning import head
+from opd_lightning.models import head
 
 PATTERN = (True, False, False, True)
 

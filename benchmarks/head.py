@@ -62,7 +62,7 @@ class Problem:
         return torch.randn(tokens, o.hidden, device=o.device, dtype=self.dtype)
 
     def ours(self, n: int) -> Tensor:
-        from opd_lightning.head import Comparison, Head, TokenStates, score
+        from opd_lightning.models.head import Comparison, Head, TokenStates, score
 
         def states(hidden: Tensor, linear: nn.Linear) -> TokenStates:
             vocab = self.options.vocab

@@ -27,20 +27,20 @@ from peft import LoraConfig
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.observers import Collectives, Pushes, Record
-from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.prompts import PromptSource
-from opd_lightning.hsdp import HSDPStrategy
 from opd_lightning.lab.arithmetic import generate_mixture, write_jsonl
 from opd_lightning.lab.tokenizer import build_tokenizer
 from opd_lightning.methods import OPD
+from opd_lightning.models.sharding import HSDPStrategy
+from opd_lightning.models.student import Student
 from opd_lightning.preflight.layout import Layout
 from opd_lightning.preflight.memory import process_memory, student_bytes
 from opd_lightning.preflight.plan import Plan, TeacherModel
 from opd_lightning.preflight.traffic import push_traffic, step_traffic
 from opd_lightning.rollouts import HFEngine, Sampling
-from opd_lightning.student import Student
+from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.teachers import AdapterOffTeacher, FrozenTeacher
-from opd_lightning.trainer import Trainer
 
 # Freed memory goes back at once, or the resident size would remember the largest step. Not where
 # seconds are measured: it makes every large tensor's pages anew.

@@ -25,7 +25,7 @@ from statistics import mean, quantiles
 from tempfile import TemporaryDirectory
 
 from benchmarks.alternate import PATTERN, Alternate
-from opd_lightning.lightning_cli import OPDCLI
+from opd_lightning.commands.lightning_cli import OPDCLI
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 2 * len(PATTERN)  # steps that are not counted

@@ -26,9 +26,9 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from opd_lightning.lab.models import new_model
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.source import ModelSource
+from opd_lightning.models.weight_sums import PushedWeights
 from opd_lightning.rollouts import Request, Sampling, VLLMServerEngine
-from opd_lightning.rollouts.weight_sums import PushedWeights
 
 MODELS = {"lab student": (2, 128), "105M": (10, 1024)}  # layers, hidden size
 LENGTH = 64

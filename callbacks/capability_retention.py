@@ -10,12 +10,12 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from callbacks.measurement import Measurement, check_measurable
+from callbacks.measurement import Measurement, check_measurable, judged
 from callbacks.pareto import ParetoFolder, Point, front
-from opd_lightning.checkpoints.together import tell
-from opd_lightning.dashboard import Layout
 from opd_lightning.errors import UserError, note
-from opd_lightning.methods.base import DistillationModule
+from opd_lightning.processes import broadcast
+from opd_lightning.run.dashboard import Layout
+from opd_lightning.training.base import DistillationModule
 
 
 class CapabilityRetention(Callback):
@@ -76,7 +76,7 @@ class CapabilityRetention(Callback):
             self._folder = ParetoFolder(Path(log_dir, "pareto"))
         if self.lowered:
             module.rate_scales["retention"] = self.lower_to
-        suites = trainer.datamodule.suites["validate"]  # type: ignore[attr-defined]
+        suites = trainer.datamodule.suites_of("validate")  # type: ignore[attr-defined]
         if self.baseline and self.baseline.keys() != suites.keys():
             raise UserError(
                 f"resume: the checkpoint holds the baseline of the suites {list(self.baseline)}, "
@@ -84,13 +84,13 @@ class CapabilityRetention(Callback):
             )
         if not self.baseline:
             if self._folder is not None:
-                tell(self._folder.check_empty)
+                broadcast(self._folder.check_empty)
             _validate(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, module: DistillationModule) -> None:  # type: ignore[override]
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        scores = {n: float(s.compute()[s.judged_by]) for n, s in module.suites.items()}
+        scores = judged(module, trainer.datamodule)  # type: ignore[attr-defined]
         self.baseline = self.baseline or scores
         found = Measurement(
             step=trainer.global_step, start=self.baseline, scores=scores, targets=self.targets

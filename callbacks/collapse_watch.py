@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, Trainer
 from callbacks.collapse_rules import Band, Disagreement, Entropy, Length, Repetition, Truncation
 from callbacks.collapse_tracks import Track, Tracks
 from callbacks.good_checkpoints import GoodCheckpoints, StepBack
-from opd_lightning.dashboard import Layout
 from opd_lightning.errors import CollapseError, UserError, note, raised_by_all
-from opd_lightning.methods.base import DistillationModule
-from opd_lightning.run_log import write_step
+from opd_lightning.metrics.log import write_step
+from opd_lightning.run.dashboard import Layout
+from opd_lightning.training.base import DistillationModule
 
 
 class CollapseWatch(Callback):

@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from opd_lightning.errors import UserError
-from opd_lightning.methods.base import DistillationModule
 from opd_lightning.teachers import EMATeacher
+from opd_lightning.training.base import DistillationModule
 
 
 class EMATeacherUpdate(Callback):

@@ -14,9 +14,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from opd_lightning.checkpoints import step_back
 from opd_lightning.checkpoints.places import remove
-from opd_lightning.checkpoints.together import tell
 from opd_lightning.errors import UserError
-from opd_lightning.methods.base import DistillationModule
+from opd_lightning.processes import broadcast
+from opd_lightning.training.base import DistillationModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class GoodCheckpoints:
 
     def begin(self, trainer: Trainer) -> None:
         """Save the start of a run; of one that goes on from an old checkpoint, see what is left."""
-        self.steps = tell(lambda: [s for s in self.steps if _path(trainer, s).exists()])
+        self.steps = broadcast(lambda: [s for s in self.steps if _path(trainer, s).exists()])
         # To be saved in shards, an optimiser without a state would make an empty step first.
         if trainer.global_step == 0 and not isinstance(trainer.strategy, ModelParallelStrategy):
             self._save(trainer)

@@ -8,9 +8,9 @@ from functools import cached_property
 
 from lightning.pytorch import Trainer
 
-from opd_lightning.data.datamodule import RolloutDataModule
-from opd_lightning.data.suites import EvaluationSuite
 from opd_lightning.errors import UserError
+from opd_lightning.evaluation.module import EvaluatedModule
+from opd_lightning.run.datamodule import RolloutDataModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Measurement:
 
 def check_measurable(targets: list[str], data: RolloutDataModule, trainer: Trainer) -> None:
     """Raise UserError unless everything that is compared will be measured."""
-    suites = data.suites["validate"]
+    suites = data.suites_of("validate")
     unknown = [name for name in targets if name not in suites]
     if unknown or not targets or not suites.keys() - set(targets):
         raise UserError(
@@ -71,7 +71,7 @@ def check_measurable(targets: list[str], data: RolloutDataModule, trainer: Train
             "expected at least one of them, and another to be kept"
         )
     for name, suite in suites.items():
-        if isinstance(suite, EvaluationSuite) and not (suite.verifier or data.verifier):
+        if suite.judged_by(data.bench) is None:
             raise UserError(
                 f"CapabilityRetention: suite {name!r} has no verifier, so nothing to compare; set "
                 "its verifier or data.verifier"
@@ -81,3 +81,13 @@ def check_measurable(targets: list[str], data: RolloutDataModule, trainer: Train
             "CapabilityRetention: trainer.limit_val_batches is "
             f"{trainer.limit_val_batches}, expected 1.0, so that suites are measured whole"
         )
+
+
+def judged(module: EvaluatedModule, data: RolloutDataModule) -> dict[str, float]:
+    """The score by which every measured suite is judged, by suite."""
+    figures = {name: suite.judged_by(data.bench) for name, suite in module.suites.items()}
+    return {
+        name: float(module.suite_scores[name].compute()[figure])
+        for name, figure in figures.items()
+        if figure is not None
+    }

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.errors import UserError
 from opd_lightning.losses.schedule import ThreePhaseCosine
-from opd_lightning.methods.composed import ComposedMethod
+from opd_lightning.training.composed import ComposedMethod
 
 
 class PhasedTeacherSampling(Callback):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from opd_lightning.data.ranks import Ranks
+from opd_lightning.processes import Ranks
 
 State = dict[str, Any]
 

@@ -13,9 +13,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from opd_lightning.errors import UserError
-from opd_lightning.methods.base import DistillationModule
-from opd_lightning.token_page import TokenRow, token_page
-from opd_lightning.tokenization import token_texts
+from opd_lightning.models.tokenization import token_texts
+from opd_lightning.terminal.token_page import TokenRow, token_page
+from opd_lightning.training.base import DistillationModule
 from opd_lightning.types import Rollout, RolloutBatch
 
 OLD_FILES = 4  # of JSON lines, besides the current one

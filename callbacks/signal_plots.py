@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from opd_lightning.errors import UserError
-from opd_lightning.methods.base import DistillationModule
 from opd_lightning.metrics.depth import DECILES
+from opd_lightning.training.base import DistillationModule
 
 LIMIT, BINS = 10.0, 200  # nats; what is larger is counted at the ends
 COLOURS = "#4c72b0", "#c44e52"

@@ -10,11 +10,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from opd_lightning import signals
 from opd_lightning.checkpoints import save_last
-from opd_lightning.data.datamodule import RolloutDataModule
 from opd_lightning.errors import UserError, note, report
-from opd_lightning.signals import SignalledError, Wish
+from opd_lightning.run import signals
+from opd_lightning.run.datamodule import RolloutDataModule
+from opd_lightning.run.signals import SignalledError, Wish
 
 
 class SlurmRequeue(Callback):

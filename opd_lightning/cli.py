@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from opd_lightning import signals
 from opd_lightning.errors import RunStoppedError, UserError, report
-from opd_lightning.quiet import quiet_libraries
-from opd_lightning.signals import SignalledError
+from opd_lightning.run import signals
+from opd_lightning.run.signals import SignalledError
+from opd_lightning.terminal.quiet import quiet_libraries
 
 
 def main(args: list[str] | None = None) -> None:
@@ -35,11 +35,11 @@ def main(args: list[str] | None = None) -> None:
 
             serve(args[1:])
         elif args[:1] == ["compare"]:
-            from opd_lightning.compare import main as compare
+            from opd_lightning.commands.compare import main as compare
 
             compare(args[1:])
         else:
-            from opd_lightning.lightning_cli import OPDCLI
+            from opd_lightning.commands.lightning_cli import OPDCLI
 
             OPDCLI(args)
             _part()
@@ -57,9 +57,9 @@ def one_line_errors() -> Iterator[None]:
         _part()
         sys.exit(end.code)
     except RuntimeError as error:
-        from opd_lightning.lost_ranks import last_words
+        from opd_lightning.processes import describe_lost_rank
 
-        if (line := last_words(error)) is None:
+        if (line := describe_lost_rank(error)) is None:
             raise
         report(line)
         sys.exit(1)
@@ -69,7 +69,7 @@ def one_line_errors() -> Iterator[None]:
 
 def _end(error: Exception) -> None:
     """Report an error, by one of the processes that have it, and leave together with those."""
-    from opd_lightning.said_once import Ending
+    from opd_lightning.processes import Ending
 
     if getattr(error, "raised_by_all", False):
         if _rank() == 0:
@@ -79,7 +79,7 @@ def _end(error: Exception) -> None:
     ending = Ending(str(error))
     if ending.is_first:
         report(str(error))
-    if ending.all_come():
+    if ending.wait_for_all():
         _part()
 
 

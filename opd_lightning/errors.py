@@ -3,7 +3,7 @@
 import sys
 from typing import Self, TypeVar
 
-from opd_lightning.progress import say
+from opd_lightning.terminal.progress import say
 
 Error = TypeVar("Error", bound=Exception)
 

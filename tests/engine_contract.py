@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from opd_lightning import progress
 from opd_lightning.errors import EngineMismatchError, UserError
+from opd_lightning.models.weight_sums import PushedWeights
 from opd_lightning.rollouts import Engine, Request, Sampling
-from opd_lightning.rollouts.weight_sums import PushedWeights
+from opd_lightning.terminal import progress
 from opd_lightning.types import Completion, StopReason
 
 MAX_LENGTH = 64

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from opd_lightning.data.engines import Engines
 from opd_lightning.data.mix import RolloutMix
-from opd_lightning.data.ranks import Ranks
 from opd_lightning.data.stream import TrainingStream
 from opd_lightning.data.views import Renderer
 from opd_lightning.data.writer import RolloutWriter
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.source import ModelSource
+from opd_lightning.processes import Ranks
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Completion, Prompt, Rollout, RolloutBatch, StopReason

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.source import ModelSource
 
 CORPUS = ["the quick brown fox jumps, over 12 lazy näive 雪 dogs\n  and then (so) on: 1+1=2;?"] * 3
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

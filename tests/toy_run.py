@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from opd_lightning.trainer import Trainer
+from opd_lightning.commands.trainer import Trainer
 
 Optimizers = Callable[[Any], Optimizer]
 

@@ -73,7 +73,7 @@ def _strategy(run: Run) -> list[str]:
         return []
     if run.shards == 1:
         return ["  strategy: ddp"]
-    name, arguments = "opd_lightning.hsdp.HSDPStrategy", f"shard_size: {run.shards}"
+    name, arguments = "opd_lightning.models.sharding.HSDPStrategy", f"shard_size: {run.shards}"
     if run.shards == run.trainers:
         name = "lightning.pytorch.strategies.ModelParallelStrategy"
         arguments = f"data_parallel_size: {run.trainers}, tensor_parallel_size: 1"

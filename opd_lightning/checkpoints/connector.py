@@ -26,8 +26,8 @@ from opd_lightning.checkpoints.newest import (
 )
 from opd_lightning.checkpoints.places import recover
 from opd_lightning.checkpoints.reading import Saved
-from opd_lightning.checkpoints.together import tell
 from opd_lightning.errors import UserError
+from opd_lightning.processes import broadcast
 
 
 class CheckpointConnector(_CheckpointConnector):
@@ -63,12 +63,12 @@ class CheckpointConnector(_CheckpointConnector):
         training = self.trainer.state.fn == TrainerFn.FITTING
         self.saved, self._owned = None, checkpoint_path == LAST
         if training:
-            tell(self._mend)
+            broadcast(self._mend)
         if checkpoint_path is not None:
             self.saved = self._last(training) if self._owned else named(Path(checkpoint_path))
         saved = self.saved
         if saved is not None:
-            tell(lambda: check_readable(saved, self.trainer, training=training))
+            broadcast(lambda: check_readable(saved, self.trainer, training=training))
             if training:
                 if self.trainer.optimizers:
                     check_optimizers(saved, self.trainer.optimizers)

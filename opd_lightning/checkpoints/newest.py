@@ -12,8 +12,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from opd_lightning.checkpoints.reading import DamagedError, Saved, check_sums, look, refusal
-from opd_lightning.checkpoints.together import gather, processes, rank, tell
 from opd_lightning.errors import CheckpointError, UserError, note, raised_by_all
+from opd_lightning.processes import broadcast, gather, rank, world_size
 
 LAST = "last"  # the newest whole checkpoint of the run
 
@@ -43,7 +43,7 @@ def named(path: Path) -> Saved:
         CheckpointError: The disk does not answer.
     """
     try:
-        return _checked(tell(lambda: _look(path)))
+        return _checked(broadcast(lambda: _look(path)))
     except DamagedError as error:
         raise raised_by_all(refusal(path, error)) from error
 
@@ -55,7 +55,7 @@ def newest(trainer: Trainer) -> Saved | None:
         UserError: The run has no folder for them.
         CheckpointError: The disk does not answer.
     """
-    for saved in tell(lambda: _candidates(trainer)):
+    for saved in broadcast(lambda: _candidates(trainer)):
         try:
             return _checked(saved)
         except DamagedError as error:
@@ -116,7 +116,7 @@ def _checked(saved: Saved) -> Saved:
     """The same, if every process finds its part of it whole."""
     damage = None
     try:
-        check_sums(saved, rank(), processes())
+        check_sums(saved, rank(), world_size())
     except (DamagedError, OSError) as error:
         damage = error
     for one in gather(damage):

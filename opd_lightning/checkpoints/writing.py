@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from opd_lightning.checkpoints.places import place_of, put, remove, sync
 from opd_lightning.checkpoints.plain import load
-from opd_lightning.checkpoints.together import gather, rank
 from opd_lightning.errors import CheckpointError, UserError, raised_by_all
+from opd_lightning.processes import gather, rank
 
 MANIFEST = "manifest.json"  # of a folder of shards: {"files": {name: [bytes, CRC-32]}}
 INDEX = ".metadata"  # of a folder of shards: which shard holds what

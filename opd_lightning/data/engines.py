@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
 
 from opd_lightning.data.ahead import RolloutsAhead
-from opd_lightning.data.suites import EvaluationSuite
-from opd_lightning.errors import UserError
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.source import ModelSource
+from opd_lightning.models.student import Student
+from opd_lightning.models.weight_sums import PushedWeights
 from opd_lightning.rollouts.base import Engine
-from opd_lightning.rollouts.weight_sums import PushedWeights
-from opd_lightning.student import Student
-from opd_lightning.time_limit import TimeLimit
+from opd_lightning.rollouts.time_limit import TimeLimit
 from opd_lightning.types import Author
-
-if TYPE_CHECKING:
-    from opd_lightning.data.datamodule import RolloutDataModule
 
 
 class Engines:
@@ -109,55 +103,3 @@ def push(student: Student, engine: Engine, *, version: int) -> float:
     weights = PushedWeights(student.weights, engine.weights_dtype)
     engine.load_weights(version, weights)
     return weights.check(version, engine.weight_sums())
-
-
-def plan_engines(data: RolloutDataModule, longest: int, budget: int) -> None:
-    """Engines are started for the longest sequence that any stream may ask of them.
-
-    Args:
-        data: Whose engines.
-        longest: Tokens of the longest prompt.
-        budget: Tokens of the longest answer to a task.
-    """
-    suites = [s for stage in data.suites.values() for s in stage.values()]
-    samplings = [s.sampling for s in suites if isinstance(s, EvaluationSuite)]
-    lengths = [s.max_new_tokens for s in [data.sampling, *filter(None, samplings)]]
-    if data.engine is not None:
-        most = longest + max(budget, *lengths)
-        data.engines.plan(Author.STUDENT, data.module.student.source, most)
-    if data.teacher is not None:
-        budget = data.teacher.max_new_tokens or data.sampling.max_new_tokens
-        source = ModelSource(data.teacher.path, role="data.teacher")
-        data.engines.plan(Author.TEACHER, source, longest + budget)
-
-
-def check_engines(data: RolloutDataModule, stage: str, *, evaluated: bool) -> None:
-    """There is an engine where one is needed, and what it is told fits the run."""
-    fits = stage == "fit"
-    if data.engine is None and (evaluated or (fits and data.mix.samples)):
-        raise UserError(
-            "data.engine: got nothing, but responses must be sampled; set an engine, or train "
-            "with data.mix.recorded 1 and without validation"
-        )
-    if data.teacher is not None and data.teacher.engine.sleep_while_training:
-        raise UserError(
-            "data.teacher.engine: sleep_while_training is on, but the teacher's weights, which "
-            "sleeping drops, are never pushed; leave it out"
-        )
-    if fits and data.max_staleness:
-        _check_ahead(data)
-
-
-def _check_ahead(data: RolloutDataModule) -> None:
-    """Rollouts may be written beside training, by weights that are one step old."""
-    if data.engine is not None and data.engine.sleep_while_training:
-        raise UserError(
-            "data.max_staleness: got 1, so the engine writes while the trainer works, but its "
-            "sleep_while_training is on; choose one of them"
-        )
-    if data.mix.samples and not data.module.corrects_staleness:
-        raise UserError(
-            f"data.max_staleness: got 1, but {type(data.module).__name__} takes every rollout for "
-            "the newest policy's; add opd_lightning.rules.TruncatedImportance (or IcePop) to its "
-            "rules, or set model.init_args.surrogate.ratio_to to 'sampler'"
-        )

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from opd_lightning.data.prompts import PromptSource
-from opd_lightning.data.ranks import Ranks
 from opd_lightning.errors import UserError, note
+from opd_lightning.processes import Ranks
 
 RECORD = ".prompts.json"
 PART = 2**20  # bytes read at once

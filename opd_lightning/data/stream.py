@@ -5,19 +5,47 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from opd_lightning.data.collate import collate, count
+import torch
+
+from opd_lightning.data.ahead import from_plain, to_plain
+from opd_lightning.data.collate import collate, count, split_balanced
 from opd_lightning.data.engines import Engines
-from opd_lightning.data.micro_batches import split_balanced
 from opd_lightning.data.mix import RolloutMix
-from opd_lightning.data.order import PromptOrder
-from opd_lightning.data.ranks import Ranks
-from opd_lightning.data.saved_rollouts import from_plain, to_plain
 from opd_lightning.data.writer import RolloutWriter, Row
 from opd_lightning.errors import StaleRolloutsError, UserError
+from opd_lightning.processes import Ranks
 from opd_lightning.rollouts.base import Sampling
-from opd_lightning.seeding import TRAINING_SAMPLE, derive_seed
+from opd_lightning.seeding import PROMPT_ORDER, TRAINING_SAMPLE, derive_seed
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Prompt, Rollout, RolloutBatch, StepTotals, Totals
+
+
+class PromptOrder:
+    """Endless passes over `count` prompts, each pass shuffled by its own seed.
+
+    Positions are absolute, so any step of any run can be asked for: there is no state to save,
+    no prompt is dropped at the end of a pass, and the answer is the same at every world size.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count = count
+        self.seed = seed
+        self._pass = -1
+        self._permutation: list[int] = []
+
+    def take(self, start: int, number: int) -> list[int]:
+        """Indices of the prompts at positions start .. start + number - 1."""
+        return [self._at(position) for position in range(start, start + number)]
+
+    def _at(self, position: int) -> int:
+        nth_pass, offset = divmod(position, self.count)
+        if nth_pass != self._pass:
+            generator = torch.Generator().manual_seed(
+                derive_seed(PROMPT_ORDER, self.seed, nth_pass)
+            )
+            self._permutation = torch.randperm(self.count, generator=generator).tolist()
+            self._pass = nth_pass
+        return self._permutation[offset]
 
 
 class TrainingStream:

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from jinja2 import TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from opd_lightning.chat import render
 from opd_lightning.errors import UserError
+from opd_lightning.models.chat import render
 from opd_lightning.types import Message, Prompt
 
 _TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from opd_lightning.data.views import Renderer, recorded_response_ids
 from opd_lightning.rollouts.base import Engine, Request, Sampling
-from opd_lightning.time_limit import TimeLimit
+from opd_lightning.rollouts.time_limit import TimeLimit
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Completion, Prompt, Rollout, StopReason
 from opd_lightning.verifiers.base import Verifier

@@ -17,15 +17,15 @@ from lightning.pytorch import Trainer, seed_everything
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.commands.export import write_hf_folder
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
-from opd_lightning.export import write_hf_folder
 from opd_lightning.lab import arithmetic, identity
 from opd_lightning.lab.models import new_model
 from opd_lightning.methods import SFT
-from opd_lightning.step_progress import StepProgressBar
-from opd_lightning.student import Student
+from opd_lightning.models.student import Student
+from opd_lightning.run.datamodule import RolloutDataModule
+from opd_lightning.run.step_progress import StepProgressBar
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from opd_lightning.errors import UserError
 from opd_lightning.lab.build import ArithmeticRecipe, IdentityRecipe
 from opd_lightning.lab.build import build as build_lab
 from opd_lightning.lab.demo import demonstrate
-from opd_lightning.quiet import only_warnings
+from opd_lightning.terminal.quiet import only_warnings
 
 
 def build(

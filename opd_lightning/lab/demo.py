@@ -10,19 +10,19 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
-from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.commands.lightning_cli import OPDCLI
 from opd_lightning.data.prompts import PromptSource
-from opd_lightning.data.suites import EvaluationSuite
 from opd_lightning.errors import UserError
+from opd_lightning.evaluation.responses import EvaluationSuite
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
 from opd_lightning.lab.build import ArithmeticRecipe, build
 from opd_lightning.lab.plot import plot_run
-from opd_lightning.lightning_cli import OPDCLI
 from opd_lightning.methods import SFT
+from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine, Sampling
-from opd_lightning.rollouts.vllm_process import vllm_unavailable
-from opd_lightning.step_progress import StepProgressBar
-from opd_lightning.student import Student
+from opd_lightning.run.datamodule import RolloutDataModule
+from opd_lightning.run.step_progress import StepProgressBar
+from opd_lightning.serving.vllm_process import vllm_unavailable
 from opd_lightning.verifiers import ExactMatch
 
 CONFIG = Path("configs/lab/opd.yaml")

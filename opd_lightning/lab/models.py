@@ -9,7 +9,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from opd_lightning.errors import UserError
 from opd_lightning.lab.tokenizer import VOCABULARY, build_tokenizer
-from opd_lightning.library_bars import told_as
+from opd_lightning.terminal.library_bars import told_as
 
 CONTEXT_LENGTH = 256
 HEAD_DIM = 32  # the smallest that vLLM's CPU attention takes

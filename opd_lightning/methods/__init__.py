@@ -1,7 +1,5 @@
 """One LightningModule per family of methods; docs/methods.md has the table."""
 
-from opd_lightning.methods.base import DistillationModule
-from opd_lightning.methods.composed import ComposedMethod
 from opd_lightning.methods.crisp import CRISP
 from opd_lightning.methods.edge_opd import EDGEOPD
 from opd_lightning.methods.g_opd import GOPD
@@ -15,6 +13,8 @@ from opd_lightning.methods.sdft import SDFT
 from opd_lightning.methods.sdpo import SDPO
 from opd_lightning.methods.sft import SFT
 from opd_lightning.methods.sg_opd import SGOPD
+from opd_lightning.training.base import DistillationModule
+from opd_lightning.training.composed import ComposedMethod
 
 __all__ = [
     "CRISP",

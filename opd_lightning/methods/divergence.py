@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from opd_lightning.losses.divergence import Divergence
-from opd_lightning.methods.composed import ComposedMethod
-from opd_lightning.methods.scoring import LOSS
+from opd_lightning.models.student import Student
 from opd_lightning.rules.base import Compare
-from opd_lightning.student import Student
 from opd_lightning.teachers.base import Ask, Teacher
+from opd_lightning.training.composed import ComposedMethod
+from opd_lightning.training.scoring import LOSS
 
 
 class DivergenceMethod(ComposedMethod):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from opd_lightning.methods.composed import ComposedMethod
+from opd_lightning.models.student import Student
 from opd_lightning.rules.base import Rule
 from opd_lightning.rules.evidence import EvidenceMask, EvidenceWeight
 from opd_lightning.rules.regulation import HardClip
 from opd_lightning.rules.terms import TrustRegion
-from opd_lightning.student import Student
 from opd_lightning.teachers.base import Ask, Teacher
+from opd_lightning.training.composed import ComposedMethod
 
 
 class EDGEOPD(ComposedMethod):

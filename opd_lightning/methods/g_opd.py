@@ -10,11 +10,11 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.losses.advantage import extrapolated
 from opd_lightning.losses.schedule import Schedule, value_at
-from opd_lightning.methods.composed import ComposedMethod
+from opd_lightning.models.student import Student
 from opd_lightning.rules.base import Rule, Scored
 from opd_lightning.rules.importance import TruncatedImportance
-from opd_lightning.student import Student
 from opd_lightning.teachers.base import Ask, Teacher
+from opd_lightning.training.composed import ComposedMethod
 
 
 class GOPD(ComposedMethod):

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from opd_lightning.methods.composed import ComposedMethod
+from opd_lightning.models.student import Student
 from opd_lightning.rules.base import Scored
-from opd_lightning.student import Student
+from opd_lightning.training.composed import ComposedMethod
 
 
 class GRPO(ComposedMethod):

@@ -7,7 +7,7 @@ from typing import Any
 from opd_lightning.errors import UserError
 from opd_lightning.losses.reduction import Aggregation
 from opd_lightning.methods.opd import OPD
-from opd_lightning.student import Student
+from opd_lightning.models.student import Student
 from opd_lightning.teachers.base import Teacher
 
 

@@ -8,11 +8,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from opd_lightning.losses.schedule import Schedule
-from opd_lightning.methods.composed import ComposedMethod
+from opd_lightning.models.student import Student
 from opd_lightning.rules.base import Rule, Scored
 from opd_lightning.rules.evidence import EvidenceMultiplier
-from opd_lightning.student import Student
 from opd_lightning.teachers.base import Ask, Teacher
+from opd_lightning.training.composed import ComposedMethod
 
 
 class RLSD(ComposedMethod):

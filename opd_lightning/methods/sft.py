@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from opd_lightning.losses.reduction import aggregate
-from opd_lightning.methods.base import DistillationModule
+from opd_lightning.training.base import DistillationModule
 from opd_lightning.types import RolloutBatch
 
 

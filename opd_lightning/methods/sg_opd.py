@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from opd_lightning.losses.schedule import Schedule
-from opd_lightning.methods.composed import ComposedMethod
 from opd_lightning.methods.g_opd import teacher_and_reference
+from opd_lightning.models.student import Student
 from opd_lightning.rules.base import Rule
 from opd_lightning.rules.gates import SignGate
 from opd_lightning.rules.importance import TruncatedImportance
 from opd_lightning.rules.weights import StabilityWeight
-from opd_lightning.student import Student
 from opd_lightning.teachers.base import Ask, Teacher
+from opd_lightning.training.composed import ComposedMethod
 
 
 class SGOPD(ComposedMethod):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from opd_lightning.head import MAX_BLOCK_ELEMENTS, MAX_CHUNK_ELEMENTS
+from opd_lightning.models.head import MAX_BLOCK_ELEMENTS, MAX_CHUNK_ELEMENTS
 
 
 class Widths(NamedTuple):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from opd_lightning.data.engines import push
-from opd_lightning.head import TokenStates
 from opd_lightning.losses.reduction import aggregate
 from opd_lightning.losses.surrogate import Surrogate
+from opd_lightning.models.head import TokenStates
+from opd_lightning.models.student import Student
 from opd_lightning.preflight.finding import Finding
 from opd_lightning.preflight.probe import Probe
-from opd_lightning.student import Student
 from opd_lightning.teachers.local import LocalTeacher
 from opd_lightning.types import Rollout, RolloutBatch
 

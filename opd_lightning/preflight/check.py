@@ -10,16 +10,17 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from torch.optim import Optimizer
 
-from opd_lightning.preflight import agreement, configuration, cost, opinions
+from opd_lightning.preflight import agreement, cost, opinions
 from opd_lightning.preflight.finding import Finding, attempt, gather
 from opd_lightning.preflight.probe import Probe
 from opd_lightning.preflight.rewards import check_rewards
 from opd_lightning.preflight.settings import check_settings
 from opd_lightning.preflight.tokens import check_tokens
+from opd_lightning.run import configuration
 
 if TYPE_CHECKING:
-    from opd_lightning.data.datamodule import RolloutDataModule
-    from opd_lightning.methods.base import DistillationModule
+    from opd_lightning.run.datamodule import RolloutDataModule
+    from opd_lightning.training.base import DistillationModule
 
 
 def look_at(

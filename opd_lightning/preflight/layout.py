@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from lightning.pytorch.strategies import DDPStrategy
 
-from opd_lightning.sharding import holders
+from opd_lightning.models.sharding import holders
 
 
 @dataclass(frozen=True, kw_only=True)

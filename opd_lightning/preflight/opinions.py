@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.source import ModelSource
 from opd_lightning.preflight.finding import Finding
 from opd_lightning.preflight.probe import Probe
 from opd_lightning.teachers.base import Ask, Teacher, TopKTeacher

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from opd_lightning.models.sharding import units
 from opd_lightning.preflight.activations import Arithmetic, Widths
 from opd_lightning.preflight.layout import Layout
-from opd_lightning.sharding import units
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 

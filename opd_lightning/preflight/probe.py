@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from opd_lightning.data.collate import collate, count
-from opd_lightning.data.micro_batches import split_balanced
+from opd_lightning.data.collate import collate, count, split_balanced
 from opd_lightning.data.stream import TrainingStream
 from opd_lightning.data.writer import Row
 from opd_lightning.rollouts.base import Engine, Request, Sampling
@@ -22,8 +21,8 @@ from opd_lightning.seeding import TRAINING_SAMPLE, derive_seed
 from opd_lightning.types import Author, Completion, Rollout, RolloutBatch, StepTotals, Totals
 
 if TYPE_CHECKING:
-    from opd_lightning.data.datamodule import RolloutDataModule
-    from opd_lightning.methods.base import DistillationModule
+    from opd_lightning.run.datamodule import RolloutDataModule
+    from opd_lightning.training.base import DistillationModule
 
 
 class Generation(NamedTuple):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from opd_lightning.data.stream import TrainingStream
-from opd_lightning.data.suites import EvaluationSuite
-from opd_lightning.preflight.configuration import teacher_sources
 from opd_lightning.preflight.finding import Finding
+from opd_lightning.run.configuration import teacher_sources
 
 if TYPE_CHECKING:
-    from opd_lightning.data.datamodule import RolloutDataModule
-    from opd_lightning.methods.base import DistillationModule
+    from opd_lightning.run.datamodule import RolloutDataModule
+    from opd_lightning.training.base import DistillationModule
 
 # What float32 on both sides stays below on the mean token; bfloat16 on either does not.
 FLOAT32_GAP = 1e-3
@@ -72,13 +71,12 @@ def _precisions(module: DistillationModule, data: RolloutDataModule) -> Finding:
 def _sampling(data: RolloutDataModule) -> Finding:
     """Training samples whole distributions: `Sampling.check_whole` refuses anything else."""
     own = f"temperature {data.sampling.temperature:g}, the whole distribution"
-    suites = data.suites["validate"] | data.suites["test"]
+    suites = data.suites_of("validate") | data.suites_of("test")
+    samplings = {name: s.own_sampling for name, s in suites.items() if s.own_sampling is not None}
     cut = {
-        name: "greedy" if suite.sampling.temperature == 0 else "truncated"
-        for name, suite in suites.items()
-        if isinstance(suite, EvaluationSuite)
-        and suite.sampling is not None
-        and (suite.sampling.temperature == 0 or suite.sampling.top_p < 1 or suite.sampling.top_k)
+        name: "greedy" if sampling.temperature == 0 else "truncated"
+        for name, sampling in samplings.items()
+        if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k
     }
     if not cut:
         return Finding("ok", "sampling", own)

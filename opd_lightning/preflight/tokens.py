@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from opd_lightning.chat import render
-from opd_lightning.model_source import ModelSource
-from opd_lightning.preflight.configuration import teacher_sources
+from opd_lightning.models.chat import render
+from opd_lightning.models.source import ModelSource
 from opd_lightning.preflight.finding import Finding
+from opd_lightning.run.configuration import teacher_sources
 from opd_lightning.types import Message, Prompt
 
 if TYPE_CHECKING:
-    from opd_lightning.data.datamodule import RolloutDataModule
-    from opd_lightning.methods.base import DistillationModule
+    from opd_lightning.run.datamodule import RolloutDataModule
+    from opd_lightning.training.base import DistillationModule
 
 REPLY = "1"  # a reply that any tokenizer can write
 PROBE = Prompt(id="probe", messages=({"role": "user", "content": "1"},))

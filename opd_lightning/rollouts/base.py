@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
-from opd_lightning.model_source import ModelSource
-from opd_lightning.rollouts.weight_sums import EngineSum
+from opd_lightning.models.source import ModelSource
+from opd_lightning.models.weight_sums import EngineSum
 from opd_lightning.types import Completion
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts.base import Request, Sampling
 
 

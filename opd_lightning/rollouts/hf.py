@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_lightning.causal_lm import Dtype, load_causal_lm
 from opd_lightning.errors import UserError
-from opd_lightning.model_source import ModelSource
-from opd_lightning.progress import Progress
+from opd_lightning.models.causal_lm import Dtype, load_causal_lm
+from opd_lightning.models.source import ModelSource
+from opd_lightning.models.weight_sums import EngineSum, engine_sums
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.checks import check_lengths, checked_weights
-from opd_lightning.rollouts.weight_sums import EngineSum, engine_sums
+from opd_lightning.terminal.progress import Progress
 from opd_lightning.types import Completion, StopReason
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from opd_lightning.errors import PushLostError, RunStoppedError, UserError
 from opd_lightning.rollouts.push import Push
-from opd_lightning.rollouts.vllm_process import vllm_unavailable
 from opd_lightning.serving.client import Servers
 from opd_lightning.serving.gloo_group import own_address
 from opd_lightning.serving.transfer_client import LEAVE, STATE, TransferClient, gpu_in_use
+from opd_lightning.serving.vllm_process import vllm_unavailable
 
 if TYPE_CHECKING:
     from opd_lightning.rollouts.transfer_sender import Source, Transport

@@ -12,13 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opd_lightning.errors import UserError
-from opd_lightning.library_bars import of_vllm
-from opd_lightning.model_source import ModelSource
-from opd_lightning.progress import is_watched
+from opd_lightning.models.source import ModelSource
+from opd_lightning.models.weight_sums import EngineSum
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.checks import check_lengths, checked_weights, parameter_shapes
-from opd_lightning.rollouts.vllm_errors import run_errors, start_errors
-from opd_lightning.rollouts.vllm_process import (
+from opd_lightning.serving.vllm_errors import run_errors, start_errors
+from opd_lightning.serving.vllm_process import (
     CPU_ARGUMENTS,
     destroy_vllm_groups,
     launcher_variables,
@@ -26,7 +25,8 @@ from opd_lightning.rollouts.vllm_process import (
     sums_in_vllm,
     vllm_unavailable,
 )
-from opd_lightning.rollouts.weight_sums import EngineSum
+from opd_lightning.terminal.library_bars import of_vllm
+from opd_lightning.terminal.progress import is_watched
 from opd_lightning.types import Completion, StopReason
 
 

@@ -12,19 +12,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from opd_lightning.causal_lm import Dtype
 from opd_lightning.errors import EngineMismatchError, PushLostError, UserError
-from opd_lightning.model_source import ModelSource
-from opd_lightning.progress import Progress
+from opd_lightning.models.causal_lm import Dtype
+from opd_lightning.models.source import ModelSource
+from opd_lightning.models.weight_sums import EngineSum, WeightSum
+from opd_lightning.processes import drain, is_first, run_on_first
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.checks import check_lengths, checked_weights, parameter_shapes
-from opd_lightning.rollouts.first_rank import drain, first_alone, is_first
 from opd_lightning.rollouts.push import Push
 from opd_lightning.rollouts.push_folder import PushFolder
 from opd_lightning.rollouts.push_transfer import PushTransfer
-from opd_lightning.rollouts.weight_sums import EngineSum, WeightSum
 from opd_lightning.serving.client import Servers
 from opd_lightning.serving.served_model import ServedModel
+from opd_lightning.terminal.progress import Progress
 from opd_lightning.types import Completion, StopReason
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class VLLMServerEngine(Engine):
     def check(self, source: ModelSource, *, max_length: int) -> None:
         """The servers have the model, take `max_length` tokens and, if need be, pushes."""
         if (way := self._way) is not None:
-            first_alone(way.check_here)
+            run_on_first(way.check_here)
         served = ServedModel(source.path, self.servers, role="engine.servers")
         if served.room < max_length:
             raise UserError(
@@ -95,7 +95,7 @@ class VLLMServerEngine(Engine):
             raise UserError(f"engine.servers: got vLLM {sorted(versions)}, expected one version")
         if way is not None:
             self._read_labels()
-            first_alone(lambda: way.check(self.servers))
+            run_on_first(lambda: way.check(self.servers))
 
     def start(self, source: ModelSource, *, max_length: int) -> None:
         """Find the servers, and check them again: they may have changed."""
@@ -104,7 +104,7 @@ class VLLMServerEngine(Engine):
         self._max_length = max_length
         if (way := self._way) is not None:
             self._shapes = parameter_shapes(source)
-            first_alone(lambda: way.start(self.servers, self._shapes))
+            run_on_first(lambda: way.start(self.servers, self._shapes))
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace all weights of all servers. Every rank must come; the first one pushes.
@@ -118,7 +118,7 @@ class VLLMServerEngine(Engine):
         for attempt in range(1, PUSHES + 1):
             stream = checked_weights(weights, self._shapes)
             try:
-                self._label = first_alone(
+                self._label = run_on_first(
                     partial(self._push, way, version, stream), partial(drain, stream)
                 )
                 break
@@ -164,12 +164,12 @@ class VLLMServerEngine(Engine):
 
     def sleep(self) -> None:
         """Free the servers' weights and KV caches until `wake`. Does nothing on the CPU."""
-        self._label = first_alone(self._put_to_sleep)
+        self._label = run_on_first(self._put_to_sleep)
         self.version = -1
 
     def wake(self) -> None:
         """Take the memory back; the weights are rubbish until they are pushed again."""
-        first_alone(lambda: self.servers.everywhere("/wake_up"))
+        run_on_first(lambda: self.servers.everywhere("/wake_up"))
 
     def close(self) -> None:
         """Hang up and delete what was pushed; the servers go on."""

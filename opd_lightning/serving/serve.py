@@ -10,13 +10,13 @@ import torch
 from jsonargparse import auto_cli
 
 from opd_lightning.errors import UserError
-from opd_lightning.model_identity import model_identity
-from opd_lightning.model_source import ModelSource
-from opd_lightning.progress import is_watched
-from opd_lightning.quiet import only_warnings
-from opd_lightning.rollouts.vllm_process import CPU_ARGUMENTS, vllm_unavailable
+from opd_lightning.models.identity import model_identity
+from opd_lightning.models.source import ModelSource
 from opd_lightning.serving.guard import KEY_FILE_VARIABLE, Guard, make_key_file
 from opd_lightning.serving.server import bind, run
+from opd_lightning.serving.vllm_process import CPU_ARGUMENTS, vllm_unavailable
+from opd_lightning.terminal.progress import is_watched
+from opd_lightning.terminal.quiet import only_warnings
 
 # vLLM's arguments that decide who may do what, or what trainers know the server by.
 OURS = {"model", "served_model_name", "host", "port", "uds", "api_key", "middleware"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 
 from opd_lightning.errors import UserError
-from opd_lightning.model_identity import model_identity
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.identity import model_identity
+from opd_lightning.models.source import ModelSource
 from opd_lightning.serving.client import Servers
 
 

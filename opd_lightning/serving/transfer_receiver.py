@@ -21,8 +21,8 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
-from opd_lightning.rollouts.vllm_process import repack_heads, undo_reload
 from opd_lightning.serving.gloo_group import GlooGroup
+from opd_lightning.serving.vllm_process import repack_heads, undo_reload
 
 Described = tuple[str, Sequence[int], torch.dtype]  # a tensor: its name, shape and dtype
 

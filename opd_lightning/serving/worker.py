@@ -11,9 +11,9 @@ from safetensors import safe_open
 from torch import Tensor
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-from opd_lightning.rollouts.vllm_process import repack_heads, sums_in_vllm, undo_reload
 from opd_lightning.serving.serve import TRANSFER_BACKEND
 from opd_lightning.serving.transfer_client import gpu_in_use
+from opd_lightning.serving.vllm_process import repack_heads, sums_in_vllm, undo_reload
 
 # vLLM looks here for what `opd serve` asks for; imported when the worker has its model.
 WeightTransferEngineFactory.register_engine(

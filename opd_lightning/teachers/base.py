@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from opd_lightning.head import TokenStates, TopLogprobs
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.head import TokenStates, TopLogprobs
+from opd_lightning.models.source import ModelSource
 from opd_lightning.types import Prompt, RolloutBatch, TokenScores
 
 if TYPE_CHECKING:
-    from opd_lightning.student import Student
+    from opd_lightning.models.student import Student
 
 
 class RecordedQuestion(NamedTuple):

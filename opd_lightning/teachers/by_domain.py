@@ -13,7 +13,7 @@ from opd_lightning.teachers.base import Teacher
 from opd_lightning.types import Prompt, RolloutBatch, TokenScores
 
 if TYPE_CHECKING:
-    from opd_lightning.student import Student
+    from opd_lightning.models.student import Student
 
 
 class ByDomainTeacher(Teacher):

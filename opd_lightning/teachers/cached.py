@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
-from opd_lightning.head import TopLogprobs
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.head import TopLogprobs
+from opd_lightning.models.source import ModelSource
 from opd_lightning.teachers.base import DistributionTeacher, RecordedQuestion, Teacher, TopKTeacher
 from opd_lightning.teachers.score_store import Description, ScoreStore, exists, row_key
 from opd_lightning.types import Prompt, RolloutBatch, TokenScores
 
 if TYPE_CHECKING:
-    from opd_lightning.student import Student
+    from opd_lightning.models.student import Student
 
 
 class CachedTeacher(TopKTeacher):

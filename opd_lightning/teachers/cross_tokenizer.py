@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from opd_lightning.causal_lm import Dtype
-from opd_lightning.chat import render
 from opd_lightning.errors import UserError
-from opd_lightning.model_source import ModelSource
-from opd_lightning.padding import make_view, pad
+from opd_lightning.models.causal_lm import Dtype
+from opd_lightning.models.chat import render
+from opd_lightning.models.padding import make_view, pad
+from opd_lightning.models.source import ModelSource
+from opd_lightning.models.tokenization import align, token_bytes, whole_characters
 from opd_lightning.teachers.base import Teacher
 from opd_lightning.teachers.frozen import FrozenTeacher
 from opd_lightning.teachers.longer_tokens import LongerTokens, Span, score_with_surplus
-from opd_lightning.tokenization import align, token_bytes, whole_characters
 from opd_lightning.types import Prompt, Rollout, RolloutBatch, TokenScores
 
 if TYPE_CHECKING:
-    from opd_lightning.student import Student
+    from opd_lightning.models.student import Student
 
 _END = b"\xff"  # what both ends of sequence spell: a byte that no text has
 

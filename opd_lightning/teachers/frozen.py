@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from opd_lightning.causal_lm import Dtype, Reader, load_causal_lm
-from opd_lightning.head import TokenStates
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.causal_lm import Dtype, Reader, load_causal_lm
+from opd_lightning.models.head import TokenStates
+from opd_lightning.models.source import ModelSource
 from opd_lightning.teachers.local import OwnModelTeacher
 from opd_lightning.types import RolloutBatch
 
 if TYPE_CHECKING:
-    from opd_lightning.student import Student
+    from opd_lightning.models.student import Student
 
 
 class FrozenTeacher(OwnModelTeacher):

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from opd_lightning.causal_lm import Reader
-from opd_lightning.head import TokenStates, score
-from opd_lightning.sharding import Sharding, rest
+from opd_lightning.models.causal_lm import Reader
+from opd_lightning.models.head import TokenStates, score
+from opd_lightning.models.sharding import Sharding, rest
 from opd_lightning.teachers.base import DistributionTeacher
 from opd_lightning.types import RolloutBatch, TokenScores
 

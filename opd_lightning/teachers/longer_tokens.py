@@ -33,9 +33,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opd_lightning.head import Comparison, TokenStates, score
-from opd_lightning.model_source import ModelSource
-from opd_lightning.tokenization import ends_within
+from opd_lightning.models.head import Comparison, TokenStates, score
+from opd_lightning.models.source import ModelSource
+from opd_lightning.models.tokenization import ends_within
 
 
 class Span(NamedTuple):

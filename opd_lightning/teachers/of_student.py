@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from opd_lightning.causal_lm import Reader
 from opd_lightning.errors import UserError
-from opd_lightning.head import TokenStates
-from opd_lightning.sharding import fill, whole
+from opd_lightning.models.causal_lm import Reader
+from opd_lightning.models.head import TokenStates
+from opd_lightning.models.sharding import fill, whole
 from opd_lightning.teachers.local import LocalTeacher, OwnModelTeacher
 from opd_lightning.types import RolloutBatch
 
 if TYPE_CHECKING:
-    from opd_lightning.student import Student
+    from opd_lightning.models.student import Student
 
 
 class EMATeacher(OwnModelTeacher):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
-from opd_lightning.head import TopLogprobs
+from opd_lightning.models.head import TopLogprobs
 from opd_lightning.serving.client import Servers
 from opd_lightning.serving.scoring import PATH, WHOLE_VOCABULARY, Answer, Question, joined
 from opd_lightning.serving.served_model import ServedModel
@@ -19,7 +19,7 @@ from opd_lightning.teachers.base import TopKTeacher
 from opd_lightning.types import Prompt, Rollout, RolloutBatch, TokenScores
 
 if TYPE_CHECKING:
-    from opd_lightning.student import Student
+    from opd_lightning.models.student import Student
 
 
 class RemoteTeacher(TopKTeacher):

@@ -14,7 +14,7 @@ from opd_lightning.teachers.local import LocalTeacher
 from opd_lightning.teachers.of_student import AdapterOffTeacher
 
 if TYPE_CHECKING:
-    from opd_lightning.student import Student
+    from opd_lightning.models.student import Student
 
 
 def start_of(student: Student, compute_dtype: torch.dtype | None) -> LocalTeacher:

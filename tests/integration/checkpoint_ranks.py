@@ -20,14 +20,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from opd_lightning.checkpoints import save_last
-from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.errors import CheckpointError, UserError
 from opd_lightning.methods import OPD
+from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine, Sampling
-from opd_lightning.student import Student
+from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.teachers import FrozenTeacher
-from opd_lightning.trainer import Trainer
 from tests.integration.test_interrupted import Losses
 from tests.toy_run import Toy, train
 from tests.unit.test_checkpoints import flip

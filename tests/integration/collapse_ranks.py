@@ -12,15 +12,15 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
-from opd_lightning.checkpoints.together import gather
-from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.methods import OPD
+from opd_lightning.models.sharding import whole
+from opd_lightning.models.student import Student
+from opd_lightning.processes import gather
 from opd_lightning.rollouts import HFEngine, Sampling
-from opd_lightning.sharding import whole
-from opd_lightning.student import Student
+from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.teachers import FrozenTeacher
-from opd_lightning.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.integration.test_collapse import watch_all

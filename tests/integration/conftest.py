@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from opd_lightning.errors import UserError
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts import Sampling, VLLMServerEngine
-from opd_lightning.rollouts.vllm_process import vllm_unavailable
+from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.engine_contract import MAX_LENGTH, REQUESTS, assert_scored_by, reference_model
 from tests.servers import RunningServer
 

@@ -17,13 +17,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from opd_lightning.cli import one_line_errors
-from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
 from opd_lightning.methods import OPD
+from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine, Request, Sampling
-from opd_lightning.student import Student
-from opd_lightning.trainer import Trainer
+from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.types import Completion
 from opd_lightning.verifiers import ExactMatch
 from tests.integration.test_skipped_steps import Moved, OddTeacher

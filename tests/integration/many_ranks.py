@@ -18,18 +18,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from callbacks import CapabilityRetention, EMATeacherUpdate
-from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.mix import TeacherSampler
 from opd_lightning.data.prompts import PromptSource
-from opd_lightning.data.ranks import Ranks
-from opd_lightning.data.suites import LikelihoodSuite
-from opd_lightning.harness.task import HarnessTask
-from opd_lightning.hsdp import HSDPStrategy
+from opd_lightning.evaluation.tasks import HarnessTask
+from opd_lightning.evaluation.texts import LikelihoodSuite
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
+from opd_lightning.models.sharding import HSDPStrategy, whole
+from opd_lightning.processes import Ranks
 from opd_lightning.rollouts import HFEngine, Sampling
-from opd_lightning.sharding import whole
+from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.teachers.local import OwnModelTeacher
-from opd_lightning.trainer import Trainer
 from opd_lightning.verifiers import ExactMatch
 from tests.integration.ways import SAMPLES, TEACHER, Way, adam, moving, ways
 

@@ -24,7 +24,7 @@ class Meddler(Callback):
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         data = trainer.datamodule
         if trainer.global_step == 1:
-            for source in (data.train, data.suites["validate"]["sums"].prompts):
+            for source in (data.train, data.suites_of("validate")["sums"].prompt_source):
                 with Path(source.path).open("a") as opened:
                     opened.write(self.more)
         if trainer.global_step == 3 and self.stops:

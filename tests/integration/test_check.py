@@ -17,20 +17,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from opd_lightning.cli import main
-from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.errors import NotReadyError
-from opd_lightning.head import TopLogprobs
 from opd_lightning.methods import OPD
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.head import TopLogprobs
+from opd_lightning.models.source import ModelSource
+from opd_lightning.models.student import Student
 from opd_lightning.preflight.memory import student_bytes
 from opd_lightning.rollouts import HFEngine, Request, Sampling
-from opd_lightning.rollouts.vllm_process import vllm_unavailable
-from opd_lightning.student import Student
+from opd_lightning.run.datamodule import RolloutDataModule
+from opd_lightning.serving.vllm_process import vllm_unavailable
 from opd_lightning.teachers import EMATeacher, FrozenTeacher, TopKTeacher
 from opd_lightning.teachers.local import OwnModelTeacher
 from opd_lightning.teachers.start import start_of
-from opd_lightning.trainer import Trainer
 from opd_lightning.types import Completion, RolloutBatch, TokenScores
 from tests.servers import RunningServer
 

@@ -18,10 +18,10 @@ from callbacks.collapse_rules import Length
 from callbacks.good_checkpoints import StepBack
 from opd_lightning.errors import CollapseError
 from opd_lightning.methods import GRPO, OPD
+from opd_lightning.models.student import Student
 from opd_lightning.rollouts import Sampling
 from opd_lightning.rules import TruncatedImportance
 from opd_lightning.rules.base import Scored
-from opd_lightning.student import Student
 from opd_lightning.teachers import EMATeacher, FrozenTeacher
 from opd_lightning.types import Prompt, RolloutBatch
 from opd_lightning.verifiers import Verifier

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models
 
 from opd_lightning.lab.tokenizer import END_OF_TURN, VOCABULARY
 from opd_lightning.methods import GOPD, OPD, DistillationModule
+from opd_lightning.models.student import Student
 from opd_lightning.rules import Rule, StabilityWeight, TrustRegion
-from opd_lightning.student import Student
 from opd_lightning.teachers import CrossTokenizerTeacher, FrozenTeacher, Teacher
 from tests.integration.test_fit import Recorder, fit
 from tests.tokenizers import permute_vocabulary, write_model

@@ -14,19 +14,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from opd_lightning.cli import main
-from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
-from opd_lightning.data.suites import EvaluationSuite
+from opd_lightning.evaluation.responses import EvaluationSuite
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
 from opd_lightning.methods import OPD, SFT, DistillationModule, DivergenceOPD
+from opd_lightning.models.student import Student
+from opd_lightning.models.weight_sums import EngineSum
 from opd_lightning.rollouts import Engine, HFEngine, Sampling, VLLMEngine
-from opd_lightning.rollouts.vllm_process import vllm_unavailable
-from opd_lightning.rollouts.weight_sums import EngineSum
 from opd_lightning.rules import TruncatedImportance
-from opd_lightning.student import Student
+from opd_lightning.run.datamodule import RolloutDataModule
+from opd_lightning.serving.vllm_process import vllm_unavailable
 from opd_lightning.teachers import FrozenTeacher
-from opd_lightning.trainer import Trainer
 from opd_lightning.types import Prompt
 from opd_lightning.verifiers import ExactMatch, Verifier
 

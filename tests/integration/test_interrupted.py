@@ -17,9 +17,9 @@ from torch import Tensor
 from opd_lightning.cli import main
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.methods import OPD, DistillationModule
+from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine, Request, Sampling
 from opd_lightning.rules import TruncatedImportance
-from opd_lightning.student import Student
 from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.types import Completion, RolloutBatch, TokenScores
 from tests.integration.test_fit import CONFIG, fit, weights

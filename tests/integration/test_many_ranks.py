@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from opd_lightning.causal_lm import load_causal_lm
+from opd_lightning.commands.export import load_student, write_hf_folder
 from opd_lightning.errors import UserError
-from opd_lightning.export import load_student, write_hf_folder
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.causal_lm import load_causal_lm
+from opd_lightning.models.source import ModelSource
+from opd_lightning.models.student import Student
 from opd_lightning.rollouts import Sampling, VLLMEngine
 from opd_lightning.rollouts.base import Request
-from opd_lightning.rollouts.vllm_process import vllm_unavailable
-from opd_lightning.student import Student
+from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.conftest import build_tiny_model
 from tests.harness_tasks import write_tasks
 from tests.integration.ways import ways

@@ -34,6 +34,7 @@ from opd_lightning.methods import (
     DistillationModule,
     DivergenceOPD,
 )
+from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine
 from opd_lightning.rules import (
     EntropyBonus,
@@ -45,7 +46,6 @@ from opd_lightning.rules import (
     TrustRegion,
     VocabularyBaseline,
 )
-from opd_lightning.student import Student
 from opd_lightning.teachers import ByDomainTeacher, EMATeacher, FrozenTeacher
 from opd_lightning.verifiers import Verifier
 from tests.integration.test_fit import Recorder, fit

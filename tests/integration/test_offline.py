@@ -13,8 +13,8 @@ from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.methods import OPD, DivergenceOPD, LightningOPD
+from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine
-from opd_lightning.student import Student
 from opd_lightning.teachers import CachedTeacher, FrozenTeacher, Teacher
 from opd_lightning.types import Rollout
 from tests.integration.test_fit import Recorder, fit
@@ -279,7 +279,7 @@ def test_fit_refuses(
     def no_weights(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were loaded before the mistake was found")
 
-    monkeypatch.setattr("opd_lightning.student.load_causal_lm", no_weights)
+    monkeypatch.setattr("opd_lightning.models.student.load_causal_lm", no_weights)
     monkeypatch.setattr("opd_lightning.teachers.frozen.load_causal_lm", no_weights)
     command = ["fit", "--config", CONFIG, *files(folder), "--trainer.logger=false", f"--{more}"]
     assert message in refusal(capsys, lambda: main(command))

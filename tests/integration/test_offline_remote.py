@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_lightning.cache_teacher import fill
-from opd_lightning.student import Student
+from opd_lightning.commands.cache_teacher import fill
+from opd_lightning.models.student import Student
 from opd_lightning.teachers import CachedTeacher, FrozenTeacher, RecordedQuestion, RemoteTeacher
 from tests.batches import make_batch, make_rollout
 from tests.servers import RunningServer

@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opd_lightning.errors import EngineMismatchError, PushLostError, UserError
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.source import ModelSource
+from opd_lightning.models.weight_sums import PushedWeights
+from opd_lightning.models.weights import full_weights
 from opd_lightning.rollouts import (
     Engine,
     HFEngine,
@@ -26,9 +28,7 @@ from opd_lightning.rollouts import (
     VLLMServerEngine,
     push_transfer,
 )
-from opd_lightning.rollouts.weight_sums import PushedWeights
 from opd_lightning.serving import transfer_client
-from opd_lightning.weights import full_weights
 from tests.engine_contract import MAX_LENGTH, REQUESTS, assert_scored_by, reference_model
 from tests.servers import RunningServer
 from tests.transfer_stand_in import StandIn

@@ -15,8 +15,8 @@ from opd_lightning.cli import main
 from opd_lightning.errors import UserError
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.methods import OPD, DistillationModule, DivergenceOPD
+from opd_lightning.models.student import Student
 from opd_lightning.rules import TrajectoryGate
-from opd_lightning.student import Student
 from opd_lightning.teachers import FrozenTeacher, RemoteTeacher, Teacher
 from opd_lightning.types import RolloutBatch
 from tests.batches import make_batch, make_rollout
@@ -249,7 +249,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were loaded before the mistake was found")
 
-    monkeypatch.setattr("opd_lightning.student.load_causal_lm", refuse)
+    monkeypatch.setattr("opd_lightning.models.student.load_causal_lm", refuse)
 
 
 @pytest.mark.usefixtures("no_weights")

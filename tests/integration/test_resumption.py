@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from opd_lightning.cli import main
-from opd_lightning.rollouts.vllm_process import vllm_unavailable
+from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.comparing import compare, scalars, tensors
 from tests.full_run import CONFIG, RUN, settings
 

@@ -12,16 +12,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from callbacks import CapabilityRetention
-from opd_lightning.data.datamodule import RolloutDataModule
+from opd_lightning.commands.export import load_student
+from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
-from opd_lightning.data.suites import EvaluationSuite, LikelihoodSuite
-from opd_lightning.export import load_student
-from opd_lightning.harness.task import HarnessTask
+from opd_lightning.evaluation.responses import EvaluationSuite
+from opd_lightning.evaluation.tasks import HarnessTask
+from opd_lightning.evaluation.texts import LikelihoodSuite
 from opd_lightning.methods import SFT
+from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine, Sampling
-from opd_lightning.student import Student
-from opd_lightning.trainer import Trainer
+from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.verifiers import RegexMatch
 from tests.comparing import scalars, tensors
 from tests.harness_tasks import write_tasks

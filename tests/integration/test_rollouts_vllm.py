@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from opd_lightning.errors import UserError
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts import HFEngine, Sampling, VLLMEngine
-from opd_lightning.rollouts.vllm_process import vllm_unavailable
+from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.engine_contract import (
     MAX_LENGTH,
     REQUESTS,

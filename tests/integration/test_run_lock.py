@@ -18,7 +18,7 @@ import pytest
 
 from opd_lightning.cli import main
 from opd_lightning.errors import UserError
-from opd_lightning.run_lock import LOCK, held
+from opd_lightning.run.lock import LOCK, held
 from tests.integration.test_fit import CONFIG
 from tests.integration.test_interrupted import FAST
 
@@ -26,7 +26,7 @@ from tests.integration.test_interrupted import FAST
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from opd_lightning import run_lock
+from opd_lightning.run import lock as run_lock
 with getattr(run_lock, sys.argv[3])(Path(sys.argv[1])):
     if os.fork() == 0:
         os.write(1, b"x")
@@ -110,7 +110,8 @@ def test_a_file_system_without_locks(
     def flock(*_: Any) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(filelock._unix.fcntl, "flock", flock)
+    unix: Any = filelock._unix
+    monkeypatch.setattr(unix.fcntl, "flock", flock)
     with held(tmp_path):
         pass
     (line,) = capsys.readouterr().err.splitlines()

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd_lightning.cli import main
 from opd_lightning.lab.tokenizer import END_OF_TURN
-from opd_lightning.rollouts.vllm_process import vllm_unavailable
+from opd_lightning.serving.vllm_process import vllm_unavailable
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "lab"
 QUICK = ("--trainer.logger=false", "--max_new_tokens=8")

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.scaling.models import SHAPES, VOCABULARY, cached_bytes, model
 from benchmarks.scaling.tables import TABLES
-from opd_lightning.lightning_cli import OPDCLI
+from opd_lightning.commands.lightning_cli import OPDCLI
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "scaling.md").read_text()

@@ -17,10 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from opd_lightning.cli import main
 from opd_lightning.errors import EngineMismatchError, ServerAwayError, UserError
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts import Engine, Request, Sampling, VLLMEngine, VLLMServerEngine
 from opd_lightning.rollouts.push_folder import PushFolder
-from opd_lightning.rollouts.vllm_process import vllm_unavailable
+from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.engine_contract import (
     MAX_LENGTH,
     REQUESTS,
@@ -209,7 +209,7 @@ def test_a_run_on_wrong_servers_ends_before_weights_load(
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were loaded before the mistake was found")
 
-    monkeypatch.setattr("opd_lightning.student.load_causal_lm", refuse)
+    monkeypatch.setattr("opd_lightning.models.student.load_causal_lm", refuse)
 
     def told(server: RunningServer, student: str) -> str:
         configs = [

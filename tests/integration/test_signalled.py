@@ -17,11 +17,11 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import RngState, SlurmRequeue
-from opd_lightning import signals
 from opd_lightning.errors import UserError
+from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine, Request, Sampling
-from opd_lightning.signals import SignalledError
-from opd_lightning.student import Student
+from opd_lightning.run import signals
+from opd_lightning.run.signals import SignalledError
 from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.types import Completion
 from tests.integration.test_fit import CONFIG, fit, weights

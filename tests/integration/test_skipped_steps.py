@@ -14,8 +14,8 @@ from torch import Tensor
 from callbacks import EMATeacherUpdate
 from opd_lightning.errors import EngineMismatchError, RunStoppedError, UserError
 from opd_lightning.methods import GOPD, OPD
+from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine, Request, Sampling
-from opd_lightning.student import Student
 from opd_lightning.teachers import EMATeacher, FrozenTeacher
 from opd_lightning.types import Completion, RolloutBatch, TokenScores
 from tests.integration.test_fit import fit, weights

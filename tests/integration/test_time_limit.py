@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_lightning.time_limit import TimeLimit
+from opd_lightning.rollouts.time_limit import TimeLimit
 
 SCRIPT = Path(__file__).with_name("hanging.py")
 
@@ -39,7 +39,7 @@ def test_an_engine_that_hangs_ends_the_run_at_its_last_step(
 
 BARE = """
 import ctypes, signal, sys, time
-from opd_lightning.time_limit import TimeLimit
+from opd_lightning.rollouts.time_limit import TimeLimit
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

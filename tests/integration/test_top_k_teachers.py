@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import ServerAwayError, UserError
-from opd_lightning.head import TopLogprobs
 from opd_lightning.losses.divergence import ReverseKL
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.methods import OPD, DivergenceOPD
+from opd_lightning.models.head import TopLogprobs
 from opd_lightning.rules import EntropyGatedForwardKL
 from opd_lightning.teachers import FrozenTeacher, TopKTeacher
 from opd_lightning.types import RolloutBatch, TokenScores

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from opd_lightning.errors import RunStoppedError, UserError
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts import Request, Sampling, VLLMEngine
-from opd_lightning.rollouts.vllm_process import vllm_unavailable
+from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.conftest import TinyModelDir
 
 pytestmark = [

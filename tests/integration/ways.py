@@ -13,11 +13,11 @@ from peft import LoraConfig
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.methods import EDGEOPD, GOPD, OPD, SGOPD, DistillationModule, DivergenceOPD
+from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine, Sampling, VLLMEngine
 from opd_lightning.rollouts.base import Request
 from opd_lightning.rules import PhasedFloor, StabilityWeight, TruncatedImportance
 from opd_lightning.rules.base import Rates, Rule, Scored, Signal
-from opd_lightning.student import Student
 from opd_lightning.teachers import (
     AdapterOffTeacher,
     ByDomainTeacher,

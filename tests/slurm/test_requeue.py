@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_lightning.rollouts.vllm_process import vllm_unavailable
+from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.slurm.cluster import Cluster, Job, until
 from tests.slurm.runs import LAST, assert_alike, submit
 from tests.slurm.scripts import User

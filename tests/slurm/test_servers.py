@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_lightning.rollouts.vllm_process import vllm_unavailable
+from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.slurm.cluster import Cluster, Job, until
 from tests.slurm.scripts import PAUSE, SHORT, User
 

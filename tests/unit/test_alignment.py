@@ -6,7 +6,7 @@ from torch import Tensor
 from opd_lightning.losses.advantage import extrapolated
 from opd_lightning.losses.alignment import hybrid_uld, in_groups, merge, shared_tokens, uld
 from opd_lightning.losses.divergence import JSD, ReverseKL
-from opd_lightning.tokenization import align
+from opd_lightning.models.tokenization import align
 from tests.toy import (
     LENGTH,
     SEQUENCES,

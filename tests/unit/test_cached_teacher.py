@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_lightning.cache_teacher import fill
+from opd_lightning.commands.cache_teacher import fill
 from opd_lightning.errors import UserError
-from opd_lightning.head import score as read_head
 from opd_lightning.methods import LightningOPD
-from opd_lightning.student import Student
+from opd_lightning.models.head import score as read_head
+from opd_lightning.models.student import Student
 from opd_lightning.teachers import (
     AdapterOffTeacher,
     ByDomainTeacher,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from callbacks.slurm_requeue import _leave
-from opd_lightning.signals import SignalledError, Wish
+from opd_lightning.run.signals import SignalledError, Wish
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opd_lightning import causal_lm
 from opd_lightning.cli import main
-from opd_lightning.lightning_cli import as_yaml, one_line
+from opd_lightning.commands.lightning_cli import as_yaml, one_line
+from opd_lightning.models import causal_lm
 from tests.harness_tasks import write_tasks
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "lab" / "opd.yaml")
@@ -31,7 +31,7 @@ def fail(
         raise AssertionError("weights were loaded before the mistake was found")
 
     monkeypatch.setattr(causal_lm, "load_causal_lm", no_weights)
-    monkeypatch.setattr("opd_lightning.student.load_causal_lm", no_weights)
+    monkeypatch.setattr("opd_lightning.models.student.load_causal_lm", no_weights)
     monkeypatch.setattr("opd_lightning.teachers.frozen.load_causal_lm", no_weights)
 
     def run(*changes: str) -> str:

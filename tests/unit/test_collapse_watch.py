@@ -16,11 +16,11 @@ from callbacks import CollapseWatch
 from callbacks.collapse_rules import Band, Disagreement, Entropy, Length, Repetition, Truncation
 from callbacks.collapse_tracks import Track
 from callbacks.good_checkpoints import GoodCheckpoints, StepBack
+from opd_lightning.commands.lightning_cli import OPDCLI
+from opd_lightning.commands.trainer import Trainer as OurTrainer
 from opd_lightning.errors import CollapseError, UserError
-from opd_lightning.learning_rates import scaled
-from opd_lightning.lightning_cli import OPDCLI
-from opd_lightning.methods.base import DistillationModule
-from opd_lightning.trainer import Trainer as OurTrainer
+from opd_lightning.training.base import DistillationModule
+from opd_lightning.training.learning_rates import scaled
 
 CONFIG = Path(__file__).parents[2] / "configs" / "lab" / "opd.yaml"
 HEALTHY = {

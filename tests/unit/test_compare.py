@@ -7,7 +7,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from opd_lightning.cli import main
-from opd_lightning.compare import line, matches, read
+from opd_lightning.commands.compare import line, matches, read
 
 
 def write_run(folder: Path, scores: list[float], losses: list[float]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_lightning.lightning_cli import OPDCLI
+from opd_lightning.commands.lightning_cli import OPDCLI
 
 ROOT = Path(__file__).parents[2]
 # What lm-eval reads, not we.

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_lightning.chat import render
 from opd_lightning.errors import UserError
 from opd_lightning.lab.models import new_model
-from opd_lightning.methods.scoring import ask_everybody
-from opd_lightning.student import Student
+from opd_lightning.models.chat import render
+from opd_lightning.models.student import Student
 from opd_lightning.teachers import (
     Ask,
     ByDomainTeacher,
@@ -21,6 +20,7 @@ from opd_lightning.teachers import (
     Teacher,
 )
 from opd_lightning.timing import StepTimer
+from opd_lightning.training.scoring import ask_everybody
 from opd_lightning.types import Prompt, Rollout, RolloutBatch, TokenScores
 from tests.batches import make_batch, make_rollout
 from tests.tokenizers import byte_level, permute_vocabulary, sentence_piece, write_model

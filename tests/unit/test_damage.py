@@ -15,9 +15,9 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from opd_lightning.checkpoints import whole
+from opd_lightning.commands.export import load_student
 from opd_lightning.errors import UserError
-from opd_lightning.export import load_student
-from opd_lightning.student import Student
+from opd_lightning.models.student import Student
 from tests.conftest import TinyModelDir
 from tests.toy_run import Toy, train
 

@@ -5,33 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from opd_lightning.data.datamodule import RolloutDataModule
-from opd_lightning.data.exams import ExamStream
-from opd_lightning.data.ranks import Ranks
+from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.views import Renderer
 from opd_lightning.data.writer import RolloutWriter
 from opd_lightning.errors import UserError
-from opd_lightning.harness import library
-from opd_lightning.harness.exam import Exam
-from opd_lightning.harness.figures import Figures
-from opd_lightning.harness.questions import Reader
-from opd_lightning.harness.task import HarnessTask
+from opd_lightning.evaluation.harness import library
+from opd_lightning.evaluation.harness.figures import Figures
+from opd_lightning.evaluation.harness.loaded_task import LoadedTask
+from opd_lightning.evaluation.harness.requests import RequestEncoder
+from opd_lightning.evaluation.scores import TaskScores
+from opd_lightning.evaluation.tasks import HarnessTask
 from opd_lightning.methods import SFT
-from opd_lightning.metrics.exam import ExamScores
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.source import ModelSource
+from opd_lightning.models.student import Student
+from opd_lightning.processes import Ranks
 from opd_lightning.rollouts import HFEngine
-from opd_lightning.student import Student
+from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.timing import StepTimer
-from opd_lightning.trainer import Trainer
 from tests.conftest import TinyModelDir
 from tests.harness_tasks import ROWS, TASKS, write_tasks
 
-Prepare = Callable[..., Exam]
+Prepare = Callable[..., LoadedTask]
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
-def reader_of(folder: Path, context_length: int | None = None) -> Reader:
+def reader_of(folder: Path, context_length: int | None = None) -> RequestEncoder:
     source = ModelSource(str(folder))
-    return Reader(
+    return RequestEncoder(
         tokenizer=source.tokenizer,
         template_args={},
         context_length=context_length or source.context_length,
@@ -54,10 +54,10 @@ def prepare(tiny_model_dir: TinyModelDir, tasks: str) -> Prepare:
 
     def make(
         task: str, *, folder: str = tasks, context_length: int | None = None, **settings: Any
-    ) -> Exam:
+    ) -> LoadedTask:
         reader = reader_of(tiny_model_dir(), context_length)
         named = HarnessTask(task=task, include_path=folder, **settings)
-        return Exam.prepare("suite", named, reader)
+        return LoadedTask.prepare("suite", named, reader)
 
     return make
 
@@ -80,9 +80,12 @@ def test_log_likelihoods_are_those_of_transformers(
     tiny_model_dir: TinyModelDir, tasks: str
 ) -> None:
     module = validate(tiny_model_dir(), choice=HarnessTask(task="choice", include_path=tasks))
-    scores = module.suites["choice"]
-    assert len(scores.exam.readings) == sum(len(row["options"]) for row in ROWS)  # type: ignore[misc, arg-type]
-    for reading, (nats, greedy) in zip(scores.exam.readings, scores.read.tolist(), strict=True):
+    scores = module.suite_scores["choice"]
+    requests = scores.task.likelihood_requests
+    assert len(requests) == sum(len(row["options"]) for row in ROWS)  # type: ignore[misc, arg-type]
+    for reading, (nats, greedy) in zip(
+        scores.task.likelihood_requests, scores.read.tolist(), strict=True
+    ):
         ids = torch.tensor([reading.context_ids + reading.text_ids])
         logits = module.student.model(input_ids=ids).logits[0].double().log_softmax(-1)
         start = len(reading.context_ids) - 1
@@ -113,7 +116,7 @@ def test_a_task_comes_out_as_from_lm_eval_itself(
         found: Any = evaluate(lm=theirs, task_dict=loaded, apply_chat_template=chat,
                               fewshot_as_multiturn=True)  # fmt: skip
         figures = {key.partition(",")[::2]: v for key, v in found["results"][name].items()}
-        ours = module.suites[name]
+        ours = module.suite_scores[name]
         for (metric, kind), value in figures.items():
             if kind and value != "N/A":
                 plain = metric if kind == "none" else f"{metric}.{kind}"
@@ -125,11 +128,13 @@ def test_a_task_comes_out_as_from_lm_eval_itself(
         if name == "writing":
             written = [
                 w.cut(
-                    ours.exam._asked.tokenizer.decode(
+                    ours.task._asked.tokenizer.decode(
                         line[1 : 1 + line[0]], skip_special_tokens=True
                     )
                 )
-                for w, line in zip(ours.exam.writings, ours.written.tolist(), strict=True)
+                for w, line in zip(
+                    ours.task.generation_requests, ours.written.tolist(), strict=True
+                )
             ]
             assert written == answers
             assert any(written)
@@ -143,21 +148,23 @@ def test_a_text_longer_than_the_context_is_read_in_windows(prepare: Prepare) -> 
     """Every token once, the first after the prefix; all tokens of a window have their places."""
     exam = prepare("rolling", context_length=16)
     whole = prepare("rolling")
-    parts, texts = ([i for r in one.readings for i in r.text_ids] for one in (exam, whole))
+    parts, texts = (
+        [i for r in one.likelihood_requests for i in r.text_ids] for one in (exam, whole)
+    )
     assert parts == texts
-    assert len(exam.readings) > len(whole.readings) == len(ROWS)
-    assert max(len(r.context_ids) + len(r.text_ids) for r in exam.readings) == 16
-    graded = exam.grade([(-1.0, False)] * len(exam.readings), [])
+    assert len(exam.likelihood_requests) > len(whole.likelihood_requests) == len(ROWS)
+    assert max(len(r.context_ids) + len(r.text_ids) for r in exam.likelihood_requests) == 16
+    graded = exam.grade([(-1.0, False)] * len(exam.likelihood_requests), [])
     bytes_read = sum(len(str(row["text"])) for row in ROWS)
     assert graded["bits_per_byte"] == pytest.approx(
-        len(exam.readings) / bytes_read / math.log(2), rel=1e-6
+        len(exam.likelihood_requests) / bytes_read / math.log(2), rel=1e-6
     )
     assert graded["score"] == -graded["bits_per_byte"]
 
 
 def test_contexts_are_cut_on_the_left(prepare: Prepare) -> None:
     exams = [prepare("choice", context_length=n) for n in (14, 256)]
-    short, long = (exam.readings for exam in exams)
+    short, long = (exam.likelihood_requests for exam in exams)
     assert [r.text_ids for r in short] == [r.text_ids for r in long]
     for cut, full in zip(short, long, strict=True):
         room = 14 - len(full.text_ids)
@@ -178,22 +185,21 @@ def test_ranks_together_are_one(ranks: int, prepare: Prepare, tiny_model_dir: Ti
     exam = prepare("choice", limit=3)
     source = module.student.source
     renderer = Renderer(source.tokenizer, {}, {}, source.eos_ids)
-    alone, together = ExamScores(exam), ExamScores(exam)
+    alone, together = TaskScores(exam), TaskScores(exam)
     lengths = set()
     for world, scores in ((1, alone), (ranks, together)):
         for rank in range(world):
-            stream = ExamStream(
-                "suite",
-                exam,
-                writer=RolloutWriter({}, None, renderer, StepTimer()),
-                engines=Any,  # type: ignore[arg-type]
-                batch_size=2,
+            bench: Any = SimpleNamespace(
+                source=source,
+                writer=lambda verifier: RolloutWriter({}, None, renderer, StepTimer()),
+                engines=None,
                 seed=0,
                 ranks=Ranks(rank=rank, world_size=world, sum=lambda n: n, gather=lambda x: [x]),
-                pad_id=source.pad_id,
             )
-            mine = ExamScores(exam)
-            module.suites = {"suite": mine}
+            suite = HarnessTask(task="choice", batch_size=2)
+            stream = suite.stream("suite", exam, bench)
+            mine = TaskScores(exam)
+            module.suites, module.suite_scores = {"suite": suite}, {"suite": mine}
             batches = list(stream)
             assert len(batches) == len(stream)
             assert sum(batch.rows for batch in batches) == stream.rows
@@ -253,7 +259,11 @@ def test_of_several_metrics(prepare: Prepare) -> None:
 
 def test_a_group_is_judged_by_its_members(prepare: Prepare) -> None:
     exam = prepare("both", limit=2)
-    assert (exam.metric, len(exam.writings), len(exam.readings)) == ("acc", 2, 6)
+    assert (exam.metric, len(exam.generation_requests), len(exam.likelihood_requests)) == (
+        "acc",
+        2,
+        6,
+    )
     likelihoods = [(0.0 if i % 3 == 0 else -9.0, False) for i in range(6)]
     graded = exam.grade(likelihoods, [[], []])
     assert graded["score"] == graded["score/choice"] == 0.5
@@ -262,7 +272,7 @@ def test_a_group_is_judged_by_its_members(prepare: Prepare) -> None:
 def test_nobody_hears_or_notices_it(prepare: Prepare, capfd: pytest.CaptureFixture[str]) -> None:
     before = torch.get_rng_state()
     exam = prepare("choice", num_fewshot=2)
-    exam.grade([(-1.0, False)] * len(exam.readings), [])
+    exam.grade([(-1.0, False)] * len(exam.likelihood_requests), [])
     assert torch.equal(torch.get_rng_state(), before)
     shown = capfd.readouterr()
     assert (shown.out, shown.err) == ("", "")

@@ -16,11 +16,18 @@ from transformers import (
     Qwen3Config,
 )
 
-from opd_lightning import head as head_module
-from opd_lightning.causal_lm import response_states
-from opd_lightning.head import Comparison, Distribution, Head, TokenStates, TopLogprobs, score
-from opd_lightning.likeliest import likeliest
 from opd_lightning.losses.divergence import reverse_kl
+from opd_lightning.models import head as head_module
+from opd_lightning.models.causal_lm import response_states
+from opd_lightning.models.head import (
+    Comparison,
+    Distribution,
+    Head,
+    TokenStates,
+    TopLogprobs,
+    likeliest,
+    score,
+)
 from opd_lightning.types import RolloutBatch
 from tests.batches import make_batch, make_rollout
 

@@ -12,7 +12,7 @@ from opd_lightning.errors import UserError
 from opd_lightning.lab import arithmetic
 from opd_lightning.lab.models import new_model
 from opd_lightning.lab.tokenizer import VOCABULARY, build_tokenizer
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.source import ModelSource
 
 DOMAINS = ["add-1", "add-2", "add-3", "add-4", "sub-1", "sub-2", "sub-3"]
 USER, ASSISTANT = "user", "assistant"

@@ -13,14 +13,14 @@ from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from opd_lightning import head
-from opd_lightning.head import Head, TokenStates
 from opd_lightning.lab.tokenizer import build_tokenizer
 from opd_lightning.losses.alignment import in_groups
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models import head
+from opd_lightning.models.head import Head, TokenStates
+from opd_lightning.models.source import ModelSource
+from opd_lightning.models.tokenization import token_bytes
 from opd_lightning.teachers import CrossTokenizerTeacher
 from opd_lightning.teachers.longer_tokens import LongerTokens
-from opd_lightning.tokenization import token_bytes
 from opd_lightning.types import Prompt, Rollout, RolloutBatch, TokenScores
 from tests.batches import make_batch, make_rollout
 from tests.tokenizers import KINDS, as_source, wrapped

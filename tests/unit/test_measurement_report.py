@@ -8,7 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
-from opd_lightning.measurement_report import as_json, as_table
+from opd_lightning.data.prompts import PromptSource
+from opd_lightning.evaluation.base import Suite
+from opd_lightning.evaluation.report import as_json, as_table
+from opd_lightning.evaluation.responses import EvaluationSuite
+from opd_lightning.evaluation.texts import LikelihoodSuite
 
 PLAIN = {"length": 20.25, "truncated": 0.5}
 SCORED = {**PLAIN, "score": 0.25, "score_low": 0.125, "score_high": 0.5, "pass_at_2": 0.375}
@@ -28,11 +32,17 @@ FOUND: dict[str, Any] = {
         "texts": {"prompts": 3, "log_likelihood": -0.5, "perplexity": 1.6487, "kl": 0.0},
     },
 }
+NOWHERE = PromptSource("nowhere.jsonl")
+SUITES: dict[str, Suite] = {
+    "sums": EvaluationSuite(prompts=NOWHERE, samples=2),
+    "chat": EvaluationSuite(prompts=NOWHERE),
+    "texts": LikelihoodSuite(prompts=NOWHERE),
+}
 
 
 def table(found: dict[str, Any]) -> str:
     out = io.StringIO()
-    as_table(found, Console(file=out))
+    as_table(found, {name: SUITES[name] for name in found["suites"]}, Console(file=out))
     return out.getvalue()
 
 

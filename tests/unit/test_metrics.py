@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from opd_lightning.data.prompts import PromptSource
-from opd_lightning.data.suites import EvaluationSuite, Loaded
 from opd_lightning.errors import UserError
-from opd_lightning.metrics.bootstrap import interval
+from opd_lightning.evaluation.base import Loaded
+from opd_lightning.evaluation.responses import EvaluationSuite
+from opd_lightning.evaluation.scores import SuiteScores
+from opd_lightning.evaluation.statistics import interval
 from opd_lightning.metrics.depth import DepthStatistics
-from opd_lightning.metrics.evaluation import SuiteScores
 from opd_lightning.metrics.overlap import OverlapStatistics
 from opd_lightning.metrics.repetition import is_repetitive
 from opd_lightning.metrics.signal import SignalStatistics

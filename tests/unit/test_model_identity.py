@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opd_lightning.errors import UserError
-from opd_lightning.model_identity import model_identity
+from opd_lightning.models.identity import model_identity
 
 
 @pytest.fixture

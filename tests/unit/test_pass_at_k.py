@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opd_lightning.errors import UserError
-from opd_lightning.metrics.pass_at_k import pass_at_k
+from opd_lightning.evaluation.statistics import pass_at_k
 
 CORRECT = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.bool)
 

@@ -68,7 +68,7 @@ def test_one_process_knows_the_layout_of_all(strategy: Any, layout: Layout) -> N
 
 
 def test_groups_have_a_copy_of_the_weights_each() -> None:
-    hsdp = pytest.importorskip("opd_lightning.hsdp")
+    hsdp = pytest.importorskip("opd_lightning.models.sharding")
     strategy = hsdp.HSDPStrategy(shard_size=2)
     trainer = Trainer(accelerator="cpu", devices=4, num_nodes=2, strategy=strategy, logger=False)
     assert Layout.of(trainer) == Layout(world=8, shards=2, per_node=4)

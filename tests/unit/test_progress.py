@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from transformers.utils.logging import tqdm as transformers_tqdm
 
-from opd_lightning import progress, quiet
-from opd_lightning.library_bars import LibraryBar, of_vllm, told_as
-from opd_lightning.progress import Progress
+from opd_lightning.terminal import progress, quiet
+from opd_lightning.terminal.library_bars import LibraryBar, of_vllm, told_as
+from opd_lightning.terminal.progress import Progress
 
 SRUN = "The `srun` command is available on your system but is not used. HINT: If your intention"
 
@@ -200,8 +200,8 @@ def test_bars_of_vllm_are_ours(clock: Clock, log: Log) -> None:
 def test_no_library_draws_into_a_log(tmp_path: Path) -> None:
     own = {k: v for k, v in os.environ.items() if not k.startswith(("TQDM_", "HF_HUB_DISABLE"))}
     program = (
-        "from opd_lightning.quiet import quiet_libraries; quiet_libraries()\n"
-        "from opd_lightning.progress import Progress\n"
+        "from opd_lightning.terminal.quiet import quiet_libraries; quiet_libraries()\n"
+        "from opd_lightning.terminal.progress import Progress\n"
         "import tqdm, tqdm.auto\n"
         "with Progress('step', 3, 'step') as stage:\n"
         "    for _ in stage.each(tqdm.tqdm(tqdm.auto.tqdm(range(3)))): pass\n"

@@ -11,8 +11,8 @@ from pyarrow import parquet
 
 from opd_lightning.data.prompt_files import RECORD, PromptFiles
 from opd_lightning.data.prompts import PromptSource
-from opd_lightning.data.ranks import Ranks
 from opd_lightning.errors import UserError
+from opd_lightning.processes import Ranks
 
 ALONE = Ranks(rank=0, world_size=1, sum=lambda n: n, gather=lambda value: [value])
 

@@ -30,7 +30,7 @@ def test_a_run_ends_in_one_line_before_weights_load(
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were loaded before the mistake was found")
 
-    monkeypatch.setattr("opd_lightning.student.load_causal_lm", refuse)
+    monkeypatch.setattr("opd_lightning.models.student.load_causal_lm", refuse)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     configs = (CONFIGS / "lab" / "opd.yaml", CONFIGS / "engine" / f"{engine}.yaml")
     arguments = [word for config in configs for word in ("--config", str(config))]

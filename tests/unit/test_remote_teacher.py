@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opd_lightning.errors import UserError
 from opd_lightning.lab.models import new_model
-from opd_lightning.model_identity import model_identity
+from opd_lightning.models.identity import model_identity
 from opd_lightning.teachers import FrozenTeacher, RemoteTeacher
 from opd_lightning.types import RolloutBatch
 from tests.batches import make_batch, make_rollout

@@ -14,17 +14,17 @@ from peft import LoraConfig
 from callbacks import CapabilityRetention
 from callbacks.measurement import Measurement
 from callbacks.pareto import ParetoFolder, Point, front
-from opd_lightning.data.datamodule import RolloutDataModule
-from opd_lightning.data.likelihood import LikelihoodBatch, LikelihoodStream
 from opd_lightning.data.prompts import PromptSource
-from opd_lightning.data.ranks import Ranks
-from opd_lightning.data.suites import EvaluationSuite, LikelihoodSuite
 from opd_lightning.data.views import Renderer
 from opd_lightning.data.writer import RolloutWriter
 from opd_lightning.errors import UserError
+from opd_lightning.evaluation.responses import EvaluationSuite
+from opd_lightning.evaluation.scores import LikelihoodScores
+from opd_lightning.evaluation.texts import LikelihoodBatch, LikelihoodStream, LikelihoodSuite
 from opd_lightning.methods import SFT
-from opd_lightning.metrics.likelihood import LikelihoodScores
-from opd_lightning.student import Student
+from opd_lightning.models.student import Student
+from opd_lightning.processes import Ranks
+from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.teachers.start import start_of
 from opd_lightning.timing import StepTimer
 from opd_lightning.verifiers import ExactMatch
@@ -71,7 +71,8 @@ def reader(folder: Path, lora: LoraConfig | None = None, dtype: torch.dtype | No
 @torch.no_grad()
 def read(module: Read, rows: Path, rank: int = 0, ranks: int = 1) -> LikelihoodScores:
     scores = LikelihoodScores(compares=True)
-    module.suites = {"texts": scores}
+    module.suites = {"texts": LikelihoodSuite(prompts=PromptSource(str(rows)))}
+    module.suite_scores = {"texts": scores}
     for index, batch in enumerate(batches(module.student, rows, rank, ranks)):
         module.validation_step(batch, index)
     return scores

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from opd_lightning.errors import UserError
-from opd_lightning.model_source import ModelSource
+from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts import HFEngine, Sampling
 from tests.engine_contract import (
     MAX_LENGTH,

@@ -1,6 +1,6 @@
 """A configuration as a flat table."""
 
-from opd_lightning.settings import flat_settings
+from opd_lightning.run.settings import flat_settings
 
 
 def test_classes_stand_where_their_settings_hang() -> None:

@@ -10,8 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch.distributed.device_mesh import DeviceMesh
 
 from opd_lightning.errors import UserError
-from opd_lightning.hsdp import HSDPStrategy
-from opd_lightning.sharding import Sharding, check_strategy, holders
+from opd_lightning.models.sharding import HSDPStrategy, Sharding, check_strategy, holders
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from opd_lightning import signals
-from opd_lightning.signals import Wish
+from opd_lightning.run import signals
+from opd_lightning.run.signals import Wish
 
 USR1, TERM = signal.SIGUSR1, signal.SIGTERM
 
@@ -83,7 +83,7 @@ def test_a_fork_listens_to_nothing() -> None:
 def test_what_nobody_will_grant_is_obeyed(number: signal.Signals) -> None:
     """The signal comes while a run starts that has no SlurmRequeue."""
     program = (
-        "import os, signal; from opd_lightning import signals; signals.listen();"
+        "import os, signal; from opd_lightning.run import signals; signals.listen();"
         f"os.kill(os.getpid(), {int(number)}); print('alive', flush=True);"
         "signals.hand_back(); print('still', flush=True)"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_lightning.starts import FILE, git_state, note_start
+from opd_lightning.run.starts import FILE, git_state, note_start
 
 
 def git(*arguments: str) -> str:

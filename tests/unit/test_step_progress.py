@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from opd_lightning import progress
-from opd_lightning.step_progress import StepProgressBar
-from opd_lightning.trainer import Trainer
+from opd_lightning.commands.trainer import Trainer
+from opd_lightning.run.step_progress import StepProgressBar
+from opd_lightning.terminal import progress
 from tests.toy_run import Toy
 
 

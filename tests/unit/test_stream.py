@@ -8,16 +8,15 @@ from typing import cast
 import pytest
 from torch import Tensor
 
+from opd_lightning.data.collate import split_balanced
 from opd_lightning.data.engines import Engines
-from opd_lightning.data.evaluation import EvaluationStream
-from opd_lightning.data.micro_batches import split_balanced
-from opd_lightning.data.order import PromptOrder
-from opd_lightning.data.ranks import Ranks
-from opd_lightning.data.stream import check_versions
+from opd_lightning.data.stream import PromptOrder, check_versions
 from opd_lightning.data.views import Renderer
 from opd_lightning.data.writer import RolloutWriter
 from opd_lightning.errors import StaleRolloutsError, UserError
-from opd_lightning.model_source import ModelSource
+from opd_lightning.evaluation.responses import EvaluationStream
+from opd_lightning.models.source import ModelSource
+from opd_lightning.processes import Ranks
 from opd_lightning.rollouts.base import Sampling
 from opd_lightning.seeding import derive_seed
 from opd_lightning.timing import StepTimer

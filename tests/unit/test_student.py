@@ -7,12 +7,12 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from opd_lightning.commands.export import write_hf_folder
 from opd_lightning.errors import UserError
-from opd_lightning.export import write_hf_folder
-from opd_lightning.head import Comparison
 from opd_lightning.lab.models import new_model
 from opd_lightning.losses.divergence import ReverseKL
-from opd_lightning.student import Student
+from opd_lightning.models.head import Comparison
+from opd_lightning.models.student import Student
 from opd_lightning.teachers import FrozenTeacher
 from tests.unit.test_head import two_rows
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.lab.models import new_model
 from opd_lightning.losses.advantage import log_ratio
-from opd_lightning.student import Student
+from opd_lightning.models.student import Student
 from opd_lightning.teachers import AdapterOffTeacher, ByDomainTeacher, EMATeacher, FrozenTeacher
 from opd_lightning.teachers.frozen import _copy_to
 from opd_lightning.types import RolloutBatch

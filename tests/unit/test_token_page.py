@@ -2,7 +2,7 @@
 
 import json
 
-from opd_lightning.token_page import TokenRow, token_page
+from opd_lightning.terminal.token_page import TokenRow, token_page
 
 
 def test_responses_are_text_and_never_markup() -> None:

@@ -8,7 +8,7 @@ from tokenizers import normalizers
 
 from opd_lightning.errors import UserError
 from opd_lightning.lab.tokenizer import build_tokenizer
-from opd_lightning.tokenization import (
+from opd_lightning.models.tokenization import (
     Group,
     align,
     check_spelling,

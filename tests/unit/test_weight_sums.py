@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from opd_lightning.errors import EngineMismatchError
-from opd_lightning.rollouts import weight_sums
-from opd_lightning.rollouts.weight_sums import PushedWeights, engine_sums
+from opd_lightning.models import weight_sums
+from opd_lightning.models.weight_sums import PushedWeights, engine_sums
 
 NAMES = ("layers.0.q_proj.weight", "layers.0.k_proj.weight", "norm.weight")
 

@@ -1,0 +1,201 @@
+"""LightningCLI with this program's classes, and a parser's errors in one line."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from opd_lightning.checkpoints import LAST, needed, settle_folders
+from opd_lightning.commands.trainer import Trainer
+from opd_lightning.errors import UserError, note, report
+from opd_lightning.run.datamodule import RolloutDataModule
+from opd_lightning.run.settings import flat_settings
+from opd_lightning.training.base import DistillationModule
+
+TRAINER_DEFAULTS = {
+    "use_distributed_sampler": False,  # the stream deals prompts out to the ranks itself
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,  # a run says in its first line what it trains
+    "max_epochs": -1,  # runs are measured in optimiser steps: trainer.max_steps
+}
+
+OWN_COMMANDS = ("check", "sample", "export", "write_responses", "cache_teacher")
+DASHED = [name.replace("_", "-") for name in OWN_COMMANDS]
+
+# What jsonargparse says besides the cause: type unions tried in vain, dumps of the value.
+_NOISE = re.compile(
+    r"^(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:"
+    r"|Given value type: .*|Given value: (?!\S+$).*"
+    r"|Expected a <class 'NoneType'>.*|Expected a path but .*|tip: .*)$"
+)
+
+
+def as_yaml(word: str) -> str:
+    """A word of the command line, its value as YAML writes it if Python wrote it.
+
+    jsonargparse hands `null` on to the parsers of nested classes as `None`, which would be a text.
+    """
+    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    try:
+        read = ast.literal_eval(value) if "None" in value else ""
+        return option + equals + json.dumps(read) if not isinstance(read, str) else word
+    except (ValueError, SyntaxError, TypeError):
+        return word
+
+
+def one_line(message: str) -> str:
+    """The causes in a parser's message, outermost first."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    causes = [line for line in lines if line and not _NOISE.match(line)]
+    text = " ".join(cause if cause.endswith(":") else cause + ";" for cause in causes)
+    return text.rstrip(";")
+
+
+class _Parser(LightningArgumentParser):
+    def parse_args(self, args: Any = None, *rest: Any, **more: Any) -> Any:
+        return super().parse_args(args and [as_yaml(word) for word in args], *rest, **more)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        command = self.prog.replace(" [options]", "")
+        report(f"{one_line(message)}; `{command} --help` lists what is accepted")
+        sys.exit(2)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes config.yaml to the run folder, for every command to read.
+
+    Which checkpoint a command started from belongs to the command, not to the run.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
+        config = config.clone()
+        config.pop("ckpt_path", None)
+        super().__init__(parser, config, **kwargs)
+
+    def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # a run is what is fitted; measuring it leaves its config alone
+            super().setup(trainer, pl_module, stage)
+
+
+class OPDCLI(LightningCLI):
+    """`opd fit|validate|test`, and the commands of our own trainer."""
+
+    def __init__(self, args: list[str]) -> None:
+        # A command is a method of the trainer, whose name has no dash.
+        args = [word.replace("-", "_") if word in DASHED else word for word in args[:1]] + args[1:]
+        # A bare flag; jsonargparse wants a value.
+        args = ["--json=true" if word == "--json" else word for word in args]
+        super().__init__(
+            DistillationModule,
+            RolloutDataModule,
+            trainer_class=Trainer,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            subclass_mode_model=True,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveRunConfig,
+            # A resumed run writes its config again.
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={
+                "prog": "opd",
+                "description": "On-policy distillation. `opd lab` makes models and data to try "
+                "it on, `opd serve` puts a model behind a server, `opd compare` shows runs side by "
+                "side; all have a --help.",
+            },
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        standard = LightningCLI.subcommands()
+        return {
+            # Nothing but tensors and plain data is read from a checkpoint.
+            **{name: standard[name] | {"weights_only"} for name in ("fit", "validate", "test")},
+            **{name: {"model", "datamodule"} for name in OWN_COMMANDS},
+        }
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        from jsonargparse import ActionConfigFile
+
+        parser = _Parser(**kwargs)
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=ActionConfigFile,
+            help="YAML file; several are merged, later ones win, the command line last",
+        )
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        # Lightning's own warns when arguments come from Python, as they do in `main`.
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        command = self.config.subcommand
+        path = self.config[command].get("ckpt_path")
+        if path and path != LAST and not Path(path).exists():
+            raise UserError(
+                f"--ckpt_path: no checkpoint at {path!r}; look in the run folder's 'checkpoints', "
+                f"or give {LAST!r}, its newest whole one"
+            )
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except (ValueError, MisconfigurationException) as error:
+            # jsonargparse folds a constructor's UserError into its own report on type unions.
+            raise UserError(one_line(str(error))) from error
+
+    def before_fit(self) -> None:
+        """Refuse to mix a new run with an old one; tell the log what this one was set to."""
+        folder = Path(self.trainer.log_dir or ".", "checkpoints")
+        resumes = self.config.fit.get("ckpt_path")
+        if self.trainer.logger and not resumes and any(folder.glob("[!.]*")):
+            raise UserError(
+                f"{str(folder)!r} holds the checkpoints of an earlier run; continue it with "
+                f"--ckpt_path {LAST}, or name another run folder with "
+                "--trainer.logger.init_args.save_dir"
+            )
+        assert isinstance(self.trainer, Trainer)
+        self.trainer.run_log.settings = flat_settings(self.config.fit.as_dict())
+
+    def before_validate(self) -> None:
+        """Figures of a measurement do not belong between those of a run."""
+        settle_folders(self.trainer)
+        self.trainer.logger = None
+
+    before_test = before_validate
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Our own commands are of one process, whoever started more."""
+        if subcommand not in OWN_COMMANDS or self.trainer.is_global_zero:
+            super()._run_subcommand(subcommand)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        # Lightning's commands ask when all processes know one another.
+        if subcommand in OWN_COMMANDS and kwargs.get("ckpt_path") == LAST:
+            settle_folders(self.trainer)
+            saved = needed(self.trainer)
+            note(f"--ckpt_path {LAST}: {str(saved.path)!r}, step {saved.step}")
+            kwargs["ckpt_path"] = str(saved.path)
+        return kwargs
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would read the whole checkpoint here, for settings that are in the YAML.
+        pass
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)

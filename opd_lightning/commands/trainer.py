@@ -1,0 +1,158 @@
+"""Lightning's Trainer as this program trains and measures with it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+
+from opd_lightning.checkpoints import CheckpointConnector, write
+from opd_lightning.checkpoints.savers import RememberSavers
+from opd_lightning.commands.trainer_commands import Commands
+from opd_lightning.data.prompt_files import PromptFiles
+from opd_lightning.errors import UserError
+from opd_lightning.evaluation import report
+from opd_lightning.models.sharding import check_strategy
+from opd_lightning.run import signals
+from opd_lightning.run.datamodule import RolloutDataModule
+from opd_lightning.run.interruption import SaveOnInterruption, TermAsInterrupt
+from opd_lightning.run.lock import held
+from opd_lightning.run.log import RunLog
+from opd_lightning.run.step_progress import FirstLine, StepProgressBar
+from opd_lightning.terminal.quiet import only_warnings
+from opd_lightning.training.base import DistillationModule
+
+
+class Trainer(Commands):
+    """See Lightning's documentation.
+
+    Added are our own commands, a progress bar in optimiser steps, a log without seams, scores for
+    people and for programs, and a checkpoint when a run is cut short.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = kwargs.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        ours: list[Callback] = [RememberSavers(), SaveOnInterruption()]
+        has_bar = any(isinstance(callback, ProgressBar) for callback in given)
+        if kwargs.get("enable_progress_bar") is not False and not has_bar:
+            ours += [FirstLine(), StepProgressBar()]
+        # Stable: who saves whole steps comes after those that have a part in them.
+        given = sorted(given, key=lambda callback: getattr(callback, "comes_last", False))
+        self.run_log = RunLog()  # begins before others' figures
+        kwargs["callbacks"] = [self.run_log, *given, *ours]
+        super().__init__(*args, **kwargs)  # to the letter: the parser reads it
+        self._checkpoint_connector = CheckpointConnector(self)
+        check_strategy(self.strategy, self.num_devices, self.num_nodes)
+        self._signal_connector = TermAsInterrupt(self)
+        if not any(getattr(callback, "heeds_signals", False) for callback in given):
+            signals.hand_back()
+
+    def save_checkpoint(
+        self,
+        filepath: str | Path,
+        weights_only: bool | None = None,
+        storage_options: Any | None = None,
+    ) -> None:
+        """Write a checkpoint, whole or not at all; all processes must call it."""
+        if storage_options is not None:
+            raise UserError("save_checkpoint: got storage_options, expected none; disks take none")
+        if self.model is None:
+            super().save_checkpoint(filepath, weights_only)  # says what is wrong
+        with self.profiler.profile("save_checkpoint"):  # type: ignore[attr-defined]
+            write(self, self._checkpoint_connector.dump_checkpoint(weights_only), filepath)
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        """Train, alone in the run folder, on the prompts that the run began with."""
+        folder = None if self.logger is None else Path(self.log_dir or ".")
+        data = kwargs.get("datamodule")
+        if isinstance(data, RolloutDataModule):
+            data.prompt_files = PromptFiles(folder, resumes=bool(kwargs.get("ckpt_path")))
+        with held(folder) if folder is not None and self.is_global_zero else nullcontext():
+            super().fit(*args, **kwargs)
+
+    def validate(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+        json: bool = False,
+        out: str | None = None,
+    ) -> list[Mapping[str, float]]:
+        """Measure a student on data.validation, texts and tasks: a run's checkpoint, or a folder.
+
+        Args:
+            model: The method, with the student.
+            dataloaders: Not needed; a datamodule has them.
+            ckpt_path: Checkpoint of the run whose config is given, or last, its newest whole one;
+                without one the student is the Hugging Face folder that the config names.
+            verbose: Print the scores.
+            datamodule: Holds the suites and the engine.
+            weights_only: Not needed; nothing but tensors and plain data is ever read.
+            json: Print them as one JSON object instead of a table.
+            out: File to write the same object to.
+        """
+        with self._reported("validate", verbose, json, out):
+            return super().validate(model, dataloaders, ckpt_path, False, datamodule, weights_only)
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+        json: bool = False,
+        out: str | None = None,
+    ) -> list[Mapping[str, float]]:
+        """Measure a student on data.test, texts and tasks: a run's checkpoint, or a folder.
+
+        Args:
+            model: The method, with the student.
+            dataloaders: Not needed; a datamodule has them.
+            ckpt_path: Checkpoint of the run whose config is given, or last, its newest whole one;
+                without one the student is the Hugging Face folder that the config names.
+            verbose: Print the scores.
+            datamodule: Holds the suites and the engine.
+            weights_only: Not needed; nothing but tensors and plain data is ever read.
+            json: Print them as one JSON object instead of a table.
+            out: File to write the same object to.
+        """
+        with self._reported("test", verbose, json, out):
+            return super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
+
+    @contextmanager
+    def _reported(self, stage: str, verbose: bool, json: bool, out: str | None) -> Iterator[None]:
+        """Print, and write, what is measured inside."""
+        if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
+            raise UserError(
+                f"--out: got {out!r}, expected a file to write, in a folder that is there"
+            )
+        if json:
+            only_warnings()
+        # Libraries print what they like.
+        with redirect_stdout(sys.stderr) if json else nullcontext():
+            yield
+        if not self.is_global_zero:
+            return
+        module = cast(DistillationModule, self.lightning_module)
+        saved = cast(CheckpointConnector, self._checkpoint_connector).saved
+        data: RolloutDataModule = self.datamodule
+        suites = data.suites_of(stage)
+        found = report.measured(module, suites, data.loaded, data.bench, stage, saved)
+        if out is not None:
+            Path(out).write_text(report.as_json(found) + "\n")
+        if json:
+            print(report.as_json(found))
+        elif verbose:
+            report.as_table(found, suites, Console())

@@ -1,0 +1,233 @@
+"""What the `opd` command can do besides training and measuring: one method a subcommand."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Trainer as LightningTrainer
+from rich.console import Console
+
+from opd_lightning.commands.cache_teacher import fill
+from opd_lightning.commands.export import load_student, write_hf_folder
+from opd_lightning.commands.sample import Question, Sampler, chat, read_prompt
+from opd_lightning.commands.write_responses import write_responses
+from opd_lightning.errors import NotReadyError, UserError
+from opd_lightning.preflight import report
+from opd_lightning.preflight.check import look_at
+from opd_lightning.run.configuration import check_models, check_usable
+from opd_lightning.run.datamodule import RolloutDataModule
+from opd_lightning.teachers.cached import CachedTeacher
+from opd_lightning.terminal.quiet import only_warnings
+from opd_lightning.training.base import DistillationModule
+from opd_lightning.types import Author, Message
+
+
+class Commands(LightningTrainer):
+    """Lightning's Trainer with our own commands."""
+
+    def export(
+        self,
+        model: DistillationModule,
+        ckpt_path: str,
+        out: str,
+        datamodule: LightningDataModule | None = None,
+    ) -> None:
+        """Write a checkpoint's student as a Hugging Face folder.
+
+        Args:
+            ckpt_path: Checkpoint of the run whose config is given; last: its newest whole one.
+            out: Folder to write; must not exist or be empty.
+            datamodule: Not needed; every command is handed one.
+        """
+        folder = Path(out)
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"--out: {out!r} is not empty; name a new folder")
+        check_usable(model.student.source)
+        step = load_student(model.student, ckpt_path)
+        write_hf_folder(model.student, folder)
+        print(f"wrote the student of step {step} to {folder}")
+
+    def check(
+        self,
+        model: DistillationModule,
+        datamodule: RolloutDataModule,
+        samples: int = 16,
+        compare_teachers: bool = True,
+        json: bool = False,
+    ) -> None:
+        """Look at a run before it is started: settings, tokens, numbers, cost. Writes nothing.
+
+        In one process, with student and teachers whole on its device.
+
+        Args:
+            samples: Responses that the numbers are taken of.
+            compare_teachers: Load the weights of teachers elsewhere too, and compare log-probs.
+            json: Print one JSON object instead of a table.
+        """
+        if samples < 1:
+            raise UserError(f"--samples: got {samples}, expected at least 1")
+        only_warnings()
+        self.strategy.connect(model)
+        self.datamodule = datamodule
+        model.trainer = datamodule.trainer = self
+        try:
+            with redirect_stdout(sys.stderr):  # libraries print what they like
+                findings = look_at(
+                    self, model, datamodule, samples=samples, compare_teachers=compare_teachers
+                )
+        finally:
+            datamodule.teardown("fit")
+            model.teardown("fit")
+        if json:
+            print(report.as_json(findings))
+        else:
+            report.as_table(findings, Console())
+        if any(finding.level == "error" for finding in findings):
+            raise NotReadyError(report.verdict(findings))
+
+    def sample(
+        self,
+        model: DistillationModule,
+        datamodule: RolloutDataModule,
+        prompt: str | None = None,
+        system: str | None = None,
+        samples: int = 1,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        max_new_tokens: int | None = None,
+        privileged: str | None = None,
+        answer: str | None = None,
+        domain: str = "default",
+        html: str | None = None,
+        max_length: int | None = None,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Answer a prompt, or chat, with every token coloured by what the teacher thinks of it.
+
+        Without a prompt stdin is one; on a terminal, every line is a turn of a conversation. Tokens
+        are coloured on a terminal and on a page; without a teacher by the student's own log-prob.
+        One process.
+
+        Args:
+            prompt: The user's message.
+            system: A system message before it.
+            samples: Responses to write.
+            temperature: Of the sampler, 0 being greedy; None takes data.sampling, as do the next
+                two. Teacher and student are compared at data.sampling's own.
+            top_p: Nucleus mass.
+            max_new_tokens: Most tokens of a response.
+            privileged: What a teacher with a privileged view is shown.
+            answer: The reference answer; with it data.verifier scores the responses.
+            domain: Which teacher is asked, where each domain has its own.
+            html: File to write a page of all responses to.
+            max_length: Most tokens of a conversation; None: the context of the student.
+            ckpt_path: Checkpoint of the run whose config is given, or last, its newest whole one;
+                without one the student is the Hugging Face folder that the config names.
+        """
+        given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        if samples < 1:
+            raise UserError(f"--samples: got {samples}, expected at least 1")
+        if html is not None and (Path(html).is_dir() or not Path(html).parent.is_dir()):
+            raise UserError(f"--html: got {html!r}, expected a file, in a folder that is there")
+        question = Question(
+            samples=samples,
+            sampling=replace(datamodule.sampling, **changes),
+            privileged=privileged,
+            answer=answer,
+            domain=domain,
+        )
+        text = read_prompt(prompt, sys.stdin)
+        only_warnings()
+        self.strategy.connect(model)
+        model.trainer = datamodule.trainer = self
+        check_models(model)
+        page = None if html is None else Path(html)
+        sampler = Sampler(model, datamodule, question, Console(file=sys.stdout), page)
+        first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        longest = max_length or model.student.source.context_length
+        if text is not None:
+            first.append({"role": "user", "content": text})
+            longest = len(sampler.check(first)) + question.sampling.max_new_tokens
+        try:
+            sampler.start(ckpt_path, longest, self.strategy.root_device)
+            if text is not None:
+                sampler.answer(first)
+            else:
+                chat(sampler, first, lambda: input("> "))
+        finally:
+            sampler.close()
+
+    def cache_teacher(
+        self,
+        model: DistillationModule,
+        batch_tokens: int = 16384,
+        datamodule: RolloutDataModule | None = None,
+    ) -> None:
+        """Ask the teachers behind a run's CachedTeachers about its recorded responses.
+
+        Run it again to go on where it stopped. One process, on the trainer's first device.
+
+        Args:
+            batch_tokens: Most tokens of a batch, prompts and padding included.
+            datamodule: Holds the responses.
+        """
+        parts = [part for teacher in model.teachers() for part in teacher.parts()]
+        cached = [part for part in parts if isinstance(part, CachedTeacher)]
+        if not cached:
+            raise UserError(
+                "model: it asks no CachedTeacher, so there is nothing to cache; put one around the "
+                "teacher"
+            )
+        assert datamodule is not None
+        for teacher in cached:
+            teacher.note_unknown()
+        self.strategy.connect(model)
+        model.trainer = datamodule.trainer = self
+        datamodule.setup("fit")
+        for teacher in cached:
+            fill(
+                teacher,
+                student=model.student,
+                device=self.strategy.root_device,
+                batch_tokens=batch_tokens,
+            )
+
+    def write_responses(
+        self,
+        model: DistillationModule,
+        out: str,
+        author: Literal["student", "teacher"] = "student",
+        samples: int = 1,
+        batch_size: int = 256,
+        ckpt_path: str | None = None,
+        datamodule: RolloutDataModule | None = None,
+    ) -> None:
+        """Write responses to the prompts of data.train, as a prompt file of recorded responses.
+
+        Run it again to go on where it stopped.
+
+        Args:
+            out: File to write, JSON lines.
+            author: The student with data.engine, or the teacher of data.teacher.
+            samples: Responses per prompt.
+            batch_size: Prompts per call of the engine.
+            ckpt_path: Checkpoint of the student, or last, the run's newest whole one; without one
+                it writes as it starts.
+            datamodule: Holds the prompts, the engines and the sampling.
+        """
+        assert datamodule is not None
+        write_responses(
+            model,
+            datamodule,
+            Path(out),
+            kind=Author(author),
+            samples=samples,
+            batch_size=batch_size,
+            ckpt_path=ckpt_path,
+        )

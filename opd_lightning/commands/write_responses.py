@@ -1,0 +1,200 @@
+"""Sampling responses to a prompt file, ids and all: what `opd write-responses` does."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any, BinaryIO
+
+from opd_lightning.checkpoints import whole
+from opd_lightning.commands.export import load_student
+from opd_lightning.data.engines import push
+from opd_lightning.data.mix import RolloutMix, samplings_by_author
+from opd_lightning.data.views import Renderer
+from opd_lightning.data.writer import RolloutWriter, Row
+from opd_lightning.errors import UserError
+from opd_lightning.models.source import ModelSource
+from opd_lightning.rollouts.base import Engine, Sampling
+from opd_lightning.run.configuration import check_same_tokens, check_usable
+from opd_lightning.run.datamodule import RolloutDataModule
+from opd_lightning.run.lock import held_file
+from opd_lightning.run.prompt_checks import check_prompts
+from opd_lightning.seeding import WRITTEN_SAMPLE, derive_seed
+from opd_lightning.terminal.progress import Progress
+from opd_lightning.timing import StepTimer
+from opd_lightning.training.base import DistillationModule
+from opd_lightning.types import Author, Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class _Author:
+    """Who writes, and how."""
+
+    kind: Author
+    source: ModelSource
+    engine: Engine
+    sampling: Sampling
+
+
+def write_responses(
+    module: DistillationModule,
+    data: RolloutDataModule,
+    out: Path,
+    *,
+    kind: Author,
+    samples: int,
+    batch_size: int,
+    ckpt_path: str | None,
+) -> None:
+    """Write `samples` responses to every prompt of `data.train`; go on if `out` has some.
+
+    A row has the prompt's fields, `response`, `response_ids`, `stop_reason`, `reward` if there is a
+    verifier, and `written_by`: model, sampling and seed, which are the same for a whole file. Its
+    id is the prompt's with the sample's number. One job at a time writes to a file.
+    """
+    for name, value in (("samples", samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"--{name}: got {value}, expected at least 1")
+    if out.is_dir():
+        raise UserError(f"--out: got {str(out)!r}, which is a folder, expected a file to write")
+    author = _author(module, data, kind, ckpt_path)
+    renderer = Renderer(author.source.tokenizer, data.template_args, {}, author.source.eos_ids)
+    prompts, ids = _prompts(module, data, renderer, author)
+    budget = author.sampling.max_new_tokens
+    written_by = (
+        f"{kind} {author.source.identity}"
+        # A run writes its last.ckpt again and again.
+        + (f", checkpoint {ckpt_path} of step {whole(ckpt_path).step}" if ckpt_path else "")
+        + f", temperature {author.sampling.temperature}, max_new_tokens {budget}, seed {data.seed}"
+    )
+    rows = [
+        (f"{prompt.id}/{sample}", Row(prompt, ids[i], i, kind, seed))
+        for i, prompt in enumerate(prompts)
+        for sample in range(samples)
+        for seed in [derive_seed(WRITTEN_SAMPLE, data.seed, i, sample)]
+    ]
+    with held_file(out), out.open("a+b") as file:
+        done = _recover(file, out, written_by)
+        rows = [(name, row) for name, row in rows if name not in done]
+        print(f"{out}: {len(done)} rows are there, {len(rows)} are to be written")
+        if rows:
+            engines = {author.kind: author.engine}
+            writer = RolloutWriter(engines, data.verifier, renderer, StepTimer())
+            if ckpt_path is not None:
+                load_student(module.student, ckpt_path)
+            author.engine.start(author.source, max_length=max(map(len, ids)) + budget)
+            try:
+                if kind is Author.STUDENT:
+                    module.student.load()
+                    push(module.student, author.engine, version=0)
+                _write(file, rows, writer, author, batch_size * samples, written_by)
+            finally:
+                author.engine.close()
+
+
+def _author(
+    module: DistillationModule, data: RolloutDataModule, kind: Author, ckpt_path: str | None
+) -> _Author:
+    student = module.student.source
+    check_usable(student)
+    sampling = samplings_by_author(data.sampling, RolloutMix(), data.teacher)
+    if kind is Author.STUDENT:
+        if data.engine is None:
+            raise UserError("data.engine: got nothing, but responses must be sampled; set one")
+        return _Author(kind, student, data.engine, sampling[kind])
+    if data.teacher is None:
+        raise UserError("data.teacher: got nothing for --author teacher; name its path and engine")
+    if ckpt_path is not None:
+        raise UserError("--ckpt_path: got one with --author teacher, which has none; leave it out")
+    source = ModelSource(data.teacher.path, role="data.teacher")
+    check_usable(source)
+    check_same_tokens(student, source)
+    return _Author(kind, source, data.teacher.engine, sampling[kind])
+
+
+def _prompts(
+    module: DistillationModule, data: RolloutDataModule, renderer: Renderer, author: _Author
+) -> tuple[list[Prompt], list[list[int]]]:
+    """The prompts with their ids, checked."""
+    if data.train is None:
+        raise UserError("data.train: got nothing, expected a file of prompts to answer")
+    prompts = data.train.load()
+    if data.verifier is not None:
+        data.verifier.check(prompts)
+    ids = [renderer.plain(prompt) for prompt in prompts]
+    mix, sampler = RolloutMix(), data.teacher if author.kind is Author.TEACHER else None
+    check_prompts(module, prompts, ids, renderer, author.sampling, mix, sampler, training=False)
+    return prompts, ids
+
+
+def _recover(file: BinaryIO, out: Path, written_by: str) -> set[str]:
+    """Ids of the rows that are there; a last line that was cut short is taken away."""
+    file.seek(0)
+    done, end = set(), 0
+    for number, line in enumerate(file, start=1):
+        if not line.endswith(b"\n"):
+            break
+        end += len(line)
+        row: Any = None
+        try:
+            row = json.loads(line)
+            author = row["written_by"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"--out: {out}:{number} was not written by this command; name another file"
+            ) from error
+        if author != written_by:
+            raise UserError(
+                f"--out: {out}:{number} was written by {author!r}, but this would be "
+                f"{written_by!r}; name another file"
+            )
+        done.add(row["id"])
+    file.truncate(end)
+    return done
+
+
+def _write(
+    file: BinaryIO,
+    rows: Sequence[tuple[str, Row]],
+    writer: RolloutWriter,
+    author: _Author,
+    batch_size: int,
+    written_by: str,
+) -> None:
+    """Batch by batch to the file, each on the disk before the next is begun."""
+    began, tokens = monotonic(), 0
+    with Progress("generate", len(rows), "response") as bar:
+        for first in range(0, len(rows), batch_size):
+            part = rows[first : first + batch_size]
+            rollouts = writer.write([row for _, row in part], {author.kind: author.sampling})
+            for (name, _), rollout in zip(part, rollouts, strict=True):
+                line = json.dumps(_row(name, rollout, written_by), ensure_ascii=False)
+                file.write(line.encode() + b"\n")
+                tokens += len(rollout.response_ids)
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(len(part))
+    rate = tokens / (monotonic() - began)
+    print(f"wrote {len(rows)} responses, {tokens} tokens, {rate:.0f} tokens/s")
+
+
+def _row(name: str, rollout: Rollout, written_by: str) -> dict[str, Any]:
+    prompt = rollout.prompt
+    fields = {
+        "id": name,
+        "messages": list(prompt.messages),
+        "answer": prompt.answer,
+        "privileged": prompt.privileged,
+        "domain": prompt.domain,
+        "response": rollout.text,
+        "response_ids": rollout.response_ids,
+        "stop_reason": rollout.stop_reason,
+        "reward": None if math.isnan(rollout.reward) else rollout.reward,
+        "written_by": written_by,
+    }
+    return {field: value for field, value in fields.items() if value is not None}

@@ -1,0 +1,1 @@
+"""Suites that measure a student, in and outside of a run."""

@@ -1,0 +1,197 @@
+"""The metrics of the three kinds of suite, exact over ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from opd_lightning.evaluation.base import Scores
+from opd_lightning.evaluation.statistics import interval, pass_at_k
+from opd_lightning.metrics.sums import Sums
+from opd_lightning.types import Rollout, RolloutBatch, TokenScores
+
+if TYPE_CHECKING:
+    from opd_lightning.evaluation.harness.loaded_task import LoadedTask
+
+
+class SuiteScores(Scores):
+    """avg@n, pass@k and majority vote over a suite's prompts, all with `samples` responses.
+
+    A response is correct, for pass@k, if its score is 1. What is kept has a place for every prompt
+    (a rollout's `group`) and zeros where another rank has it: sums over ranks put it together, and
+    results do not depend on how many ranks there are.
+
+    Args:
+        domains: Domain of each prompt, in the suite's order.
+        samples: Responses per prompt.
+        pass_at: The k of pass@k, from 1 to `samples`.
+    """
+
+    score: Tensor  # [P, samples] float64, as are the others
+    length: Tensor
+    truncated: Tensor
+    vote: Tensor  # [P], and the next
+    votes: Tensor
+
+    def __init__(
+        self, domains: Sequence[str], samples: int = 1, pass_at: Sequence[int] = ()
+    ) -> None:
+        super().__init__()
+        self.domains = list(domains)
+        self.pass_at = list(pass_at)
+        by_sample, by_prompt = (len(domains), samples), (len(domains),)
+        for name, shape in [
+            *((name, by_sample) for name in ("score", "length", "truncated")),
+            *((name, by_prompt) for name in ("vote", "votes")),
+        ]:
+            zeros = torch.zeros(shape, dtype=torch.float64)
+            self.add_state(name, zeros, dist_reduce_fx="sum")
+
+    def update(
+        self, rollouts: Sequence[Rollout], answers: Sequence[str | None] | None = None
+    ) -> None:
+        """All samples of each prompt together; `answers` are what they came to, if known."""
+        groups: dict[int, list[int]] = {}
+        for i, rollout in enumerate(rollouts):
+            groups.setdefault(rollout.group, []).append(i)
+        for prompt, rows in groups.items():
+            for sample, i in enumerate(rows):
+                self.score[prompt, sample] = rollouts[i].reward
+                self.length[prompt, sample] = len(rollouts[i].response_ids)
+                self.truncated[prompt, sample] = rollouts[i].stop_reason.is_truncated()
+            if answers is not None:
+                voters = [(answers[i], rollouts[i].reward) for i in rows]
+                self.vote[prompt] = majority_score(voters)
+                self.votes[prompt] = 1
+
+    def compute(self) -> dict[str, Tensor]:
+        """Means over prompts of what is known, by name.
+
+        `score` is avg@n, with its 95 % interval from `score_low` to `score_high`; `score/<domain>`
+        comes if there are several; pass@k is `pass_at_<k>`, the vote `majority`.
+        """
+        result = self._figures(range(len(self.domains)))
+        if "score" in result:
+            average = self.score.mean(dim=1)
+            for domain, rows in self._rows_by_domain().items():
+                result[f"score/{domain}"] = average[rows].mean()
+        return result
+
+    def compute_by_domain(self) -> dict[str, dict[str, Tensor]]:
+        """The figures of `compute` for each domain alone; empty if there is but one.
+
+        All ranks must call it.
+        """
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn):
+            return {domain: self._figures(rows) for domain, rows in self._rows_by_domain().items()}
+
+    def _rows_by_domain(self) -> dict[str, list[int]]:
+        rows: dict[str, list[int]] = {domain: [] for domain in sorted(set(self.domains))}
+        for i, domain in enumerate(self.domains):
+            rows[domain].append(i)
+        return rows if len(rows) > 1 else {}
+
+    def _figures(self, prompts: Sequence[int]) -> dict[str, Tensor]:
+        rows = list(prompts)
+        score, votes = self.score[rows], self.votes[rows]
+        result = {"length": self.length[rows].mean(), "truncated": self.truncated[rows].mean()}
+        if score.isnan().any():  # no verifier
+            return result
+        average = score.mean(dim=1)
+        result["score"] = average.mean()
+        result["score_low"], result["score_high"] = interval(average)
+        for k in self.pass_at:
+            result[f"pass_at_{k}"] = pass_at_k(score >= 1, k).mean()
+        if votes.any():
+            result["majority"] = self.vote[rows][votes > 0].mean()
+        return result
+
+
+def majority_score(voters: Sequence[tuple[str | None, float]]) -> float:
+    """Expected score of the commonest answer among (answer, score) pairs, ties broken by lot.
+
+    Responses without an answer do not vote; 0 if nobody does. Equal answers that were scored
+    differently count with their mean.
+    """
+    counts = Counter(answer for answer, _ in voters if answer is not None)
+    if not counts:
+        return 0.0
+    winners = [answer for answer, count in counts.items() if count == max(counts.values())]
+    scores = [[score for other, score in voters if other == answer] for answer in winners]
+    return sum(sum(one) / len(one) for one in scores) / len(winners)
+
+
+class LikelihoodScores(Sums, Scores):
+    """Perplexity, and KL(start || now), over the tokens of all texts, each of the same weight."""
+
+    names = ("tokens", "logprobs", "divergence")
+
+    def __init__(self, compares: bool) -> None:
+        super().__init__()
+        self.compares = compares  # with the start
+
+    def update(self, logprobs: Tensor, divergence: Tensor) -> None:
+        """Log-probs `[N]` of a batch's tokens, and KL(start || now) where they are predicted.
+
+        Nats both; N may be 0. Without a start the divergence is 0.
+        """
+        self._add(tokens=len(logprobs), logprobs=logprobs.double(), divergence=divergence.double())
+
+    def compute(self) -> dict[str, Tensor]:
+        """`log_likelihood` (mean, nats per token), `perplexity` and, if it compares, `kl`."""
+        sums = self._totals()
+        mean = sums["logprobs"] / sums["tokens"]
+        result = {"log_likelihood": mean, "perplexity": torch.exp(-mean)}
+        if self.compares:
+            result["kl"] = sums["divergence"] / sums["tokens"]
+        return result
+
+
+class TaskScores(Scores):
+    """What a task of lm-evaluation-harness makes of the student's answers.
+
+    Every question has a place, which is zero where another rank answers it: sums over ranks put the
+    sheet together, and every rank grades all of it. A rollout's prompt is named by its question's
+    number among the exam's readings, or among its writings.
+    """
+
+    read: Tensor  # [readings, 2] float64: nats; 1 where the text is what a greedy model writes
+    written: Tensor  # [writings, 1 + longest] int32: the number of tokens, and the tokens
+
+    def __init__(self, task: LoadedTask) -> None:
+        super().__init__()
+        self.task = task
+        longest = max((w.sampling.max_new_tokens for w in task.generation_requests), default=0)
+        read = torch.zeros(len(task.likelihood_requests), 2, dtype=torch.float64)
+        written = torch.zeros(len(task.generation_requests), 1 + longest, dtype=torch.int32)
+        self.add_state("read", read, dist_reduce_fx="sum")
+        self.add_state("written", written, dist_reduce_fx="sum")
+
+    def update(self, rollouts: Sequence[Rollout], likelihoods: Tensor | None = None) -> None:
+        """Answers to writings, or `likelihoods [B, 2]` of the texts that were to be read."""
+        for row, rollout in enumerate(rollouts):
+            place, ids = int(rollout.prompt.id), rollout.response_ids
+            if likelihoods is None:
+                line = torch.tensor([len(ids), *ids], dtype=torch.int32)
+                self.written[place, : len(line)] = line
+            elif not rollout.dropped:
+                self.read[place] = likelihoods[row]
+
+    def compute(self) -> dict[str, Tensor]:
+        """See `LoadedTask.grade`."""
+        likelihoods = [(nats, greedy > 0) for nats, greedy in self.read.tolist()]
+        written = [line[1 : 1 + line[0]] for line in self.written.tolist()]
+        graded = self.task.grade(likelihoods, written)
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in graded.items()}
+
+
+def likelihoods_of(texts: RolloutBatch, tokens: TokenScores) -> Tensor:
+    """`[B, 2]` float64 of texts whose likeliest tokens are known: see `TaskScores.read`."""
+    mask = texts.response_mask
+    greedy = (tokens.top_ids[..., 0] == texts.response_ids) | ~mask
+    nats = tokens.logprobs.detach().double().sum(dim=1)
+    return torch.stack([nats, greedy.all(dim=1).double()], dim=1)

@@ -1,0 +1,1 @@
+"""Hugging Face models: folders, tokenizers, weights, heads, and the student."""

@@ -1,0 +1,80 @@
+"""Hugging Face causal language models as the program uses them: loaded, and read per token."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from opd_lightning.models.head import Head, TokenStates
+from opd_lightning.models.source import ModelSource
+from opd_lightning.terminal.library_bars import told_as
+from opd_lightning.types import RolloutBatch
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def load_causal_lm(
+    source: ModelSource,
+    *,
+    dtype: Dtype,
+    attn_implementation: str | None = None,
+    empty: bool = False,
+) -> Any:
+    """The model of `source` with its weights, in eval mode; `empty` ones are on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    how = {
+        "dtype": getattr(torch, dtype),
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": source.trust_remote_code,
+    }
+    if not empty:
+        with told_as(f"load {source.role}", "tensor"):
+            return AutoModelForCausalLM.from_pretrained(source.path, **how)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(source.config, **how).eval()
+
+
+class Reader(nn.Module):
+    """A causal LM whose forward call is `response_states`: what a teacher does with a model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: RolloutBatch, view: str) -> TokenStates:
+        return response_states(self.model, batch, view)
+
+
+def response_states(model: Any, batch: RolloutBatch, view: str) -> TokenStates:
+    """Run the backbone under one view and keep the positions that predict response tokens.
+
+    Args:
+        model: A causal LM, wrapped by peft or not.
+        batch: The micro-batch; `hidden` comes in the order of `batch.response_mask`.
+        view: Which of `batch.views` to read.
+    """
+    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    seen = batch.views[view]
+    backbone: nn.Module = getattr(lm, lm.base_model_prefix)
+    hidden = backbone(
+        input_ids=seen.input_ids, attention_mask=seen.attention_mask, use_cache=False
+    ).last_hidden_state
+    kept = hidden.flatten(0, 1)[seen.predicting_positions(batch.response_mask)]
+    return TokenStates(kept, _head_of(lm, batch.temperature))
+
+
+def _head_of(lm: Any, temperature: float) -> Head:
+    """The head, with the logit transforms that transformers applies after the projection."""
+    config = lm.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)  # Cohere multiplies
+    divisor = getattr(config, "logits_scaling", None)  # Granite divides
+    return Head(
+        project=lm.get_output_embeddings(),
+        vocab_size=config.vocab_size,
+        temperature=temperature,
+        scale=scale if scale is not None else 1.0 / divisor if divisor else 1.0,
+        softcap=getattr(config, "final_logit_softcapping", None),  # Gemma 2 and 3
+    )

@@ -1,0 +1,266 @@
+"""The one place that multiplies by the vocabulary matrix, in chunks of response tokens.
+
+A chunk's logits are read in blocks that fit a cache, and computed again in the backward pass.
+Axes: N response tokens of a micro-batch, n of a chunk or block, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeGuard
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+# Logits of one chunk: 2**25 float32 values are 128 MiB (220 tokens at a vocabulary of 152,064).
+MAX_CHUNK_ELEMENTS = 2**25
+MAX_BLOCK_ELEMENTS = 2**21  # logits turned into log-probs at a time, 8 MiB: a cache's worth
+Divergence = Callable[..., Tensor]  # (student's, teacher's [n, V]) -> [n]
+_Block = tuple[Tensor, dict[int, Tensor], slice]  # raw logits [n, V], models' among teachers', rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """A model's output projection and what the model does to its logits afterwards."""
+
+    project: Callable[[Tensor], Tensor]  # hidden [n, H] -> raw logits [n, V]
+    vocab_size: int
+    temperature: float  # of the sampler; both sides of a comparison use the same one
+    scale: float = 1.0  # some architectures multiply their logits
+    softcap: float | None = None  # others squash them: softcap * tanh(logits / softcap)
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """Raw logits -> `[n, V]` at the temperature, in float32 (float64 stays)."""
+        precise = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        logits = precise * (self.scale / (self.softcap or self.temperature))
+        if self.softcap is None:
+            return logits
+        return torch.tanh(logits) * (self.softcap / self.temperature)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStates:
+    """Where a model predicts the response tokens, and the head to read its predictions with."""
+
+    hidden: Tensor  # [N, H]
+    head: Head
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprobs:
+    """A distribution of which only the K best tokens are known; the rest counts as impossible."""
+
+    ids: Tensor  # [N, K] int64
+    logprobs: Tensor  # [N, K] float32 nats of the full softmax
+
+
+Distribution = TokenStates | Tensor | TopLogprobs  # a Tensor is full log-probs [N, V]
+
+
+class Comparison(NamedTuple):
+    """A value per token. `function` gets full log-probs `[n, V]` of any rows and returns `[n]`."""
+
+    teacher: Distribution | None  # None: `function` reads the student alone, and gets None
+    function: Divergence
+    given: Sequence[Tensor] = ()  # [N, ...] each; these rows of them are its further arguments
+
+
+class FlatScores(NamedTuple):
+    """Scores of the N sampled tokens of a micro-batch, before they go back to `[B, R]`."""
+
+    logprobs: Tensor  # [N] float32 nats; the student's carries the gradient
+    entropy: Tensor  # [N] float32 nats, detached
+    top_ids: Tensor  # [N, K] int64, most likely first
+    top_logprobs: Tensor  # [N, K] float32 nats, of these, detached
+
+
+class HeadScores(NamedTuple):
+    student: FlatScores
+    teachers: dict[str, FlatScores]  # by comparison, of its teacher as far as known; detached
+    values: dict[str, Tensor]  # by comparison, [N]; carries the gradient to the student
+
+
+def score(
+    states: TokenStates,
+    targets: Tensor,
+    *,
+    top_k: int = 0,
+    comparisons: Mapping[str, Comparison] = {},
+) -> HeadScores:
+    """One pass over the student's head and its teachers': scores of `targets [N]`, and values.
+
+    Gradients reach the student only. Comparisons with the same teacher object share its logits.
+    """
+    reader = _Reader(states.head, targets, top_k, *comparisons.values())
+    if _is_plain_linear(states.head.project):
+        outputs = _LinearHead.apply(reader, states.hidden, states.head.project.weight)
+    else:
+        outputs = _any_head(reader, states.hidden)
+    values = dict(zip(comparisons, outputs[1:], strict=False))
+    rest = outputs[1 + len(values) :]
+    student, *others = (FlatScores(*rest[i : i + 4]) for i in range(0, len(rest), 4))
+    known = dict(zip(reader.teachers, others, strict=True))
+    teachers = {k: known[id(c.teacher)] for k, c in comparisons.items() if id(c.teacher) in known}
+    return HeadScores(student._replace(logprobs=outputs[0]), teachers, values)
+
+
+class _Reader:
+    """What to read from the logits."""
+
+    def __init__(self, head: Head, targets: Tensor, top_k: int, *comparisons: Comparison) -> None:
+        self.head, self.targets, self.top_k, self.comparisons = head, targets, top_k, comparisons
+        self.teachers = {id(c.teacher): c.teacher for c in comparisons if c.teacher is not None}
+
+    def slices(self, rows: slice, elements: int) -> Iterator[slice]:
+        """Cut `rows` into runs of at most `elements` logits; no rows make one empty run."""
+        size = max(1, elements // self.head.vocab_size)
+        for start in range(rows.start, max(rows.stop, rows.start + 1), size):
+            yield slice(start, min(start + size, rows.stop))
+
+    def teacher_logits(self, rows: slice) -> dict[int, Tensor]:
+        """Raw logits `[n, V]` of the teachers that are models, each in its own dtype."""
+        models = {k: t for k, t in self.teachers.items() if isinstance(t, TokenStates)}
+        with torch.no_grad(), torch.autocast(self.targets.device.type, enabled=False):
+            return {k: t.head.project(t.hidden[rows]) for k, t in models.items()}
+
+    def blocks(self, raw: Tensor, rows: slice) -> Iterator[_Block]:
+        """A chunk's logits, a few rows at a time."""
+        theirs = self.teacher_logits(rows)
+        # On a GPU launching kernels costs more than missing a cache.
+        size = MAX_BLOCK_ELEMENTS if raw.device.type == "cpu" else MAX_CHUNK_ELEMENTS // 2
+        for here in self.slices(rows, size):
+            block = slice(here.start - rows.start, here.stop - rows.start)
+            yield raw[block], {k: x[block] for k, x in theirs.items()}, here
+
+    def read(self, block: _Block, describe: bool) -> list[Tensor]:
+        """Log-prob and values `[n]`, which carry gradients; then, if asked, all `FlatScores`."""
+        raw, theirs, rows = block
+        with torch.autocast(raw.device.type, enabled=False):
+            ours = self.head.finish(raw).log_softmax(dim=-1)
+            others = {k: _full(t, theirs.get(k), rows, ours) for k, t in self.teachers.items()}
+            targets = self.targets[rows, None]
+            found = [ours.gather(1, targets).squeeze(1)]
+            for of, function, given in self.comparisons:
+                found.append(function(ours, others.get(id(of)), *(x[rows] for x in given)))
+            for x in (ours, *others.values()) if describe else ():
+                found += _describe(x, targets, self.top_k)
+            return found
+
+    @torch.enable_grad()
+    def pull_back(self, block: _Block, upstream: Sequence[Tensor | None]) -> Tensor:
+        """Gradient `[n, V]` of raw logits, given those `[N]` of what `read` finds first."""
+        raw, theirs, rows = block
+        leaf = raw.detach().requires_grad_()
+        pairs = zip(self.read((leaf, theirs, rows), describe=False), upstream, strict=False)
+        used = [(x, g[rows]) for x, g in pairs if g is not None and x.requires_grad]
+        values, up = [x for x, _ in used], [g for _, g in used]
+        return torch.autograd.grad(values, leaf, up)[0] if used else torch.zeros_like(raw)
+
+    def chunks(self, hidden: Tensor, matrix: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows, raw logits `[n, V]` in a buffer that is used again, hidden states `[n, H]`)."""
+        runs = list(self.slices(slice(0, len(hidden)), MAX_CHUNK_ELEMENTS))
+        buffer = matrix.new_empty(runs[0].stop, len(matrix))
+        for rows in runs:
+            states = hidden[rows].to(matrix.dtype)
+            yield rows, torch.mm(states, matrix.t(), out=buffer[: len(states)]), states
+
+
+class _LinearHead(torch.autograd.Function):
+    """Behind a plain linear layer: one weight gradient `[V, H]`, where autograd has one a chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, reader: _Reader, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        ctx.reader = reader
+        # Autocast's choice or the weight's; of a view, because autocast would cache the whole's.
+        ctx.dtype = nn.functional.linear(hidden[:0], weight[:0]).dtype
+        ctx.save_for_backward(hidden, weight)
+        ctx.set_materialize_grads(False)  # a value outside the loss must not spoil it with 0 * inf
+        outputs: list[Tensor] = []
+        for rows, raw, _ in reader.chunks(hidden, weight.to(ctx.dtype)):
+            for block in reader.blocks(raw, rows):
+                found = reader.read(block, describe=True)
+                outputs = outputs or [x.new_empty(len(hidden), *x.shape[1:]) for x in found]
+                for output, x in zip(outputs, found, strict=True):
+                    output[block[2]] = x  # a list of parts, small and alive, fragments the heap
+        ctx.mark_non_differentiable(*outputs[1 + len(reader.comparisons) :])
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        (hidden, weight), reader = ctx.saved_tensors, ctx.reader
+        matrix, sums = weight.to(ctx.dtype), torch.promote_types(weight.dtype, torch.float32)
+        to_hidden = torch.empty_like(hidden)
+        to_weight = torch.zeros_like(weight, dtype=sums) if ctx.needs_input_grad[2] else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows, raw, states in reader.chunks(hidden, matrix):
+                for block in reader.blocks(raw, rows):
+                    block[0].copy_(reader.pull_back(block, upstream))
+                to_hidden[rows] = raw @ matrix
+                if to_weight is not None:  # part by part: no second [V, H]
+                    for total, part in zip(to_weight.split(4096), raw.split(4096, 1), strict=True):
+                        if total.dtype == part.dtype:
+                            total.addmm_(part.t(), states)
+                        else:
+                            total += part.t() @ states
+        return None, to_hidden, None if to_weight is None else to_weight.to(weight.dtype)
+
+
+def _any_head(reader: _Reader, hidden: Tensor) -> list[Tensor]:
+    """The same through autograd, for any projection: an adapter, a hooked or sharded layer."""
+
+    def read(rows: slice) -> list[Tensor]:
+        raw = reader.head.project(hidden[rows])
+        return reader.read((raw, reader.teacher_logits(rows), rows), describe=True)
+
+    runs = reader.slices(slice(0, len(hidden)), MAX_CHUNK_ELEMENTS // 2)  # temporaries add up
+    parts = [checkpoint(read, rows, use_reentrant=False) for rows in runs]
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _is_plain_linear(project: Any) -> TypeGuard[nn.Linear]:
+    """Nothing but `hidden @ weight.T`: no bias, adapter, hooks or sharded weight."""
+    if type(project) is not nn.Linear or project.bias is not None:
+        return False
+    wrapped = any(x for k, x in vars(project).items() if k.endswith(("_hooks", "forward")))
+    return type(project.weight) in (Tensor, nn.Parameter) and not wrapped
+
+
+@torch.no_grad()
+def _full(teacher: Distribution, raw: Tensor | None, rows: slice, like: Tensor) -> Tensor:
+    """A teacher's `[n, V]`; `raw` are its logits if it is a model."""
+    if isinstance(teacher, TokenStates):
+        assert raw is not None
+        return teacher.head.finish(raw).log_softmax(dim=-1)
+    if isinstance(teacher, Tensor):
+        return teacher[rows].to(like.dtype)
+    known = teacher.logprobs[rows].to(like.dtype)
+    return torch.full_like(like, -torch.inf).scatter_(1, teacher.ids[rows], known)
+
+
+@torch.no_grad()
+def _describe(logprobs: Tensor, targets: Tensor, top_k: int) -> FlatScores:
+    # Where a log-prob is -inf, 0 * -inf would be NaN; exp(-1e4) is 0 as well.
+    entropy = -logprobs.exp().mul_(logprobs.clamp_min(-1e4)).sum(dim=-1)
+    return FlatScores(logprobs.gather(1, targets)[:, 0], entropy, *likeliest(logprobs, top_k))
+
+
+_HEAP = 64  # vocabularies of this many times k: torch's CPU kernel keeps a heap, and is quick
+
+
+def likeliest(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ids `[N, K]` int64 of the largest `logprobs [N, V]`, and these, detached; largest first.
+
+    K is k, or V if that is less. In small vocabularies numpy takes a third of `torch.topk`'s time.
+    """
+    logprobs, k = logprobs.detach(), min(k, logprobs.shape[1])
+    if logprobs.device.type != "cpu" or k == 0 or logprobs.shape[1] >= k * _HEAP:
+        found, ids = logprobs.topk(k, dim=1)
+        return ids, found
+    ids = torch.from_numpy(np.argpartition(logprobs.numpy(), -k, axis=1)[:, -k:])
+    found, order = logprobs.gather(1, ids).sort(dim=1, descending=True)
+    return ids.gather(1, order), found

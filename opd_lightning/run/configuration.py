@@ -1,0 +1,230 @@
+"""Checks of configuration and models that need no weights; each raises UserError."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from opd_lightning.errors import UserError
+from opd_lightning.models.chat import render
+from opd_lightning.models.source import ModelSource
+from opd_lightning.models.tokenization import check_spelling
+from opd_lightning.teachers.frozen import FrozenTeacher
+from opd_lightning.teachers.of_student import EMATeacher
+from opd_lightning.types import Prompt
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from opd_lightning.run.datamodule import RolloutDataModule
+    from opd_lightning.training.base import DistillationModule
+
+# Weights and batches stay float32; others would convert log-probs and rewards with the inputs.
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+def check_models(module: DistillationModule) -> None:
+    """Student and teachers read, and the teachers speak the student's token ids."""
+    student = module.student.source
+    check_usable(student)
+    for source in teacher_sources(module):
+        check_usable(source)
+        check_same_tokens(student, source)
+    for source in teacher_sources(module, foreign=True):
+        check_usable(source)
+        check_spelling(student)
+        check_spelling(source)
+    for teacher in module.compared_teachers():
+        source = teacher.source or student
+        sizes = [s.config.get_text_config().vocab_size for s in (student, source)]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"student {student.path!r} and teacher {source.path!r} have heads of "
+                f"{sizes[0]} and {sizes[1]} tokens, which {type(module).__name__} cannot compare "
+                "token by token; use a method, rules and terms of sampled tokens only"
+            )
+
+
+def check_method(module: DistillationModule, data: RolloutDataModule, trainer: Trainer) -> None:
+    """The data give the method everything that it reads."""
+    name = type(module).__name__
+    for view in sorted(module.views() - data.views.keys()):
+        raise UserError(
+            f"data.views: got {', '.join(sorted(data.views))}, but {name} reads the view {view!r}; "
+            "add its template"
+        )
+    read = module.views() | ({data.mix.guided_view} if data.mix.guided else set())
+    for view in sorted(data.user_views - read):
+        raise UserError(
+            f"data.views: got {view!r}, which {name} does not read; it reads "
+            f"{', '.join(sorted(read)) or 'the student prompt alone'}"
+        )
+    early = {view for view, how in data.views.items() if not how.is_late}
+    told = early & module.views() or early
+    if data.mix.guided and data.mix.guided_view not in told:
+        raise UserError(
+            f"data.mix.guided_view: got {data.mix.guided_view!r}, expected "
+            f"{' or '.join(sorted(told))}: the sampler must be told what {name}'s teacher is told, "
+            "and before there are responses"
+        )
+    parts = [part for teacher in module.teachers() for part in teacher.parts()]
+    offloaded = [part for part in parts if isinstance(part, FrozenTeacher) and part.offload]
+    if offloaded and isinstance(trainer.strategy, ModelParallelStrategy):
+        raise UserError(
+            f"teacher.offload: got true for {offloaded[0].source.path!r}, but this run shards its "
+            "models, which leaves each process a part; leave offload out"
+        )
+    coarse = module.student.lora is None and module.student.dtype != "float32"
+    moving = [part for part in parts if isinstance(part, EMATeacher) and part.rate > 0]
+    if moving and not any(getattr(c, "moves_ema_teachers", False) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise UserError(
+            f"trainer.callbacks: nothing moves {name}'s EMATeacher (rate {moving[0].rate}); add "
+            "callbacks.EMATeacherUpdate, or use a FrozenTeacher"
+        )
+    if coarse and any(part.rate < 1 for part in moving):
+        raise UserError(
+            f"student.dtype: got {module.student.dtype!r}, in which small moves of an EMATeacher "
+            "round to nothing; use float32 with trainer.precision bf16-mixed"
+        )
+    if module.needs_groups and data.samples_per_prompt < 2:
+        raise UserError(
+            f"data.samples_per_prompt: got {data.samples_per_prompt}, but {name} compares the "
+            "rewards of a prompt's responses with one another; expected at least 2"
+        )
+    reader = name if module.needs_rewards else "data.mix.only_correct"
+    if (module.needs_rewards or data.mix.only_correct) and data.verifier is None:
+        raise UserError(f"data.verifier: got nothing, but {reader} reads rewards; name a verifier")
+    if data.mix.teacher and data.teacher is None:
+        raise UserError(
+            f"data.teacher: got nothing for mix.teacher {data.mix.teacher}; name its path and "
+            "engine"
+        )
+    if data.teacher is not None:
+        source = ModelSource(data.teacher.path, role="data.teacher")
+        check_usable(source)
+        check_same_tokens(module.student.source, source)
+    foreign = data.mix.teacher or data.mix.reads_records
+    if module.needs_demonstrations and data.mix.samples:
+        raise UserError(
+            f"data.mix: got the student's own responses, but {name} learns from given ones alone; "
+            "let data.mix.recorded and data.mix.teacher add up to 1"
+        )
+    _check_prepared(module, data)
+    for share, count in zip(
+        ("teacher", "recorded"), data.mix.counts(data.prompts_per_step), strict=True
+    ):
+        given = getattr(data.mix, share)
+        if given and not count and not data.mix.whole_steps:
+            raise UserError(
+                f"data.mix.{share}: got {given}, which is less than half a prompt of "
+                f"data.prompts_per_step {data.prompts_per_step}; raise one of them"
+            )
+    if foreign and not module.takes_demonstrations:
+        raise UserError(
+            f"data.mix: got responses that the student did not write, which {name} takes for its "
+            "own; set model.init_args.imitation to their weight, or take them out of the mix"
+        )
+
+
+def _check_prepared(module: DistillationModule, data: RolloutDataModule) -> None:
+    """Teachers that know their answers in advance are asked about nothing else."""
+    for ask in module.all_asks().values():
+        for part in ask.teacher.parts():
+            kind = type(part).__name__
+            if part.answers_live:
+                continue
+            if data.mix.samples or data.mix.teacher:
+                raise UserError(
+                    f"data.mix: got responses that are yet to be sampled, which a {kind} cannot "
+                    "have scored; set data.mix.recorded to 1, or name the teacher itself"
+                )
+            if ask.view != "student" and data.views[ask.view].is_late:
+                raise UserError(
+                    f"data.views: {ask.view!r} depends on how responses are verified, which a "
+                    f"{kind} cannot know in advance; name the teacher itself"
+                )
+
+
+def check_step_size(trainer: Trainer, data: RolloutDataModule) -> None:
+    """A step divides into ranks and micro-batches."""
+    world, parts = trainer.world_size, trainer.accumulate_grad_batches
+    if data.prompts_per_step % world:
+        raise UserError(
+            f"data.prompts_per_step: got {data.prompts_per_step} for {world} processes, "
+            "expected a multiple of their number"
+        )
+    share = data.prompts_per_step // world
+    # At worst all prompts that somebody else answers, with one response each, are one rank's.
+    others = share if data.mix.whole_steps else min(share, sum(data.mix.counts(share * world)))
+    rollouts = (share - others) * data.samples_per_prompt + others
+    if rollouts < parts:
+        raise UserError(
+            f"trainer.accumulate_grad_batches: got {parts} for {rollouts} rollouts a step per "
+            "process, expected at most one micro-batch per rollout; lower it or raise "
+            "data.prompts_per_step"
+        )
+
+
+def teacher_sources(module: DistillationModule, *, foreign: bool = False) -> list[ModelSource]:
+    """Folders of the teachers that have one, and the student's tokens or, if `foreign`, others."""
+    parts = [part for teacher in module.teachers() for part in teacher.parts()]
+    parts = [part for part in parts if part.has_own_tokenizer is foreign]
+    return [part.source for part in parts if part.source is not None]
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Settings of Lightning's that would break a promise of ours."""
+    if trainer.precision not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision: got {trainer.precision!r}, expected one of "
+            f"{', '.join(PRECISIONS)}; for weights in bfloat16 set student.dtype"
+        )
+    every, parts = trainer.val_check_interval, trainer.accumulate_grad_batches
+    if isinstance(every, int) and every % parts:
+        raise UserError(
+            f"trainer.val_check_interval: got {every} micro-batches for "
+            f"accumulate_grad_batches {parts}, expected a multiple, so that validation and "
+            "checkpoints fall between optimiser steps"
+        )
+
+
+def check_usable(source: ModelSource) -> None:
+    """A model can be read, and its tokenizer can hold a conversation."""
+    _ = source.config
+    tokenizer = source.tokenizer
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{source.role} {source.path!r}: its tokenizer has no EOS token, so responses could "
+            "never end; set eos_token in tokenizer_config.json"
+        )
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{source.role} {source.path!r}: its tokenizer has no chat template; add one "
+            "(chat_template.jinja) or use the model's chat version"
+        )
+
+
+def check_same_tokens(student: ModelSource, teacher: ModelSource) -> None:
+    """Ids mean the same text to both, and a conversation ends alike."""
+    pair = f"student {student.path!r} and teacher {teacher.path!r}"
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    if ours != theirs:
+        token = min(ours.items() ^ theirs.items(), key=lambda item: item[1])[0]
+        raise UserError(
+            f"{pair} have different tokenizers: {len(ours)} and {len(theirs)} tokens, token "
+            f"{token!r} is id {ours.get(token)} and {theirs.get(token)}; use models of one family, "
+            "or CrossTokenizerTeacher"
+        )
+    if student.tokenizer.eos_token_id != teacher.tokenizer.eos_token_id:
+        raise UserError(
+            f"{pair} end their turns differently: EOS is {student.tokenizer.eos_token!r} and "
+            f"{teacher.tokenizer.eos_token!r}, which makes responses run on; use the chat version "
+            "of both or set eos_token alike"
+        )
+    probe = Prompt(id="probe", messages=({"role": "user", "content": "1"},))
+    if render(probe, student.tokenizer, {}) != render(probe, teacher.tokenizer, {}):
+        raise UserError(
+            f"{pair} have different chat templates, so the teacher would score text it does not "
+            "expect; give both the same chat_template"
+        )

@@ -1,0 +1,267 @@
+"""The DataModule all methods share: prompts in, streams of rollouts out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning.pytorch import LightningDataModule
+
+from opd_lightning.data.engines import Engines, push
+from opd_lightning.data.mix import RolloutMix, TeacherSampler, samplings_by_author
+from opd_lightning.data.prompt_files import PromptFiles
+from opd_lightning.data.prompts import PromptSource
+from opd_lightning.data.stream import TrainingStream
+from opd_lightning.data.views import PromptView, Renderer
+from opd_lightning.data.writer import RolloutWriter
+from opd_lightning.errors import UserError
+from opd_lightning.evaluation.base import Bench, Loaded, Stream, Suite
+from opd_lightning.evaluation.responses import EvaluationSuite
+from opd_lightning.evaluation.tasks import HarnessTask
+from opd_lightning.evaluation.texts import LikelihoodSuite
+from opd_lightning.processes import Ranks
+from opd_lightning.rollouts.base import Engine, Sampling
+from opd_lightning.rollouts.time_limit import TimeLimit
+from opd_lightning.run.configuration import (
+    check_method,
+    check_models,
+    check_step_size,
+    check_trainer,
+)
+from opd_lightning.run.engines import check_engines, plan_engines
+from opd_lightning.run.loading import load_training
+from opd_lightning.run.prompt_checks import check_prompts
+from opd_lightning.types import Prompt
+from opd_lightning.verifiers.base import Verifier
+
+if TYPE_CHECKING:
+    from opd_lightning.training.base import DistillationModule
+
+
+class RolloutDataModule(LightningDataModule):
+    """Streams rollouts for the student being trained.
+
+    Args:
+        train: Prompts to train on.
+        engine: Who samples the student's responses.
+        mix: Who writes the responses; by default all are the student's own.
+        teacher: Who writes the demonstrations of `mix.teacher`.
+        verifier: Scores responses in [0, 1]; None where the method needs no reward.
+        views: Prompts for other readers, by name. "privileged", unless it is listed, is the row's
+            privileged text as a system message.
+        validation: Suites for `opd fit` and `opd validate`, by name.
+        test: Suites for `opd test`, by name.
+        texts: Suites that are read and not answered, by all three, by name.
+        tasks: Tasks of lm-evaluation-harness, for all three, by name.
+        suites: Suites of any other class, for all three, by name.
+        sampling: How responses are drawn.
+        prompts_per_step: Prompts per optimiser step, over all ranks.
+        samples_per_prompt: Responses of the student per prompt.
+        max_staleness: 0 is strictly on-policy. 1 lets the engine write a step's rollouts while the
+            step before trains, so that their weights are one optimiser step old.
+        engine_time_limit: Seconds that a call of an engine may take before the run ends; 0: any.
+        template_args: Extra variables for the chat template.
+        seed: Seed of prompt order, mix and sampling.
+    """
+
+    def __init__(
+        self,
+        train: PromptSource | None = None,
+        engine: Engine | None = None,
+        mix: RolloutMix = RolloutMix(),  # noqa: B008 - frozen, and shown by --help
+        teacher: TeacherSampler | None = None,
+        verifier: Verifier | None = None,
+        views: dict[str, PromptView] | None = None,
+        validation: dict[str, EvaluationSuite] | None = None,
+        test: dict[str, EvaluationSuite] | None = None,
+        texts: dict[str, LikelihoodSuite] | None = None,
+        tasks: dict[str, HarnessTask] | None = None,
+        suites: dict[str, Suite] | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008
+        prompts_per_step: int = 64,
+        samples_per_prompt: int = 1,
+        max_staleness: Literal[0, 1] = 0,
+        engine_time_limit: float = 3600.0,
+        template_args: dict[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        sampling.check_whole()
+        self.train = train
+        self.engine = engine
+        self.mix = mix
+        self.mix_at: Callable[[int], RolloutMix] = lambda step: mix  # a callback may move it
+        self.before_step: Callable[[int], None] = lambda step: None  # a callback may listen
+        self.teacher = teacher
+        self.verifier = verifier
+        self.user_views = set(views or {})
+        self.views = {"privileged": PromptView()} | (views or {})
+        self.section_of: dict[str, str] = {}  # of `data`, by suite
+        self._stages: dict[str, dict[str, Suite]] = {
+            "validate": dict(validation or {}),
+            "test": dict(test or {}),
+        }
+        self._add_suites(texts=texts, tasks=tasks, suites=suites)
+        self.sampling = sampling
+        self.prompts_per_step = prompts_per_step
+        self.samples_per_prompt = samples_per_prompt
+        self.max_staleness = max_staleness
+        self.template_args = template_args or {}
+        self.seed = seed
+        for name in ("prompts_per_step", "samples_per_prompt"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"data.{name}: got {value}, expected at least 1")
+        self.prompt_files = PromptFiles()  # the trainer gives those of a run
+        limit = TimeLimit(engine_time_limit, self._where, "data.engine_time_limit")
+        writer = teacher.engine if teacher else None
+        self.engines = Engines(engine, writer, self._push_weights, limit)
+        self._train: Loaded | None = None
+        self.loaded: dict[str, Any] = {}  # by suite: what its `load` returned
+
+    @property
+    def module(self) -> DistillationModule:
+        """The method being trained: the streams read its student and its clock."""
+        assert self.trainer is not None
+        return self.trainer.lightning_module  # type: ignore[return-value]
+
+    def setup(self, stage: str) -> None:
+        """Read and check everything that can be known before weights load."""
+        assert self.trainer is not None
+        self.module.check()
+        check_models(self.module)
+        suites = self.suites_of(stage)
+        if stage != "fit" and not suites:
+            name = "data.test" if stage == "test" else "data.validation"
+            raise UserError(f"{name}: got no suites, so there is nothing to measure; name one")
+        if stage == "fit" and self._train is None:
+            check_trainer(self.trainer)
+            check_method(self.module, self, self.trainer)
+            check_step_size(self.trainer, self)
+            self._train = load_training(self)
+        bench = self.bench
+        self.loaded |= {name: suite.load(name, bench) for name, suite in suites.items()}
+        needs = [suite.engine_needs(self.loaded[name], bench) for name, suite in suites.items()]
+        asked = [need for need in needs if need is not None]
+        check_engines(self, stage, evaluated=bool(asked))
+        plan_engines(self, self._longest_training_prompt(), asked)
+
+    def train_dataloader(self) -> TrainingStream:
+        assert self._train is not None
+        return TrainingStream(
+            *self._train,
+            writer=self.writer(self.verifier, training=True),
+            samplings=samplings_by_author(self.sampling, self.mix, self.teacher),
+            mix_at=lambda step: self.mix_at(step),
+            before_step=lambda step: self.before_step(step),
+            prepare=self.module.prepare_step,
+            now=lambda: self.module.global_step,
+            engines=self.engines,
+            max_staleness=self.max_staleness,
+            prompts_per_step=self.prompts_per_step,
+            samples_per_prompt=self.samples_per_prompt,
+            micro_batches=self.module.trainer.accumulate_grad_batches,
+            seed=self.seed,
+            ranks=Ranks.of(self.trainer),
+            pad_id=self.module.student.source.pad_id,
+            timer=self.module.timer,
+        )
+
+    def val_dataloader(self) -> list[Stream]:
+        return self._streams("validate")
+
+    def test_dataloader(self) -> list[Stream]:
+        return self._streams("test")
+
+    def _streams(self, stage: str) -> list[Stream]:
+        bench = self.bench
+        suites = self.suites_of(stage).items()
+        return [suite.stream(name, self.loaded[name], bench) for name, suite in suites]
+
+    def suites_of(self, stage: str) -> dict[str, Suite]:
+        """The suites of a stage, by name; "fit" has those of "validate"."""
+        return self._stages["test" if stage == "test" else "validate"]
+
+    @property
+    def bench(self) -> Bench:
+        """What the suites are measured with."""
+        source, renderer = self.module.student.source, self.renderer(training=False)
+
+        def check(
+            prompts: list[Prompt], ids: list[list[int]], sampling: Sampling, mix: RolloutMix
+        ) -> None:
+            check_prompts(self.module, prompts, ids, renderer, sampling, mix, training=False)
+
+        return Bench(
+            source=source,
+            template_args=self.template_args,
+            read=lambda prompts: prompts.load(self.prompt_files.size(prompts)),
+            render=renderer.plain,
+            check=check,
+            writer=self.writer,
+            engines=self.engines,
+            ranks=Ranks.of(self.trainer),
+            seed=self.seed,
+            sampling=self.sampling,
+            verifier=self.verifier,
+        )
+
+    def compares_with_start(self, stage: str) -> bool:
+        """Whether a suite of the stage measures how far the student is from its start."""
+        return any(suite.compares_with_start for suite in self.suites_of(stage).values())
+
+    def teardown(self, stage: str) -> None:
+        self.engines.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.engines.close()
+
+    def writer(self, verifier: Verifier | None, *, training: bool = False) -> RolloutWriter:
+        return RolloutWriter(
+            self.engines.by_author,
+            verifier,
+            self.renderer(training=training),
+            self.module.timer,
+            guided_view=self.mix.guided_view,
+            only_correct=self.mix.only_correct,
+            limit=self.engines.limit,
+        )
+
+    def renderer(self, *, training: bool) -> Renderer:
+        """Renders the student's prompts and, for training, every view that is read."""
+        names = self.module.views() | ({self.mix.guided_view} if self.mix.guided else set())
+        views = {name: self.views[name] for name in sorted(names)} if training else {}
+        source = self.module.student.source
+        return Renderer(source.tokenizer, self.template_args, views, source.eos_ids)
+
+    def _add_suites(self, **sections: Mapping[str, Suite] | None) -> None:
+        """Add suites of both stages; names must differ from those that are there."""
+        self.section_of = dict.fromkeys(self._stages["test"], "test")
+        self.section_of |= dict.fromkeys(self._stages["validate"], "validation")
+        for section, suites in sections.items():
+            if taken := self.section_of.keys() & (suites or {}).keys():
+                raise UserError(
+                    f"data.{section}: got {min(taken)!r}, the name of another suite; rename one"
+                )
+            for stage in self._stages.values():
+                stage |= suites or {}
+            self.section_of |= dict.fromkeys(suites or {}, section)
+
+    def _longest_training_prompt(self) -> int:
+        """Tokens of the longest prompt that an engine is given in training; 0 if there is none."""
+        if self._train is None:
+            return 0
+        longest = max(map(len, self._train.ids), default=0)
+        if self.mix.guided:
+            renderer = self.renderer(training=True)
+            views = (renderer.view(self.mix.guided_view, p) for p in self._train.prompts)
+            longest = max(longest, *(len(ids or ()) for ids in views))
+        return longest
+
+    def _where(self) -> str:
+        return f"rank {self.module.global_rank}, step {self.module.global_step}"
+
+    def _push_weights(self, engine: Engine) -> None:
+        step = self.module.global_step
+        if engine.version != step:
+            with self.module.timer.stage("sync"):
+                push(self.module.student, engine, version=step)

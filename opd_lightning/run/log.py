@@ -1,0 +1,126 @@
+"""A run's log across restarts: no step missing, none twice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from torch import Tensor
+
+from opd_lightning.metrics.log import write_validation
+from opd_lightning.run.dashboard import write_dashboard
+from opd_lightning.run.starts import note_start
+
+if TYPE_CHECKING:
+    from opd_lightning.evaluation.module import EvaluatedModule
+    from opd_lightning.training.base import DistillationModule
+
+
+class RunLog(Callback):
+    """Holds loggers and checkpoints together: a checkpoint of step n means a log up to n.
+
+    Whatever was logged for steps before n is on disk before the checkpoint is. Whatever is there
+    for n and after it, of a run that died later, is declared void when a run goes on from n, in
+    the words that TensorBoard's files have for it. Only the scores and tables of a validation made
+    at n belong to n and are not made again: the checkpoint has them.
+
+    With them it keeps what callbacks monitor (`trainer.callback_metrics`). A validation of the last
+    step that was cut short is made when the finished run is started again.
+
+    Every start is noted in the run folder. The first one, and any that begins at step 0 again,
+    writes what TensorBoard opens with; who goes on finds it there.
+    """
+
+    def __init__(self) -> None:
+        self.settings: Mapping[str, float | str] = {}  # of the run, as a flat table
+        self._resumed: dict[str, Any] = {}
+        self._began = False
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._resumed = checkpoint.get("log", {})
+
+    def on_train_start(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: DistillationModule
+    ) -> None:
+        self._began = True
+        log_dir = trainer.log_dir  # a broadcast, for every rank
+        self._go_on(trainer, pl_module)
+        if trainer.logger is not None and log_dir is not None and trainer.is_global_zero:
+            self._note_start(trainer, pl_module, Path(log_dir))
+
+    def _note_start(self, trainer: Trainer, module: DistillationModule, run: Path) -> None:
+        seeds = {
+            "seed_everything": int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            "data": trainer.datamodule.seed,  # type: ignore[attr-defined]
+        }
+        first = note_start(
+            run,
+            step=trainer.global_step,
+            checkpoint=None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+            seeds=seeds,
+            processes=trainer.world_size,
+        )
+        if first or trainer.global_step == 0:
+            write_dashboard(trainer, module, self.settings)
+
+    def _go_on(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
+        if trainer.is_global_zero:
+            _void_from(trainer, trainer.global_step)
+        monitored = self._resumed.get("monitored", {})
+        device = trainer.strategy.root_device
+        trainer.callback_metrics.update(
+            {name: Tensor([value]).squeeze().to(device) for name, value in monitored.items()}
+        )
+        pl_module.scores = self._resumed.get("validation", {})
+        pl_module.tables = self._resumed.get("tables", {})
+        pl_module.validation_is_over = bool(pl_module.scores)
+        write_validation(trainer, pl_module.scores, pl_module.tables)
+        self._resumed = {}
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["log"] = {
+            "monitored": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "validation": pl_module.scores if pl_module.validation_is_over else {},
+            "tables": pl_module.tables if pl_module.validation_is_over else {},
+        }
+        for logger in trainer.loggers:
+            logger.save()
+
+    def on_fit_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: EvaluatedModule
+    ) -> None:
+        """Lightning does not even enter its loop where all steps are made."""
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        if self._began or trainer.state.fn != TrainerFn.FITTING:
+            return
+        loop.update_restart_stage()
+        if loop.restarted_mid_evaluation:
+            self._go_on(trainer, pl_module)
+            trainer.validating = True
+            loop.run()
+            trainer.training = True
+
+
+def _void_from(trainer: Trainer, step: int) -> None:
+    """Tell TensorBoard that what earlier processes logged for `step` and later did not happen.
+
+    Only if there were any: TensorBoard reads files by the clock times in their names, and one of a
+    clock that was put back comes first. Twice, because the first START is not taken for a restart.
+    """
+    start = Event(session_log=SessionLog(status=SessionLog.START))
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            writer = logger.experiment.file_writer  # has its own file by now
+            if len(list(Path(logger.log_dir).glob("events.out.tfevents.*"))) > 1:
+                writer.add_event(start, step)
+                writer.add_event(start, step)

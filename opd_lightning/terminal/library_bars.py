@@ -1,0 +1,66 @@
+"""Other libraries' progress, told as ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from opd_lightning.terminal.progress import Progress
+
+
+class LibraryBar:
+    """What a library takes for a bar of tqdm's: as much of one as transformers and vLLM use."""
+
+    def __init__(self, stage: Progress, items: Iterable[Any] = ()) -> None:
+        self.stage = stage
+        self.items = items
+        self.postfix = ""  # theirs; not shown
+
+    def __iter__(self) -> Iterator[Any]:
+        with self.stage:
+            yield from self.stage.each(self.items)
+
+    @property
+    def n(self) -> int:
+        return self.stage.done
+
+    @property
+    def format_dict(self) -> dict[str, float]:
+        return {"elapsed": self.stage.elapsed}
+
+    def update(self, more: int = 1) -> None:
+        self.stage.update(more)
+
+    def refresh(self) -> None:
+        """Ours know when."""
+
+    def close(self) -> None:
+        self.stage.close()
+
+
+@contextmanager
+def told_as(label: str, unit: str) -> Iterator[None]:
+    """Within this, what transformers loads or writes is a stage of that name."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    def ours(_: object, args: tuple[Any, ...], how: dict[str, Any]) -> LibraryBar:
+        items = args[0] if args else ()
+        return LibraryBar(Progress(label, len(items), unit, within=True), items)
+
+    theirs = set_tqdm_hook(ours)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(theirs)
+
+
+def of_vllm(label: str) -> Callable[..., Any]:
+    """For `use_tqdm` of vLLM's calls: a stage in responses."""
+
+    def ours(prompts: Iterable[Any] | None = None, *, total: int = 0, **_: object) -> Any:
+        if prompts is not None:
+            return prompts  # which are but prepared
+        return LibraryBar(Progress(label, total, "response", within=True))
+
+    return ours

@@ -1,0 +1,202 @@
+"""How far a long stage is: a bar where somebody watches, a line now and then in a log."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
+
+if TYPE_CHECKING:
+    from opd_lightning.terminal.progress_bar import Bar
+
+PAUSE = 10.0  # seconds between two lines of a log
+LONG = 5.0  # seconds that a stage within another takes before its bar shows
+LONG_IN_LOGS = 60.0  # before its first line in a log, and between two
+REDRAW = 0.1  # seconds between two pictures of a bar
+
+T = TypeVar("T")
+
+
+def is_watched() -> bool:
+    """Whether stderr is a terminal; a task of srun writes to a log in any case."""
+    return sys.stderr.isatty() and "SLURM_STEP_ID" not in os.environ
+
+
+def _is_first() -> bool:
+    """Whether this is the first process of a run; others have nothing to add."""
+    dist = sys.modules.get("torch.distributed")  # which the first to speak need not import
+    return dist is None or not dist.is_initialized() or dist.get_rank() == 0
+
+
+def say(line: str) -> None:
+    """A line on stderr, above the bars."""
+    if is_watched():
+        from opd_lightning.terminal.progress_bar import Bar
+
+        Bar.write(line, file=sys.stderr)
+    else:
+        sys.stderr.write(f"{line}\n")  # at once, for threads may talk at a time
+        sys.stderr.flush()
+
+
+class Progress:
+    """What is done of a stage, its rate and the time left, on stderr.
+
+    Example, of what a log gets: "generate 512/4,096 responses, 38.1 responses/s, 01:34 left".
+    The first rank alone shows any. Several threads may each have stages; of one stage, a thread may
+    tell what is done while another ends it.
+
+    Args:
+        label: What the stage is called.
+        total: How much there is to do, at most; None: nobody knows.
+        unit: Of what, in the singular.
+        done: How much was done before.
+        every: Least difference between two lines of a log; they are `PAUSE` apart in any case.
+        within: Another stage, or a step, of which this is a part: shown once it is long, and
+            never at its end.
+        disable: Show nothing.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int | None,
+        unit: str,
+        *,
+        done: int = 0,
+        every: int = 1,
+        within: bool = False,
+        disable: bool = False,
+    ) -> None:
+        self.label = label
+        self.total = total
+        self.unit = unit
+        self.units = unit + ("es" if unit.endswith("ch") else "s")
+        self.within = within
+        self.figures = ""  # told beside, such as "loss 0.3"
+        self.done = self._told = self._before = done
+        self._every = every
+        self._began = monotonic()
+        self._bar: Bar | None = None
+        self._lock = threading.Lock()  # of what is shown
+        self._in_lines = not is_watched()
+        self._pause = REDRAW
+        first = LONG if within else 0.0
+        if self._in_lines:
+            first = self._pause = LONG_IN_LOGS if within else PAUSE
+        self._is_hidden = disable or not _is_first()
+        self._due = math.inf if self._is_hidden else self._began + first
+        if not (self._in_lines or within):
+            self._show()
+
+    def update(self, more: int = 1) -> None:
+        """So much more is done; costs less than a microsecond where nothing is to be shown."""
+        self.done += more
+        if monotonic() >= self._due:
+            self._show()
+
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """One after the other; each is done when the next is asked for."""
+        for item in items:
+            yield item
+            self.update()
+
+    def shorten(self, less: int) -> None:
+        """So much is not to be done after all."""
+        if self.total is not None:
+            self.total -= less
+
+    def close(self) -> None:
+        """Say what was done, or leave no trace of what was within another stage."""
+        if not self.within:
+            self._every = 1
+            self._show()
+        with self._lock:
+            self._is_hidden, self._due = True, math.inf
+            if self._bar is not None:
+                self._bar.close()
+                self._bar = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # What is shown --------------------------------------------------------------------------
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the stage began."""
+        return monotonic() - self._began
+
+    @property
+    def amount(self) -> str:
+        """Such as "512/4,096 responses"; steps of a stage that is called "step" are but numbers."""
+        total = "?" if self.total is None else f"{self.total:,}"
+        return f"{self.done:,}/{total}" + (f" {self.units}" if self.unit != self.label else "")
+
+    @property
+    def speed(self) -> str:
+        """Of the whole stage, such as "38.1 responses/s" or "5 s a step"."""
+        if not (rate := self._rate):
+            return f"? {self.units}/s"
+        if rate < 1:
+            return f"{1 / rate:.3g} s a {self.unit}"
+        return f"{rate:,.3g} {self.units}/s" if rate < 1000 else f"{rate:,.0f} {self.units}/s"
+
+    @property
+    def left(self) -> str:
+        """Such as "01:34 left", or "02:10 in all" at the end."""
+        if self.total is not None and self.done >= self.total:
+            return f"{clock(self.elapsed)} in all"
+        if self.total is None or not self._rate:
+            return "? left"
+        return f"{clock((self.total - self.done) / self._rate)} left"
+
+    @property
+    def _rate(self) -> float:
+        return (self.done - self._before) / max(self.elapsed, 1e-9)
+
+    def _show(self) -> None:
+        with self._lock:
+            if self._is_hidden:
+                return
+            if self._in_lines:
+                self._add_line()
+            else:
+                self._draw()
+
+    def _add_line(self) -> None:
+        if self.done - self._told < self._every:
+            return  # no line without news
+        told = (f"{self.label} {self.amount}", self.figures, self.speed, self.left)
+        say(", ".join(part for part in told if part))
+        self._told = self.done
+        self._due = monotonic() + self._pause
+
+    def _draw(self) -> None:
+        if self._bar is None:
+            from opd_lightning.terminal.progress_bar import Bar
+
+            self._bar = Bar(self)
+        else:
+            self._bar.refresh()
+        self._due = monotonic() + self._pause
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, such as 01:34, and hours where there are any."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute:02}:{second:02}"

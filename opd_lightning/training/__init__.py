@@ -1,0 +1,1 @@
+"""The base of all methods: a LightningModule that scores, reduces and logs."""

@@ -1,0 +1,242 @@
+"""What every method shares: the student, its optimiser, the step, and what is logged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import Metric, SumMetric
+
+from opd_lightning.errors import EngineMismatchError, UserError, note
+from opd_lightning.evaluation.module import EvaluatedModule
+from opd_lightning.losses.reduction import Aggregation
+from opd_lightning.metrics.depth import DepthStatistics
+from opd_lightning.metrics.log import write_step
+from opd_lightning.metrics.overlap import OverlapStatistics
+from opd_lightning.metrics.signal import SignalStatistics
+from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics
+from opd_lightning.metrics.sums import Means
+from opd_lightning.models.sharding import Sharding, whole
+from opd_lightning.models.student import Student
+from opd_lightning.processes import Ranks
+from opd_lightning.rules.base import Rates, Scored, Signal
+from opd_lightning.timing import StepTimer
+from opd_lightning.training.contract import Contract
+from opd_lightning.training.learning_rates import scaled
+from opd_lightning.training.resumption import check_whole_steps, rewind
+from opd_lightning.training.skipped_steps import SkippedSteps, check_weights
+from opd_lightning.types import RolloutBatch, TokenScores
+
+
+class DistillationModule(Contract, EvaluatedModule):
+    """A method turns a micro-batch into a loss; everything else happens here.
+
+    Args:
+        student: The model that learns.
+        optimizer: From parameters to an optimiser. Published recipes use 1e-5 to 1e-6 for all
+            weights and 1e-4 for LoRA.
+        lr_scheduler: From an optimiser to a scheduler, stepped once per optimiser step.
+        aggregation: How token losses become one number; see `losses/reduction.py`.
+        max_logprob_gap: The run stops when engine and trainer differ by more than this many nats
+            on the mean sampled token of a step.
+        stop_after_skips: A step whose loss or gradient is not finite is skipped: no weight moves.
+            The run stops at this many in a row.
+        overlap_top_k: Size of the top-k sets whose overlap is logged.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        *,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        aggregation: Aggregation = "token-mean",
+        max_logprob_gap: float = 0.1,
+        stop_after_skips: int = 3,
+        overlap_top_k: int = 16,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.aggregation: Aggregation = aggregation
+        self.max_logprob_gap = max_logprob_gap
+        self.overlap_top_k = overlap_top_k
+        self.timer = StepTimer()
+        self.loss_sum = SumMetric(nan_strategy="disable")
+        self.skipped = SkippedSteps(stop_after_skips)
+        self.responses = ResponseStatistics()
+        self.engine_gap = EngineStatistics()
+        self.signal = SignalStatistics()
+        self.overlap = OverlapStatistics()
+        self.depth = DepthStatistics()
+        self.rates = Means()
+        # [B, R] or [B, 1] values of the micro-batch trained on last, by name, for logs.
+        self.token_figures: Mapping[str, Tensor] = {}
+        self._tokens = 0.0  # of the last step that was logged
+        self.moving = False  # weights, scheduler and callbacks are between two steps
+        # Factors on the learning rate, by who set them; a callback may, and keeps its own.
+        self.rate_scales: dict[str, float] = {}
+
+    # What a method may use ----------------------------------------------------------------
+
+    def compare_with_engine(self, batch: RolloutBatch, student: TokenScores) -> None:
+        """Note the gap between the engine's log-probs of its samples and the trainer's.
+
+        A step whose mean is too large stops the run before the optimiser moves. Rollouts under
+        another prompt, or that nobody sampled, have nothing to compare. Those of older weights
+        differ rightly: of them only the importance weights are noted.
+        """
+        mask = batch.response_mask & batch.on_policy[:, None]
+        self.skipped.look_at_engine(batch, mask)
+        versions = [rollout.policy_version for rollout in batch.rollouts]
+        fresh = torch.tensor(versions, device=mask.device) == batch.totals.step
+        self.engine_gap.update(
+            batch.behaviour_logprobs[mask],
+            student.logprobs.detach()[mask],
+            fresh[:, None].expand_as(mask)[mask],
+        )
+
+    def note_signal(
+        self, batch: RolloutBatch, student: TokenScores, teacher: TokenScores, mask: Tensor
+    ) -> None:
+        """Note what the teacher says of the tokens in `mask [B, R]`."""
+        self.signal.update(batch, student, teacher, mask)
+        self.overlap.update(student, teacher, mask)
+        self.depth.update(student, teacher, mask)
+
+    def note_rules(self, scored: Scored, signal: Signal, rates: Rates) -> None:
+        """Note what became of the signal, token by token."""
+        done = {**rates, "selected": signal.mask}
+        self.rates.update(scored.batch, {f"rule/{name}": rate for name, rate in done.items()})
+        if "teacher" not in scored.others:  # else it is among the signal's figures
+            self.rates.update(scored.batch, {"entropy/student": scored.student.entropy})
+        told = {"log_ratio": scored.log_ratio} if "teacher" in scored.others else {}
+        self.token_figures = told | {"advantage": signal.advantage, **done}
+
+    # Lightning ----------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        self.student.load(Sharding.of(self.trainer))
+        self.load_start()
+        if self.trainer.state.fn == TrainerFn.FITTING:  # nobody else asks them
+            for teacher in self.teachers():
+                teacher.load(self.trainer.strategy.root_device, self.student)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer([p for p in self.student.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        planned = getattr(scheduler, "total_steps", None)
+        if planned is not None and planned < self.trainer.max_steps:
+            raise UserError(
+                f"lr_scheduler.total_steps: got {planned} for trainer.max_steps "
+                f"{self.trainer.max_steps}; set both alike"
+            )
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    def teardown(self, stage: str) -> None:
+        for teacher in self.teachers():
+            teacher.close()
+
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
+        assert batch.totals.step == self.trainer.global_step
+        loss = self.loss(batch)
+        self.loss_sum.update(loss.detach())
+        self.responses.update(batch)
+        # Lightning divides by the micro-batches, and DDP and FSDP average over ranks; `loss` is
+        # already this micro-batch's share of the whole step.
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def on_train_start(self) -> None:
+        check_whole_steps(self.trainer)
+        self.depth.limit = self.trainer.datamodule.sampling.max_new_tokens  # type: ignore[attr-defined]
+        for metric in self._metrics():
+            metric.reset()  # an exception may have left half a step behind
+        self.skipped.reset()
+        self.moving = False
+
+    def _metrics(self) -> tuple[Metric, ...]:
+        about_teacher = (self.signal, self.overlap, self.depth)
+        return (self.loss_sum, self.responses, self.engine_gap, *about_teacher, self.rates)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self.timer.start("backward")
+
+    def on_after_backward(self) -> None:
+        self.timer.stop("backward")
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        with self.timer.stage("log"):
+            parameters = list(self.student.parameters())
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norm = whole(torch.nn.utils.get_total_norm(gradients))
+            loss = self.loss_sum.compute()
+            skipped = self.skipped.skip(self.trainer.global_step, loss, norm, parameters)
+            if skipped is not None and self.trainer.is_global_zero:
+                note(skipped)
+            self._log_step(loss, norm, skipped=skipped is not None)
+        for teacher in self.teachers():
+            teacher.rest()
+        self.timer.start("optimizer")
+        self.moving = True
+        self.validation_is_over = False
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        with scaled(self.trainer.optimizers, math.prod(self.rate_scales.values())):
+            super().optimizer_step(*args, **kwargs)
+        check_weights(self.trainer.global_step, self.student, Ranks.of(self.trainer))
+        self.timer.stop("optimizer")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.moving = False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        rewind(checkpoint["loops"]["fit_loop"], self.trainer)
+        checkpoint["skipped_steps"] = self.skipped.counts()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.skipped.resume(checkpoint.get("skipped_steps", {}))
+
+    def on_validation_start(self) -> None:
+        self.timer.pause()
+
+    def on_validation_end(self) -> None:
+        self.timer.resume()
+
+    # Logs ---------------------------------------------------------------------------------
+
+    def _log_step(self, loss: Tensor, gradient_norm: Tensor, *, skipped: bool) -> None:
+        values: dict[str, Any] = {
+            "loss": loss,
+            "optim/skipped_steps": float(self.skipped.total),
+            "optim/gradient_norm": gradient_norm,
+            "optim/learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        for metric in self._metrics():
+            if metric.update_called and metric is not self.loss_sum:
+                values |= metric.compute()
+            metric.reset()
+        gap = float(values.get("engine/logprob_gap_mean", 0.0))
+        if not skipped and not gap <= self.max_logprob_gap:  # NaN is no agreement either
+            raise EngineMismatchError.of_logprobs(
+                self.trainer.global_step, gap, self.max_logprob_gap
+            )
+        # Of the step before: the clock of this one still runs.
+        values |= self.timer.figures(self._tokens)
+        self._tokens = float(values["response/tokens_per_step"])
+        figures = {name: float(value) for name, value in values.items()}
+        epoch = {"epoch": float(self.trainer.current_epoch)}
+        write_step(self.trainer, figures | epoch, self.trainer.global_step)
+        # Callbacks monitor and show these; Lightning's `log` spends half a millisecond on each.
+        held = torch.tensor(list(figures.values()), device=self.device)
+        self.trainer.callback_metrics.update(zip(figures, held.unbind(), strict=True))
+        shown = ("loss", "reward", "tokens_per_second")
+        self.trainer.progress_bar_metrics.update({k: figures[k] for k in shown if k in figures})

@@ -1,0 +1,135 @@
+"""Whether the parts of a composed method fit one another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from opd_lightning.errors import UserError
+from opd_lightning.losses.surrogate import Surrogate
+from opd_lightning.losses.top_k import TopK
+from opd_lightning.teachers.base import DistributionTeacher, Teacher, TopKTeacher
+from opd_lightning.training.scoring import LOSS
+
+if TYPE_CHECKING:
+    from opd_lightning.training.composed import ComposedMethod
+
+
+def check_parts(composed: ComposedMethod) -> None:
+    """Raise UserError, before any weight is loaded, where a part reads what nobody gives."""
+    method, asks = type(composed).__name__, composed.all_asks()
+    is_divergence = LOSS in composed.comparisons()
+    _check_names(composed)
+    _check_tokens(composed)
+    for rule in composed.rules:
+        name = type(rule).__name__
+        for need in rule.needs:
+            if need not in asks:
+                raise UserError(
+                    f"rules: {name} reads the scores called {need!r}, but {method} asks for "
+                    f"{', '.join(asks) or 'none'}; choose a method that has them"
+                )
+        if rule.shapes_advantage and is_divergence:
+            raise UserError(
+                f"rules: {name} changes the advantage, but {method}'s loss is a divergence, "
+                "which has none; use a rule that weighs or masks, or a sampled method"
+            )
+    if is_divergence and composed.surrogate != Surrogate():
+        raise UserError(
+            f"surrogate: got {composed.surrogate}, but {method}'s loss is a divergence, which has "
+            "no importance ratio; leave it out"
+        )
+    corrected = any(rule.corrects_sampler for rule in composed.rules)
+    if composed.surrogate.ratio_to == "sampler" and corrected:
+        raise UserError(
+            f"surrogate.ratio_to: got 'sampler', which corrects for the engine in full, but "
+            f"{method} has a rule that does so too; set importance_cap to null, or ratio_to to "
+            "'trainer'"
+        )
+    for name, wish in composed.all_comparisons().items():
+        if wish.other is None:
+            continue
+        if wish.other not in asks:
+            raise UserError(
+                f"{name} compares with the distribution of {wish.other!r}, but {method} asks for "
+                f"{', '.join(asks) or 'none'}; choose a method that has it"
+            )
+        _check_known(method, asks[wish.other].teacher, wish.function)
+    for term in composed.terms:
+        teacher = asks["teacher"].teacher if term.reads_entropy else None
+        if isinstance(teacher, TopKTeacher) and not teacher.tells_entropy:
+            raise UserError(
+                f"terms: {type(term).__name__} reads the teacher's entropy, which "
+                f"{type(teacher).__name__} cannot tell; leave it out, or use a teacher in this "
+                "process (or its cached answers)"
+            )
+
+
+def _check_tokens(composed: ComposedMethod) -> None:
+    """A teacher with other tokens is asked what it can tell: of groups, under the plain prompt."""
+    method = type(composed).__name__
+    summing = [method] if composed.sums_tokens else []
+    summing += [type(rule).__name__ for rule in composed.rules if rule.sums_tokens]
+    for ask in composed.all_asks().values():
+        for part in ask.teacher.parts():
+            if not part.has_own_tokenizer:
+                continue
+            kind = type(part).__name__
+            if ask.view != "student":
+                raise UserError(
+                    f"{method} shows its teacher the view {ask.view!r}, but {kind} reads the plain "
+                    "prompt alone; use a teacher with the student's tokenizer"
+                )
+            if summing:
+                raise UserError(
+                    f"{summing[0]} adds up log-ratios of single tokens, but {kind} tells those of "
+                    "groups, which would count several times; leave it out (OPD: discount 0), or "
+                    "use a teacher with the student's tokenizer"
+                )
+
+
+def corrects_sampler(composed: ComposedMethod) -> bool:
+    """Whether a policy gradient is weighed by pi_theta / mu, the policy that sampled."""
+    by_rule = any(rule.corrects_sampler for rule in composed.rules)
+    return by_rule or composed.surrogate.ratio_to == "sampler"
+
+
+def _check_known(method: str, teacher: Teacher, function: Any) -> None:
+    """A teacher can tell what a comparison reads."""
+    if isinstance(teacher, DistributionTeacher):
+        return
+    kind = type(teacher).__name__
+    if not (isinstance(teacher, TopKTeacher) and isinstance(function, TopK)):
+        raise UserError(
+            f"{method} reads whole distributions, which {kind} cannot give; use a teacher in this "
+            "process with the student's tokenizer, a method of sampled tokens"
+            + (", or DivergenceOPD with TopK" if isinstance(teacher, TopKTeacher) else "")
+        )
+    told = ("teacher", "intersection", *(("student",) if teacher.scores_given_ids else ()))
+    if function.support not in told:
+        raise UserError(
+            f"TopK: support is {function.support!r}, of which {kind} cannot tell all log-probs; "
+            f"expected {' or '.join(told)}"
+        )
+
+
+def _check_names(composed: ComposedMethod) -> None:
+    """No part may answer to a name that means something else already."""
+    asks: dict[str, Any] = dict(composed.asks())
+    wishes: dict[str, Any] = dict(composed.comparisons())
+    for rule in composed.rules:
+        _add(wishes, rule.comparisons(), f"rules: {type(rule).__name__}")
+    for term in composed.terms:
+        owner = f"terms: {type(term).__name__}"
+        _add(asks, term.asks(), owner)
+        _add(wishes, term.comparisons(), owner)
+    names = [term.name for term in composed.terms]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"terms: two are called {name!r}; give one of them another name")
+
+
+def _add(known: dict[str, Any], more: Mapping[str, Any], owner: str) -> None:
+    for name, meaning in more.items():
+        if known.setdefault(name, meaning) != meaning:
+            raise UserError(f"{owner}: the name {name!r} is taken; give it another name")

@@ -1,0 +1,122 @@
+"""A step whose loss or gradient is not finite is left out; too many in a row end the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from opd_lightning.errors import EngineMismatchError, RunStoppedError, UserError, raised_by_all
+from opd_lightning.metrics.sums import Means
+from opd_lightning.processes import Ranks
+from opd_lightning.types import RolloutBatch, TokenScores
+
+ENGINE = "engine"
+
+
+class SkippedSteps(nn.Module):
+    """Finds steps that must not move the weights, counts them and takes their gradients away.
+
+    What it decides by is added up over micro-batches and ranks, so that all ranks decide alike. An
+    optimiser leaves a parameter without a gradient as it is: value, moments and step count.
+
+    Args:
+        stop_after: Steps in a row, the last included, that end the run.
+    """
+
+    def __init__(self, stop_after: int) -> None:
+        super().__init__()
+        if stop_after < 1:
+            raise UserError(
+                f"model.init_args.stop_after_skips: got {stop_after}, expected at least 1"
+            )
+        self.stop_after = stop_after
+        self.total = 0  # in this run
+        self.in_a_row = 0
+        self.faulty = Means()  # share of tokens without a usable log-prob, by who gave it
+
+    def look(self, batch: RolloutBatch, mask: Tensor, **told: TokenScores) -> None:
+        """Note whose log-probs are not finite where `mask [B, R]` says that they are read."""
+        self._note(batch, mask, {name: scores.logprobs for name, scores in told.items()})
+
+    def look_at_engine(self, batch: RolloutBatch, mask: Tensor) -> None:
+        """The same of the engine's own, which no rule need read for them to matter."""
+        self._note(batch, mask, {ENGINE: batch.behaviour_logprobs})
+
+    def _note(self, batch: RolloutBatch, mask: Tensor, told: Mapping[str, Tensor]) -> None:
+        self.faulty.update(batch, {name: mask & ~x.isfinite() for name, x in told.items()})
+
+    def reset(self) -> None:
+        """Forget the micro-batches of a step that is over or was cut short."""
+        self.faulty.reset()
+
+    def skip(
+        self, step: int, loss: Tensor, gradient_norm: Tensor, parameters: Iterable[nn.Parameter]
+    ) -> str | None:
+        """Leave the step out if it must be: the line to say then, else None.
+
+        All ranks must ask. Raises RunStoppedError if it is one too many, and EngineMismatchError
+        if the engine is to blame, whose next rollouts would be no better.
+        """
+        faulty = {who: float(share) for who, share in self.faulty.compute().items() if share > 0}
+        self.reset()
+        if ENGINE in faulty:
+            engine = EngineMismatchError(
+                f"step {step}: the engine's log-probs are not finite on {faulty[ENGINE]:.2%} of "
+                "the tokens that it sampled; its weights or its kernels are broken: restart the "
+                "run, with engine dtype float32 if it happens again"
+            )
+            raise raised_by_all(engine)
+        if loss.isfinite() and gradient_norm.isfinite():
+            self.in_a_row = 0
+            return None
+        found = f"its loss is {float(loss):g} and its gradient's norm {float(gradient_norm):g}"
+        for who, share in faulty.items():
+            found += f", log-probs of the {who} are not finite on {share:.2%} of the tokens"
+        if self.in_a_row + 1 >= self.stop_after:  # not counted: a resumed run makes it again
+            too_many = RunStoppedError(
+                f"step {step}: {found}; that makes {self.stop_after} in a row "
+                "(model.init_args.stop_after_skips), so the run ends with the weights of before; "
+                "lower the learning rate, or look at who gives no numbers"
+            )
+            raise raised_by_all(too_many)
+        for parameter in parameters:
+            parameter.grad = None
+        self.total += 1
+        self.in_a_row += 1
+        return (
+            f"step {step} skipped: {found}; weights and optimiser stay as they were "
+            f"({self.in_a_row} in a row, {self.stop_after} end the run; {self.total} in this run)"
+        )
+
+    def counts(self) -> dict[str, int]:
+        """For a checkpoint."""
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def resume(self, counts: Mapping[str, int]) -> None:
+        """Go on counting where a checkpoint's run did; older ones have no counts."""
+        self.total, self.in_a_row = counts.get("total", 0), counts.get("in_a_row", 0)
+
+
+def check_weights(step: int, student: nn.Module, ranks: Ranks) -> None:
+    """Raise RunStoppedError, on all ranks, if the optimiser left a weight that is not finite."""
+    trained = {name: _here(p) for name, p in student.named_parameters() if p.requires_grad}
+    # The largest magnitude: unlike a sum of squares it cannot overflow, and NaN stays NaN.
+    largest = torch.nn.utils.get_total_norm(trained.values(), norm_type=float("inf"))
+    if ranks.sum(int(not largest.isfinite())):
+        broken = [name for name, weight in trained.items() if not weight.isfinite().all()]
+        name = next(names[0] for names in ranks.gather(broken) if names)
+        error = RunStoppedError(
+            f"step {step}: the optimiser left weights that are not finite, {name!r} among them; "
+            "this step is neither saved nor pushed: go on from the last checkpoint, with a lower "
+            "learning rate"
+        )
+        raise raised_by_all(error)
+
+
+def _here(parameter: nn.Parameter) -> Tensor:
+    """This process's part of it."""
+    weight = parameter.detach()
+    return weight.to_local() if isinstance(weight, DTensor) else weight
