@@ -71,7 +71,7 @@ def check_measurable(targets: list[str], data: RolloutDataModule, trainer: Train
             "expected at least one of them, and another to be kept"
         )
     for name, suite in suites.items():
-        if suite.judged_by(data.bench) is None:
+        if suite.judged_by(data.verifier) is None:
             raise UserError(
                 f"CapabilityRetention: suite {name!r} has no verifier, so nothing to compare; set "
                 "its verifier or data.verifier"
@@ -85,7 +85,7 @@ def check_measurable(targets: list[str], data: RolloutDataModule, trainer: Train
 
 def judged(module: EvaluatedModule, data: RolloutDataModule) -> dict[str, float]:
     """The score by which every measured suite is judged, by suite."""
-    figures = {name: suite.judged_by(data.bench) for name, suite in module.suites.items()}
+    figures = {name: suite.judged_by(data.verifier) for name, suite in module.suites.items()}
     return {
         name: float(module.suite_scores[name].compute()[figure])
         for name, figure in figures.items()

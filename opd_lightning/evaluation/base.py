@@ -177,16 +177,16 @@ class Suite(metaclass=ABCMeta):  # no base, so that a configuration may leave ou
         """What the engine is asked for; None if nothing is sampled."""
         return None
 
-    def judged_by(self, bench: Bench) -> str | None:
+    def judged_by(self, verifier: Verifier | None) -> str | None:
         """The figure of `scores` by which suites are compared, larger being better.
 
-        None where there is none, as without a verifier.
+        None if there is none. `verifier` is the run's own, `data.verifier`.
         """
         return "score"
 
-    def chart(self, bench: Bench) -> Chart | None:
+    def chart(self, verifier: Verifier | None) -> Chart | None:
         """The figure that TensorBoard shows first."""
-        figure = self.judged_by(bench)
+        figure = self.judged_by(verifier)
         return None if figure is None else Chart(figure)
 
     @property

@@ -83,13 +83,13 @@ class EvaluationSuite(Suite):
         budget = (self.sampling or bench.sampling).max_new_tokens
         return EngineNeeds(max(map(len, loaded.ids), default=0), budget)
 
-    def judged_by(self, bench: Bench) -> str | None:
+    def judged_by(self, verifier: Verifier | None) -> str | None:
         """The score; None without a verifier."""
-        return "score" if self.verifier or bench.verifier else None
+        return "score" if self.verifier or verifier else None
 
-    def chart(self, bench: Bench) -> Chart | None:
+    def chart(self, verifier: Verifier | None) -> Chart | None:
         """The score and its interval."""
-        figure = self.judged_by(bench)
+        figure = self.judged_by(verifier)
         return None if figure is None else Chart(figure, has_interval=True)
 
     @property

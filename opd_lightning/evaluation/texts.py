@@ -18,6 +18,7 @@ from opd_lightning.evaluation.base import Bench, Chart, Loaded, Reader, Rows, Su
 from opd_lightning.evaluation.scores import LikelihoodScores
 from opd_lightning.processes import Ranks
 from opd_lightning.types import Author, Prompt, RolloutBatch, StepTotals, Totals
+from opd_lightning.verifiers.base import Verifier
 
 _NO_STEP = StepTotals(step=0, written=Totals(0, 0), demonstrated=Totals(0, 0))
 
@@ -71,10 +72,10 @@ class LikelihoodSuite(Suite):
         logprobs = found.student.logprobs
         scores.update(logprobs, found.values.get("start", torch.zeros_like(logprobs)))
 
-    def judged_by(self, bench: Bench) -> str:
+    def judged_by(self, verifier: Verifier | None) -> str:
         return "log_likelihood"
 
-    def chart(self, bench: Bench) -> Chart:
+    def chart(self, verifier: Verifier | None) -> Chart:
         return Chart("perplexity")
 
     @property

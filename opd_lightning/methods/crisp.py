@@ -6,9 +6,9 @@ from typing import Any
 
 from opd_lightning.losses.divergence import Divergence, ReverseKL
 from opd_lightning.losses.reduction import Aggregation
-from opd_lightning.methods.divergence import DivergenceMethod
 from opd_lightning.models.student import Student
 from opd_lightning.teachers.base import DistributionTeacher
+from opd_lightning.training.divergence import DivergenceMethod
 
 
 class CRISP(DivergenceMethod):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from opd_lightning.losses.divergence import JSD
-from opd_lightning.methods.divergence import DivergenceMethod
 from opd_lightning.models.student import Student
 from opd_lightning.teachers.base import DistributionTeacher
+from opd_lightning.training.divergence import DivergenceMethod
 
 
 class GKD(DivergenceMethod):

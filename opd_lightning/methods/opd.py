@@ -10,11 +10,11 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.losses.advantage import return_to_go
 from opd_lightning.losses.divergence import Divergence, ReverseKL
-from opd_lightning.methods.divergence import DivergenceMethod
 from opd_lightning.models.student import Student
 from opd_lightning.rules.base import Scored
 from opd_lightning.teachers.base import Ask, Teacher
 from opd_lightning.training.composed import ComposedMethod
+from opd_lightning.training.divergence import DivergenceMethod
 
 
 class OPD(ComposedMethod):

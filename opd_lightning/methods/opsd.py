@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from opd_lightning.losses.divergence import JSD, Divergence
-from opd_lightning.methods.divergence import DivergenceMethod
 from opd_lightning.models.student import Student
 from opd_lightning.teachers.base import Ask, DistributionTeacher, Teacher
 from opd_lightning.training.composed import ComposedMethod
+from opd_lightning.training.divergence import DivergenceMethod
 
 
 class OPSD(DivergenceMethod):

@@ -7,11 +7,11 @@ from typing import Any
 
 from opd_lightning.losses.divergence import JSD, Divergence
 from opd_lightning.losses.reduction import Aggregation
-from opd_lightning.methods.divergence import DivergenceMethod
 from opd_lightning.models.student import Student
 from opd_lightning.rules.base import Rule
 from opd_lightning.rules.masks import SkipFirst
 from opd_lightning.teachers.base import DistributionTeacher
+from opd_lightning.training.divergence import DivergenceMethod
 
 
 class SDFT(DivergenceMethod):

@@ -7,11 +7,11 @@ from typing import Any
 
 from opd_lightning.losses.divergence import Divergence
 from opd_lightning.losses.top_k import TopK
-from opd_lightning.methods.divergence import DivergenceMethod
 from opd_lightning.models.student import Student
 from opd_lightning.rules.base import Rule
 from opd_lightning.rules.importance import TruncatedImportance
 from opd_lightning.teachers.base import DistributionTeacher
+from opd_lightning.training.divergence import DivergenceMethod
 
 
 class SDPO(DivergenceMethod):

@@ -68,7 +68,7 @@ def _results(data: RolloutDataModule) -> list[str]:
 
 def _charts(data: RolloutDataModule) -> dict[str, Chart]:
     """The chart of every suite of a validation; none for what has no verifier."""
-    charts = {n: suite.chart(data.bench) for n, suite in data.suites_of("validate").items()}
+    charts = {n: suite.chart(data.verifier) for n, suite in data.suites_of("validate").items()}
     return {name: chart for name, chart in charts.items() if chart is not None}
 
 
