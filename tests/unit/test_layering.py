@@ -1,6 +1,7 @@
 """The tree keeps its shape: imports point down, files stay short, the package root stays small."""
 
 import ast
+import re
 import warnings
 from pathlib import Path
 
@@ -118,6 +119,13 @@ def test_the_readme_has_a_line_for_every_room() -> None:
     rooms = [p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()]
     missing = [room for room in rooms if f"{room}/" not in readme]
     assert not missing
+
+
+def test_the_architecture_page_names_files_that_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = {n for n in re.findall(r"`([\w/]+(?:/|\.py))`", page) if not n.startswith("tests/")}
+    assert len(named) > 40
+    assert not [n for n in named if not ((PACKAGE / n).exists() or (ROOT / n).exists())]
 
 
 def test_callbacks_is_our_package() -> None:
