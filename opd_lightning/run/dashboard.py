@@ -12,13 +12,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
 from opd_lightning.evaluation.base import Chart
+from opd_lightning.training.callback import Layout, run_callbacks
 
 if TYPE_CHECKING:
     from opd_lightning.run.datamodule import RolloutDataModule
     from opd_lightning.training.base import DistillationModule
-
-# Category, chart, and its kind with regular expressions of tags; a "Margin" is value, low, high.
-Layout = dict[str, dict[str, list[Any]]]
 
 # The settings that the HParams tab shows before anybody chooses others.
 SHOWN = ("method", "student.path", "teacher.path", "optimizer.lr", "data.prompts_per_step")
@@ -100,8 +98,9 @@ def _layout(trainer: Trainer, module: DistillationModule, data: RolloutDataModul
             "overlap of the likeliest tokens": _lines("overlap/ratio"),
             "absolute d_t by tenth of the response": _lines("depth_log_ratio_abs/[0-9]"),
         }
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        layout |= getattr(callback, "charts", {})
+    for callback in run_callbacks(trainer):
+        for category, charts in callback.charts.items():
+            layout[category] = layout.get(category, {}) | charts
     layout["Where does the time go?"] = {
         "seconds of every stage": _lines("time/.*_seconds"),
         "response tokens per second": _lines("tokens_per_second"),

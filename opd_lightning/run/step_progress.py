@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
 from opd_lightning.errors import note
 from opd_lightning.terminal.progress import Progress, say
+from opd_lightning.training.callback import RunCallback
 
 if TYPE_CHECKING:
     from opd_lightning.evaluation.module import EvaluatedModule
@@ -175,7 +176,7 @@ def _scores(suite: str, scores: Mapping[str, float]) -> str:
     return f"{suite}: " + ", ".join(parts)
 
 
-class FirstLine(Callback):
+class FirstLine(RunCallback):
     """One line instead of Lightning's table of modules, on rank 0."""
 
     def on_train_start(  # type: ignore[override]
