@@ -173,6 +173,8 @@ def _scores(suite: str, scores: Mapping[str, float]) -> str:
         parts.append(f"perplexity {known['perplexity']:.4g}")
     if "kl" in known:
         parts.append(f"KL from the start {known['kl']:.4f}")
+    if not parts:  # a suite of another kind
+        parts += [f"{name} {value:.3g}" for name, value in known.items() if "/" not in name]
     return f"{suite}: " + ", ".join(parts)
 
 
