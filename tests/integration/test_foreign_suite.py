@@ -1,4 +1,4 @@
-"""A kind of suite that another package brings: measured, compared and logged like ours."""
+"""The suite of docs/extending.md, from another package: measured, compared, logged like ours."""
 
 import json
 import sys
@@ -13,77 +13,16 @@ from opd_lightning.cli import main
 from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts import HFEngine, Sampling
 from opd_lightning.rollouts.base import Request
+from tests import snippets
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "lab" / "opd.yaml")
+CONFIG = str(snippets.ROOT / "configs" / "lab" / "opd.yaml")
 QUESTIONS = ("1+1", "20+30", "7-5")
-
-MODULE = '''
-"""Exact match with a table of questions and answers."""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-
-from opd_lightning.errors import UserError
-from opd_lightning.evaluation.base import Bench, Loaded, Scores, Stream, Suite
-from opd_lightning.rollouts import Sampling
-from opd_lightning.types import Prompt, Rollout
-
-
-class Matches(Scores):
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("counts", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, rollouts: Sequence[Rollout], answers: Any = None) -> None:
-        right = sum(rollout.text == rollout.prompt.answer for rollout in rollouts)
-        self.counts += torch.tensor([right, len(rollouts)])
-
-    def compute(self) -> dict[str, torch.Tensor]:
-        return {"score": self.counts[0] / self.counts[1]}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FixedAnswers(Suite):
-    """Greedy responses to fixed questions.
-
-    Args:
-        table: Answers, by question.
-        max_new_tokens: Budget of a response.
-    """
-
-    table: dict[str, str]
-    max_new_tokens: int = 4
-
-    @property
-    def own_sampling(self) -> Sampling:
-        return Sampling(temperature=0.0, max_new_tokens=self.max_new_tokens)
-
-    def load(self, name: str, bench: Bench) -> Loaded:
-        if not self.table:
-            raise UserError(f"data.suites.{name}.table: got no question, expected at least one")
-        rows = [
-            Prompt(id=question, messages=({"role": "user", "content": question},), answer=answer)
-            for question, answer in self.table.items()
-        ]
-        return bench.load(rows, self.own_sampling)
-
-    def stream(self, name: str, loaded: Loaded, bench: Bench) -> Stream:
-        return bench.responses(name, loaded, verifier=None, sampling=self.own_sampling)
-
-    def scores(self, loaded: Loaded) -> Matches:
-        return Matches()
-'''
 
 
 @pytest.fixture
 def suites(in_lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A configuration that adds the suite; the untrained student has two of three answers right."""
-    (tmp_path / "fixed_answers.py").write_text(MODULE)
+    snippets.write("extending.md", tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     source = ModelSource("lab/arithmetic/student")
     prompts = [
