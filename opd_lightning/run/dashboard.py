@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
@@ -12,7 +12,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
 from opd_lightning.evaluation.base import Chart
-from opd_lightning.training.callback import Layout, run_callbacks
+from opd_lightning.training.callback import Layout, RunCallback, run_callbacks
 
 if TYPE_CHECKING:
     from opd_lightning.run.datamodule import RolloutDataModule
@@ -98,14 +98,20 @@ def _layout(trainer: Trainer, module: DistillationModule, data: RolloutDataModul
             "overlap of the likeliest tokens": _lines("overlap/ratio"),
             "absolute d_t by tenth of the response": _lines("depth_log_ratio_abs/[0-9]"),
         }
-    for callback in run_callbacks(trainer):
-        for category, charts in callback.charts.items():
-            layout[category] = layout.get(category, {}) | charts
+    layout = with_charts(layout, run_callbacks(trainer))
     layout["Where does the time go?"] = {
         "seconds of every stage": _lines("time/.*_seconds"),
         "response tokens per second": _lines("tokens_per_second"),
         "engine against trainer, in nats": _lines("engine/logprob_gap_(mean|max)"),
     }
+    return layout
+
+
+def with_charts(layout: Layout, callbacks: Iterable[RunCallback]) -> Layout:
+    """A layout with the charts of callbacks; several may add to one category."""
+    for callback in callbacks:
+        for category, charts in callback.charts.items():
+            layout = {**layout, category: layout.get(category, {}) | charts}
     return layout
 
 
