@@ -96,12 +96,8 @@ def test_what_is_gone_is_noticed() -> None:
 
 def touched(tree: ast.Module) -> Iterator[str]:
     """Private names of other objects than `self`: attributes, imports, and names as strings."""
-    inside_text = {
-        id(part)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.JoinedStr)
-        for part in node.values
-    }
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+    pieces = {id(part) for text in texts for part in text.values}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and not is_own(node.value):
             yield node.attr
