@@ -8,22 +8,22 @@ from time import process_time
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 
 from callbacks import CollapseWatch, RolloutLog, SignalPlots
 from opd_lightning.models import head
+from opd_lightning.training.callback import RunCallback
 
 PATTERN = (True, False, False, True)
 
 
-class Alternate(Callback):
+class Alternate(RunCallback):
     """Switches diagnostics on and off between steps, and takes CPU time in seconds.
 
     Args:
         first: Whether the first step has them.
     """
 
-    comes_last = True
+    runs_last = True
 
     def __init__(self, first: bool = True) -> None:
         self.pattern = [is_on == first for is_on in PATTERN]

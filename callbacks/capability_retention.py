@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -14,11 +14,11 @@ from callbacks.measurement import Measurement, check_measurable, judged
 from callbacks.pareto import ParetoFolder, Point, front
 from opd_lightning.errors import UserError, note
 from opd_lightning.processes import broadcast
-from opd_lightning.run.dashboard import Layout
 from opd_lightning.training.base import DistillationModule
+from opd_lightning.training.callback import Layout, RunCallback
 
 
-class CapabilityRetention(Callback):
+class CapabilityRetention(RunCallback):
     """Compares every validation with one before the first step.
 
     What is in `data.validation` or `data.texts` and no target is an ability to be kept. Responses

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 
 from callbacks.collapse_rules import Band, Disagreement, Entropy, Length, Repetition, Truncation
 from callbacks.collapse_tracks import Track, Tracks
 from callbacks.good_checkpoints import GoodCheckpoints, StepBack
 from opd_lightning.errors import CollapseError, UserError, note, raised_by_all
 from opd_lightning.metrics.log import write_step
-from opd_lightning.run.dashboard import Layout
 from opd_lightning.training.base import DistillationModule
+from opd_lightning.training.callback import Layout, RunCallback
 
 
-class CollapseWatch(Callback):
+class CollapseWatch(RunCallback):
     """Compares the figures of every step with their bands.
 
     A figure that is out of its band for `patience` steps in a row is named in one line on the
@@ -36,7 +36,7 @@ class CollapseWatch(Callback):
         step_back: How to step back.
     """
 
-    comes_last = True  # so that what it saves has everybody else's part in the step
+    runs_last = True  # what it saves has the parts of all other callbacks
     charts: ClassVar[Layout] = {
         "Do they collapse?": {
             "rules that the step breaks, step-backs so far": ["Multiline", ["collapse/"]],

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 
 from opd_lightning.errors import UserError
 from opd_lightning.teachers import EMATeacher
 from opd_lightning.training.base import DistillationModule
+from opd_lightning.training.callback import RunCallback
 
 
-class EMATeacherUpdate(Callback):
+class EMATeacherUpdate(RunCallback):
     """Lets every `EMATeacher` of the method follow the student; it says at which rate."""
 
-    moves_ema_teachers = True  # looked for before training
+    moves_ema_teachers = True
 
     def __init__(self) -> None:
         self._moved_at = 0  # optimiser steps that the teachers have seen
@@ -59,7 +60,6 @@ class EMATeacherUpdate(Callback):
     def on_step_back(
         self, trainer: Trainer, module: DistillationModule, checkpoint: dict[str, Any]
     ) -> None:
-        """The student was put back to a checkpoint in the midst of the run."""
         self.on_load_checkpoint(trainer, module, checkpoint)
         self.on_train_start(trainer, module)
 

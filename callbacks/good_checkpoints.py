@@ -17,6 +17,7 @@ from opd_lightning.checkpoints.places import remove
 from opd_lightning.errors import UserError
 from opd_lightning.processes import broadcast
 from opd_lightning.training.base import DistillationModule
+from opd_lightning.training.callback import run_callbacks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +94,13 @@ class GoodCheckpoints:
     def step_back(self, trainer: Trainer, module: DistillationModule) -> int:
         """Undo what was learnt since the older one; the number of its step.
 
-        Besides weights and optimiser, every callback that has an `on_step_back(trainer, module,
-        checkpoint)` is told. Rollouts that were written ahead are thrown away.
+        Besides weights and optimiser, every `RunCallback` is called to take back what it keeps.
+        Rollouts that were written ahead are thrown away.
         """
         step, *later = self.steps
         checkpoint = step_back(trainer, _path(trainer, step))
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "on_step_back"):
-                callback.on_step_back(trainer, module, checkpoint)
+        for callback in run_callbacks(trainer):
+            callback.on_step_back(trainer, module, checkpoint)
         trainer.datamodule.engines.ahead.drop()  # type: ignore[attr-defined]
         self.steps, self.calm = [step], 0
         _remove(trainer, later)

@@ -85,9 +85,15 @@ def check_measurable(targets: list[str], data: RolloutDataModule, trainer: Train
 
 def judged(module: EvaluatedModule, data: RolloutDataModule) -> dict[str, float]:
     """The score by which every measured suite is judged, by suite."""
-    figures = {name: suite.judged_by(data.verifier) for name, suite in module.suites.items()}
-    return {
-        name: float(module.suite_scores[name].compute()[figure])
-        for name, figure in figures.items()
-        if figure is not None
-    }
+    scores = {}
+    for name, suite in module.suites.items():
+        figure, found = suite.judged_by(data.verifier), module.suite_scores[name].compute()
+        if figure is None:
+            continue
+        if figure not in found:
+            raise UserError(
+                f"suite {name!r}: {type(suite).__name__}.judged_by returned {figure!r}, expected "
+                f"one of its figures ({', '.join(found)}); correct it, or return None"
+            )
+        scores[name] = float(found[figure])
+    return scores

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.errors import UserError
 from opd_lightning.losses.schedule import ThreePhaseCosine
+from opd_lightning.training.callback import RunCallback
 from opd_lightning.training.composed import ComposedMethod
 
 
-class PhasedTeacherSampling(Callback):
+class PhasedTeacherSampling(RunCallback):
     """Moves the weight of the teacher's responses, and ends their sampling (2606.09304).
 
     The weight alpha (`model.init_args.imitation`) is `start` up to `phase1_end`, falls along a
@@ -44,6 +45,7 @@ class PhasedTeacherSampling(Callback):
         self.end = end
         self.phase1_end = phase1_end
         self.phase2_end = phase2_end
+        self._alpha: ThreePhaseCosine | None = None  # from set-up on
 
     def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
         if stage != "fit":
@@ -66,17 +68,14 @@ class PhasedTeacherSampling(Callback):
                 "it (the paper: 0.125) or take the callback away"
             )
         steps = trainer.max_steps
-        alpha = ThreePhaseCosine(
+        self._alpha = module.imitation = ThreePhaseCosine(
             start=self.start,
             end=self.end,
             phase1_end=round(self.phase1_end * steps),
             phase2_end=round(self.phase2_end * steps),
         )
 
-        without_teacher = replace(data.mix, teacher=0.0, only_correct=False)
-
-        def mix_at(step: int) -> RolloutMix:
-            return data.mix if alpha(step) > 0 else without_teacher
-
-        module.imitation = alpha
-        data.mix_at = mix_at
+    def mix_at(self, step: int, mix: RolloutMix) -> RolloutMix:
+        if self._alpha is None or self._alpha(step) > 0:
+            return mix
+        return replace(mix, teacher=0.0, only_correct=False)

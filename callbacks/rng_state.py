@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from opd_lightning.processes import Ranks
+from opd_lightning.training.callback import RunCallback
 
 State = dict[str, Any]
 
 
-class RngState(Callback):
+class RngState(RunCallback):
     """Keeps every rank's global generators in the checkpoint: Python's, NumPy's, torch's, CUDA's.
 
     For models and methods that draw from them while they learn: dropout, noise in a loss. Rollouts

@@ -9,19 +9,20 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from opd_lightning.errors import UserError
 from opd_lightning.models.tokenization import token_texts
 from opd_lightning.terminal.token_page import TokenRow, token_page
 from opd_lightning.training.base import DistillationModule
+from opd_lightning.training.callback import RunCallback
 from opd_lightning.types import Rollout, RolloutBatch
 
 OLD_FILES = 4  # of JSON lines, besides the current one
 
 
-class RolloutLog(Callback):
+class RolloutLog(RunCallback):
     """Shows a few of the step's rollouts: in TensorBoard's text tab and in the run folder.
 
     `rollouts.jsonl` has one object a line, with the log-probs of the sampler. The pages

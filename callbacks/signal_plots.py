@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,12 +13,13 @@ from torch.utils.tensorboard import SummaryWriter
 from opd_lightning.errors import UserError
 from opd_lightning.metrics.depth import DECILES
 from opd_lightning.training.base import DistillationModule
+from opd_lightning.training.callback import RunCallback
 
 LIMIT, BINS = 10.0, 200  # nats; what is larger is counted at the ends
 COLOURS = "#4c72b0", "#c44e52"
 
 
-class SignalPlots(Callback):
+class SignalPlots(RunCallback):
     """Shows d_t = log pi_T - log pi_S of a whole step, over all ranks, in TensorBoard.
 
     `signal/log_ratio` is its histogram, in bins of 0.1 nats; the image `signal/by_depth` its mean

@@ -7,17 +7,17 @@ import subprocess
 from typing import Any, NoReturn
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from opd_lightning.checkpoints import save_last
 from opd_lightning.errors import UserError, note, report
 from opd_lightning.run import signals
-from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.run.signals import SignalledError, Wish
+from opd_lightning.training.callback import RunCallback
 
 
-class SlurmRequeue(Callback):
+class SlurmRequeue(RunCallback):
     """Saves `last.ckpt` and leaves when SIGUSR1 or SIGTERM came to any rank.
 
     SIGUSR1 requeues the job, which starts the same script again; `#SBATCH --signal=USR1@SECONDS`
@@ -30,7 +30,7 @@ class SlurmRequeue(Callback):
     (138 after SIGUSR1 where there is no job). A run that has made its last step is left alone.
     """
 
-    heeds_signals = True  # looked for by the trainer
+    handles_signals = True
 
     def __init__(self) -> None:
         self._began_at = 0  # optimiser steps when this process started
@@ -44,9 +44,9 @@ class SlurmRequeue(Callback):
                 "add lightning.pytorch.callbacks.ModelCheckpoint"
             )
         signals.listen()
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(datamodule, RolloutDataModule)
-        datamodule.before_step = lambda step: self._grant(trainer)
+
+    def before_step(self, trainer: Trainer, step: int) -> None:
+        self._grant(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began_at = trainer.global_step

@@ -27,6 +27,7 @@ from opd_lightning.run.log import RunLog
 from opd_lightning.run.step_progress import FirstLine, StepProgressBar
 from opd_lightning.terminal.quiet import only_warnings
 from opd_lightning.training.base import DistillationModule
+from opd_lightning.training.callback import RunCallback, run_callbacks
 
 
 class Trainer(Commands):
@@ -43,15 +44,15 @@ class Trainer(Commands):
         has_bar = any(isinstance(callback, ProgressBar) for callback in given)
         if kwargs.get("enable_progress_bar") is not False and not has_bar:
             ours += [FirstLine(), StepProgressBar()]
-        # Stable: who saves whole steps comes after those that have a part in them.
-        given = sorted(given, key=lambda callback: getattr(callback, "comes_last", False))
+        # The sort is stable.
+        given = sorted(given, key=lambda c: isinstance(c, RunCallback) and c.runs_last)
         self.run_log = RunLog()  # begins before others' figures
         kwargs["callbacks"] = [self.run_log, *given, *ours]
         super().__init__(*args, **kwargs)  # to the letter: the parser reads it
         self._checkpoint_connector = CheckpointConnector(self)
         check_strategy(self.strategy, self.num_devices, self.num_nodes)
         self._signal_connector = TermAsInterrupt(self)
-        if not any(getattr(callback, "heeds_signals", False) for callback in given):
+        if not any(callback.handles_signals for callback in run_callbacks(self)):
             signals.hand_back()
 
     def save_checkpoint(

@@ -52,6 +52,32 @@ class RolloutMix:
                 "they are shares of the same prompts"
             )
 
+    def check_moved(self, declared: RolloutMix, where: str) -> None:
+        """Raise UserError if it needs what a run with the mix `declared` does not load.
+
+        Args:
+            declared: `data.mix`, for whose authors engines, views and prompts were prepared.
+            where: Who moved it, and for which step, as the message names it.
+        """
+        for name in ("guided", "teacher", "recorded", "add_recorded"):
+            if getattr(self, name) and not getattr(declared, name):
+                raise UserError(
+                    f"{where}: got mix.{name} {getattr(self, name)}, but data.mix.{name} is "
+                    f"{getattr(declared, name)}, so nothing was prepared for it; set data.mix to "
+                    "the largest shares of the run"
+                )
+        if self.samples and not declared.samples:
+            raise UserError(
+                f"{where}: got responses of the student, but data.mix leaves it no prompt, so its "
+                "engine was not prepared; let data.mix.teacher and data.mix.recorded add up to "
+                "less than 1"
+            )
+        if self.guided and self.guided_view != declared.guided_view:
+            raise UserError(
+                f"{where}: got mix.guided_view {self.guided_view!r}, expected "
+                f"{declared.guided_view!r}, as in data.mix; leave it as it is"
+            )
+
     @property
     def samples(self) -> bool:
         """Whether the student writes anything at any step."""

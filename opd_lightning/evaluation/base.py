@@ -7,7 +7,7 @@ batches, and `EvaluatedModule` logs its scores. Neither knows the kinds of suite
 from __future__ import annotations
 
 from abc import ABCMeta, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ from opd_lightning.data.engines import Engines
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.writer import RolloutWriter
+from opd_lightning.evaluation.stream import EvaluationStream
 from opd_lightning.models.head import HeadScores
 from opd_lightning.models.source import ModelSource
 from opd_lightning.processes import Ranks
@@ -83,15 +84,59 @@ class Bench:
     verifier: Verifier | None
 
     def load(
-        self, prompts: PromptSource, sampling: Sampling, mix: RolloutMix, verifier: Verifier | None
+        self,
+        prompts: PromptSource | Sequence[Prompt],
+        sampling: Sampling | None = None,
+        *,
+        mix: RolloutMix = RolloutMix(),  # noqa: B008 - frozen
+        verifier: Verifier | None = None,
     ) -> Loaded:
-        """Read, render and check the prompts of a suite."""
-        rows = self.read(prompts)
+        """Read, render and check the prompts of a suite.
+
+        Args:
+            prompts: A prompt file, or prompts made by the suite.
+            sampling: Sampling of the responses; None takes `sampling` of the bench.
+            mix: `recorded=1` for texts that are read; the default for responses that are sampled.
+            verifier: Verifier that must be able to score the responses.
+        """
+        rows = self.read(prompts) if isinstance(prompts, PromptSource) else list(prompts)
         if verifier is not None:
             verifier.check(rows)
         ids = [self.render(prompt) for prompt in rows]
-        self.check(rows, ids, sampling, mix)
+        self.check(rows, ids, sampling or self.sampling, mix)
         return Loaded(rows, ids)
+
+    def responses(
+        self,
+        name: str,
+        loaded: Loaded,
+        *,
+        verifier: Verifier | None,
+        sampling: Sampling | None = None,
+        samples: int = 1,
+        batch_size: int = 256,
+    ) -> EvaluationStream:
+        """The student's responses to the prompts of a suite, shared out over the ranks.
+
+        Args:
+            name: Name of the suite.
+            loaded: Prompts of the suite.
+            verifier: Scores the responses; None leaves rewards NaN.
+            sampling: Sampling of the responses; None takes `sampling` of the bench.
+            samples: Responses per prompt.
+            batch_size: Prompts per call of the engine.
+        """
+        return EvaluationStream(
+            name,
+            *loaded,
+            writer=self.writer(verifier),
+            engines=self.engines,
+            sampling=sampling or self.sampling,
+            samples=samples,
+            batch_size=batch_size,
+            seed=self.seed,
+            ranks=self.ranks,
+        )
 
 
 class Batch(Protocol):
@@ -147,8 +192,11 @@ class Scores(Metric):
 class Suite(metaclass=ABCMeta):  # no base, so that a configuration may leave out `class_path`
     """A measurement of the student, and its configuration.
 
-    A subclass is a frozen dataclass. It implements the abstract methods; all others have defaults
-    that fit a suite whose responses the student writes.
+    A subclass is decorated with `@dataclass(frozen=True, kw_only=True)`; its fields are its
+    arguments in a configuration. It implements the abstract methods. All others have defaults that
+    fit a suite whose prompts the student answers: `load` returns `bench.load(...)`, `stream`
+    returns `bench.responses(...)`, and `scores` returns a metric with a figure named "score".
+    docs/extending.md has an example.
     """
 
     reads: ClassVar[bool] = False  # whether `update` may call `Reader.read`
@@ -174,8 +222,15 @@ class Suite(metaclass=ABCMeta):  # no base, so that a configuration may leave ou
         scores.update(batch.rollouts, batch.answers)
 
     def engine_needs(self, loaded: Any, bench: Bench) -> EngineNeeds | None:
-        """What the engine is asked for; None if nothing is sampled."""
-        return None
+        """What the engine is asked for; None if nothing is sampled.
+
+        The default is the longest prompt of a `Loaded` with the budget of the sampling, and None
+        for suites that read or load something else.
+        """
+        if self.reads or not isinstance(loaded, Loaded):
+            return None
+        budget = (self.own_sampling or bench.sampling).max_new_tokens
+        return EngineNeeds(max(map(len, loaded.ids), default=0), budget)
 
     def judged_by(self, verifier: Verifier | None) -> str | None:
         """The figure of `scores` by which suites are compared, larger being better.
@@ -211,18 +266,32 @@ class Suite(metaclass=ABCMeta):  # no base, so that a configuration may leave ou
         domains: Mapping[str, Mapping[str, float]],
         bench: Bench,
     ) -> dict[str, Any]:
-        """The suite in the JSON of `opd validate`: what was measured, and its figures."""
-        return dict(figures)
+        """The suite in the JSON of `opd validate`: what was measured, and its figures.
+
+        The default is the figures of the suite, and below `domains` those of its domains.
+        """
+        return {**figures, "domains": dict(domains)} if domains else dict(figures)
 
     @classmethod
     def report_table(cls, rows: Rows) -> Table:
-        """A table of the report rows of all suites of this class: a column for every figure."""
-        columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+        """A table of the report rows of all suites of this class.
+
+        The default has a column for every figure, and a row for every suite and domain.
+        """
+        titled = [
+            line
+            for name, row in rows.items()
+            for line in (
+                (f"[bold]{name}[/]", row),
+                *((f"  {domain}", its) for domain, its in row.get("domains", {}).items()),
+            )
+        ]
+        columns = list(dict.fromkeys(key for _, row in titled for key in row if key != "domains"))
         table = new_table(*columns)
-        for name, row in rows.items():
+        for title, row in titled:
             cells = (row.get(key, "") for key in columns)
             texts = (f"{x:.3f}" if isinstance(x, float) else str(x) for x in cells)
-            table.add_row(f"[bold]{name}[/]", *texts)
+            table.add_row(title, *texts)
         return table
 
 

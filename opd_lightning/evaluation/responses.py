@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 
-from opd_lightning.data.engines import Engines
-from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
-from opd_lightning.data.writer import RolloutWriter, Row
 from opd_lightning.errors import UserError
-from opd_lightning.evaluation.base import Bench, Chart, EngineNeeds, Loaded, Rows, Suite, new_table
+from opd_lightning.evaluation.base import Bench, Chart, Loaded, Rows, Suite, new_table
 from opd_lightning.evaluation.scores import SuiteScores
-from opd_lightning.processes import Ranks
+from opd_lightning.evaluation.stream import EvaluationStream
 from opd_lightning.rollouts.base import Sampling
-from opd_lightning.seeding import EVALUATION_SAMPLE, derive_seed
-from opd_lightning.types import Author, Prompt, Rollout
 from opd_lightning.verifiers.base import Verifier
 
 
@@ -55,21 +50,17 @@ class EvaluationSuite(Suite):
 
     def load(self, name: str, bench: Bench) -> Loaded:
         """Read and check the prompts."""
-        sampling = self.sampling or bench.sampling
-        return bench.load(self.prompts, sampling, RolloutMix(), self.verifier or bench.verifier)
+        return bench.load(self.prompts, self.sampling, verifier=self.verifier or bench.verifier)
 
     def stream(self, name: str, loaded: Loaded, bench: Bench) -> EvaluationStream:
         """Responses to the prompts, scored."""
-        return EvaluationStream(
+        return bench.responses(
             name,
-            *loaded,
-            writer=bench.writer(self.verifier or bench.verifier),
-            engines=bench.engines,
-            sampling=self.sampling or bench.sampling,
+            loaded,
+            verifier=self.verifier or bench.verifier,
+            sampling=self.sampling,
             samples=self.samples,
             batch_size=self.batch_size,
-            seed=bench.seed,
-            ranks=bench.ranks,
         )
 
     def scores(self, loaded: Loaded) -> SuiteScores:
@@ -77,11 +68,6 @@ class EvaluationSuite(Suite):
         powers = {2**i for i in range(1, self.samples.bit_length())}
         pass_at = sorted(powers | {self.samples} - {1}) if self.pass_at is None else self.pass_at
         return SuiteScores([prompt.domain for prompt in loaded.prompts], self.samples, pass_at)
-
-    def engine_needs(self, loaded: Loaded, bench: Bench) -> EngineNeeds:
-        """The longest prompt, and the sampling's budget."""
-        budget = (self.sampling or bench.sampling).max_new_tokens
-        return EngineNeeds(max(map(len, loaded.ids), default=0), budget)
 
     def judged_by(self, verifier: Verifier | None) -> str | None:
         """The score; None without a verifier."""
@@ -121,89 +107,6 @@ class EvaluationSuite(Suite):
     def report_table(cls, rows: Rows) -> Table:
         """A row for every suite and, below it, for each of its domains."""
         return _table(rows)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationBatch:
-    """Scored rollouts of an evaluation suite."""
-
-    suite: str
-    rollouts: tuple[Rollout, ...]  # all samples of a prompt in one batch
-    answers: tuple[str | None, ...] | None  # what they come to; None if nobody can tell
-
-    @property
-    def rows(self) -> int:
-        return len(self.rollouts)
-
-    def to(self, *_: object, **__: object) -> EvaluationBatch:
-        """Nothing here lives on a device."""
-        return self
-
-
-class EvaluationStream:
-    """Scored rollouts of a suite's prompts, a batch at a time, from the newest weights."""
-
-    def __init__(
-        self,
-        suite: str,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[list[int]],
-        *,
-        writer: RolloutWriter,
-        engines: Engines,
-        sampling: Sampling,
-        samples: int,
-        batch_size: int,
-        seed: int,
-        ranks: Ranks,
-    ) -> None:
-        self.suite = suite
-        self.prompts = prompts
-        self.prompt_ids = prompt_ids
-        self.writer = writer
-        self.engines = engines
-        self.sampling = sampling
-        self.samples = samples
-        self.seed = seed
-        self.mine = ranks.batches(len(prompts), batch_size)
-
-    def __len__(self) -> int:
-        """Batches, as many on every rank; the last may be empty here."""
-        return len(self.mine)
-
-    @property
-    def rows(self) -> int:
-        """Responses to write on this rank."""
-        return sum(map(len, self.mine)) * self.samples
-
-    def __iter__(self) -> Iterator[EvaluationBatch]:
-        for chosen in self.mine:
-            rows = [
-                Row(
-                    self.prompts[i],
-                    self.prompt_ids[i],
-                    i,
-                    Author.STUDENT,
-                    # Not the training step: two evaluations of the same weights agree, and
-                    # differences between steps are paired.
-                    derive_seed(EVALUATION_SAMPLE, self.seed, i, sample),
-                )
-                for i in chosen
-                for sample in range(self.samples)
-            ]
-            self.engines.prepare([Author.STUDENT])  # on all ranks, whose weights may be sharded
-            rollouts = self.writer.write(rows, {Author.STUDENT: self.sampling}) if rows else []
-            yield EvaluationBatch(
-                suite=self.suite, rollouts=tuple(rollouts), answers=self._answers(rollouts)
-            )
-
-    def _answers(self, rollouts: Sequence[Rollout]) -> tuple[str | None, ...] | None:
-        """For a vote, which takes several samples and a verifier that can tell."""
-        verifier = self.writer.verifier
-        if self.samples == 1 or verifier is None:
-            return None
-        answers = verifier.answers([rollout.text for rollout in rollouts])
-        return None if answers is None else tuple(answers)
 
 
 def _table(suites: Rows) -> Table:

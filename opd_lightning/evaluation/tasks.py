@@ -12,8 +12,8 @@ from opd_lightning.errors import UserError, note
 from opd_lightning.evaluation.base import Bench, EngineNeeds, Reader, Rows, Suite, new_table
 from opd_lightning.evaluation.harness.loaded_task import LoadedTask
 from opd_lightning.evaluation.harness.requests import RequestEncoder
-from opd_lightning.evaluation.responses import EvaluationBatch, EvaluationStream
 from opd_lightning.evaluation.scores import TaskScores, likelihoods_of
+from opd_lightning.evaluation.stream import EvaluationBatch, EvaluationStream
 from opd_lightning.evaluation.texts import LikelihoodBatch, LikelihoodStream
 from opd_lightning.types import Prompt, TokenScores
 

@@ -49,7 +49,7 @@ class LikelihoodSuite(Suite):
 
     def load(self, name: str, bench: Bench) -> Loaded:
         """Read and check the rows."""
-        return bench.load(self.prompts, bench.sampling, RolloutMix(recorded=1), None)
+        return bench.load(self.prompts, mix=RolloutMix(recorded=1))
 
     def stream(self, name: str, loaded: Loaded, bench: Bench) -> LikelihoodStream:
         """The texts, padded into batches."""

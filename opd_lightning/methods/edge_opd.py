@@ -67,8 +67,7 @@ class EDGEOPD(ComposedMethod):
             self.gates.append(EvidenceWeight(epsilon=epsilon))
         if clip is not None:
             self.gates.append(HardClip(low=-clip, high=clip))
-        if anchor:
-            self.terms = [*self.terms, TrustRegion(teacher, anchor, estimator, name="anchor")]
+        self.anchors = [TrustRegion(teacher, anchor, estimator, name="anchor")] if anchor else []
 
     def asks(self) -> Mapping[str, Ask]:
         asks = {"teacher": Ask(self.teacher, self.view)}
@@ -78,3 +77,6 @@ class EDGEOPD(ComposedMethod):
 
     def own_rules(self) -> Sequence[Rule]:
         return self.gates
+
+    def own_terms(self) -> Sequence[TrustRegion]:
+        return self.anchors

@@ -12,6 +12,7 @@ from opd_lightning.models.source import ModelSource
 from opd_lightning.models.tokenization import check_spelling
 from opd_lightning.teachers.frozen import FrozenTeacher
 from opd_lightning.teachers.of_student import EMATeacher
+from opd_lightning.training.callback import run_callbacks
 from opd_lightning.types import Prompt
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
         )
     coarse = module.student.lora is None and module.student.dtype != "float32"
     moving = [part for part in parts if isinstance(part, EMATeacher) and part.rate > 0]
-    if moving and not any(getattr(c, "moves_ema_teachers", False) for c in trainer.callbacks):  # type: ignore[attr-defined]
+    if moving and not any(callback.moves_ema_teachers for callback in run_callbacks(trainer)):
         raise UserError(
             f"trainer.callbacks: nothing moves {name}'s EMATeacher (rate {moving[0].rate}); add "
             "callbacks.EMATeacherUpdate, or use a FrozenTeacher"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
@@ -12,13 +12,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
 from opd_lightning.evaluation.base import Chart
+from opd_lightning.training.callback import Layout, RunCallback, run_callbacks
 
 if TYPE_CHECKING:
     from opd_lightning.run.datamodule import RolloutDataModule
     from opd_lightning.training.base import DistillationModule
-
-# Category, chart, and its kind with regular expressions of tags; a "Margin" is value, low, high.
-Layout = dict[str, dict[str, list[Any]]]
 
 # The settings that the HParams tab shows before anybody chooses others.
 SHOWN = ("method", "student.path", "teacher.path", "optimizer.lr", "data.prompts_per_step")
@@ -100,13 +98,20 @@ def _layout(trainer: Trainer, module: DistillationModule, data: RolloutDataModul
             "overlap of the likeliest tokens": _lines("overlap/ratio"),
             "absolute d_t by tenth of the response": _lines("depth_log_ratio_abs/[0-9]"),
         }
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        layout |= getattr(callback, "charts", {})
+    layout = with_charts(layout, run_callbacks(trainer))
     layout["Where does the time go?"] = {
         "seconds of every stage": _lines("time/.*_seconds"),
         "response tokens per second": _lines("tokens_per_second"),
         "engine against trainer, in nats": _lines("engine/logprob_gap_(mean|max)"),
     }
+    return layout
+
+
+def with_charts(layout: Layout, callbacks: Iterable[RunCallback]) -> Layout:
+    """A layout with the charts of callbacks; several may add to one category."""
+    for callback in callbacks:
+        for category, charts in callback.charts.items():
+            layout = {**layout, category: layout.get(category, {}) | charts}
     return layout
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import LightningDataModule
@@ -31,6 +31,7 @@ from opd_lightning.run.configuration import (
 from opd_lightning.run.engines import check_engines, plan_engines
 from opd_lightning.run.loading import load_training
 from opd_lightning.run.prompt_checks import check_prompts
+from opd_lightning.training.callback import run_callbacks
 from opd_lightning.types import Prompt
 from opd_lightning.verifiers.base import Verifier
 
@@ -90,8 +91,6 @@ class RolloutDataModule(LightningDataModule):
         self.train = train
         self.engine = engine
         self.mix = mix
-        self.mix_at: Callable[[int], RolloutMix] = lambda step: mix  # a callback may move it
-        self.before_step: Callable[[int], None] = lambda step: None  # a callback may listen
         self.teacher = teacher
         self.verifier = verifier
         self.user_views = set(views or {})
@@ -151,8 +150,8 @@ class RolloutDataModule(LightningDataModule):
             *self._train,
             writer=self.writer(self.verifier, training=True),
             samplings=samplings_by_author(self.sampling, self.mix, self.teacher),
-            mix_at=lambda step: self.mix_at(step),
-            before_step=lambda step: self.before_step(step),
+            mix_at=self.mix_at,
+            before_step=self._before_step,
             prepare=self.module.prepare_step,
             now=lambda: self.module.global_step,
             engines=self.engines,
@@ -165,6 +164,21 @@ class RolloutDataModule(LightningDataModule):
             pad_id=self.module.student.source.pad_id,
             timer=self.module.timer,
         )
+
+    def mix_at(self, step: int) -> RolloutMix:
+        """The mix of optimiser step `step`: `mix`, as the callbacks of the run move it."""
+        assert self.trainer is not None
+        mix = self.mix
+        for callback in run_callbacks(self.trainer):
+            mix = callback.mix_at(step, mix)
+            if mix != self.mix:
+                mix.check_moved(self.mix, f"{type(callback).__name__}.mix_at, step {step}")
+        return mix
+
+    def _before_step(self, step: int) -> None:
+        assert self.trainer is not None
+        for callback in run_callbacks(self.trainer):
+            callback.before_step(self.trainer, step)
 
     def val_dataloader(self) -> list[Stream]:
         return self._streams("validate")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import signal
 import threading
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 
 from opd_lightning.checkpoints import save_last
 from opd_lightning.errors import CheckpointError, CollapseError, note
 from opd_lightning.run.signals import SignalledError
+from opd_lightning.training.callback import RunCallback
 
 
-class SaveOnInterruption(Callback):
+class SaveOnInterruption(RunCallback):
     """Saves the beginning of the step that an exception or Ctrl-C ended, beside the others.
 
     As `last.ckpt`. Nothing is saved before the first optimiser step, while the optimiser moves (the

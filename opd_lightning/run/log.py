@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -16,13 +16,14 @@ from torch import Tensor
 from opd_lightning.metrics.log import write_validation
 from opd_lightning.run.dashboard import write_dashboard
 from opd_lightning.run.starts import note_start
+from opd_lightning.training.callback import RunCallback
 
 if TYPE_CHECKING:
     from opd_lightning.evaluation.module import EvaluatedModule
     from opd_lightning.training.base import DistillationModule
 
 
-class RunLog(Callback):
+class RunLog(RunCallback):
     """Holds loggers and checkpoints together: a checkpoint of step n means a log up to n.
 
     Whatever was logged for steps before n is on disk before the checkpoint is. Whatever is there

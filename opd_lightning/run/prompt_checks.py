@@ -59,8 +59,8 @@ def check_prompts(
             longest = max(longest, len(seen) + (sampling.max_new_tokens if view.is_late else 0))
         if longest + budget > context:
             raise UserError(
-                f"{prompt.origin}: prompt of {longest} tokens + {what} {budget} exceeds the "
-                f"{role}'s context of {context}; shorten the row"
+                f"{prompt.origin or prompt.id}: prompt of {longest} tokens + {what} {budget} "
+                f"exceeds the {role}'s context of {context}; shorten the row"
                 + (" or lower sampling.max_new_tokens" if sampled else "")
             )
         if recorded:
@@ -74,8 +74,8 @@ def _check_vocabulary(module: DistillationModule, prompt: Prompt, response_ids: 
     size = module.student.source.config.get_text_config().vocab_size
     if max(response_ids) >= size:
         raise UserError(
-            f"{prompt.origin}: 'response_ids' holds token {max(response_ids)}, but the student's "
-            f"vocabulary ends at {size - 1}; give ids of the student's own tokenizer"
+            f"{prompt.origin or prompt.id}: 'response_ids' holds token {max(response_ids)}, but "
+            f"the student's vocabulary ends at {size - 1}; give ids of the student's own tokenizer"
         )
 
 

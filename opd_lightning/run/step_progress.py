@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
 from opd_lightning.errors import note
 from opd_lightning.terminal.progress import Progress, say
+from opd_lightning.training.callback import RunCallback
 
 if TYPE_CHECKING:
     from opd_lightning.evaluation.module import EvaluatedModule
@@ -172,10 +173,12 @@ def _scores(suite: str, scores: Mapping[str, float]) -> str:
         parts.append(f"perplexity {known['perplexity']:.4g}")
     if "kl" in known:
         parts.append(f"KL from the start {known['kl']:.4f}")
+    if not parts:  # a suite of another kind
+        parts += [f"{name} {value:.3g}" for name, value in known.items() if "/" not in name]
     return f"{suite}: " + ", ".join(parts)
 
 
-class FirstLine(Callback):
+class FirstLine(RunCallback):
     """One line instead of Lightning's table of modules, on rank 0."""
 
     def on_train_start(  # type: ignore[override]

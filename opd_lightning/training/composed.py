@@ -38,12 +38,13 @@ class ComposedMethod(DistillationModule):
 
     A subclass says whom it asks (`asks`), what its advantage is (`advantage`, by default d_t of the
     one it calls "teacher") or which divergence is its loss (a comparison named "loss"), and which
-    rules are its own (`own_rules`).
+    rules and terms are its own (`own_rules`, `own_terms`). One whose loss is neither of the two, or
+    both by token, overrides `token_loss`.
 
     Args:
         student: The model that learns.
         rules: Run after the method's own rules, in this order.
-        terms: Losses beside the method's own.
+        terms: Losses beside the method's own, after the terms that it brings itself.
         imitation: Weight of the cross-entropy on responses that the student did not write (the
             teacher's, recorded ones), apart from the rest. None lets the method treat them as it
             treats all.
@@ -63,7 +64,7 @@ class ComposedMethod(DistillationModule):
     ) -> None:
         super().__init__(student, **shared)
         self.extra_rules = rules or []
-        self.terms = terms or []
+        self.extra_terms = terms or []
         self.imitation = imitation
         self.surrogate = surrogate
         self._prepared: deque[_Prepared] = deque()
@@ -78,15 +79,53 @@ class ComposedMethod(DistillationModule):
         """The rules that make the method what it is; they run first."""
         return ()
 
+    def own_terms(self) -> Sequence[Term]:
+        """The losses that belong to the method; they come before the user's `terms`."""
+        return ()
+
     def comparisons(self) -> Mapping[str, Compare]:
         """Whole distributions that the method reads; one named "loss" is the token loss."""
         return {}
+
+    def token_loss(
+        self,
+        student: TokenScores,
+        signal: Signal,
+        scored: Scored,
+        values: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Loss of every token, `[B, R]` nats, before weights, mask and aggregation.
+
+        The default is the comparison named "loss", or else the policy gradient of
+        `signal.advantage`. An override may mix the two by token, with a `torch.where`. It must be
+        finite also where `signal.mask` is False: a NaN there is masked, its gradient is not.
+
+        Args:
+            student: Scores of the student; `logprobs` carry the gradient.
+            signal: Signal after all rules, detached.
+            scored: Scores of all models, detached, and the micro-batch.
+            values: Values `[B, R]` of `all_comparisons`, by name, with their gradient.
+        """
+        if LOSS in values:
+            return values[LOSS]
+        return self.policy_gradient(student, signal, scored)
+
+    def policy_gradient(self, student: TokenScores, signal: Signal, scored: Scored) -> Tensor:
+        """The surrogate loss of `signal.advantage`, `[B, R]`."""
+        batch = scored.batch
+        return self.surrogate(
+            student.logprobs, signal.advantage, batch.behaviour_logprobs, batch.on_policy
+        )
 
     # The whole ----------------------------------------------------------------------------
 
     @property
     def rules(self) -> list[Rule]:
         return [*self.own_rules(), *self.extra_rules]
+
+    @property
+    def terms(self) -> list[Term]:
+        return [*self.own_terms(), *self.extra_terms]
 
     def loss(self, batch: RolloutBatch) -> Tensor:
         prepared = self._prepared.popleft() if self._prepared else None
@@ -107,12 +146,7 @@ class ComposedMethod(DistillationModule):
             signal, rates = prepared.signal, prepared.rates
         self.note_rules(scored, signal, rates)
 
-        if LOSS in values:
-            token_loss = values[LOSS]
-        else:
-            token_loss = self.surrogate(
-                student.logprobs, signal.advantage, batch.behaviour_logprobs, batch.on_policy
-            )
+        token_loss = self.token_loss(student, signal, scored, values)
         totals = batch.totals.all if self.imitation is None else batch.totals.written
         selected = totals
         if self.aggregation == "mask-mean":

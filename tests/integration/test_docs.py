@@ -1,54 +1,217 @@
-"""What the documentation says is run, word for word."""
+"""Every file that docs/extending.md shows is run, word for word."""
 
-import re
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from lightning.pytorch import Callback
+from torch import Tensor
 
 from opd_lightning.cli import main
+from opd_lightning.losses.divergence import reverse_kl
+from opd_lightning.models.student import Student
+from opd_lightning.teachers import FrozenTeacher
+from tests import snippets
+from tests.toy import (
+    VISITED,
+    finite_difference,
+    make_scored,
+    opd_signal,
+    random_logits,
+    sequence_probs,
+    token_logprobs,
+    visit_probabilities,
+)
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "adding_a_method.md").read_text()
+PAGE = "extending.md"
+FILES = snippets.files(PAGE)
+CONFIG = str(snippets.ROOT / "configs" / "lab" / "opd.yaml")
+STUDENT = "--model.init_args.teacher.init_args.path=lab/arithmetic/student"
+
+SHORT = """
+data: {prompts_per_step: 8, sampling: {max_new_tokens: 8}}
+trainer:
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  limit_val_batches: 0
+  callbacks: [tests.integration.test_docs.Watch]
+"""
+
+Fit = Callable[..., Any]
 
 
-def block(language: str) -> str:
-    (found,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
-    return found
+class Watch(Callback):
+    """Keeps the trainer, and what was logged after every step."""
+
+    trainer: Any
+    logged: list[dict[str, float]]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        Watch.trainer, Watch.logged = trainer, []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        Watch.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
 
 
-def test_the_page_s_method_is_short() -> None:
-    assert len(block("python").splitlines()) < 60
+@pytest.fixture
+def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The files of the page as modules of a package folder on Python's path."""
+    snippets.write(PAGE, tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    importlib.invalidate_caches()
+    yield tmp_path
+    for name in FILES:
+        sys.modules.pop(name.removesuffix(".py"), None)
 
 
-@pytest.mark.parametrize("teacher", ["teacher", "student"])
-def test_the_page_s_method_trains(
-    teacher: str, in_lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "lab").symlink_to(in_lab / "lab")
-    (tmp_path / "power_opd.py").write_text(block("python"))
-    (tmp_path / "power_opd.yaml").write_text(block("yaml"))
-    monkeypatch.chdir(tmp_path)
-    steps = 2
-    main(
-        [
-            "fit",
-            *("--config", str(ROOT / "configs" / "lab" / "opd.yaml")),
-            *("--config", "power_opd.yaml"),
-            f"--model.init_args.teacher.init_args.path=lab/arithmetic/{teacher}",
-            f"--trainer.logger.init_args.save_dir={tmp_path / 'run'}",
-            f"--trainer.max_steps={steps}",
-            "--data.prompts_per_step=8",
-            "--data.sampling.max_new_tokens=8",
-            "--trainer.enable_progress_bar=false",
-        ]
+@pytest.fixture
+def fit(in_lab: Path, shown: Path) -> Fit:
+    """Run `opd fit` in this process on the untrained lab, with configurations of the page."""
+
+    def run(*names: str, more: tuple[str, ...] = (), steps: int = 1) -> type[Watch]:
+        (shown / "short.yaml").write_text(SHORT)
+        configs = [CONFIG, *(str(shown / f"{name}.yaml") for name in ("short", *names))]
+        layers = (part for path in configs for part in ("--config", path))
+        main(["fit", *layers, f"--trainer.max_steps={steps}", *more])
+        return importlib.import_module("tests.integration.test_docs").Watch  # type: ignore[no-any-return]
+
+    return run
+
+
+def test_every_file_is_used_below() -> None:
+    text = Path(__file__).read_text()
+    assert [name for name in FILES if f'"{Path(name).stem}' not in text] == []
+
+
+def test_the_examples_are_short() -> None:
+    lines = {name: len(text.splitlines()) for name, text in FILES.items()}
+    assert lines["asymmetric_opd.py"] <= 45
+    assert max(lines.values()) <= 60
+
+
+def test_a_method_a_rule_a_term_and_a_verifier(fit: Fit) -> None:
+    watch = fit("power_opd", "skip_sure", "squared_ratio", "contains")
+    method = watch.trainer.lightning_module
+    assert (type(method).__name__, method.alpha) == ("PowerOPD", 0.3)
+    assert method.teacher.source.path == "lab/arithmetic/teacher"  # of the configuration below
+    assert method.rules[0].nats == 0.1
+    assert watch.trainer.datamodule.verifier.word == "1"
+    (logged,) = watch.logged
+    assert logged["optim/gradient_norm"] > 1e-4
+    assert 0 < logged["rule/skip_sure/kept"] <= 1
+    assert logged["term/squared_ratio"] > 0
+    assert 0 <= logged["reward"] <= 1
+
+
+@pytest.mark.parametrize("name", ["power_opd", "asymmetric_opd"])
+def test_a_teacher_that_is_the_student_teaches_nothing(name: str, fit: Fit) -> None:
+    (logged,) = fit(name, more=(STUDENT,)).logged
+    assert logged["optim/gradient_norm"] < 1e-6
+
+
+def test_two_losses_by_token(fit: Fit) -> None:
+    micro_batches = ("--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=2")
+    watch = fit("asymmetric_opd", more=micro_batches)
+    assert type(watch.trainer.lightning_module).__name__ == "AsymmetricOPD"
+    assert watch.logged[-1]["optim/gradient_norm"] > 1e-4
+
+
+def test_a_divergence(fit: Fit) -> None:
+    watch = fit("mixed_kl")
+    assert watch.trainer.lightning_module.comparisons()["loss"].function.forward == 0.2
+    assert watch.logged[0]["loss"] > 0
+
+
+def test_a_teacher(fit: Fit) -> None:
+    watch = fit("floored")
+    assert watch.trainer.lightning_module.teacher.floor == -2.0
+    assert watch.logged[0]["signal/log_ratio_mean"] > -2.0
+
+
+def test_a_callback(fit: Fit) -> None:
+    more = (
+        "--data.mix.recorded=0.5",
+        "--data.train.path=lab/arithmetic/demonstrations.jsonl",
+        "--model.init_args.imitation=0.5",
     )
-    events = EventAccumulator(str(tmp_path / "run"))
-    events.Reload()
-    norms = [event.value for event in events.Scalars("optim/gradient_norm")]
-    assert len(norms) == steps
-    # Its own teacher teaches nothing: the first test that the page asks for.
-    assert (norms[0] > 1e-4) if teacher == "teacher" else (norms[0] < 1e-6)
-    assert 0 <= events.Scalars("rule/skip_sure/kept")[0].value <= 1
-    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=False)
+    watch = fit("fading", more=more, steps=2)
+    assert [watch.trainer.datamodule.mix_at(step).recorded for step in (0, 1)] == [0.5, 0.0]
+    assert len(watch.logged) == 2
+
+
+def test_a_suite(in_lab: Path, shown: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = str(shown / "fixed_answers.yaml")
+    main(
+        ["validate", "--config", CONFIG, "--config", config, "--data.validation=null",
+         "--trainer.enable_progress_bar=false"]
+    )  # fmt: skip
+    lines = [line.split() for line in capfd.readouterr().out.splitlines()]
+    assert ["facts", "0.000"] in lines
+
+
+# Asymmetric OPD on the tree -----------------------------------------------------------------
+
+
+def asymmetric(module: ModuleType, at: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+    """Token losses `[S, T]` of all sequences, differentiable in `student`, decided at `at`."""
+    method = module.AsymmetricOPD(Student("nowhere"), FrozenTeacher("nowhere"))
+    ours, theirs = token_logprobs(student), token_logprobs(teacher)
+    scored = make_scored(token_logprobs(at), theirs)
+    scores = replace(scored.student, logprobs=ours)
+    local = method.divergence(student.log_softmax(-1), teacher.log_softmax(-1))[VISITED]
+    signal = replace(opd_signal(scored), advantage=method.advantage(scored))
+    loss: Tensor = method.token_loss(scores, signal, scored, {"local": local})
+    return loss
+
+
+def expected(module: ModuleType, logits: Tensor, teacher: Tensor) -> Tensor:
+    """Exact expectation of the gradient over all sequences."""
+    student = logits.clone().requires_grad_()
+    losses = asymmetric(module, logits, student, teacher)
+    (gradient,) = torch.autograd.grad((sequence_probs(logits)[:, None] * losses).sum(), student)
+    return gradient
+
+
+@pytest.fixture
+def module(shown: Path) -> ModuleType:
+    return importlib.import_module("asymmetric_opd")
+
+
+def test_asymmetric_opd_has_the_gradient_of_its_formula(module: ModuleType) -> None:
+    """Per prefix: -sum_{d > 0} S d grad log S + S(d <= 0) grad KL(S || T)."""
+    logits, teacher = random_logits(0), random_logits(1)
+    probs = logits.softmax(-1)  # [P, V]
+    ratio = teacher.log_softmax(-1) - logits.log_softmax(-1)
+    liked = ratio > 0
+    visits = visit_probabilities(logits)[:, None]
+    # grad of log S(a) in the logits is onehot(a) - S.
+    pull = torch.where(liked, probs * -ratio, 0.0)
+    by_policy = pull - pull.sum(-1, keepdim=True) * probs
+    kl = (probs * -ratio).sum(-1, keepdim=True)
+    by_divergence = probs * (-ratio - kl)
+    rest = torch.where(liked, 0.0, probs).sum(-1, keepdim=True)
+    closed = visits * (by_policy + rest * by_divergence)
+
+    def objective(at: Tensor) -> Tensor:
+        pushed = (pull * at.log_softmax(-1)).sum(-1)
+        local = rest[:, 0] * reverse_kl(at.log_softmax(-1), teacher.log_softmax(-1))
+        return (visits[:, 0] * (pushed + local)).sum()
+
+    found = expected(module, logits, teacher)
+    torch.testing.assert_close(found, closed, atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(found, finite_difference(objective, logits), atol=1e-7, rtol=1e-6)
+    assert found.abs().max() > 1e-2
+
+
+def test_asymmetric_opd_of_equal_models_has_no_gradient(module: ModuleType) -> None:
+    logits = random_logits(0)
+    assert expected(module, logits, logits.clone()).abs().max() < 1e-15

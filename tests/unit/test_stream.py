@@ -14,7 +14,7 @@ from opd_lightning.data.stream import PromptOrder, check_versions
 from opd_lightning.data.views import Renderer
 from opd_lightning.data.writer import RolloutWriter
 from opd_lightning.errors import StaleRolloutsError, UserError
-from opd_lightning.evaluation.responses import EvaluationStream
+from opd_lightning.evaluation.stream import EvaluationStream
 from opd_lightning.models.source import ModelSource
 from opd_lightning.processes import Ranks
 from opd_lightning.rollouts.base import Sampling
