@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from opd_lightning.commands.known_keys import DATA, MODEL, NOT_OPTIONS, TRAINER
 from opd_lightning.commands.signatures import Class, Function, Parameter, find, load, parameters
@@ -50,7 +50,7 @@ def page(command: str) -> str:
     own = {
         f"--{name} {_kind(option)}".rstrip(): _described(option)
         for name, option in parameters(node, owner).items()
-        if name not in (*NOT_OPTIONS, "weights_only", "verbose")
+        if name not in NOT_OPTIONS
     }
     lines = [f"usage: opd {command} --config FILE [--config FILE ...] [--OPTION VALUE ...]", ""]
     lines += _wrapped(_description(node))
@@ -82,7 +82,9 @@ def _run_sections() -> list[str]:
     data: dict[str, str] = {}
     for name, option in (_class(DATA).options() or {}).items():
         if name == "sampling":
-            data |= _options("data.sampling", _class("opd_lightning.rollouts.base.Sampling").options())
+            data |= _options(
+                "data.sampling", _class("opd_lightning.rollouts.base.Sampling").options()
+            )
         elif name != "seed":  # it is seed_everything
             data |= _options("data", {name: option})
     trainer = {f"--trainer.{name}": text for name, text in TRAINER_OPTIONS.items()}

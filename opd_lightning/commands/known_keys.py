@@ -24,8 +24,9 @@ MODEL = "opd_lightning.training.base.DistillationModule"
 
 # Options of every command, besides the parameters of its method.
 COMMON = ("config", "help", "print_config", "seed_everything", "model", "data", "trainer")
-# Parameters of its method that Lightning fills.
+# Parameters of its method that are no options: Lightning fills them, or nothing needs them.
 NOT_OPTIONS = ("model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders")
+NOT_OPTIONS += ("weights_only",)
 _SUBCLASS = {"class_path", "init_args", "dict_kwargs"}
 
 
@@ -35,8 +36,7 @@ def check_keys(command: str, words: list[str]) -> None:
     method = trainer.method(command.replace("-", "_")) if trainer else None
     if method is None:
         return
-    options = parameters(*method)
-    own = [name for name in options if name not in NOT_OPTIONS + ("weights_only", "verbose")]
+    own = [name for name in parameters(*method) if name not in NOT_OPTIONS]
     checker = _Checker(command, [*COMMON, *own])
     for source, tree in _given(words):
         checker.check(source, tree)
@@ -59,14 +59,24 @@ def _given(words: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
             keys = option[2:].removesuffix("+").split(".")
             if keys[-1] == "help":
                 keys.pop()
-            leaf: Any = None
-            if not equals and len(keys) and keys[0] in ("model", "data", "trainer"):
+            if not equals and keys and keys[0] in ("model", "data", "trainer"):
                 value = next(rest, "")
-            if value and keys and "." in value and " " not in value and find(value):
-                leaf = {"class_path": value}
+            leaf: Any = _tree(value)
             for key in reversed(keys):
                 leaf = {key: leaf}
-            yield "", leaf or {}
+            if keys:
+                yield "", leaf
+
+
+def _tree(value: str) -> dict[str, Any] | None:
+    """The value of an option as a tree: what is in braces, or a name, which may be a class's."""
+    if value.startswith("{"):
+        try:
+            tree = yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError):
+            return None
+        return tree if isinstance(tree, dict) else None
+    return {"class_path": value} if value.replace(".", "_").isidentifier() else None
 
 
 @dataclass
@@ -84,9 +94,11 @@ class _Checker:
                 self.object(key, value, find(root) if key != "model" else None)
 
     def expect(self, place: str, key: object, known: list[str]) -> None:
-        """Refuse a key that is neither known nor, on the command line, begins a known one."""
+        """Refuse a key that is not known; the parser completes options, save those of a class."""
         name = str(key)
-        if name in known or (not self.source and any(word.startswith(name) for word in known)):
+        of_class = any(f"{place}.".startswith(f"{other}.") for other in self.classes)
+        completed = not self.source and not of_class
+        if name in known or (completed and any(word.startswith(name) for word in known)):
             return
         full = f"{place}.{name}" if place else name
         where = f"{self.source}: " if self.source else ""
@@ -101,7 +113,7 @@ class _Checker:
         )
 
     def object(self, place: str, tree: Mapping[Any, Any], default: Class | None) -> None:
-        """Check the arguments of a class, which the tree, an earlier one or the annotation names."""
+        """Check the arguments of a class, named by the tree, an earlier one or the annotation."""
         if isinstance(path := tree.get("class_path"), str):
             # Another class may have others inside: forget what was there.
             kept = {k: v for k, v in self.classes.items() if not k.startswith(f"{place}.")}

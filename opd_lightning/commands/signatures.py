@@ -1,6 +1,7 @@
 """Signatures and docstrings read from source files, without importing them.
 
-Importing Lightning takes ten seconds of CPU time; a misspelt key and a page of help need none of it.
+Importing Lightning takes ten seconds of CPU time, and a misspelt key or a page of help needs
+nothing of it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -116,7 +117,7 @@ class Class:
 
 
 def parameters(node: Function, owner: Class) -> dict[str, Parameter]:
-    """Parameters of a method by name, described by its docstring or, if it has none, the class's."""
+    """Parameters of a method by name, described by its docstring or its class's."""
     texts = _texts(owner.node) | _texts(node)
     args = node.args.posonlyargs + node.args.args
     defaults: list[ast.expr | None] = [None] * (len(args) - len(node.args.defaults))
@@ -134,7 +135,7 @@ def parameters(node: Function, owner: Class) -> dict[str, Parameter]:
     }
 
 
-@lru_cache(maxsize=None)
+@cache
 def find(path: str) -> Class | None:
     """Find a class by its import path, through re-exports; None if its source cannot be read."""
     owner, _, name = path.rpartition(".")
@@ -142,7 +143,7 @@ def find(path: str) -> Class | None:
     return module.resolve(name) if module else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> Module | None:
     """Parse a module's source file; nothing is imported."""
     top, *rest = name.split(".")
