@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from opd_lightning import __version__
+from opd_lightning.commands.command_table import check_command, overview
 from opd_lightning.errors import RunStoppedError, UserError, report
 from opd_lightning.run import signals
 from opd_lightning.run.signals import SignalledError
@@ -24,25 +26,54 @@ def main(args: list[str] | None = None) -> None:
     sys.path.append(os.getcwd())
     quiet_libraries()
     with one_line_errors():
-        if args[:1] == ["lab"]:
-            from opd_lightning.lab.cli import main as lab
+        _dispatch(args)
 
-            lab(args[1:])
-        elif args[:1] == ["serve"]:
-            # Meant for trainers, but SLURM sends it to every process of a job.
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-            from opd_lightning.serving.serve import main as serve
 
-            serve(args[1:])
-        elif args[:1] == ["compare"]:
-            from opd_lightning.commands.compare import main as compare
+def _dispatch(args: list[str]) -> None:
+    """Answer at once what needs no library; import the program of a command, and run it."""
+    command, rest = (args[0].replace("_", "-"), args[1:]) if args else ("", [])
+    if command in ("--help", "-h"):
+        print(overview())
+    elif command == "--version":
+        print(f"opd {__version__}")
+    elif command == "lab":
+        from opd_lightning.lab.cli import main as lab
 
-            compare(args[1:])
-        else:
-            from opd_lightning.commands.lightning_cli import OPDCLI
+        lab(rest)
+    elif command == "serve":
+        # Meant for trainers, but SLURM sends it to every process of a job.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        from opd_lightning.serving.serve import main as serve
 
-            OPDCLI(args)
-            _part()
+        serve(rest)
+    elif command == "compare":
+        from opd_lightning.commands.compare import main as compare
+
+        compare(rest)
+    elif command == "configs":
+        from opd_lightning.commands.configs import main as configs
+
+        configs(rest)
+    else:
+        _train_or_measure(command, args)
+
+
+def _train_or_measure(command: str, args: list[str]) -> None:
+    """Run a command of the trainer, unless its words are wrong or ask for help alone."""
+    if not command.startswith("-"):  # options may come before a command
+        check_command(command)
+        if {"--help", "-h"} & {*args}:
+            from opd_lightning.commands.command_help import page
+
+            print(page(command))
+            return
+        from opd_lightning.commands.known_keys import check_keys
+
+        check_keys(command, args[1:])
+    from opd_lightning.commands.lightning_cli import OPDCLI
+
+    OPDCLI(["--help" if word == "--help=all" else word for word in args])
+    _part()
 
 
 @contextmanager
@@ -69,6 +100,9 @@ def one_line_errors() -> Iterator[None]:
 
 def _end(error: Exception) -> None:
     """Report an error, by one of the processes that have it, and leave together with those."""
+    if "torch" not in sys.modules:  # no process group can exist; importing it takes seconds
+        report(str(error))
+        return
     from opd_lightning.processes import Ending
 
     if getattr(error, "raised_by_all", False):
@@ -91,6 +125,8 @@ def _rank() -> int:
 
 def _part() -> None:
     """Leave the other processes when all are done; gloo may abort one that just goes."""
+    if "torch" not in sys.modules:
+        return
     import torch.distributed as dist
 
     if dist.is_initialized():

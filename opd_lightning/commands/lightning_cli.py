@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from opd_lightning.checkpoints import LAST, needed, settle_folders
+from opd_lightning.commands.command_table import TRAINER_COMMANDS
 from opd_lightning.commands.trainer import Trainer
 from opd_lightning.errors import UserError, note, report
 from opd_lightning.run.datamodule import RolloutDataModule
@@ -29,8 +30,9 @@ TRAINER_DEFAULTS = {
     "max_epochs": -1,  # runs are measured in optimiser steps: trainer.max_steps
 }
 
-OWN_COMMANDS = ("check", "sample", "export", "write_responses", "cache_teacher")
-DASHED = [name.replace("_", "-") for name in OWN_COMMANDS]
+STANDARD_COMMANDS = ("fit", "validate", "test")
+DASHED = [name for name in TRAINER_COMMANDS if name not in STANDARD_COMMANDS]
+OWN_COMMANDS = [name.replace("-", "_") for name in DASHED]
 
 # What jsonargparse says besides the cause: type unions tried in vain, dumps of the value.
 _NOISE = re.compile(
@@ -108,9 +110,7 @@ class OPDCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "prog": "opd",
-                "description": "On-policy distillation. `opd lab` makes models and data to try "
-                "it on, `opd serve` puts a model behind a server, `opd compare` shows runs side by "
-                "side; all have a --help.",
+                "description": "On-policy distillation; `opd --help` lists all commands.",
             },
             args=args,
         )
@@ -120,7 +120,7 @@ class OPDCLI(LightningCLI):
         standard = LightningCLI.subcommands()
         return {
             # Nothing but tensors and plain data is read from a checkpoint.
-            **{name: standard[name] | {"weights_only"} for name in ("fit", "validate", "test")},
+            **{name: standard[name] | {"weights_only"} for name in STANDARD_COMMANDS},
             **{name: {"model", "datamodule"} for name in OWN_COMMANDS},
         }
 

@@ -69,14 +69,33 @@ class Trainer(Commands):
         with self.profiler.profile("save_checkpoint"):  # type: ignore[attr-defined]
             write(self, self._checkpoint_connector.dump_checkpoint(weights_only), filepath)
 
-    def fit(self, *args: Any, **kwargs: Any) -> None:
-        """Train, alone in the run folder, on the prompts that the run began with."""
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Train, alone in the run folder, on the prompts that the run began with.
+
+        Args:
+            model: The method, with the student.
+            train_dataloaders: Not needed; a datamodule has them.
+            val_dataloaders: Not needed; a datamodule has them.
+            datamodule: Holds the prompts and the engine.
+            ckpt_path: Checkpoint to go on from: a path, or last, the newest whole checkpoint of the
+                run folder; where there is none yet, last starts from the beginning.
+            weights_only: Not needed; nothing but tensors and plain data is ever read.
+        """
         folder = None if self.logger is None else Path(self.log_dir or ".")
-        data = kwargs.get("datamodule")
-        if isinstance(data, RolloutDataModule):
-            data.prompt_files = PromptFiles(folder, resumes=bool(kwargs.get("ckpt_path")))
+        if isinstance(datamodule, RolloutDataModule):
+            datamodule.prompt_files = PromptFiles(folder, resumes=bool(ckpt_path))
         with held(folder) if folder is not None and self.is_global_zero else nullcontext():
-            super().fit(*args, **kwargs)
+            super().fit(
+                model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
+            )
 
     def validate(
         self,

@@ -1,0 +1,194 @@
+"""Signatures and docstrings read from source files, without importing them.
+
+Importing Lightning takes ten seconds of CPU time, and a misspelt key or a page of help needs
+nothing of it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.util import find_spec
+from pathlib import Path
+
+from docstring_parser import parse as parse_docstring
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a constructor or method; `home` is the module that its annotation is of."""
+
+    annotation: ast.expr | None
+    default: str | None
+    text: str
+    home: Module
+
+
+class Module:
+    """A parsed source file: its definitions, and the names that it imports."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name = name
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        self.definitions: dict[str, ast.stmt] = {}
+        self.imported: dict[str, str] = {}
+        for node in _statements(tree.body):
+            if isinstance(node, ast.ImportFrom):
+                parts = package.split(".")[: -(node.level - 1) or None] if node.level else []
+                origin = ".".join([*parts, *([node.module] if node.module else [])])
+                self.imported |= {a.asname or a.name: f"{origin}.{a.name}" for a in node.names}
+            elif isinstance(node, ast.Import):
+                self.imported |= {a.asname: a.name for a in node.names if a.asname}
+            elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+                self.definitions[node.name] = node
+
+    def resolve(self, name: str) -> Class | None:
+        """Find the class that a name of this module stands for."""
+        first, _, rest = name.partition(".")
+        node = self.definitions.get(name)
+        if isinstance(node, ast.ClassDef):
+            return Class(node, self)
+        if first in self.imported:
+            return find(self.imported[first] + (f".{rest}" if rest else ""))
+        return None
+
+
+class Class:
+    """A class definition with the module that it stands in."""
+
+    def __init__(self, node: ast.ClassDef, home: Module) -> None:
+        self.node = node
+        self.home = home
+
+    @cached_property
+    def bases(self) -> list[Class] | None:
+        """Base classes; None if one cannot be read."""
+        found = [self.home.resolve(ast.unparse(base)) for base in self.node.bases]
+        return None if None in found else [base for base in found if base is not None]
+
+    def method(self, name: str) -> tuple[Function, Class] | None:
+        """Find a method and the class that defines it, left to right through the bases."""
+        for node in self.node.body:
+            if isinstance(node, Function) and node.name == name:
+                return node, self
+        inherited = (base.method(name) for base in self.bases or [])
+        return next((method for method in inherited if method), None)
+
+    @property
+    def is_dataclass(self) -> bool:
+        return any("dataclass" in ast.unparse(word) for word in self.node.decorator_list)
+
+    def options(self) -> dict[str, Parameter] | None:
+        """Return what the constructor accepts by name; None if the source does not tell."""
+        if self.is_dataclass:
+            return self._fields()
+        if self.method("__new__") or (found := self.method("__init__")) is None:
+            return None
+        node, owner = found
+        own = parameters(node, owner)
+        if node.args.kwarg is None:
+            return own
+        keywords = node.args.kwarg.arg
+        if "super().__init__(" not in ast.unparse(node) or owner.bases is None:
+            return None
+        own |= {name: Parameter(None, None, "", owner.home) for name in _taken(node, keywords)}
+        for base in owner.bases:
+            if (inherited := base.options()) is None:
+                return None
+            own = inherited | own
+        return own
+
+    def _fields(self) -> dict[str, Parameter] | None:
+        found: dict[str, Parameter] = {}
+        for base in self.bases or []:
+            found |= base._fields() or {} if base.is_dataclass else {}
+        texts = _texts(self.node)
+        for node in self.node.body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                default = None if node.value is None else ast.unparse(node.value)
+                name = node.target.id
+                found[name] = Parameter(node.annotation, default, texts.get(name, ""), self.home)
+        return None if self.bases is None else found
+
+
+def parameters(node: Function, owner: Class) -> dict[str, Parameter]:
+    """Parameters of a method by name, described by its docstring or its class's."""
+    texts = _texts(owner.node) | _texts(node)
+    args = node.args.posonlyargs + node.args.args
+    defaults: list[ast.expr | None] = [None] * (len(args) - len(node.args.defaults))
+    pairs = [*zip(args, [*defaults, *node.args.defaults], strict=True)]
+    pairs += zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+    return {
+        word.arg: Parameter(
+            word.annotation,
+            None if value is None else ast.unparse(value),
+            texts.get(word.arg, ""),
+            owner.home,
+        )
+        for word, value in pairs
+        if word.arg != "self"
+    }
+
+
+@cache
+def find(path: str) -> Class | None:
+    """Find a class by its import path, through re-exports; None if its source cannot be read."""
+    owner, _, name = path.rpartition(".")
+    module = load(owner) if owner else None
+    return module.resolve(name) if module else None
+
+
+@cache
+def load(name: str) -> Module | None:
+    """Parse a module's source file; nothing is imported."""
+    top, *rest = name.split(".")
+    try:
+        spec = find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        place = Path(folder, *rest)
+        for path in (place / "__init__.py", place.with_suffix(".py")):
+            if path.is_file():
+                return _parsed(name, path)
+    if spec and not rest and spec.origin and spec.origin.endswith(".py"):
+        return _parsed(name, Path(spec.origin))
+    return None
+
+
+def _parsed(name: str, path: Path) -> Module | None:
+    try:
+        return Module(name, path)
+    except (OSError, SyntaxError, ValueError):
+        return None  # importing it will tell what is wrong
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements of a module, those under `if` and `try` included."""
+    for node in body:
+        if isinstance(node, ast.If | ast.Try):
+            yield from _statements(node.body)
+        else:
+            yield node
+
+
+def _taken(node: Function, keywords: str) -> set[str]:
+    """Names that a function takes from its keyword arguments with `get` or `pop`."""
+    calls = (word for word in ast.walk(node) if isinstance(word, ast.Call) and word.args)
+    return {
+        call.args[0].value
+        for call in calls
+        if ast.unparse(call.func) in (f"{keywords}.get", f"{keywords}.pop")
+        and isinstance(call.args[0], ast.Constant)
+        and isinstance(call.args[0].value, str)
+    }
+
+
+def _texts(node: Function | ast.ClassDef) -> dict[str, str]:
+    found = parse_docstring(ast.get_docstring(node) or "").params
+    return {word.arg_name: " ".join((word.description or "").split()) for word in found}
