@@ -9,7 +9,7 @@ from torch import nn
 
 from opd_lightning.models.head import Head, TokenStates
 from opd_lightning.models.source import ModelSource
-from opd_lightning.terminal.library_bars import told_as
+from opd_lightning.terminal.library_bars import shown_as
 from opd_lightning.types import RolloutBatch
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -31,7 +31,7 @@ def load_causal_lm(
         "trust_remote_code": source.trust_remote_code,
     }
     if not empty:
-        with told_as(f"load {source.role}", "tensor"):
+        with shown_as(f"load {source.role}", "tensor"):
             return AutoModelForCausalLM.from_pretrained(source.path, **how)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(source.config, **how).eval()

@@ -40,7 +40,7 @@ class LibraryBar:
 
 
 @contextmanager
-def told_as(label: str, unit: str) -> Iterator[None]:
+def shown_as(label: str, unit: str) -> Iterator[None]:
     """Show what transformers loads or writes within the context as a stage `label`."""
     from transformers.utils.logging import set_tqdm_hook
 
