@@ -55,7 +55,7 @@ def shown_as(label: str, unit: str) -> Iterator[None]:
         set_tqdm_hook(theirs)
 
 
-def of_vllm(label: str) -> Callable[..., Any]:
+def vllm_bar(label: str) -> Callable[..., Any]:
     """Return a `use_tqdm` argument for vLLM that shows a stage counted in responses."""
 
     def ours(prompts: Iterable[Any] | None = None, *, total: int = 0, **_: object) -> Any:

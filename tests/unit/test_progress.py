@@ -16,7 +16,7 @@ import pytest
 from transformers.utils.logging import tqdm as transformers_tqdm
 
 from opd_lightning.terminal import progress, quiet
-from opd_lightning.terminal.library_bars import LibraryBar, of_vllm, shown_as
+from opd_lightning.terminal.library_bars import LibraryBar, shown_as, vllm_bar
 from opd_lightning.terminal.progress import Progress
 
 SRUN = "The `srun` command is available on your system but is not used. HINT: If your intention"
@@ -186,7 +186,7 @@ def test_bars_of_transformers_are_ours(clock: Clock, log: Log) -> None:
 
 
 def test_bars_of_vllm_are_ours(clock: Clock, log: Log) -> None:
-    make = of_vllm("generate")
+    make = vllm_bar("generate")
     prompts = ["a", "b"]
     assert make(prompts, desc="Rendering prompts") is prompts
     bar = make(total=3, desc="Processed prompts", dynamic_ncols=True, postfix="")
