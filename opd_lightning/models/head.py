@@ -246,19 +246,19 @@ def _full(teacher: Distribution, raw: Tensor | None, rows: slice, like: Tensor) 
 def _describe(logprobs: Tensor, targets: Tensor, top_k: int) -> FlatScores:
     # Where a log-prob is -inf, 0 * -inf would be NaN; exp(-1e4) is 0 as well.
     entropy = -logprobs.exp().mul_(logprobs.clamp_min(-1e4)).sum(dim=-1)
-    return FlatScores(logprobs.gather(1, targets)[:, 0], entropy, *likeliest(logprobs, top_k))
+    return FlatScores(logprobs.gather(1, targets)[:, 0], entropy, *top_k_of(logprobs, top_k))
 
 
-_HEAP = 64  # vocabularies of this many times k: torch's CPU kernel keeps a heap, and is quick
+_HEAP_RATIO = 64  # vocabularies of this many times k: torch's CPU kernel keeps a heap, and is quick
 
 
-def likeliest(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_k_of(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Ids `[N, K]` int64 of the largest `logprobs [N, V]`, and these, detached; largest first.
 
     K is k, or V if that is less. In small vocabularies numpy takes a third of `torch.topk`'s time.
     """
     logprobs, k = logprobs.detach(), min(k, logprobs.shape[1])
-    if logprobs.device.type != "cpu" or k == 0 or logprobs.shape[1] >= k * _HEAP:
+    if logprobs.device.type != "cpu" or k == 0 or logprobs.shape[1] >= k * _HEAP_RATIO:
         found, ids = logprobs.topk(k, dim=1)
         return ids, found
     ids = torch.from_numpy(np.argpartition(logprobs.numpy(), -k, axis=1)[:, -k:])
