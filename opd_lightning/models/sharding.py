@@ -4,7 +4,7 @@ Under HSDP the processes of a group shard the weights, and all groups hold the s
 
 A decoder layer is gathered for its forward pass and again for its backward pass. The other modules
 (embedding, last norm, head) are gathered by the root's forward call. They stay gathered until the
-root's backward pass ends, or until `rest` if there is none: the head of a teacher is used after the
+root's backward pass ends, or until `reshard` if there is none: the head of a teacher is used after the
 teacher's forward call, in the student's forward call and again in the student's backward pass.
 """
 
@@ -165,7 +165,7 @@ def holders(strategy: Any) -> int:
     return strategy.num_processes * strategy.num_nodes if shares else 1
 
 
-def rest(root: nn.Module) -> None:
+def reshard(root: nn.Module) -> None:
     """Free the weights that the last forward call of a root without a backward pass gathered."""
     assert isinstance(root, FSDPModule)
     root.reshard()
