@@ -177,7 +177,7 @@ def reshard(root: nn.Module) -> None:
             group._post_forward_indices.clear()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor of a shard, or any other tensor unchanged; collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
-from opd_lightning.models.sharding import whole
+from opd_lightning.models.sharding import full_tensor
 
 
 def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -22,7 +22,7 @@ def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """
     if not hasattr(model, "peft_config"):
         for name, parameter in model.named_parameters():
-            yield name, whole(parameter.detach())
+            yield name, full_tensor(parameter.detach())
         return
 
     modules = dict(model.named_modules())
@@ -33,9 +33,9 @@ def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         owner, found, _ = name.partition(".base_layer.weight")
         if found and adapter in getattr(modules[owner], "lora_A", {}):
             weight = _delta(modules[owner], adapter).to(parameter.dtype)
-            weight += whole(parameter.detach())
+            weight += full_tensor(parameter.detach())
         else:
-            weight = whole(parameter.detach())
+            weight = full_tensor(parameter.detach())
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         yield plain.replace(f".modules_to_save.{adapter}.", "."), weight
         del weight  # before the next is gathered
@@ -44,7 +44,7 @@ def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 @torch.no_grad()
 def _delta(layer: Any, adapter: str) -> Tensor:
     """Return the update of a linear layer's weight by plain LoRA, in float32."""
-    down, up = (whole(part[adapter].weight).float() for part in (layer.lora_A, layer.lora_B))
+    down, up = (full_tensor(part[adapter].weight).float() for part in (layer.lora_A, layer.lora_B))
     delta = (up @ down).mul_(layer.scaling[adapter])
     return delta.T.contiguous() if layer.fan_in_fan_out else delta
 
