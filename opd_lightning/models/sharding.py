@@ -183,7 +183,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill(target: Tensor, value: Tensor) -> None:
+def copy_full(target: Tensor, value: Tensor) -> None:
     """Copy a full value, given on every rank, to a tensor or to this process's shard of it."""
     if isinstance(target, DTensor):
         here = value.to(target.device)

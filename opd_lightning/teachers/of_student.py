@@ -12,7 +12,7 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.models.causal_lm import Reader
 from opd_lightning.models.head import TokenStates
-from opd_lightning.models.sharding import fill, full_tensor
+from opd_lightning.models.sharding import copy_full, full_tensor
 from opd_lightning.teachers.local import LocalTeacher, OwnModelTeacher
 from opd_lightning.types import RolloutBatch
 
@@ -93,7 +93,7 @@ class EMATeacher(OwnModelTeacher):
         """Take up whole parameters; every rank has them all."""
         own = dict(self.model().named_parameters())
         for name, value in state.items():
-            fill(own[name], value)
+            copy_full(own[name], value)
 
 
 class AdapterOffTeacher(LocalTeacher):
