@@ -157,7 +157,7 @@ def check_strategy(strategy: Any, devices: int, nodes: int) -> None:
             )
 
 
-def holders(strategy: Any) -> int:
+def processes_per_copy(strategy: Any) -> int:
     """Return the number of processes that share one copy of the weights."""
     if isinstance(strategy, HSDPStrategy):
         return strategy.group_size
