@@ -108,7 +108,7 @@ class Sharding:
         Rank 0 broadcasts the weights unit by unit, and every rank keeps its shard, so that no
         device holds more than one full layer at a time, or the modules outside of layers.
         """
-        for layer, inside in units(root):
+        for layer, inside in shard_units(root):
             _materialise(inside, self.device)
             for tensor in _tensors(inside):
                 dist.broadcast(tensor.detach(), src=0)
@@ -116,7 +116,7 @@ class Sharding:
 
     def copy(self, root: nn.Module, original: nn.Module) -> None:
         """Shard `root`, on the meta device everywhere, with the weights of a sharded `original`."""
-        for layer, inside in units(root):
+        for layer, inside in shard_units(root):
             _materialise(inside, self.device)
             self._shard(layer, None)
         pairs = zip(_tensors(root.modules()), _tensors(original.modules()), strict=True)
@@ -191,7 +191,7 @@ def copy_full(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
-def units(root: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
+def shard_units(root: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
     """Return every decoder layer, then the root, each with the modules that belong to it."""
     # transformers' list of modules that must not be split.
     names = {n for m in root.modules() for n in getattr(m, "_no_split_modules", None) or ()}
