@@ -102,7 +102,7 @@ class Sharding:
         """Whether this process reads the weights from disk and broadcasts them."""
         return dist.get_rank() == 0
 
-    def spread(self, root: nn.Module, *, compute_dtype: torch.dtype | None = None) -> None:
+    def shard(self, root: nn.Module, *, compute_dtype: torch.dtype | None = None) -> None:
         """Shard `root`, which has weights where `reads` is true, else is on the meta device.
 
         Rank 0 broadcasts the weights unit by unit, and every rank keeps its shard, so that no
@@ -112,19 +112,19 @@ class Sharding:
             _materialise(inside, self.device)
             for tensor in _tensors(inside):
                 dist.broadcast(tensor.detach(), src=0)
-            self._shard(layer, compute_dtype if layer is not root else None)
+            self._fully_shard(layer, compute_dtype if layer is not root else None)
 
     def copy(self, root: nn.Module, original: nn.Module) -> None:
         """Shard `root`, on the meta device everywhere, with the weights of a sharded `original`."""
         for layer, inside in shard_units(root):
             _materialise(inside, self.device)
-            self._shard(layer, None)
+            self._fully_shard(layer, None)
         pairs = zip(_tensors(root.modules()), _tensors(original.modules()), strict=True)
         with torch.no_grad():
             for target, source in pairs:
                 target.copy_(source)
 
-    def _shard(self, unit: nn.Module, dtype: torch.dtype | None) -> None:
+    def _fully_shard(self, unit: nn.Module, dtype: torch.dtype | None) -> None:
         policy = MixedPrecisionPolicy(
             param_dtype=dtype,
             reduce_dtype=torch.float32 if dtype else None,

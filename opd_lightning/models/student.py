@@ -82,7 +82,7 @@ class Student(nn.Module):
         self.sharding = sharding
         self.model = self.build(empty=sharding is not None and not sharding.reads)
         if sharding is not None:
-            sharding.spread(self, compute_dtype=sharding.compute_dtype)
+            sharding.shard(self, compute_dtype=sharding.compute_dtype)
             register_fsdp_forward_method(self, "states")
 
     def build(self, *, empty: bool = False) -> Any:

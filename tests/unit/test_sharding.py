@@ -50,4 +50,4 @@ def test_who_holds_a_copy_together(strategy: Any, expected: int) -> None:
 def test_a_model_without_named_layers_is_refused() -> None:
     sharding = Sharding(mesh=cast(DeviceMesh, None), device=torch.device("cpu"))
     with pytest.raises(UserError, match="does not name its layers"):
-        sharding.spread(torch.nn.Linear(2, 2))
+        sharding.shard(torch.nn.Linear(2, 2))
