@@ -4,8 +4,8 @@ Under HSDP the processes of a group shard the weights, and all groups hold the s
 
 A decoder layer is gathered for its forward pass and again for its backward pass. The other modules
 (embedding, last norm, head) are gathered by the root's forward call. They stay gathered until the
-root's backward pass ends, or until `reshard` if there is none: the head of a teacher is used after the
-teacher's forward call, in the student's forward call and again in the student's backward pass.
+root's backward pass ends, or until `reshard` if there is none: the head of a teacher is used after
+its forward call, in the student's forward call and again in the student's backward pass.
 """
 
 from __future__ import annotations
