@@ -1,4 +1,4 @@
-"""Errors written for the person who caused them: one line, what / got / expected / what to do."""
+"""Errors for users: one line, what / got / expected / what to do."""
 
 import sys
 from typing import Self, TypeVar
@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 class RunStoppedError(RuntimeError):
-    """A promise of training was about to be broken, so the run ends before the optimiser moves.
+    """A guarantee of training would be violated, so the run ends before the optimiser step.
 
     The command line prints the message alone and exits with code 1.
     """
@@ -25,7 +25,7 @@ class RunStoppedError(RuntimeError):
 class CheckpointError(RunStoppedError):
     """A checkpoint could not be written, or the folder of checkpoints could not be read.
 
-    Raised on all processes alike.
+    Raised on all ranks.
     """
 
 
@@ -34,7 +34,7 @@ class EngineMismatchError(RunStoppedError):
 
     @classmethod
     def of_logprobs(cls, step: int, gap: float, bound: float) -> Self:
-        """They disagree on the sampled tokens by a mean of `gap` nats, more than `bound`."""
+        """Build for a mean gap of `gap` nats on the sampled tokens, more than `bound`."""
         return cls(
             f"step {step}: engine and trainer log-probs of the sampled tokens differ by "
             f"{gap:.3g} nats on average, bound {bound:.3g}; the engine has other weights, another "
@@ -44,28 +44,28 @@ class EngineMismatchError(RunStoppedError):
 
 
 class CollapseError(RunStoppedError):
-    """The run's responses left their bands and did not come back; raised on all processes."""
+    """Responses left their allowed ranges and did not return to them; raised on all ranks."""
 
 
 class NotReadyError(RunStoppedError):
-    """`opd check` found what would stop a run or make it learn from wrong numbers."""
+    """`opd check` found a problem that would stop a run or make it train on wrong values."""
 
 
 class ServerAwayError(RunStoppedError):
-    """A server does not answer any more, and patience has run out."""
+    """A server no longer answers, and the time limit has passed."""
 
 
 class PushLostError(ServerAwayError):
-    """A server was lost while weights were pushed to it; they may be pushed again."""
+    """A server was lost while weights were pushed to it; the push may be repeated."""
 
 
 class StaleRolloutsError(RunStoppedError):
-    """Rollouts were not written by the weights that the step may learn from.
+    """Rollouts were sampled from weights that the optimiser step may not learn from.
 
     Args:
-        step: The optimiser step that was about to be made.
-        version: Optimiser steps that made the weights which wrote them.
-        max_staleness: How many steps older than the newest they may be.
+        step: Index of the optimiser step.
+        version: Number of optimiser steps that made the weights they were sampled from.
+        max_staleness: Number of steps by which those weights may be older than the newest.
     """
 
     def __init__(self, step: int, version: int, max_staleness: int) -> None:
@@ -78,16 +78,16 @@ class StaleRolloutsError(RunStoppedError):
 
 
 def raised_by_all(error: Error) -> Error:
-    """Mark an error that every process of a run raises, so that one of them reports it."""
+    """Mark an error that every rank raises, so that only one of them reports it."""
     error.raised_by_all = True  # type: ignore[attr-defined]
     return error
 
 
 def report(message: str) -> None:
-    """The one line that a user sees."""
+    """Print an error as one line."""
     print(f"opd: error: {message}", file=sys.stderr)
 
 
 def note(message: str) -> None:
-    """One line about what a user should know and need not answer."""
+    """Print one line of information that requires no action."""
     say(f"opd: {message}")

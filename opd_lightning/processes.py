@@ -1,7 +1,7 @@
-"""What the processes of a run tell one another, and how they agree before they go on.
+"""Collectives with which the processes of a run exchange values and agree on outcomes.
 
-Every function of this module but `Ending` is collective unless it says otherwise: all processes
-must call it.
+Every function is collective unless its docstring states otherwise: all processes must call it.
+`Ending` is not.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from opd_lightning.errors import raised_by_all
 
 T = TypeVar("T")
 
-PATIENCE = 10.0  # seconds that a process waits for others to end with the same line
-PAUSE = 0.05
+PATIENCE = 10.0  # seconds to wait for other processes to end with the same line
+POLL_INTERVAL = 0.05  # seconds
 
-# In errors of gloo and NCCL when the other end of a connection is dead or silent.
+# Parts of gloo and NCCL errors when the peer of a connection is dead or silent.
 _LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -35,17 +35,17 @@ _LOST_PEER = (
 
 
 def rank() -> int:
-    """Rank of this process; 0 where there is but one. Not collective."""
+    """Return the rank of this process; 0 without a process group. Not collective."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes. Not collective."""
+    """Return the number of processes. Not collective."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Whether this is rank 0. Not collective."""
+    """Return whether this is rank 0. Not collective."""
     return rank() == 0
 
 
@@ -59,7 +59,7 @@ def gather(mine: T) -> list[T]:
 
 
 def concatenate_ranks(rows: Tensor) -> Tensor:
-    """Concatenate the `[M, C]` of every rank; M may differ between them."""
+    """Concatenate the `[M, C]` tensors of all ranks; M may differ between ranks."""
     if world_size() == 1:
         return rows
     return torch.cat(gather(rows.cpu())).to(rows.device)
@@ -84,12 +84,12 @@ def broadcast(decide: Callable[[], T]) -> T:
 def run_on_first(first: Callable[[], Any], others: Callable[[], Any] = lambda: None) -> Any:
     """Run `first` on rank 0 and `others` elsewhere, after a barrier.
 
-    Every rank returns the result of `first`. An exception of `first` is raised by all; one of
-    `others` by the rank that had it.
+    Every rank returns the result of `first`. An exception of `first` is raised on all ranks, one
+    of `others` on its rank only.
     """
     if not dist.is_initialized():
         return first()
-    dist.barrier()  # no rank has a request to the shared servers open any more
+    dist.barrier()  # after it no rank has an open request to the shared servers
     try:
         outcome = [first() if is_first() else others()]
     except Exception as error:
@@ -104,7 +104,7 @@ def run_on_first(first: Callable[[], Any], others: Callable[[], Any] = lambda: N
 
 
 def drain(weights: Iterable[Any]) -> None:
-    """Consume an iterator of weights whose gathering takes all ranks."""
+    """Consume an iterator over weights, each of which all ranks must gather together."""
     for _ in weights:
         pass
 
@@ -119,9 +119,9 @@ class Ranks:
     gather: Callable[[Any], list[Any]]  # plain data of every rank, by rank
 
     def batches(self, count: int, size: int) -> list[range]:
-        """Deal `count` indices to ranks in batches of `size`.
+        """Distribute `count` indices over ranks in batches of at most `size`.
 
-        Every rank gets the same number of batches, so the last ones may be empty.
+        Every rank gets the same number of batches; the last ones may be empty.
         """
         mine = range(self.rank, count, self.world_size)
         batches = -(-count // (self.world_size * size))
@@ -129,7 +129,7 @@ class Ranks:
 
     @classmethod
     def of(cls, trainer: Any) -> Ranks:
-        """The ranks of a Lightning trainer."""
+        """Build from a Lightning trainer."""
         strategy = trainer.strategy
 
         def add_up(value: int) -> int:
@@ -145,10 +145,10 @@ class Ranks:
 
 
 class Ending:
-    """Count the processes that end with the same line, so that it is printed once.
+    """Counter of the processes that end with the same line, which one of them prints.
 
-    An error of set-up ends every process alike. Nothing here is collective: a process may also
-    end alone, while the others wait for it elsewhere.
+    An error during set-up ends every process with the same line. No method is collective: a
+    process may also end alone, while the others wait for it in a collective.
 
     Args:
         line: The line to print.
@@ -156,17 +156,17 @@ class Ending:
 
     def __init__(self, line: str) -> None:
         self._key = f"ending-{hashlib.sha256(line.encode()).hexdigest()}"
-        self.is_first = self._add(1) <= 1  # rather printed twice than never
+        self.is_first = self._add(1) <= 1  # if the count is lost, twice rather than never
 
     def wait_for_all(self) -> bool:
-        """Whether every process of the run ends with this line, each within `PATIENCE`."""
+        """Return whether all processes end with this line within `PATIENCE` seconds."""
         if not dist.is_initialized():
             return False
         deadline = time.monotonic() + PATIENCE
         while (arrived := self._add(0)) < dist.get_world_size():
             if arrived == 0 or time.monotonic() > deadline:
                 return False
-            time.sleep(PAUSE)
+            time.sleep(POLL_INTERVAL)
         return True
 
     def _add(self, count: int) -> int:

@@ -1,4 +1,4 @@
-"""Where the time of an optimiser step goes."""
+"""Durations of the stages of an optimiser step."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
-# Stages that any trainer must spend; the rest of a step is overhead.
+# Stages that every trainer needs; the remainder of a step is overhead.
 USEFUL = frozenset({"generate", "student", "teacher", "backward", "optimizer"})
 
 
 class StepTimer:
-    """Seconds per stage and for the whole step, on the host's clock.
+    """Timer of the stages of an optimiser step, in seconds on the host's clock.
 
-    On a GPU, kernels run behind the host: work a stage has queued is paid for by the next stage
-    that waits (generate, the optimiser's clipping). Sums are right, borders are soft.
+    On a GPU, kernels run asynchronously: work that a stage queues counts for the next stage that
+    waits (generate, the optimiser's clipping). Sums are exact, boundaries of stages are not.
     """
 
     def __init__(self) -> None:
@@ -40,11 +40,11 @@ class StepTimer:
         self._stages[name] += perf_counter() - self._open.pop(name)
 
     def add(self, name: str, seconds: float) -> None:
-        """Seconds of a stage that somebody else measured, such as work beside the step."""
+        """Add seconds measured elsewhere, such as work in parallel to the step, to a stage."""
         self._stages[name] += seconds
 
     def pause(self) -> None:
-        """Until `resume`, nothing counts: validation happens between steps, not in them."""
+        """Stop counting until `resume`, as for validation, which is not part of a step."""
         self._paused = perf_counter(), dict(self._stages)
 
     def resume(self) -> None:
@@ -56,10 +56,10 @@ class StepTimer:
         self._paused = None
 
     def next_step(self) -> None:
-        """Close the running step into `last` and begin another.
+        """End the current step, store its times in `last` and begin the next.
 
-        `last` has seconds per stage, "step" for the whole and "overhead", the fraction of it
-        spent outside generation, forward passes, backward and optimiser.
+        `last` has the seconds of each stage and of the whole "step", and "overhead", the fraction
+        of the step spent outside generation, forward passes, backward and optimiser.
         """
         now = perf_counter()
         if self._step_began is not None:
@@ -70,10 +70,10 @@ class StepTimer:
         self._step_began = now
 
     def figures(self, tokens: float) -> dict[str, float]:
-        """The last whole step's times, as they are logged; none before there is one.
+        """Return the times of the last complete step by logged name; empty before the first.
 
         Args:
-            tokens: Response tokens of that step.
+            tokens: Response tokens of that step; without any the result is empty.
         """
         times = dict(self.last)
         if not times or not tokens:

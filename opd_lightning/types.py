@@ -1,10 +1,10 @@
-"""The types that flow through the program: prompts in, rollouts, batches, scores.
+"""Data types of the pipeline: prompts, rollouts, batches and token scores.
 
 Axes: B rollouts of a micro-batch, R response tokens (padded), L prompt + response tokens
 (padded), K top-k, N response tokens of a micro-batch without padding.
 
 *Response space* is `[B, R]`: row = rollout, column = response token. Every per-token quantity
-lives there, whatever prompt (view) it was computed under.
+has this shape, under whichever prompt (view) it was computed.
 """
 
 from __future__ import annotations
@@ -33,68 +33,68 @@ class Prompt:
     """
 
     id: str
-    messages: tuple[Message, ...]  # the chat so far; the policy writes the next assistant turn
+    messages: tuple[Message, ...]  # the policy generates the next assistant turn
     answer: str | None = None  # the reference answer, for verifiers
     response: str | None = None  # a recorded response, for supervised training
-    response_ids: tuple[int, ...] | None = None  # the same as ids, EOS included; they win
-    privileged: str | None = None  # text only a teacher may see
+    response_ids: tuple[int, ...] | None = None  # its token ids, EOS included; used instead of it
+    privileged: str | None = None  # text that only a teacher may be given
     domain: str = "default"  # group name for per-domain metrics and teachers
     origin: str = ""  # "file:line" it was read from, for error messages
 
 
 class StopReason(StrEnum):
-    """How a response ended."""
+    """Reason why a response ended."""
 
-    EOS = "eos"  # the model wrote an end-of-sequence token, which is the last response token
-    LENGTH = "length"  # the token budget ran out; there is no EOS
+    EOS = "eos"  # the model sampled an end-of-sequence token, the last response token
+    LENGTH = "length"  # the token limit was reached; there is no EOS
 
     def is_truncated(self) -> bool:
         return self is StopReason.LENGTH
 
 
 class Author(StrEnum):
-    """Who wrote a response."""
+    """Origin of a response."""
 
     STUDENT = "student"  # the student, from the prompt it is trained under: strictly on-policy
     GUIDED = "guided"  # the student, with the privileged text in its prompt
     TEACHER = "teacher"  # the teacher's own engine
-    RECORDED = "recorded"  # nobody: it was in the prompt file
+    RECORDED = "recorded"  # read from the prompt file
 
     def is_demonstrator(self) -> bool:
-        """Whether the student did not write it."""
+        """Return whether the response was not sampled from the student."""
         return self in (Author.TEACHER, Author.RECORDED)
 
 
 class Completion(NamedTuple):
-    """What an engine wrote for one request."""
+    """Response of an engine to one request."""
 
     response_ids: list[int]  # [T] sampled ids, EOS included
-    logprobs: list[float]  # [T] log-probs under the distribution that was sampled from, nats
+    logprobs: list[float]  # [T] log-probs under the sampling distribution, nats
     stop_reason: StopReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One response, who wrote it, and what it was worth."""
+    """One response with its prompt, author and reward."""
 
     prompt: Prompt
     prompt_ids: list[int]  # [P] the student's own prompt, which the loss is computed under
-    views: Mapping[str, list[int] | None]  # other prompts for it, by view name; None: not for it
+    views: Mapping[str, list[int] | None]  # other prompts by view name; None: it has none
     group: int  # position of the prompt in the run's order; samples of a prompt share it
     response_ids: list[int]  # [T] the ids the sampler wrote; never re-tokenised
-    behaviour_logprobs: list[float]  # [T] the sampler's log-probs; NaN where nobody sampled
+    behaviour_logprobs: list[float]  # [T] the sampler's log-probs; NaN if not sampled
     stop_reason: StopReason
     text: str  # response decoded without special tokens
     reward: float  # verifier's score in [0, 1]; NaN without a verifier
     group_mean: float  # mean reward over the samples of this prompt; NaN for a group of one
     group_std: float  # their population standard deviation; NaN for a group of one
     author: Author
-    dropped: bool  # written and verified, but not to be learned from
+    dropped: bool  # generated and verified, but excluded from training
     policy_version: int  # number of optimiser steps that made the weights it was sampled with
 
 
 class Totals(NamedTuple):
-    """A count of response tokens and of rollouts: what losses are divided by."""
+    """Counts of response tokens and of rollouts, by which losses are divided."""
 
     tokens: int
     sequences: int
@@ -105,9 +105,9 @@ class Totals(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTotals:
-    """Sizes of the whole optimiser step, over all micro-batches and ranks: the normalisers."""
+    """Loss normalisers of one optimiser step, over all micro-batches and ranks."""
 
-    step: int  # optimiser step this is the batch of, from 0
+    step: int  # index of the optimiser step, from 0
     written: Totals  # by the student, guided or not
     demonstrated: Totals  # by a teacher, or recorded
 
@@ -127,7 +127,7 @@ def _move(value: Any, device: torch.device) -> Any:
 
 
 class _Movable:
-    """A frozen dataclass that Lightning can move between devices."""
+    """Base of frozen dataclasses that Lightning can move between devices."""
 
     __slots__ = ()
 
@@ -138,20 +138,20 @@ class _Movable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View(_Movable):
-    """The rollouts of a micro-batch under one kind of prompt: prompt, response, then padding."""
+    """Rollouts of a micro-batch under one kind of prompt: prompt, response, then padding."""
 
     input_ids: Tensor  # [B, L] int64, pad id where attention_mask is 0
     attention_mask: Tensor  # [B, L] int64, 1 on prompt and response
     prompt_lengths: (
         Tensor  # [B] int64; response token t of row b is input_ids[b, prompt_lengths[b] + t]
     )
-    available: Tensor  # [B] bool; False where the row has no such prompt and shows the student's
+    available: Tensor  # [B] bool; False where the row has no such prompt and holds the student's
 
     def predicting_positions(self, response_mask: Tensor) -> Tensor:
-        """Flat indices `[N]` into `[B * L]` of the positions that predict the response tokens.
+        """Return flat indices `[N]` into `[B * L]` of the positions that predict response tokens.
 
-        Row-major over `response_mask [B, R]`, so results scatter back with the same mask. The
-        position one before a token predicts it.
+        Row-major over `response_mask [B, R]`, so results scatter back with the same mask. A token
+        is predicted by the position before it.
         """
         rows, columns = response_mask.nonzero(as_tuple=True)
         return rows * self.input_ids.shape[1] + self.prompt_lengths[rows] - 1 + columns
@@ -168,26 +168,26 @@ class RolloutBatch(_Movable):
 
     views: Mapping[str, View]  # by view name; the response ids are the same in every view
     response_ids: Tensor  # [B, R] int64, pad id where the mask is False
-    response_mask: Tensor  # [B, R] bool, True on tokens the policy wrote, EOS included
+    response_mask: Tensor  # [B, R] bool, True on response tokens, EOS included
     behaviour_logprobs: Tensor  # [B, R] float32 nats, 0 where the mask is False, NaN if unknown
     rewards: Tensor  # [B] float32 in [0, 1], NaN without a verifier
     group_mean: Tensor  # [B] float32, mean reward of the row's prompt group, NaN for one sample
     group_std: Tensor  # [B] float32, population standard deviation of the same, likewise
-    truncated: Tensor  # [B] bool, True where the response ran out of tokens
-    groups: Tensor  # [B] int64, rows of one prompt share a number
-    on_policy: Tensor  # [B] bool, the student sampled it under its own prompt
-    demonstrated: Tensor  # [B] bool, the student did not write it
-    temperature: float  # of the sampler; both sides' logits are divided by it
-    totals: StepTotals  # the whole optimiser step's sizes
-    rollouts: tuple[Rollout, ...]  # the rows themselves, for logs
+    truncated: Tensor  # [B] bool, True where the response reached the token limit
+    groups: Tensor  # [B] int64, equal for rows of one prompt
+    on_policy: Tensor  # [B] bool, sampled from the student under the student's prompt
+    demonstrated: Tensor  # [B] bool, not sampled from the student
+    temperature: float  # of the sampler; student's and teachers' logits are divided by it
+    totals: StepTotals  # loss normalisers of the optimiser step
+    rollouts: tuple[Rollout, ...]  # one per row, for logs
 
     def unflatten(self, values: Tensor) -> Tensor:
-        """Put `values [N, ...]`, in the order of the mask, into `[B, R, ...]`; 0 elsewhere."""
+        """Scatter `values [N, ...]`, in the order of the mask, to `[B, R, ...]`; 0 elsewhere."""
         full = values.new_zeros((*self.response_mask.shape, *values.shape[1:]))
         return full.masked_scatter(_expand(self.response_mask, full), values)
 
     def select(self, rows: Sequence[int]) -> Self:
-        """The batch of some of its rows, with the padding and the totals of the whole."""
+        """Select rows; padding and totals stay those of the whole batch."""
         index = torch.tensor(rows, device=self.response_ids.device)
         taken: dict[str, Any] = {
             f.name: value[index]
@@ -208,25 +208,24 @@ def _expand(mask: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenScores:
-    """What one model says about the sampled tokens, in response space.
+    """Scores of the sampled tokens under one model, in response space.
 
-    Teachers answer with it and so does the student; only the student's `logprobs` carry a
-    gradient.
+    Only the `logprobs` of the student carry a gradient.
     """
 
     logprobs: Tensor  # [B, R] float32 nats, 0 where the mask is False
     entropy: Tensor  # [B, R] float32 nats of the full next-token distribution; NaN if unknown
     top_ids: Tensor  # [B, R, K] int64, most likely first; 0 where the mask is False; K may be 0
-    top_logprobs: Tensor  # [B, R, K] float32 nats, of these; 0 where the mask is False
-    # [B, R] bool, from a model with other tokens: True where a group of tokens ends, whose log-prob
-    # stands there. Of the tokens after the last end nothing is said. None: each stands for itself.
+    top_logprobs: Tensor  # [B, R, K] float32 nats, of top_ids; 0 where the mask is False
+    # [B, R] bool, from a model with another tokenizer: True at the last token of a group, which
+    # holds the log-prob of the group. Tokens after the last end have no score. None: no groups.
     ends: Tensor | None = None
 
     @classmethod
     def unflatten(cls, flat: Iterable[Tensor], batch: RolloutBatch) -> Self:
-        """From (log-probs `[N]`, entropy `[N]`, top ids and their log-probs `[N, K]`).
+        """Build from log-probs `[N]`, entropy `[N]`, top ids and their log-probs `[N, K]`.
 
-        In the order of the mask.
+        All are in the order of the response mask.
         """
         names = ("logprobs", "entropy", "top_ids", "top_logprobs")
         return cls(**{n: batch.unflatten(x) for n, x in zip(names, flat, strict=True)})

@@ -12,7 +12,7 @@ from opd_lightning.checkpoints.matching import first_difference, shapes_of
 from opd_lightning.checkpoints.plain import load
 from opd_lightning.errors import UserError
 from opd_lightning.models.student import Student
-from opd_lightning.terminal.library_bars import told_as
+from opd_lightning.terminal.library_bars import shown_as
 
 PREFIX = "student."  # of its tensors in a checkpoint
 
@@ -49,6 +49,6 @@ def write_hf_folder(student: Student, folder: Path) -> None:
     """Write config, safetensors (LoRA merged) and tokenizer; transformers and vLLM load it."""
     model = student.model
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with told_as("write student", "shard"):
+    with shown_as("write student", "shard"):
         lm.save_pretrained(folder, state_dict=dict(student.weights()))
     student.source.tokenizer.save_pretrained(folder)

@@ -12,7 +12,7 @@ from opd_lightning.evaluation.base import Batch, Scores, Suite
 from opd_lightning.losses.divergence import ForwardKL
 from opd_lightning.metrics.log import write_validation
 from opd_lightning.models.head import Comparison, HeadScores, score
-from opd_lightning.models.sharding import rest
+from opd_lightning.models.sharding import reshard
 from opd_lightning.models.student import Student
 from opd_lightning.teachers.local import LocalTeacher
 from opd_lightning.teachers.start import start_of
@@ -110,4 +110,4 @@ class EvaluatedModule(LightningModule):
         if self.start is not None:
             self.start.rest()
         if self.student.sharding is not None and any(s.reads for s in self.suites.values()):
-            rest(self.student)  # it was read, and no backward pass follows
+            reshard(self.student)  # it was read, and no backward pass follows

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from opd_lightning.errors import UserError
 from opd_lightning.lab.tokenizer import VOCABULARY, build_tokenizer
-from opd_lightning.terminal.library_bars import told_as
+from opd_lightning.terminal.library_bars import shown_as
 
 CONTEXT_LENGTH = 256
 HEAD_DIM = 32  # the smallest that vLLM's CPU attention takes
@@ -59,6 +59,6 @@ def new_model(folder: Path, *, layers: int, hidden_size: int, seed: int) -> None
         model = Qwen3ForCausalLM(config)
     # Temperature 1 over the whole vocabulary: what the trainer assumes of every sample.
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, **ends)
-    with told_as("write model", "shard"):
+    with shown_as("write model", "shard"):
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

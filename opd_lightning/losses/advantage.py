@@ -1,15 +1,15 @@
-"""Token advantages, all written in d_t = log pi_T(y_t) - log pi_theta(y_t)."""
+"""Token advantages in terms of d_t = log pi_T(y_t) - log pi_theta(y_t)."""
 
 import torch
 from torch import Tensor
 
-RESOLUTION = 1e-7  # a spread of rewards below it is a rounding error of their mean
+RESOLUTION = 1e-7  # a smaller standard deviation of rewards is rounding error
 
 
 def log_ratio(teacher_logprobs: Tensor, student_logprobs: Tensor) -> Tensor:
-    """d_t, `[B, R]` nats, detached: positive = the teacher likes the sampled token more.
+    """Return d_t, `[B, R]` nats, detached; positive where the teacher's log-prob is higher.
 
-    As an advantage it is the sampled-token reverse KL of Thinking Machines' recipe and of G-OPD
+    As an advantage it gives the sampled-token reverse KL of Thinking Machines' recipe and of G-OPD
     at scale 1: `E[-d grad log pi_theta]` is the gradient of `KL(pi_theta || pi_T)` per prefix.
     """
     return (teacher_logprobs - student_logprobs).detach()
@@ -21,12 +21,12 @@ def extrapolated(
     reference_logprobs: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """`d_t + (scale - 1) (log pi_T - log pi_ref)`, `[B, R]` nats, detached (G-OPD, 2602.12125).
+    """Return `d_t + (scale - 1) (log pi_T - log pi_ref)`, `[B, R]` nats, detached.
 
-    Its expected gradient per prefix is that of the reverse KL to a target in proportion to
-    `pi_T^scale pi_ref^(1 - scale)`: 0 pulls to the reference, 1 to the teacher, more than 1
-    (ExOPD; the authors' 1.25) past the teacher. At 1 it is d_t to the bit and the reference is
-    not read, so None will do.
+    The advantage of G-OPD (2602.12125). Its expected gradient per prefix is that of the reverse KL
+    to a target proportional to `pi_T^scale pi_ref^(1 - scale)`: the reference at 0, the teacher at
+    1, beyond the teacher above 1 (ExOPD; the authors use 1.25). At 1 it is exactly d_t and the
+    reference, not read, may be None.
     """
     signal = log_ratio(teacher_logprobs, student_logprobs)
     if scale == 1:
@@ -43,11 +43,11 @@ def group_advantage(
     epsilon: float = 1e-6,
     normalise: bool = True,
 ) -> Tensor:
-    """`(R - mean) / (std + epsilon)` over a prompt's samples, `[B] -> [B, 1]` (GRPO, 2402.03300).
+    """Return GRPO's `(R - mean) / (std + epsilon)` per prompt, `[B] -> [B, 1]` (2402.03300).
 
-    Exactly 0 where all samples earned the same, up to float32's resolution of rewards in [0, 1],
-    and for a group of one (NaN statistics), which says nothing. `normalise=False` leaves the
-    division out (Dr. GRPO, 2503.20783). Epsilon is verl's default.
+    Exactly 0 where all samples have the same reward, up to the resolution of float32 for rewards in
+    [0, 1], and for a group of one (NaN statistics). `normalise=False` omits the division (Dr. GRPO,
+    2503.20783). Epsilon is verl's default.
     """
     advantage = rewards - group_mean
     if normalise:
@@ -56,10 +56,10 @@ def group_advantage(
 
 
 def return_to_go(signal: Tensor, mask: Tensor, discount: float) -> Tensor:
-    """`A_t = sum_{k >= t} discount^(k - t) signal_k` over unmasked tokens, `[B, R]`.
+    """Return `A_t = sum_{k >= t} discount^(k - t) signal_k` over unmasked tokens, `[B, R]`.
 
-    Discount 0 keeps the immediate token (the recipes' default); 1 gives the gradient of the
-    sequence-level reverse KL; values between are biased for both and trade variance.
+    Discount 0 keeps the immediate token only (the recipes' default); 1 gives the gradient of the
+    sequence-level reverse KL. Values in between are biased for both and trade variance.
     """
     signal = torch.where(mask, signal, 0.0)
     if discount == 0:

@@ -1,7 +1,6 @@
-"""Comparing models with different tokenizers, which share nothing but the text.
+"""Losses between models with different tokenizers (ULD, 2402.12030; TRL's GOLD trainer).
 
-`tokenization.align` groups the tokens of both; here the groups are compared (ULD, 2402.12030; TRL's
-GOLD trainer).
+They compare the groups of tokens that `tokenization.align` forms.
 
 Axes: B rollouts, R response tokens (padded), n tokens of one response, G groups, V a vocabulary.
 """
@@ -21,19 +20,20 @@ MergeStrategy = Literal["bayesian", "observed"]
 
 
 def in_groups(student: Tensor, other: Tensor, ends: Tensor) -> Tensor:
-    """Another model's log-probs for comparing it with the student in groups of tokens, `[B, R]`.
+    """Return another model's log-probs in the student's tokens, compared group by group, `[B, R]`.
 
         l'_t = l_S,t + sum over t's group of (l - l_S)
 
-    A group is one action, so each of its tokens carries the whole group's difference: the policy
-    gradient `-(l' - l_S) grad log pi` then adds up to the action's, where shares would be biased.
-    The differences between any two models treated so are those of their groups too. A group of
-    one token is unchanged; the tokens after the last end are the student's.
+    A group is one action, so each of its tokens carries the difference of the whole group: the
+    policy gradient `-(l' - l_S) grad log pi` then sums to that of the action; dividing the
+    difference among the tokens would bias it. Differences between two models treated this way are
+    those of their groups. Groups of one token keep the other model's value; tokens after the last
+    end have the student's.
 
     Args:
         student: Log-probs, `[B, R]` nats.
-        other: The same of the other model; only their sums over groups are read.
-        ends: bool, True at the last token of every group.
+        other: Log-probs of the other model, `[B, R]`; only their sums over groups are read.
+        ends: `[B, R]` bool, True at the last token of every group.
     """
     number = ends.cumsum(dim=1) - ends.long()
     zeros = torch.zeros_like(student)
@@ -50,21 +50,21 @@ def merge(
     groups: Sequence[range],
     strategy: MergeStrategy = "bayesian",
 ) -> Tensor:
-    """One distribution per group, `[n, V]` -> `[G, V]` log-probs; groups of one are unchanged.
+    """Merge `[n, V]` log-probs to one row a group, `[G, V]`; groups of one token are unchanged.
 
     Args:
         logprobs: Row k predicts token k.
         token_ids: `[n]`, the tokens of the response.
-        groups: One side of `tokenization.align`.
+        groups: Student's or teacher's ranges of `tokenization.align`.
         strategy: "bayesian" takes the last position's distribution times the probability of the
             tokens before it: by the chain rule, the probability of the group with any last token.
             "observed" takes the first position's distribution times the probability of the tokens
-            that followed, which is right for the tokens of the response alone: after another
-            first token, those that followed have another probability. (TRL's "observed" also
-            reads its logits one position late; here both strategies take the same rows.)
+            that followed. It is exact for the tokens of the response only: after another first
+            token they would have another probability. (TRL's "observed" also reads its logits one
+            position late; here both strategies use the same rows.)
 
     Returns:
-        Log-probs whose sum over the vocabulary is below 1 for groups of several tokens.
+        Log-probs; those of a group of several tokens have a total probability below 1.
     """
     chosen = logprobs.gather(-1, token_ids[:, None]).squeeze(-1)
     end = -1 if strategy == "bayesian" else 0
@@ -77,10 +77,10 @@ def merge(
 
 
 def uld(student_probs: Tensor, teacher_probs: Tensor) -> Tensor:
-    """Universal logit distillation: `sum |sorted S - sorted T|`, `[G, V_S]`, `[G, V_T]` -> `[G]`.
+    """Compute the ULD loss `sum |sorted S - sorted T|`, `[G, V_S]`, `[G, V_T]` -> `[G]`.
 
-    Probabilities are sorted and the shorter list is filled up with zeros, so nothing depends on
-    which token has which probability (2402.12030).
+    Probabilities are sorted and the smaller vocabulary is padded with zeros, so the loss does not
+    depend on which token has which probability (universal logit distillation, 2402.12030).
     """
     size = max(student_probs.shape[-1], teacher_probs.shape[-1])
     student, teacher = (
@@ -91,7 +91,7 @@ def uld(student_probs: Tensor, teacher_probs: Tensor) -> Tensor:
 
 
 def shared_tokens(student: Mapping[str, int], teacher: Mapping[str, int]) -> tuple[Tensor, Tensor]:
-    """Ids of the tokens with the same string in both vocabularies, `[M]` each, paired."""
+    """Return paired ids, `[M]` each, of the tokens with the same string in both vocabularies."""
     names = sorted(student.keys() & teacher.keys(), key=teacher.__getitem__)
     return (
         torch.tensor([student[name] for name in names], dtype=torch.long),
@@ -105,12 +105,12 @@ def hybrid_uld(
     shared: tuple[Tensor, Tensor],
     divergence: Divergence,
 ) -> Tensor:
-    """TRL GOLD's hybrid loss, `[G, V_S]`, `[G, V_T]` -> `[G]`, with a gradient to the student.
+    """Compute TRL GOLD's hybrid loss, `[G, V_S]`, `[G, V_T]` -> `[G]`; gradient to the student.
 
         w divergence(S, T on shared tokens) + (1 - w) ULD(S, T on the others)
 
-    w is the share of the teacher's vocabulary that is shared. Probabilities of shared tokens are
-    compared as they are, not renormalised.
+    w is the fraction of the teacher's vocabulary that is shared. Probabilities of shared tokens
+    are compared without renormalisation.
 
     Args:
         student_logprobs: Merged log-probs.
@@ -121,7 +121,7 @@ def hybrid_uld(
     student_ids, teacher_ids = shared
     weight = len(teacher_ids) / teacher_logprobs.shape[-1]
     matched = divergence(student_logprobs[:, student_ids], teacher_logprobs[:, teacher_ids])
-    # Shared tokens without mass: they sort last, as zeros do.
+    # Shared tokens get probability 0, so that they sort last, next to the padding.
     rest = uld(
         student_logprobs.exp().index_fill(-1, student_ids, 0.0),
         teacher_logprobs.exp().index_fill(-1, teacher_ids, 0.0),

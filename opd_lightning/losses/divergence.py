@@ -1,6 +1,6 @@
 """Divergences between next-token distributions over the whole vocabulary, one value per token.
 
-Each is a frozen dataclass, so that a configuration can name it, and a function of two `[..., V]`
+Each is a frozen dataclass, so that a configuration can name it, and a callable of two `[..., V]`
 log-softmaxes. S is the student's distribution, T the teacher's.
 """
 
@@ -17,16 +17,16 @@ from opd_lightning.errors import UserError
 
 
 class Divergence(ABC):
-    """How far the student's next-token distribution is from the teacher's."""
+    """Base of divergences between the next-token distributions of student and teacher."""
 
     @abstractmethod
     def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-        """`[..., V]`, `[..., V]` -> `[...]` nats, with a gradient to the student only."""
+        """Map `[..., V]`, `[..., V]` to `[...]` nats, with a gradient to the student only."""
 
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """`KL(S || T)`: seeks a mode; infinite where T lacks a token that S can say."""
+    """`KL(S || T)`: mode-seeking; infinite where T is 0 and S is not."""
 
     def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         return reverse_kl(student_logprobs, teacher_logprobs)
@@ -34,7 +34,7 @@ class ReverseKL(Divergence):
 
 @dataclass(frozen=True)
 class ForwardKL(Divergence):
-    """`KL(T || S)`: soft-label cross entropy minus T's entropy; covers all that T says.
+    """`KL(T || S)`: soft-label cross entropy minus T's entropy; mode-covering.
 
     Its gradient is `-sum_v T grad log S`.
     """
@@ -49,10 +49,9 @@ class JSD(Divergence):
 
         M = (1 - beta) S + beta T,   JSD = beta KL(T || M) + (1 - beta) KL(S || M)
 
-    The ends are `KL(T || S)` at 0 and `KL(S || T)` at 1. The formula itself vanishes there
-    (`JSD / beta -> KL(T || S)`), so the scale jumps between an end and its neighbourhood.
-    Symmetric and at most log 2 at 0.5. SDPO's and SDFT's alpha is this beta; other authors give
-    beta to S instead.
+    At beta 0 it is defined as `KL(T || S)`, at 1 as `KL(S || T)`. The formula itself vanishes there
+    (`JSD / beta -> KL(T || S)`), so the scale is discontinuous at both ends. At 0.5 it is symmetric
+    and at most log 2. SDPO's and SDFT's alpha is this beta; other authors weight S by beta.
 
     Args:
         beta: Weight of the teacher in the mixture, from 0 to 1.
@@ -78,7 +77,7 @@ class JSD(Divergence):
 class SkewedForwardKL(Divergence):
     """`KL(T || alpha T + (1 - alpha) S)` (DistiLLM, 2402.03898).
 
-    Finite whatever S is: no token's log-ratio exceeds `-log alpha`. Alpha 0 is `ForwardKL`.
+    Finite for any S: no token's log-ratio exceeds `-log alpha`. Alpha 0 is `ForwardKL`.
 
     Args:
         alpha: Weight of the teacher in the mixture, from 0 to below 1.
@@ -98,7 +97,7 @@ class SkewedForwardKL(Divergence):
 class SkewedReverseKL(Divergence):
     """`KL(S || alpha S + (1 - alpha) T)` (DistiLLM, 2402.03898).
 
-    Finite whatever T is: no token's log-ratio exceeds `-log alpha`. Alpha 0 is `ReverseKL`.
+    Finite for any T: no token's log-ratio exceeds `-log alpha`. Alpha 0 is `ReverseKL`.
 
     Args:
         alpha: Weight of the student in the mixture, from 0 to below 1.
@@ -115,36 +114,36 @@ class SkewedReverseKL(Divergence):
 
 
 def reverse_kl(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-    """`KL(student || teacher) = sum_v S(v) (log S(v) - log T(v))`, `[..., V] -> [...]`, nats.
+    """Compute `KL(S || T) = sum_v S(v) (log S(v) - log T(v))`, `[..., V] -> [...]`, nats.
 
-    Both arguments are log-softmaxed over the whole vocabulary. The gradient flows through both
-    student factors; it is `sum_v S (log S - log T) grad log S`.
+    Both arguments are log-softmaxes over the whole vocabulary. The gradient flows through both
+    factors of S; it is `sum_v S (log S - log T) grad log S`.
     """
     return kl(student_logprobs, teacher_logprobs)
 
 
 def kl(p_logprobs: Tensor, q_logprobs: Tensor) -> Tensor:
-    """`sum_v p(v) (log p(v) - log q(v))`, `[..., V] -> [...]`, nats, with gradients to both.
+    """Compute `sum_v p(v) (log p(v) - log q(v))`, `[..., V] -> [...]` nats, with gradients to both.
 
-    Tokens without mass under p (log-prob -inf) count 0. The sum is taken as it stands: on a part
-    of the vocabulary it may be negative.
+    Tokens with p = 0 (log-prob -inf) add 0. Nothing is renormalised: on a part of the vocabulary
+    the sum may be negative.
     """
     return (p_logprobs.exp() * log_quotient(p_logprobs, q_logprobs)).sum(dim=-1)
 
 
 def log_quotient(p_logprobs: Tensor, q_logprobs: Tensor) -> Tensor:
-    """`log p - log q`, `[..., V]`, and 0 where p is 0, so that `p log(p / q)` is 0 there."""
-    # Filled before anything is multiplied: 0 * inf is NaN, in the value and in the gradient.
+    """Return `log p - log q`, `[..., V]`; 0 where p is 0, so that `p log(p / q)` is 0 there."""
+    # Filled before the multiplication: 0 * inf is NaN, in the value and in the gradient.
     return (p_logprobs - q_logprobs).masked_fill_(p_logprobs == -torch.inf, 0.0)
 
 
 def _log_mixture(student_logprobs: Tensor, teacher_logprobs: Tensor, weight: float) -> Tensor:
-    """`log((1 - weight) S + weight T)`, `[..., V]`."""
+    """Return `log((1 - weight) S + weight T)`, `[..., V]`."""
     if weight == 0:
         return student_logprobs
     if weight == 1:
         return teacher_logprobs
-    # logaddexp of two -inf has no gradient; a teacher of almost nothing leaves the student 0.
+    # logaddexp of two -inf has no gradient; a finite teacher log-prob keeps the gradient 0.
     teacher_logprobs = teacher_logprobs.clamp(min=torch.finfo(teacher_logprobs.dtype).min)
     return torch.logaddexp(
         student_logprobs + math.log1p(-weight), teacher_logprobs + math.log(weight)

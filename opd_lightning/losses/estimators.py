@@ -1,8 +1,8 @@
-"""Estimates of `KL(student || other)` from sampled tokens (Schulman, "Approximating KL", 2020).
+"""Estimators of `KL(student || other)` from sampled tokens (Schulman, "Approximating KL", 2020).
 
 All are functions of `d = log other(y) - log student(y)` at tokens y that the student sampled.
-What they estimate in value and what they teach when differentiated are two different things.
-Values grow with d without bound; nothing is clamped.
+The quantity that a value estimates differs from the one whose gradient its gradient estimates.
+Values are not clamped and grow with d without bound.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Estimator = Literal["k1", "k2", "k3", "abs"]
 
 
 def estimate_kl(student_logprobs: Tensor, other_logprobs: Tensor, kind: Estimator) -> Tensor:
-    """Per-token estimate, `[B, R]`, `[B, R]` -> `[B, R]` nats, with a gradient to the student."""
+    """Estimate the KL per token, `[B, R]`, `[B, R]` -> `[B, R]` nats; gradient to the student."""
     match kind:
         case "k1":
             return k1(student_logprobs, other_logprobs)
@@ -29,17 +29,17 @@ def estimate_kl(student_logprobs: Tensor, other_logprobs: Tensor, kind: Estimato
 
 
 def k1(student_logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
-    """`-d`, `[B, R]`: an unbiased value of either sign.
+    """Return `-d`, `[B, R]`: an unbiased estimate of either sign.
 
     Its gradient `grad log student` has expectation zero and does not contain the other model, so
-    a loss made of it teaches nothing and is refused; as an advantage `d` of a policy gradient it
-    gives `grad KL(student || other)`.
+    methods refuse it as a loss. As the advantage `d` of a policy gradient it gives
+    `grad KL(student || other)`.
     """
     return student_logprobs - other_logprobs
 
 
 def k2(student_logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
-    """`d^2 / 2`, `[B, R]`: the value equals the KL to second order only.
+    """Return `d^2 / 2`, `[B, R]`: equal to the KL in expectation to second order only.
 
     Its gradient has the expectation `E[-d grad log student] = grad KL(student || other)`.
     """
@@ -47,17 +47,17 @@ def k2(student_logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
 
 
 def k3(student_logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
-    """`exp(d) - 1 - d`, `[B, R]`: an unbiased value, at least 0, of low variance.
+    """Return `exp(d) - 1 - d`, `[B, R]`: an unbiased estimate, at least 0, of low variance.
 
     Its gradient has the expectation `E[(1 - exp(d)) grad log student] = grad KL(other || student)`:
-    differentiated, it is the *forward* KL.
+    that of the *forward* KL.
     """
     d = other_logprobs - student_logprobs
     return d.expm1() - d
 
 
 def absolute(student_logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
-    """`|d|`, `[B, R]`: not a KL in value; every token pulls alike, however large its d.
+    """Return `|d|`, `[B, R]`: not a KL estimate; the gradient does not depend on the size of d.
 
     Its gradient has the expectation `E[-sign(d) grad log student]`, that of the L1 distance
     `sum_v |student(v) - other(v)|`.

@@ -1,4 +1,4 @@
-"""From token losses to a micro-batch's scalar; the only place that divides by a count."""
+"""Reduction of token losses to a scalar; the only place that divides by a count."""
 
 from typing import Literal, assert_never
 
@@ -11,18 +11,17 @@ Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum",
 
 
 def aggregate(token_loss: Tensor, mask: Tensor, totals: Totals, mode: Aggregation) -> Tensor:
-    """This micro-batch's share of the optimiser step's loss; the shares of a step add up to it.
+    """Return a micro-batch's share of the optimiser step's loss, which is the sum of the shares.
 
     Args:
-        token_loss: `[B, R]`, anything where the mask is False.
-        mask: `[B, R]` bool, the tokens that take part: the response tokens less what rules left
-            out.
+        token_loss: `[B, R]`; values where the mask is False are ignored.
+        mask: `[B, R]` bool, the selected tokens: response tokens that no rule left out.
         totals: Token and sequence counts of the whole step, over micro-batches and ranks.
-        mode: "token-mean" divides the token sum by the step's response tokens, left out or not;
-            "seq-mean-token-mean" averages each sequence over its tokens that take part, then over
-            the step's sequences; "seq-mean-token-sum" sums each sequence and averages over the
-            step's sequences; "mask-mean" divides by the tokens that take part, which
-            `totals.tokens` must then count.
+        mode: "token-mean" divides the token sum by the step's response tokens, selected or not;
+            "seq-mean-token-mean" averages each sequence over its selected tokens, then over the
+            step's sequences; "seq-mean-token-sum" sums each sequence and averages over the step's
+            sequences; "mask-mean" divides by the selected tokens, which `totals.tokens` must then
+            count.
 
     Returns:
         A scalar with a graph, exactly 0 for a fully masked batch.

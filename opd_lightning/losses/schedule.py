@@ -1,4 +1,4 @@
-"""Numbers that change with the optimiser step, counted from 0."""
+"""Schedules: numbers as functions of the optimiser step, counted from 0."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from opd_lightning.errors import UserError
 
 
 class Schedule(ABC):
-    """A number for every optimiser step."""
+    """Base of schedules: a number for every optimiser step."""
 
     @abstractmethod
     def __call__(self, step: int) -> float:
-        """The value at an optimiser step."""
+        """Return the value at an optimiser step."""
 
 
 def value_at(value: float | Schedule, step: int) -> float:
-    """A setting that is either a number or a schedule, at an optimiser step."""
+    """Return a number, or the value of a schedule at an optimiser step."""
     return value(step) if isinstance(value, Schedule) else value
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The same number at every step.
+    """Constant schedule.
 
     Args:
-        value: The number.
+        value: The value at every step.
     """
 
     value: float
@@ -38,12 +38,12 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """A straight line, then its end, such as KDRL's coefficient (2506.02208).
+    """Linear schedule, constant afterwards, such as KDRL's coefficient (2506.02208).
 
     Args:
         start: The value at step 0.
         end: The value from step `steps` on.
-        steps: Length of the line in optimiser steps.
+        steps: Length of the linear part in optimiser steps.
     """
 
     start: float
@@ -62,14 +62,14 @@ class Linear(Schedule):
 
 @dataclass(frozen=True)
 class ThreePhaseCosine(Schedule):
-    """SG-OPD's weight of the teacher-sampled term (2606.09304): plateau, half cosine, nothing.
+    """SG-OPD's weight of the teacher-sampled term (2606.09304): constant, half cosine, then 0.
 
         start                                                        step <= phase1_end
         end + (start - end) / 2 (1 + cos(pi (step - P1) / (P2 - P1)))  up to phase2_end
         0                                                            after phase2_end
 
-    It falls from `end` to 0 in one step, so `end` 0 is the smooth choice. The authors' phases end
-    at 30 % and 35 % of the run; they publish neither value: 0.2 and 0 are ours.
+    After phase2_end it drops from `end` to 0 in one step, so only `end` 0 is continuous. The
+    authors' phases end at 30 % and 35 % of the run. They publish neither value; 0.2 and 0 are ours.
 
     Args:
         start: The value of the first phase.
@@ -103,15 +103,15 @@ class ThreePhaseCosine(Schedule):
 class Staircase(Schedule):
     """`min(maximum, start + floor(step / every) increment)`: Fast-OPD's growing prefix.
 
-    Form, start and increment are those that 2607.29494 quotes; it tried `every` 5, 10 and 20 and
-    found the outcome sensitive to it, and `every` 10 is no more than our middle. Fast-OPD
-    (2602.15260) itself is said to add 256 at every step.
+    Form, start and increment are those that 2607.29494 quotes. It tried `every` 5, 10 and 20 and
+    found the result sensitive to it; the default 10 is our choice of the middle. Fast-OPD
+    (2602.15260) itself reportedly adds 256 at every step.
 
     Args:
-        maximum: The value that is never exceeded.
+        maximum: Upper bound of the value.
         start: The value at step 0.
-        increment: Height of a stair.
-        every: Steps that a stair lasts.
+        increment: Amount added every `every` steps.
+        every: Number of optimiser steps between increments.
     """
 
     maximum: float

@@ -1,4 +1,4 @@
-"""Losses whose gradient is a policy gradient."""
+"""Policy-gradient losses."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ class Surrogate:
     """PPO's token loss `max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))` (1707.06347).
 
     Args:
-        ratio_to: What rho divides the student's probability by. "trainer": its own, detached, so
-            rho is 1 in value and no clip acts while every batch of rollouts makes one step (verl,
-            G-OPD). "sampler": the engine's, the full untruncated ratio of Thinking Machines'
-            recipe; rows that the student did not sample under its own prompt keep "trainer".
-        clip_low: How far below 1 a ratio may still be rewarded; verl's 0.2. None: any distance.
-        clip_high: The same above 1.
-        dual_clip: Bounds the loss of a negative advantage at this many times -A (1912.09729);
-            verl's 3.0. None: no bound.
+        ratio_to: Denominator of rho. "trainer": the student's probability, detached, so rho is 1 in
+            value and clipping has no effect while each batch of rollouts is used for one step
+            (verl, G-OPD). "sampler": the engine's probability, the full untruncated ratio of
+            Thinking Machines' recipe; rows not sampled from the student under its own prompt use
+            "trainer".
+        clip_low: Clip the ratio at 1 - clip_low; verl uses 0.2. None: no lower clip.
+        clip_high: Clip the ratio at 1 + clip_high. None: no upper clip.
+        dual_clip: Bound the loss of a negative advantage by dual_clip * -A (1912.09729); verl uses
+            3.0. None: no bound.
     """
 
     ratio_to: Literal["trainer", "sampler"] = "trainer"
@@ -46,21 +47,21 @@ class Surrogate:
         behaviour_logprobs: Tensor,
         on_policy: Tensor,
     ) -> Tensor:
-        """The loss of every response token.
+        """Compute the loss of every response token.
 
         Args:
-            student_logprobs: `[B, R]` nats, with a graph.
+            student_logprobs: `[B, R]` nats, with a gradient.
             advantages: `[B, R]`; detached here.
-            behaviour_logprobs: `[B, R]` nats, the engine's; NaN where nobody sampled.
-            on_policy: `[B]` bool, rows that the student sampled under its own prompt.
+            behaviour_logprobs: `[B, R]` nats, the engine's; NaN if not sampled.
+            on_policy: `[B]` bool, rows sampled from the student under its own prompt.
 
         Returns:
-            `[B, R]`, with a gradient to the student alone.
+            `[B, R]`, with a gradient to the student only.
         """
         advantages = advantages.detach()
         old = student_logprobs.detach()
         if self.ratio_to == "sampler":
-            # Before the difference: a NaN that is thrown away later still has a NaN gradient.
+            # Before the difference: a NaN discarded after it would still have a NaN gradient.
             old = torch.where(on_policy[:, None], behaviour_logprobs, old)
         ratio = (student_logprobs - old).exp()
         loss = -advantages * ratio

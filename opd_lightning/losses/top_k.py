@@ -1,4 +1,4 @@
-"""Divergences on the few most likely tokens instead of the whole vocabulary."""
+"""Divergences on the top-k tokens instead of the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from opd_lightning.losses.divergence import JSD, Divergence, ForwardKL, ReverseK
 
 @dataclass(frozen=True)
 class TopK(Divergence):
-    """A divergence between S and T on a support K of likely tokens, chosen per position.
+    """Divergence between S and T on a support K of top-k tokens, chosen per position.
 
     Published choices, of the reverse KL unless said otherwise:
 
@@ -25,25 +25,25 @@ class TopK(Divergence):
         EOPD (2603.07079)        k 16, teacher, teacher, forward
         verl forward_kl_topk     k 32, teacher, none, forward, clamp
 
-    `normalise: none` with `gradient: plain` and the reverse KL is biased and there to be studied:
-    its gradient is `sum_K S (log(S / T) + 1) grad log S`, which raises a token only if
-    `T(v) > e S(v)`. It does not vanish at S = T, can be negative, and training with it collapses
-    (2605.11182).
+    `normalise: none` with `gradient: plain` and the reverse KL is biased and provided for study
+    only. Its gradient is `sum_K S (log(S / T) + 1) grad log S`, which raises a token only if
+    `T(v) > e S(v)` and does not vanish at S = T. The value can be negative, and training with it
+    collapses (2605.11182).
 
     Args:
-        k: How many tokens of each model's ranking; at least the vocabulary means all of it.
-        support: The student's top k, the teacher's, those in both, or those in either. An empty
-            intersection costs 0.
-        normalise: "none" sums over K as it is; "renormalise" scales both sides to sum to 1 on K
-            and ignores the mass outside; "teacher" scales the teacher alone; "tail" adds the
-            mass outside K as one more token, which bounds the full divergence from below.
+        k: Number of top tokens of each model; at least the vocabulary size means all tokens.
+        support: The student's top k, the teacher's, their intersection or their union. The
+            divergence on an empty intersection is 0.
+        normalise: "none" sums over K without normalising; "renormalise" scales both sides to sum
+            to 1 on K and ignores the mass outside; "teacher" scales the teacher only; "tail" adds
+            the mass outside K as one more token, which bounds the full divergence from below.
         divergence: "reverse" is `S log(S / T)`, "forward" `T log(T / S)`, "jsd" see `JSD`.
-        gradient: Of the reverse KL. "plain" differentiates all; "stop-gradient" is
+        gradient: Of the reverse KL. "plain" differentiates both factors; "stop-gradient" is
             `S sg[log(S / T)]`; "corrected" is `S log(S / T) - S + T`, a loss of at least 0 with
-            the same gradient, `sum_K S log(S / T) grad log S`. Once both sides sum to 1, all
-            three gradients agree.
-        beta: Of `JSD`, for "jsd" alone; None is its 0.5.
-        clamp: Raise negative sums to 0, as verl does. Their gradient is lost with them.
+            the same gradient, `sum_K S log(S / T) grad log S`. If both sides sum to 1, all three
+            gradients are equal.
+        beta: Beta of `JSD`, for "jsd" only; None uses its default.
+        clamp: Raise negative sums to 0, as verl does; their gradient is then 0.
     """
 
     k: int
@@ -87,7 +87,7 @@ class TopK(Divergence):
                 f"TopK: beta is {self.beta} with divergence {self.divergence!r}, expected it with "
                 "'jsd' only"
             )
-        self._inner()  # refuses a beta out of range
+        self._inner()  # raises if beta is out of range
 
     def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         ids, kept = self._choose(student_logprobs.detach(), teacher_logprobs.detach())
@@ -106,29 +106,29 @@ class TopK(Divergence):
                 kept = torch.cat([kept, torch.ones_like(kept[..., :1])], dim=-1)
             case _:
                 assert_never(self.normalise)
-        # An empty slot has probability 1 on both sides: 0 in every divergence, and no gradient.
+        # Unused slots get probability 1 on both sides, which adds 0 to value and gradient.
         value = self._compare(student.where(kept, 0.0), teacher.where(kept, 0.0))
         return value.clamp(min=0) if self.clamp else value
 
     def _choose(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids of the support, `[..., m]`, and which of the m slots are taken."""
+        """Return token ids of the support, `[..., m]`, and a mask of the m slots in use."""
         k = min(self.k, student_logprobs.shape[-1])
         if self.support == "student":
             ids = student_logprobs.topk(k).indices
             return ids, torch.ones_like(ids, dtype=torch.bool)
-        theirs = teacher_logprobs.topk(k).indices
-        everything = torch.ones_like(theirs, dtype=torch.bool)
+        top_t = teacher_logprobs.topk(k).indices
+        all_kept = torch.ones_like(top_t, dtype=torch.bool)
         if self.support == "teacher":
-            return theirs, everything
-        ours = student_logprobs.topk(k).indices
-        in_ours = torch.zeros_like(student_logprobs, dtype=torch.bool).scatter_(-1, ours, True)
-        shared = in_ours.gather(-1, theirs)
+            return top_t, all_kept
+        top_s = student_logprobs.topk(k).indices
+        in_top_s = torch.zeros_like(student_logprobs, dtype=torch.bool).scatter_(-1, top_s, True)
+        shared = in_top_s.gather(-1, top_t)
         if self.support == "intersection":
-            return theirs, shared
-        return torch.cat([ours, theirs], dim=-1), torch.cat([everything, ~shared], dim=-1)
+            return top_t, shared
+        return torch.cat([top_s, top_t], dim=-1), torch.cat([all_kept, ~shared], dim=-1)
 
     def _compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """`[..., m]` log-probs on the support -> `[...]`."""
+        """Map `[..., m]` log-probs on the support to `[...]`."""
         match self.gradient:
             case "plain":
                 return self._inner()(student, teacher)
@@ -150,11 +150,11 @@ class TopK(Divergence):
 
 
 def _log_mass(logprobs: Tensor, kept: Tensor) -> Tensor:
-    """`log sum_kept p`, `[..., m] -> [..., 1]`."""
+    """Return `log sum_kept p`, `[..., m] -> [..., 1]`."""
     return logprobs.where(kept, -torch.inf).logsumexp(dim=-1, keepdim=True)
 
 
 def _log_tail(logprobs: Tensor, kept: Tensor) -> Tensor:
-    """`log(1 - sum_kept p)`, `[..., m] -> [..., 1]`; a tail rounded away keeps one epsilon."""
+    """Return `log(1 - sum_kept p)`, `[..., m] -> [..., 1]`; a tail is at least one epsilon."""
     below_one = -torch.finfo(logprobs.dtype).eps
     return torch.log(-torch.expm1(_log_mass(logprobs, kept).clamp(max=below_one)))

@@ -1,1 +1,1 @@
-"""torchmetrics: what is logged every step, exact over micro-batches and ranks."""
+"""torchmetrics logged every step, exact over micro-batches and ranks."""

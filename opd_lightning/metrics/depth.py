@@ -1,4 +1,4 @@
-"""Where in the responses the teacher's signal is."""
+"""The teacher's signal by position in the response."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DECILES = 10
 
 
 class DepthStatistics(Metric):
-    """d_t by depth: tenths of the longest response that may be written.
+    """Statistics of d_t by depth, in tenths of the maximum response length.
 
     `limit` is that length in tokens.
     """
@@ -27,7 +27,7 @@ class DepthStatistics(Metric):
         self.add_state("sums", zeros, dist_reduce_fx="sum")
 
     def update(self, student: TokenScores, teacher: TokenScores, mask: Tensor) -> None:
-        """`mask [B, R]` chooses the tokens; column = position in the response."""
+        """Add the tokens of `mask [B, R]`; column = position in the response."""
         ratio = (teacher.logprobs - student.logprobs.detach())[mask].double()
         position = mask.nonzero()[:, 1]
         decile = (position * DECILES // self.limit).clamp_max(DECILES - 1)
@@ -35,7 +35,7 @@ class DepthStatistics(Metric):
         self.sums.index_add_(1, decile.to(self.sums.device), rows.to(self.sums.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """Means over the tokens of each tenth that has any, in nats."""
+        """Return means in nats over the tokens of each tenth that has any."""
         tokens, ratio, size = self.sums
         return {
             f"depth_{name}/{decile}": values[decile] / tokens[decile]

@@ -1,4 +1,4 @@
-"""Write figures to a trainer's loggers, and have them on disk before a checkpoint is."""
+"""Logging to a trainer's loggers, flushed to disk before a checkpoint is saved."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 
 def write_figures(trainer: Trainer, figures: Mapping[str, float], step: int) -> None:
-    """Hand a run's figures to its loggers, and have them on disk.
+    """Log figures and flush them to disk.
 
-    Lightning would do so after the step's checkpoint is saved, so that a run that dies in between
-    would resume behind figures that nobody wrote.
+    Lightning would flush after the step's checkpoint is saved. A run that dies in between would
+    resume after that step, and its figures would be missing.
 
     Args:
-        trainer: Whose loggers.
-        figures: Numbers by name.
-        step: Optimiser steps made by the weights that the figures are of.
+        trainer: Its loggers receive the figures.
+        figures: Values by name.
+        step: Number of optimiser steps that made the weights behind the figures.
     """
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -38,16 +38,16 @@ def write_validation(
         if isinstance(logger, TensorBoardLogger):
             for tag, table in tables.items():
                 logger.experiment.add_text(tag, table, trainer.global_step)
-    write_figures(trainer, scores, trainer.global_step)  # and all of it is on disk
+    write_figures(trainer, scores, trainer.global_step)  # flushes the tables, too
 
 
 def write_step(trainer: Trainer, figures: Mapping[str, float], step: int) -> None:
-    """The same of one optimiser step, where `log_every_n_steps` wants it.
+    """Log the figures of one optimiser step if it is one of every `log_every_n_steps`.
 
     Args:
-        trainer: Whose loggers.
-        figures: Numbers by name.
-        step: Its index: steps made before it.
+        trainer: Its loggers receive the figures.
+        figures: Values by name.
+        step: Index of the step, from 0.
     """
     if (step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
         write_figures(trainer, figures, step)
@@ -55,7 +55,7 @@ def write_step(trainer: Trainer, figures: Mapping[str, float], step: int) -> Non
 
 @rank_zero_only
 def _write_event(logger: TensorBoardLogger, figures: Mapping[str, float], step: int) -> None:
-    """All figures in one event: `log_metrics` makes one of each, in forty times the time."""
+    """Write all figures as one event; `log_metrics` writes one each and takes 40 times as long."""
     named = _add_prefix(figures, logger._prefix, logger.LOGGER_JOIN_CHAR)
     values = [Summary.Value(tag=name, simple_value=value) for name, value in named.items()]
     logger.experiment.file_writer.add_summary(Summary(value=values), step)

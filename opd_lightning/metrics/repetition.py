@@ -1,4 +1,4 @@
-"""Repetition by compressibility (Stable-OPD, arXiv 2604.08527)."""
+"""Detection of repetition by compressibility (Stable-OPD, arXiv 2604.08527)."""
 
 import zlib
 
@@ -7,7 +7,7 @@ MAX_COMPRESSION = 10.0
 
 
 def is_repetitive(text: str) -> bool:
-    """Whether the last 10,000 characters compress more than tenfold; shorter texts never are."""
+    """Return whether the last 10,000 characters compress more than tenfold; False if shorter."""
     if len(text) < TAIL_CHARACTERS:
         return False
     tail = text[-TAIL_CHARACTERS:].encode()

@@ -1,4 +1,4 @@
-"""What the teacher says on the student's states in one optimiser step."""
+"""Statistics of the teacher's signal on the student's states in one optimiser step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ QUANTILES = (0.01, 0.05, 0.95, 0.99)
 
 
 class SignalStatistics(Sums):
-    """The teacher's signal d_t on student states, and both entropies there."""
+    """Statistics of the teacher's signal d_t and of both entropies on student states."""
 
     names = ("tokens", "student_entropy", "known", "teacher_entropy", "entropy_gap",
              "groups", "grouped", "agree", "disagree")  # fmt: skip
-    log_ratios: list[Tensor] | Tensor  # a tensor once ranks are gathered
+    log_ratios: list[Tensor] | Tensor  # a tensor after ranks are gathered
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,11 +26,11 @@ class SignalStatistics(Sums):
     def update(
         self, batch: RolloutBatch, student: TokenScores, teacher: TokenScores, mask: Tensor
     ) -> None:
-        """`mask [B, R]`: the tokens that the method's own loss is on."""
+        """Add the tokens of `mask [B, R]`, those in the loss of the method."""
         ratio = (teacher.logprobs - student.logprobs.detach())[mask]
         assert isinstance(self.log_ratios, list)
         self.log_ratios.append(ratio)
-        # Sign of the outcome advantage against that of d_t; a group of equals agrees with nobody.
+        # Signs of outcome advantage and d_t; a group of equal rewards counts for neither.
         outcome = (batch.rewards - batch.group_mean)[:, None].expand_as(mask)[mask]
         self._add(
             tokens=len(ratio),
@@ -45,7 +45,7 @@ class SignalStatistics(Sums):
         )
 
     def compute(self) -> dict[str, Tensor]:
-        """Means over tokens and quantiles of d_t in nats; empty without tokens."""
+        """Return means over tokens and quantiles of d_t, in nats; empty without tokens."""
         sums = self._totals()
         if sums["tokens"] == 0:
             return {}
@@ -57,14 +57,14 @@ class SignalStatistics(Sums):
             "signal/positive": (ratio > 0).double().mean(),
             "entropy/student": sums["student_entropy"] / sums["tokens"],
         }
-        # A teacher elsewhere does not tell its entropy.
+        # A teacher on a server does not report its entropy.
         if sums["known"] > 0:
             result["entropy/teacher"] = sums["teacher_entropy"] / sums["known"]
             result["entropy/gap"] = sums["entropy_gap"] / sums["known"]
-        if sums["groups"] > 0:  # the teacher has other tokens
+        if sums["groups"] > 0:  # the teacher has another tokenizer
             result["signal/group_length"] = sums["tokens"] / sums["groups"]
         # numpy, because torch.quantile takes at most 2**24 values.
-        with np.errstate(invalid="ignore"):  # infinities: the step is skipped, and says why
+        with np.errstate(invalid="ignore"):  # infinities: the step is skipped and reported
             quantiles = np.quantile(ratio.cpu().numpy(), QUANTILES)
         for q, value in zip(QUANTILES, quantiles, strict=True):
             result[f"signal/log_ratio_q{round(100 * q):02d}"] = torch.tensor(value)

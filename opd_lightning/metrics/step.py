@@ -1,4 +1,4 @@
-"""The responses of one optimiser step; engine against trainer."""
+"""Statistics of the responses of one optimiser step, and of the gap of engine and trainer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from opd_lightning.types import RolloutBatch
 
 
 class ResponseStatistics(Sums):
-    """Rewards, lengths and ends of the step's rollouts, the student's and the others' apart."""
+    """Rewards, lengths and stop reasons of rollouts, separate for demonstrations."""
 
     names = ("tokens", "rollouts", "length", "truncated", "repetitive", "rewarded", "reward",
              "grouped", "degenerate",
@@ -39,7 +39,7 @@ class ResponseStatistics(Sums):
         )
 
     def compute(self) -> dict[str, Tensor]:
-        """Means over rollouts; about rewards, groups and authors only where there are any."""
+        """Return means over rollouts; of rewards, groups and demonstrations if there are any."""
         sums = self._totals()
         result = {"response/tokens_per_step": sums["tokens"]}
         if sums["rollouts"] > 0:
@@ -57,7 +57,7 @@ class ResponseStatistics(Sums):
 
 
 class EngineStatistics(Sums):
-    """How far the engine's log-probs of its own samples are from the trainer's."""
+    """Gap between the engine's and the trainer's log-probs of tokens that the engine sampled."""
 
     names = ("tokens", "fresh", "gap", "weight", "weight_squared")
     largest: Tensor  # [2] float64: gap and importance weight
@@ -67,9 +67,9 @@ class EngineStatistics(Sums):
         self.add_state("largest", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="max")
 
     def update(self, behaviour: Tensor, student: Tensor, fresh: Tensor) -> None:
-        """Both `[N]` nats, N possibly 0; importance weights are `exp(student - behaviour)`.
+        """Add log-probs `[N]` in nats, N possibly 0; weights are `exp(student - behaviour)`.
 
-        The gap is of the tokens that the student's newest weights sampled, `fresh [N]` bool.
+        The gap covers the tokens sampled from the newest student weights, `fresh [N]` bool.
         """
         ratio = (student - behaviour).double()
         gap, weight = ratio[fresh].abs(), ratio.exp()
@@ -84,7 +84,7 @@ class EngineStatistics(Sums):
         self.largest = torch.maximum(self.largest, here.to(self.largest.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """Means over tokens, and maxima; empty without tokens. ESS is a fraction of the tokens."""
+        """Return means over tokens and maxima, or nothing without tokens; ESS is a fraction."""
         sums = self._totals()
         if sums["tokens"] == 0:
             return {}

@@ -1,4 +1,4 @@
-"""Sums and means that are exact over micro-batches and ranks."""
+"""Bases of metrics: sums and means that are exact over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opd_lightning.types import RolloutBatch
 
 
 class Sums(Metric):
-    """Named sums over everything seen since `reset`; one vector, so ranks add up in one go."""
+    """Named sums since `reset`, kept in one vector so that ranks are summed in one reduction."""
 
     full_state_update = False
     names: ClassVar[tuple[str, ...]]
@@ -24,7 +24,7 @@ class Sums(Metric):
         self.add_state("sums", zeros, dist_reduce_fx="sum")
 
     def _add(self, **values: Tensor | float) -> None:
-        """Add the sum of each value; every name must come."""
+        """Add the sum of each value; all of `names` are required."""
         added = [torch.as_tensor(values[name], dtype=torch.float64).sum() for name in self.names]
         self.sums += torch.stack([value.to(self.sums.device) for value in added])
 
@@ -33,18 +33,18 @@ class Sums(Metric):
 
 
 class Means(Metric):
-    """Means over response tokens of whatever is named, such as the rates of rules.
+    """Means of named values over response tokens, such as the rates of rules.
 
-    All ranks must name the same things in the same order, which a run's rules do.
+    All ranks must add the same names in the same order, as the rules of a run do.
     """
 
     full_state_update = False
-    MOST = 64  # names
-    sums: Tensor  # [2, MOST] float64: sums and counts
+    MAX_NAMES = 64
+    sums: Tensor  # [2, MAX_NAMES] float64: sums and counts
 
     def __init__(self) -> None:
         super().__init__()
-        zeros = torch.zeros(2, self.MOST, dtype=torch.float64)
+        zeros = torch.zeros(2, self.MAX_NAMES, dtype=torch.float64)
         self.add_state("sums", zeros, dist_reduce_fx="sum")
         self.names: list[str] = []
 

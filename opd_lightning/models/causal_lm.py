@@ -1,4 +1,4 @@
-"""Hugging Face causal language models as the program uses them: loaded, and read per token."""
+"""Loading of Hugging Face causal language models, and their states per response token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from opd_lightning.models.head import Head, TokenStates
 from opd_lightning.models.source import ModelSource
-from opd_lightning.terminal.library_bars import told_as
+from opd_lightning.terminal.library_bars import shown_as
 from opd_lightning.types import RolloutBatch
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -22,7 +22,7 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     empty: bool = False,
 ) -> Any:
-    """The model of `source` with its weights, in eval mode; `empty` ones are on the meta device."""
+    """Load the model of `source` in eval mode; with `empty`, build it on the meta device."""
     from transformers import AutoModelForCausalLM
 
     how = {
@@ -31,14 +31,14 @@ def load_causal_lm(
         "trust_remote_code": source.trust_remote_code,
     }
     if not empty:
-        with told_as(f"load {source.role}", "tensor"):
+        with shown_as(f"load {source.role}", "tensor"):
             return AutoModelForCausalLM.from_pretrained(source.path, **how)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(source.config, **how).eval()
 
 
 class Reader(nn.Module):
-    """A causal LM whose forward call is `response_states`: what a teacher does with a model."""
+    """Causal LM whose forward call is `response_states`, as teachers use it."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -53,8 +53,8 @@ def response_states(model: Any, batch: RolloutBatch, view: str) -> TokenStates:
 
     Args:
         model: A causal LM, wrapped by peft or not.
-        batch: The micro-batch; `hidden` comes in the order of `batch.response_mask`.
-        view: Which of `batch.views` to read.
+        batch: The micro-batch; `hidden` is in the order of `batch.response_mask`.
+        view: Name of the view in `batch.views` to run.
     """
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     seen = batch.views[view]
@@ -67,7 +67,7 @@ def response_states(model: Any, batch: RolloutBatch, view: str) -> TokenStates:
 
 
 def _head_of(lm: Any, temperature: float) -> Head:
-    """The head, with the logit transforms that transformers applies after the projection."""
+    """Return the head with the logit transforms that transformers applies after projecting."""
     config = lm.config.get_text_config()
     scale = getattr(config, "logit_scale", None)  # Cohere multiplies
     divisor = getattr(config, "logits_scaling", None)  # Granite divides

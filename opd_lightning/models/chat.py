@@ -1,4 +1,4 @@
-"""The chat template: messages to token ids, and to text."""
+"""Chat templates: messages to token ids or text."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def render(
     messages: Sequence[Message] | None = None,
     role: str = "student",
 ) -> list[int]:
-    """The chat template over a prompt's messages, ready for the reply, as ids.
+    """Render a prompt's messages to token ids, up to the start of the reply.
 
     Args:
-        prompt: Named in errors.
+        prompt: Source of the messages; named in errors.
         tokenizer: A tokenizer with a chat template (rendered in transformers' Jinja sandbox).
-        template_args: Extra variables for it, e.g. {"enable_thinking": False}.
-        messages: In place of the prompt's own.
-        role: Whose template it is; named in errors.
+        template_args: Extra template variables, e.g. {"enable_thinking": False}.
+        messages: Messages to render instead of the prompt's.
+        role: Model that the tokenizer belongs to; named in errors.
     """
     try:
         ids = tokenizer.apply_chat_template(
@@ -50,7 +50,7 @@ def render_text(
     *,
     continues: bool = False,
 ) -> str:
-    """The chat template over messages, as text: ready for the reply, or inside of the last turn."""
+    """Render messages to text, up to the reply, or with `continues` inside the last turn."""
     try:
         text = tokenizer.apply_chat_template(
             list(messages),

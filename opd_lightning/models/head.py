@@ -1,6 +1,6 @@
-"""The one place that multiplies by the vocabulary matrix, in chunks of response tokens.
+"""Output heads; only here is the vocabulary matrix applied, in chunks of response tokens.
 
-A chunk's logits are read in blocks that fit a cache, and computed again in the backward pass.
+A chunk's logits are processed in blocks that fit a cache and recomputed in the backward pass.
 Axes: N response tokens of a micro-batch, n of a chunk or block, H hidden size, V vocabulary.
 """
 
@@ -18,23 +18,23 @@ from torch.utils.checkpoint import checkpoint
 
 # Logits of one chunk: 2**25 float32 values are 128 MiB (220 tokens at a vocabulary of 152,064).
 MAX_CHUNK_ELEMENTS = 2**25
-MAX_BLOCK_ELEMENTS = 2**21  # logits turned into log-probs at a time, 8 MiB: a cache's worth
-Divergence = Callable[..., Tensor]  # (student's, teacher's [n, V]) -> [n]
-_Block = tuple[Tensor, dict[int, Tensor], slice]  # raw logits [n, V], models' among teachers', rows
+MAX_BLOCK_ELEMENTS = 2**21  # logits turned into log-probs at a time, 8 MiB: fits a cache
+Divergence = Callable[..., Tensor]  # (student's, teacher's log-probs [n, V]) -> [n]
+_Block = tuple[Tensor, dict[int, Tensor], slice]  # raw logits [n, V], those of teacher models, rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """A model's output projection and what the model does to its logits afterwards."""
+    """Output projection of a model and the transforms of its logits."""
 
     project: Callable[[Tensor], Tensor]  # hidden [n, H] -> raw logits [n, V]
     vocab_size: int
-    temperature: float  # of the sampler; both sides of a comparison use the same one
-    scale: float = 1.0  # some architectures multiply their logits
-    softcap: float | None = None  # others squash them: softcap * tanh(logits / softcap)
+    temperature: float  # of the sampler; the same for student and teachers
+    scale: float = 1.0  # factor of the logits in some architectures
+    softcap: float | None = None  # in others: softcap * tanh(logits / softcap)
 
     def finish(self, raw: Tensor) -> Tensor:
-        """Raw logits -> `[n, V]` at the temperature, in float32 (float64 stays)."""
+        """Transform raw logits to `[n, V]` at the temperature, in float32 (float64 is kept)."""
         precise = raw.to(torch.promote_types(raw.dtype, torch.float32))
         logits = precise * (self.scale / (self.softcap or self.temperature))
         if self.softcap is None:
@@ -44,7 +44,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class TokenStates:
-    """Where a model predicts the response tokens, and the head to read its predictions with."""
+    """Hidden states that predict the response tokens, and the head to apply to them."""
 
     hidden: Tensor  # [N, H]
     head: Head
@@ -52,7 +52,7 @@ class TokenStates:
 
 @dataclass(frozen=True, slots=True)
 class TopLogprobs:
-    """A distribution of which only the K best tokens are known; the rest counts as impossible."""
+    """Distribution of which only the top K tokens are known; all others count as impossible."""
 
     ids: Tensor  # [N, K] int64
     logprobs: Tensor  # [N, K] float32 nats of the full softmax
@@ -62,25 +62,25 @@ Distribution = TokenStates | Tensor | TopLogprobs  # a Tensor is full log-probs 
 
 
 class Comparison(NamedTuple):
-    """A value per token. `function` gets full log-probs `[n, V]` of any rows and returns `[n]`."""
+    """Value per token; `function` maps full log-probs `[n, V]` of any rows to `[n]`."""
 
-    teacher: Distribution | None  # None: `function` reads the student alone, and gets None
+    teacher: Distribution | None  # None: `function` uses the student only and gets None
     function: Divergence
-    given: Sequence[Tensor] = ()  # [N, ...] each; these rows of them are its further arguments
+    given: Sequence[Tensor] = ()  # [N, ...] each; their rows are passed as further arguments
 
 
 class FlatScores(NamedTuple):
-    """Scores of the N sampled tokens of a micro-batch, before they go back to `[B, R]`."""
+    """Scores of the N sampled tokens of a micro-batch, without padding."""
 
-    logprobs: Tensor  # [N] float32 nats; the student's carries the gradient
+    logprobs: Tensor  # [N] float32 nats; the student's carry the gradient
     entropy: Tensor  # [N] float32 nats, detached
     top_ids: Tensor  # [N, K] int64, most likely first
-    top_logprobs: Tensor  # [N, K] float32 nats, of these, detached
+    top_logprobs: Tensor  # [N, K] float32 nats, of top_ids, detached
 
 
 class HeadScores(NamedTuple):
     student: FlatScores
-    teachers: dict[str, FlatScores]  # by comparison, of its teacher as far as known; detached
+    teachers: dict[str, FlatScores]  # by comparison, of its teacher where known; detached
     values: dict[str, Tensor]  # by comparison, [N]; carries the gradient to the student
 
 
@@ -91,9 +91,9 @@ def score(
     top_k: int = 0,
     comparisons: Mapping[str, Comparison] = {},
 ) -> HeadScores:
-    """One pass over the student's head and its teachers': scores of `targets [N]`, and values.
+    """Apply the heads of student and teachers once: scores of `targets [N]`, and values.
 
-    Gradients reach the student only. Comparisons with the same teacher object share its logits.
+    Only the student gets gradients. Comparisons with the same teacher object share its logits.
     """
     reader = _Reader(states.head, targets, top_k, *comparisons.values())
     if _is_plain_linear(states.head.project):
@@ -109,35 +109,35 @@ def score(
 
 
 class _Reader:
-    """What to read from the logits."""
+    """Computation of scores and comparisons from blocks of logits."""
 
     def __init__(self, head: Head, targets: Tensor, top_k: int, *comparisons: Comparison) -> None:
         self.head, self.targets, self.top_k, self.comparisons = head, targets, top_k, comparisons
         self.teachers = {id(c.teacher): c.teacher for c in comparisons if c.teacher is not None}
 
     def slices(self, rows: slice, elements: int) -> Iterator[slice]:
-        """Cut `rows` into runs of at most `elements` logits; no rows make one empty run."""
+        """Split `rows` into slices of at most `elements` logits; no rows give one empty slice."""
         size = max(1, elements // self.head.vocab_size)
         for start in range(rows.start, max(rows.stop, rows.start + 1), size):
             yield slice(start, min(start + size, rows.stop))
 
     def teacher_logits(self, rows: slice) -> dict[int, Tensor]:
-        """Raw logits `[n, V]` of the teachers that are models, each in its own dtype."""
+        """Return raw logits `[n, V]` of the teachers that are models, in the dtype of each."""
         models = {k: t for k, t in self.teachers.items() if isinstance(t, TokenStates)}
         with torch.no_grad(), torch.autocast(self.targets.device.type, enabled=False):
             return {k: t.head.project(t.hidden[rows]) for k, t in models.items()}
 
     def blocks(self, raw: Tensor, rows: slice) -> Iterator[_Block]:
-        """A chunk's logits, a few rows at a time."""
+        """Split a chunk's logits into blocks of rows."""
         theirs = self.teacher_logits(rows)
-        # On a GPU launching kernels costs more than missing a cache.
+        # On a GPU, kernel launches cost more than cache misses.
         size = MAX_BLOCK_ELEMENTS if raw.device.type == "cpu" else MAX_CHUNK_ELEMENTS // 2
         for here in self.slices(rows, size):
             block = slice(here.start - rows.start, here.stop - rows.start)
             yield raw[block], {k: x[block] for k, x in theirs.items()}, here
 
     def read(self, block: _Block, describe: bool) -> list[Tensor]:
-        """Log-prob and values `[n]`, which carry gradients; then, if asked, all `FlatScores`."""
+        """Return log-probs and values `[n]`, with gradients; if `describe`, then `FlatScores`."""
         raw, theirs, rows = block
         with torch.autocast(raw.device.type, enabled=False):
             ours = self.head.finish(raw).log_softmax(dim=-1)
@@ -152,7 +152,7 @@ class _Reader:
 
     @torch.enable_grad()
     def pull_back(self, block: _Block, upstream: Sequence[Tensor | None]) -> Tensor:
-        """Gradient `[n, V]` of raw logits, given those `[N]` of what `read` finds first."""
+        """Return the gradient `[n, V]` of raw logits, given those `[N]` of `read`'s outputs."""
         raw, theirs, rows = block
         leaf = raw.detach().requires_grad_()
         pairs = zip(self.read((leaf, theirs, rows), describe=False), upstream, strict=False)
@@ -161,7 +161,7 @@ class _Reader:
         return torch.autograd.grad(values, leaf, up)[0] if used else torch.zeros_like(raw)
 
     def chunks(self, hidden: Tensor, matrix: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(rows, raw logits `[n, V]` in a buffer that is used again, hidden states `[n, H]`)."""
+        """Yield (rows, raw logits `[n, V]` in a reused buffer, hidden states `[n, H]`)."""
         runs = list(self.slices(slice(0, len(hidden)), MAX_CHUNK_ELEMENTS))
         buffer = matrix.new_empty(runs[0].stop, len(matrix))
         for rows in runs:
@@ -170,22 +170,22 @@ class _Reader:
 
 
 class _LinearHead(torch.autograd.Function):
-    """Behind a plain linear layer: one weight gradient `[V, H]`, where autograd has one a chunk."""
+    """Plain linear head with one weight gradient `[V, H]`; autograd would keep one a chunk."""
 
     @staticmethod
     def forward(ctx: Any, reader: _Reader, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         ctx.reader = reader
-        # Autocast's choice or the weight's; of a view, because autocast would cache the whole's.
+        # Autocast's dtype or the weight's; by a view, as autocast would cache the cast full weight.
         ctx.dtype = nn.functional.linear(hidden[:0], weight[:0]).dtype
         ctx.save_for_backward(hidden, weight)
-        ctx.set_materialize_grads(False)  # a value outside the loss must not spoil it with 0 * inf
+        ctx.set_materialize_grads(False)  # values unused by the loss must not add 0 * inf
         outputs: list[Tensor] = []
         for rows, raw, _ in reader.chunks(hidden, weight.to(ctx.dtype)):
             for block in reader.blocks(raw, rows):
                 found = reader.read(block, describe=True)
                 outputs = outputs or [x.new_empty(len(hidden), *x.shape[1:]) for x in found]
                 for output, x in zip(outputs, found, strict=True):
-                    output[block[2]] = x  # a list of parts, small and alive, fragments the heap
+                    output[block[2]] = x  # keeping small parts in a list would fragment the heap
         ctx.mark_non_differentiable(*outputs[1 + len(reader.comparisons) :])
         return tuple(outputs)
 
@@ -201,7 +201,7 @@ class _LinearHead(torch.autograd.Function):
                 for block in reader.blocks(raw, rows):
                     block[0].copy_(reader.pull_back(block, upstream))
                 to_hidden[rows] = raw @ matrix
-                if to_weight is not None:  # part by part: no second [V, H]
+                if to_weight is not None:  # in parts: no second [V, H]
                     for total, part in zip(to_weight.split(4096), raw.split(4096, 1), strict=True):
                         if total.dtype == part.dtype:
                             total.addmm_(part.t(), states)
@@ -211,19 +211,19 @@ class _LinearHead(torch.autograd.Function):
 
 
 def _any_head(reader: _Reader, hidden: Tensor) -> list[Tensor]:
-    """The same through autograd, for any projection: an adapter, a hooked or sharded layer."""
+    """Apply any projection through autograd: an adapter, a hooked or sharded layer."""
 
     def read(rows: slice) -> list[Tensor]:
         raw = reader.head.project(hidden[rows])
         return reader.read((raw, reader.teacher_logits(rows), rows), describe=True)
 
-    runs = reader.slices(slice(0, len(hidden)), MAX_CHUNK_ELEMENTS // 2)  # temporaries add up
+    runs = reader.slices(slice(0, len(hidden)), MAX_CHUNK_ELEMENTS // 2)  # half for temporaries
     parts = [checkpoint(read, rows, use_reentrant=False) for rows in runs]
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
 def _is_plain_linear(project: Any) -> TypeGuard[nn.Linear]:
-    """Nothing but `hidden @ weight.T`: no bias, adapter, hooks or sharded weight."""
+    """Return whether it is just `hidden @ weight.T`: no bias, adapter, hooks or sharded weight."""
     if type(project) is not nn.Linear or project.bias is not None:
         return False
     wrapped = any(x for k, x in vars(project).items() if k.endswith(("_hooks", "forward")))
@@ -232,7 +232,7 @@ def _is_plain_linear(project: Any) -> TypeGuard[nn.Linear]:
 
 @torch.no_grad()
 def _full(teacher: Distribution, raw: Tensor | None, rows: slice, like: Tensor) -> Tensor:
-    """A teacher's `[n, V]`; `raw` are its logits if it is a model."""
+    """Return a teacher's log-probs `[n, V]`; `raw` are its logits if it is a model."""
     if isinstance(teacher, TokenStates):
         assert raw is not None
         return teacher.head.finish(raw).log_softmax(dim=-1)
@@ -244,21 +244,21 @@ def _full(teacher: Distribution, raw: Tensor | None, rows: slice, like: Tensor) 
 
 @torch.no_grad()
 def _describe(logprobs: Tensor, targets: Tensor, top_k: int) -> FlatScores:
-    # Where a log-prob is -inf, 0 * -inf would be NaN; exp(-1e4) is 0 as well.
+    # At log-probs of -inf, 0 * -inf would be NaN; exp(-1e4) is 0 as well.
     entropy = -logprobs.exp().mul_(logprobs.clamp_min(-1e4)).sum(dim=-1)
-    return FlatScores(logprobs.gather(1, targets)[:, 0], entropy, *likeliest(logprobs, top_k))
+    return FlatScores(logprobs.gather(1, targets)[:, 0], entropy, *top_k_of(logprobs, top_k))
 
 
-_HEAP = 64  # vocabularies of this many times k: torch's CPU kernel keeps a heap, and is quick
+_HEAP_RATIO = 64  # V / k from which torch's CPU kernel uses a heap, which is fast
 
 
-def likeliest(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Ids `[N, K]` int64 of the largest `logprobs [N, V]`, and these, detached; largest first.
+def top_k_of(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return ids `[N, K]` int64 and values of the top k of `logprobs [N, V]`, detached.
 
-    K is k, or V if that is less. In small vocabularies numpy takes a third of `torch.topk`'s time.
+    Largest first; K is min(k, V). In small vocabularies numpy takes a third of `torch.topk`'s time.
     """
     logprobs, k = logprobs.detach(), min(k, logprobs.shape[1])
-    if logprobs.device.type != "cpu" or k == 0 or logprobs.shape[1] >= k * _HEAP:
+    if logprobs.device.type != "cpu" or k == 0 or logprobs.shape[1] >= k * _HEAP_RATIO:
         found, ids = logprobs.topk(k, dim=1)
         return ids, found
     ids = torch.from_numpy(np.argpartition(logprobs.numpy(), -k, axis=1)[:, -k:])

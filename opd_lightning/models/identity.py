@@ -1,4 +1,4 @@
-"""A name for a model's content: the same weights have it on every machine."""
+"""Identities of models: names derived from their content, equal on every machine."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ BLOCKS = 64  # of each weight file
 
 
 def model_identity(path: str) -> str:
-    """`opd-` and 12 hex digits of what config.json and the weights of a model folder say.
+    """Return `opd-` and 12 hex digits that hash config.json and the weights of a model folder.
 
-    Each weight file counts with its name, its size and 64 blocks of 4 KiB, evenly spaced over it:
-    milliseconds at any size. Two models that differ nowhere but between these blocks are taken for
-    one; training moves all weights of a matrix, so that takes an edit by hand. The precision that a
-    server computes in is not part of it.
+    Of each weight file it hashes the name, the size and 64 evenly spaced blocks of 4 KiB, which
+    takes milliseconds at any size. Models that differ only between these blocks get the same
+    identity; training changes all weights of a matrix, so only manual edits can do that. The
+    precision that a server computes in is not part of the identity.
 
     Args:
-        path: Model folder, or a hub name whose files are on this machine.
+        path: Model folder, or hub name whose files are on this machine.
     """
     folder = _local_folder(path)
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
@@ -48,7 +48,7 @@ def _local_folder(path: str) -> Path:
 
     try:
         return Path(snapshot_download(path, local_files_only=True))
-    except (OSError, ValueError) as error:  # nothing cached, or no name at all
+    except (OSError, ValueError) as error:  # nothing cached, or not a valid name
         raise UserError(
             f"model {path!r}: neither a folder nor in this machine's Hugging Face cache; give the "
             "model folder"

@@ -1,4 +1,4 @@
-"""Rows of different lengths as tensors, padded on the right."""
+"""Right padding of rows of different lengths."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from opd_lightning.types import View
 
 
 def pad(rows: Sequence[Sequence[float]], fill: float) -> tuple[Tensor, Tensor]:
-    """(`[B, longest]` filled on the right, bool mask of what was there).
+    """Return rows padded on the right with `fill`, `[B, longest]`, and the bool mask of values.
 
-    int64 if `fill` is an int, float32 otherwise.
+    The dtype is int64 if `fill` is an int, float32 otherwise.
     """
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
@@ -29,7 +29,7 @@ def make_view(
     pad_id: int,
     fallback: Sequence[list[int]] = (),
 ) -> View:
-    """The responses after one kind of prompt, or after `fallback` where there is none."""
+    """Build the view of responses after `prompts`, or after `fallback` where one is None."""
     available = torch.tensor([p is not None for p in prompts])
     filled = [fallback[i] if p is None else p for i, p in enumerate(prompts)]
     input_ids, mask = pad([p + r for p, r in zip(filled, responses, strict=True)], pad_id)

@@ -1,11 +1,11 @@
-"""FSDP2: every process keeps a part of each weight, and layers are whole while they are at work.
+"""FSDP2 and HSDP: every process holds a shard of each weight; layers are gathered for use.
 
-Under HSDP (`hsdp.py`) it is a part of its group's weights, and the groups are alike.
+Under HSDP the processes of a group shard the weights, and all groups hold the same.
 
-A decoder layer is gathered for its forward pass and again for its backward pass. What is left of a
-model (embedding, last norm, head) is gathered by the forward call of its root, and stays whole
-until the root's backward pass is over, or until `rest` where there is none: the head of a teacher
-is read after its forward call, inside the student's and once more in the student's backward pass.
+A decoder layer is gathered for its forward pass and again for its backward pass. The other modules
+(embedding, last norm, head) are gathered by the root's forward call. They stay gathered until the
+root's backward pass ends, or until `reshard` if there is none: the head of a teacher is used after
+its forward call, in the student's forward call and again in the student's backward pass.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from opd_lightning.errors import UserError
 
 
 class HSDPStrategy(ModelParallelStrategy):
-    """Weights sharded over the processes of a group, typically a node, and equal in all groups.
+    """Strategy that shards weights over the processes of a group, typically a node.
 
-    Layers are gathered within a group alone; between groups only gradients travel, each process's
-    part of them once per micro-batch.
+    All groups hold the same weights. Layers are gathered within a group. Between groups only
+    gradients are exchanged, the shard of each process once per micro-batch.
 
     Args:
-        shard_size: Processes of a group: neighbours by rank. None takes those of a node. With as
-            many as there are it is FSDP2.
+        shard_size: Number of processes of a group, consecutive by rank. None uses those of a node.
+            With all processes in one group it is FSDP2.
         save_distributed_checkpoint: Write a folder of shards instead of one file, which is gathered
             in rank 0's memory.
-        timeout: How long a process waits for the others.
+        timeout: Time limit of collectives.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class HSDPStrategy(ModelParallelStrategy):
 
     @property
     def group_size(self) -> int:
-        """Processes that hold the weights together."""
+        """Number of processes that share one copy of the weights."""
         return self.num_processes if self.shard_size is None else self.shard_size
 
     def setup_environment(self) -> None:
-        """Lightning's own, but for the mesh."""
+        """Set up the environment as Lightning does, with a two-dimensional device mesh."""
         self._setup_distributed()
         self._device_mesh = init_device_mesh(
             self.root_device.type,
@@ -73,11 +73,11 @@ class HSDPStrategy(ModelParallelStrategy):
 
 @dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """Which processes share the weights, and how.
+    """Mesh and dtype with which weights are sharded.
 
-    `compute_dtype` is what autocast would turn the student's layers into: gathering them in it
-    halves the traffic, and frees them after their forward pass, where autocast would keep copies.
-    Gradients are added up in float32. Embedding, norm and head keep their own dtype.
+    `compute_dtype` is the dtype to which autocast would cast the student's layers. Gathering in it
+    halves the traffic and frees them after their forward pass; autocast would keep copies.
+    Gradients are summed in float32. Embedding, norm and head keep their dtype.
     """
 
     mesh: DeviceMesh  # all processes; under HSDP [groups, processes of a group]
@@ -86,7 +86,7 @@ class Sharding:
 
     @classmethod
     def of(cls, trainer: Any) -> Sharding | None:
-        """What a Lightning trainer's strategy says; None where every process has all weights."""
+        """Build from a Lightning trainer's strategy; None if every process has all weights."""
         strategy = trainer.strategy
         if not isinstance(strategy, ModelParallelStrategy):
             return None
@@ -99,32 +99,32 @@ class Sharding:
 
     @property
     def reads(self) -> bool:
-        """Whether this process reads weights from disk; the others get theirs from it."""
+        """Whether this process reads the weights from disk and broadcasts them."""
         return dist.get_rank() == 0
 
-    def spread(self, root: nn.Module, *, compute_dtype: torch.dtype | None = None) -> None:
-        """Shard `root`: real where `reads` is true, on the meta device elsewhere.
+    def shard(self, root: nn.Module, *, compute_dtype: torch.dtype | None = None) -> None:
+        """Shard `root`, which has weights where `reads` is true, else is on the meta device.
 
-        Layer by layer: rank 0's weights go to everybody, and everybody keeps its part, so that
-        no device ever holds more than one whole layer, or what is no layer.
+        Rank 0 broadcasts the weights unit by unit, and every rank keeps its shard, so that no
+        device holds more than one full layer at a time, or the modules outside of layers.
         """
-        for layer, inside in units(root):
-            _bring(inside, self.device)
+        for layer, inside in shard_units(root):
+            _materialise(inside, self.device)
             for tensor in _tensors(inside):
                 dist.broadcast(tensor.detach(), src=0)
-            self._shard(layer, compute_dtype if layer is not root else None)
+            self._fully_shard(layer, compute_dtype if layer is not root else None)
 
     def copy(self, root: nn.Module, original: nn.Module) -> None:
         """Shard `root`, on the meta device everywhere, with the weights of a sharded `original`."""
-        for layer, inside in units(root):
-            _bring(inside, self.device)
-            self._shard(layer, None)
+        for layer, inside in shard_units(root):
+            _materialise(inside, self.device)
+            self._fully_shard(layer, None)
         pairs = zip(_tensors(root.modules()), _tensors(original.modules()), strict=True)
         with torch.no_grad():
-            for mine, theirs in pairs:
-                mine.copy_(theirs)
+            for target, source in pairs:
+                target.copy_(source)
 
-    def _shard(self, unit: nn.Module, dtype: torch.dtype | None) -> None:
+    def _fully_shard(self, unit: nn.Module, dtype: torch.dtype | None) -> None:
         policy = MixedPrecisionPolicy(
             param_dtype=dtype,
             reduce_dtype=torch.float32 if dtype else None,
@@ -134,7 +134,7 @@ class Sharding:
 
 
 def check_strategy(strategy: Any, devices: int, nodes: int) -> None:
-    """Refuse ways of sharing the work that teachers, weights and checkpoints know nothing of."""
+    """Raise UserError for strategies that teachers, weights and checkpoints do not support."""
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
         raise UserError(
             f"trainer.strategy: got {type(strategy).__name__}, expected ddp, or "
@@ -157,19 +157,19 @@ def check_strategy(strategy: Any, devices: int, nodes: int) -> None:
             )
 
 
-def holders(strategy: Any) -> int:
-    """How many processes hold one copy of the weights together."""
+def processes_per_copy(strategy: Any) -> int:
+    """Return the number of processes that share one copy of the weights."""
     if isinstance(strategy, HSDPStrategy):
         return strategy.group_size
     shares = isinstance(strategy, ModelParallelStrategy)
     return strategy.num_processes * strategy.num_nodes if shares else 1
 
 
-def rest(root: nn.Module) -> None:
-    """Give back what the last forward call of a root without a backward pass left gathered."""
+def reshard(root: nn.Module) -> None:
+    """Free the weights that the last forward call of a root without a backward pass gathered."""
     assert isinstance(root, FSDPModule)
     root.reshard()
-    # FSDP notes the order of layers for the backward pass, which would empty the notes.
+    # FSDP records the order of layers for the backward pass, which would clear the record.
     state = root._get_fsdp_state()
     state._comm_ctx.post_forward_order.clear()
     for one in state._state_ctx.all_states:
@@ -177,23 +177,23 @@ def rest(root: nn.Module) -> None:
             group._post_forward_indices.clear()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor behind a shard, and any other tensor as it is; all ranks must ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the full tensor of a shard, or any other tensor unchanged; collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
-def fill(target: Tensor, value: Tensor) -> None:
-    """Write a whole value, which every rank has, to a tensor or to this process's shard of it."""
+def copy_full(target: Tensor, value: Tensor) -> None:
+    """Copy a full value, given on every rank, to a tensor or to this process's shard of it."""
     if isinstance(target, DTensor):
         here = value.to(target.device)
         value = distribute_tensor(here, target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(value)
 
 
-def units(root: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
-    """Every decoder layer, then the root, each with the modules that are its own."""
-    # transformers' own list of blocks that must stay together.
+def shard_units(root: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """Return every decoder layer, then the root, each with the modules that belong to it."""
+    # transformers' list of modules that must not be split.
     names = {n for m in root.modules() for n in getattr(m, "_no_split_modules", None) or ()}
     units: list[tuple[nn.Module, list[nn.Module]]] = []
     taken: set[nn.Module] = set()
@@ -209,11 +209,11 @@ def units(root: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
     return [*units, (root, [module for module in root.modules() if module not in taken])]
 
 
-def _bring(modules: Iterable[nn.Module], device: torch.device) -> None:
-    """Move to `device`, tied parameters still tied; what was on the meta device has no value."""
+def _materialise(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Move to `device`, keeping ties; tensors from the meta device are uninitialised."""
     moved: dict[Any, Any] = {}
 
-    def there(tensor: Tensor) -> Tensor:
+    def on_device(tensor: Tensor) -> Tensor:
         if tensor.is_meta:
             return torch.empty_like(tensor, device=device)
         return tensor.detach().to(device)
@@ -221,14 +221,14 @@ def _bring(modules: Iterable[nn.Module], device: torch.device) -> None:
     for module in modules:
         for name, old in list(module.named_parameters(recurse=False)):
             if old not in moved:
-                moved[old] = nn.Parameter(there(old), requires_grad=old.requires_grad)
+                moved[old] = nn.Parameter(on_device(old), requires_grad=old.requires_grad)
             setattr(module, name, moved[old])
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, there(buffer))
+            setattr(module, name, on_device(buffer))
 
 
 def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """Parameters, each once, and buffers."""
+    """Return parameters, each once, and buffers."""
     inside = list(modules)
     parameters = dict.fromkeys(p for m in inside for p in m.parameters(recurse=False))
     return [*parameters, *(b for m in inside for b in m.buffers(recurse=False))]

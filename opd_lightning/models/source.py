@@ -1,4 +1,4 @@
-"""A Hugging Face model as it is known before any weight is loaded."""
+"""Tokenizer, configuration and stop tokens of a Hugging Face model, without its weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from opd_lightning.models.identity import model_identity
 
 
 class ModelSource:
-    """A model folder (or hub name): its tokenizer, configuration and stop tokens.
+    """Model folder or hub name with its tokenizer, configuration and stop tokens.
 
     Args:
         path: Folder with config.json, weights and tokenizer, or a hub name.
-        trust_remote_code: Run code that ships with the model. Off unless asked for.
-        role: What the model is for ("student", "teacher"); error messages name it.
+        trust_remote_code: Run code that ships with the model.
+        role: Use of the model ("student", "teacher"); named in error messages.
 
-    Everything is read on first use, so building one costs nothing.
+    Files are read on first use, not at construction.
     """
 
     def __init__(self, path: str, *, trust_remote_code: bool = False, role: str = "model") -> None:
@@ -28,21 +28,21 @@ class ModelSource:
 
     @cached_property
     def config(self) -> Any:
-        """The transformers configuration."""
+        """Transformers configuration."""
         from transformers import AutoConfig
 
         return self._load(AutoConfig)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The fast tokenizer; it must have a chat template and an EOS token."""
+        """Fast tokenizer, which must have a chat template and an EOS token."""
         from transformers import AutoTokenizer
 
         return self._load(AutoTokenizer)
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """Every id that ends a response: the tokenizer's EOS and the generation config's."""
+        """Ids that end a response: EOS of the tokenizer and of the generation config."""
         from transformers import GenerationConfig
 
         ids = {self.tokenizer.eos_token_id}
@@ -55,18 +55,18 @@ class ModelSource:
 
     @cached_property
     def identity(self) -> str:
-        """What its weights are known by, wherever they are; see `model_identity`."""
+        """Identity of the weights, independent of their location; see `model_identity`."""
         return model_identity(self.path)
 
     @property
     def pad_id(self) -> int:
-        """Id used for padding; never read under a mask, so EOS serves when there is none."""
+        """Padding id; EOS if the tokenizer has none, since masked ids are never read."""
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else self.eos_ids[0]
 
     @property
     def context_length(self) -> int:
-        """Most tokens (prompt and response together) the model was built for."""
+        """Maximum number of tokens, prompt and response, that the model supports."""
         return int(self.config.get_text_config().max_position_embeddings)
 
     def _load(self, auto_class: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The model that learns."""
+"""The student model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from opd_lightning.types import RolloutBatch, TokenScores
 
 
 class LateComparison(NamedTuple):
-    """A comparison on the student's own likeliest tokens, with a teacher who must be told them."""
+    """Comparison on the student's top-k tokens, whose ids the teacher needs to score them."""
 
     top_k: int
     ask: Callable[[Tensor], TopLogprobs]  # the student's top ids [N, top_k] -> their log-probs
@@ -36,21 +36,21 @@ class LateComparison(NamedTuple):
 
 
 class Student(nn.Module):
-    """A Hugging Face causal LM, trained whole or through LoRA.
+    """Hugging Face causal LM that is trained fully or through LoRA.
 
     Args:
         path: Model folder or hub name.
         lora: peft's LoraConfig (r, lora_alpha, target_modules, ...); None trains all weights.
-            Without dropout: what trains must be what samples.
-        dtype: Of the weights. Keep float32 master weights and let `trainer.precision` choose the
-            arithmetic.
+            Dropout must be 0: the trained policy must be the one that samples.
+        dtype: Of the weights. Keep float32 master weights and set the precision of computations
+            with `trainer.precision`.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
-        attn_implementation: transformers' attention kernel; None takes its default.
+        attn_implementation: transformers' attention kernel; None uses its default.
         trust_remote_code: Run code that ships with the model.
     """
 
     model: Any  # set by load()
-    sharding: Sharding | None  # likewise; teachers in this process are sharded like the student
+    sharding: Sharding | None  # set by load(); local teachers are sharded like the student
 
     def __init__(
         self,
@@ -76,17 +76,17 @@ class Student(nn.Module):
         self.sharding = None
 
     def load(self, sharding: Sharding | None = None) -> None:
-        """Load the weights, once; with `sharding`, this process's part of them."""
+        """Load the weights, once; with `sharding`, the shard of this process."""
         if self.model is not None:
             return
         self.sharding = sharding
         self.model = self.build(empty=sharding is not None and not sharding.reads)
         if sharding is not None:
-            sharding.spread(self, compute_dtype=sharding.compute_dtype)
+            sharding.shard(self, compute_dtype=sharding.compute_dtype)
             register_fsdp_forward_method(self, "states")
 
     def build(self, *, empty: bool = False) -> Any:
-        """The model at its start, LoRA included; an `empty` one has shapes alone."""
+        """Build the initial model, LoRA included; an `empty` one is on the meta device."""
         model = load_causal_lm(
             self.source,
             dtype=self.dtype,
@@ -105,11 +105,11 @@ class Student(nn.Module):
         return _without_dropout(model.train())
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, full tensor), LoRA merged: what an engine or an export wants."""
+        """Iterate over (Hugging Face name, full tensor), LoRA merged, for engines and exports."""
         return full_weights(self.model)
 
     def states(self, batch: RolloutBatch, view: str) -> TokenStates:
-        """Where the model predicts the response tokens, for a teacher who is the student itself."""
+        """Compute the states of the response tokens if the student is its own teacher."""
         return response_states(self.model, batch, view)
 
     def forward(
@@ -119,15 +119,15 @@ class Student(nn.Module):
         top_k: int = 0,
         comparisons: Mapping[str, Comparison | LateComparison] | None = None,
     ) -> HeadScores:
-        """Backbone and head in one module call, so that sharding hooks see both.
+        """Run backbone and head in one module call, so that sharding hooks cover both.
 
-        Flat `[N]` results, in the order of the response mask; see `head.score`. Late comparisons
-        cost one more pass of the head, without a gradient.
+        Results are flat, `[N]`, in the order of the response mask; see `head.score`. Late
+        comparisons cost one more pass of the head, without gradients.
         """
         states = response_states(self.model, batch, view="student")
         targets = batch.response_ids[batch.response_mask]
-        wishes = comparisons or {}
-        late = [wish.top_k for wish in wishes.values() if isinstance(wish, LateComparison)]
+        requested = comparisons or {}
+        late = [one.top_k for one in requested.values() if isinstance(one, LateComparison)]
         if late:
             with torch.no_grad():
                 ids = score(states, targets, top_k=max(late)).student.top_ids
@@ -136,20 +136,20 @@ class Student(nn.Module):
             targets,
             top_k=top_k,
             comparisons={
-                name: Comparison(wish.ask(ids[:, : wish.top_k]), wish.function)
-                if isinstance(wish, LateComparison)
-                else wish
-                for name, wish in wishes.items()
+                name: Comparison(one.ask(ids[:, : one.top_k]), one.function)
+                if isinstance(one, LateComparison)
+                else one
+                for name, one in requested.items()
             },
         )
 
     def score(self, batch: RolloutBatch, *, top_k: int = 0) -> TokenScores:
-        """Scores of the sampled tokens alone; the log-probs carry the gradient."""
+        """Score the sampled tokens without comparisons; the log-probs carry the gradient."""
         return TokenScores.unflatten(self(batch, top_k=top_k).student, batch)
 
 
 def _without_dropout(model: Any) -> Any:
-    """The policy that is scored and trained is the one that sampled, which had no dropout."""
+    """Disable dropout: the policy that is trained must be the one that sampled, without dropout."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

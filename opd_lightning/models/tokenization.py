@@ -1,7 +1,7 @@
-"""Tokens as bytes, and two tokenizations of one text.
+"""Bytes of tokens, and alignment of two tokenizations of one text.
 
-Models with different tokenizers share nothing but the text. Their tokens are compared in groups,
-between the bytes where both tokenizations end a token (ULD, 2402.12030; TRL's GOLD trainer).
+Models with different tokenizers share only the text. Their tokens are compared in groups, between
+the bytes at which both tokenizations end a token (ULD, 2402.12030; TRL's GOLD trainer).
 """
 
 from __future__ import annotations
@@ -19,53 +19,53 @@ from opd_lightning.models.source import ModelSource
 _PROBE = "two words,\n\n  1+1=2; (and) so on?"
 _SPACE = "\u2581"  # SentencePiece's
 _SENTENCE_PIECE = {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"}  # steps of its decoders
-UNFINISHED = "\ufffd"  # what decoders write for a part of a character
-_BATCH = 4096  # texts in one call; what comes back is large
+UNFINISHED = "\ufffd"  # replacement that decoders write for an incomplete character
+_BATCH = 4096  # texts per call, which limits the size of the result
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Group(NamedTuple):
-    """The shortest runs of tokens, one on each side, that spell the same bytes."""
+    """Pair of shortest ranges of student and teacher tokens with the same bytes."""
 
     student: range
     teacher: range
 
 
 def align(student_tokens: Sequence[bytes], teacher_tokens: Sequence[bytes]) -> list[Group]:
-    """Groups of token positions that end at the same byte, in order, covering every token.
+    """Group token positions that end at the same byte; the groups cover all tokens in order.
 
-    Where the two do not spell the same bytes, as when a tokenizer normalises characters or puts a
-    space in front of the text, the stretch from the first difference to the last is one group.
-    There are no groups if one side has no tokens.
+    Where the two sides have different bytes, for example because a tokenizer normalises characters
+    or prepends a space, everything from the first difference to the last is one group. There are no
+    groups if one side has no tokens.
 
     Args:
         student_tokens: The bytes of each token of the response. A character of several bytes may
-            be split among tokens; a token without bytes belongs to its neighbours.
-        teacher_tokens: The same text in the teacher's tokens.
+            be split among tokens; a token without bytes joins its neighbours.
+        teacher_tokens: The bytes of each of the teacher's tokens of the same text.
     """
     if not student_tokens or not teacher_tokens:
         return []
     text, other = b"".join(student_tokens), b"".join(teacher_tokens)
-    same = _common_prefix(text, other)
-    rest = min(len(text), len(other)) - same
-    same_again = len(text) - _common_prefix(text[::-1][:rest], other[::-1][:rest])
+    prefix_end = _common_prefix(text, other)
+    rest = min(len(text), len(other)) - prefix_end
+    suffix_start = len(text) - _common_prefix(text[::-1][:rest], other[::-1][:rest])
     shift = len(other) - len(text)
-    # The byte where a token ends -> the number of tokens up to there.
+    # Byte at which a token ends -> number of tokens up to it.
     ends = {byte: i for i, byte in enumerate(accumulate(map(len, student_tokens)), 1)}
     teacher_ends = {byte: i for i, byte in enumerate(accumulate(map(len, teacher_tokens)), 1)}
-    shared = {0: 0}  # the teacher's tokens so far -> the student's
+    shared = {0: 0}  # number of teacher tokens -> number of student tokens
     for byte, i in ends.items():
-        there = byte if byte <= same else byte + shift if byte >= same_again else -1
-        if there in teacher_ends and 0 < teacher_ends[there] < len(teacher_tokens):
-            # What the teacher does not have at all joins the group before it.
-            shared[teacher_ends[there]] = i
+        teacher_byte = byte if byte <= prefix_end else byte + shift if byte >= suffix_start else -1
+        if teacher_byte in teacher_ends and 0 < teacher_ends[teacher_byte] < len(teacher_tokens):
+            # Student tokens without teacher tokens join the preceding group.
+            shared[teacher_ends[teacher_byte]] = i
     shared = {j: i for j, i in shared.items() if i < len(student_tokens)}
     shared[len(teacher_tokens)] = len(student_tokens)
     return [Group(range(i, k), range(j, n)) for (j, i), (n, k) in pairwise(shared.items())]
 
 
 def whole_characters(tokens: Sequence[bytes]) -> int:
-    """How many tokens there are before a character that the last of them leave unfinished."""
+    """Count the tokens before the final character, if the last tokens leave it incomplete."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     decoder.decode(b"".join(tokens))
     unfinished = len(decoder.getstate()[0])
@@ -77,12 +77,12 @@ def whole_characters(tokens: Sequence[bytes]) -> int:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What every token adds to the text; together they are the text, special tokens included.
+    """Return the text that every token adds, special tokens included; joined, they are the text.
 
     A character of several tokens belongs to the last of them.
     """
     texts: list[str] = []
-    # Decoded from one token before the new ones: the first of a text may lose its space.
+    # Decoded with the token before the new ones, since a first token may lose its space.
     start = done = 0
     for end in range(1, len(ids) + 1):
         before = tokenizer.decode(ids[start:done])
@@ -95,21 +95,21 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def token_bytes(source: ModelSource) -> dict[int, bytes]:
-    """What every token spells, by id, as the tokenizer's decoder has it.
+    """Return the bytes of every token by id, according to the tokenizer's decoder.
 
-    Knows byte-level tokenizers (GPT-2, Qwen, Llama 3), SentencePiece's with or without byte
-    fallback (Llama 2, Gemma), and those whose tokens are the text itself. A space that a
-    SentencePiece tokenizer puts in front of a text, and its decoder takes away, is spelt.
+    Supports byte-level tokenizers (GPT-2, Qwen, Llama 3), SentencePiece with or without byte
+    fallback (Llama 2, Gemma), and tokenizers whose tokens are the text itself. A space that a
+    SentencePiece tokenizer prepends to a text, and its decoder removes, is included.
 
     Raises:
-        UserError: It is of another kind (WordPiece, say).
+        UserError: The tokenizer is of another kind, such as WordPiece.
     """
     decoder = getattr(getattr(source.tokenizer, "backend_tokenizer", None), "decoder", None)
     steps = _steps(json.loads(decoder.__getstate__())) if decoder else []
     kinds = {step["type"] for step in steps}
     vocabulary = source.tokenizer.get_vocab().items()
     if kinds == {"ByteLevel"}:
-        return {i: _of_byte_characters(token) for token, i in vocabulary}
+        return {i: _decode_byte_characters(token) for token, i in vocabulary}
     replaced = [(s["pattern"], s["content"]) for s in steps if s["type"] == "Replace"]
     is_known = kinds and kinds <= _SENTENCE_PIECE
     if not is_known or any(pair != ({"String": _SPACE}, " ") for pair in replaced):
@@ -128,7 +128,7 @@ def token_bytes(source: ModelSource) -> dict[int, bytes]:
 
 
 def check_spelling(source: ModelSource) -> None:
-    """Raise UserError unless its tokens spell the text that they are the tokens of."""
+    """Raise UserError unless the bytes of a probe text's tokens are those of the text."""
     known = token_bytes(source)
     ids = source.tokenizer.encode(_PROBE, add_special_tokens=False)
     spelt = b"".join(known[i] for i in ids)
@@ -140,10 +140,10 @@ def check_spelling(source: ModelSource) -> None:
 
 
 def ends_within(source: ModelSource, words: Sequence[bytes]) -> list[int]:
-    """Where its tokenizer ends tokens within each word: bit k is set if one ends after k bytes.
+    """Return token ends within each word as bits: bit k is set if a token ends after k bytes.
 
-    A word that is one of its tokens is not cut. One that it does not spell, as when it is a part
-    of a character, may be cut anywhere.
+    A word that is a token of `source` has no bits set. A word whose bytes its tokens do not
+    reproduce, such as a part of a character, has all of them set.
     """
     spelt = token_bytes(source)
     tokens = set(spelt.values())
@@ -182,7 +182,7 @@ def _steps(decoder: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's names of the bytes: printable ones are themselves, the others come from 256 on."""
+    """Return GPT-2's characters of bytes: printable bytes themselves, the others from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -191,8 +191,8 @@ def _byte_characters() -> dict[str, int]:
 _BYTE_CHARACTERS = _byte_characters()
 
 
-def _of_byte_characters(token: str) -> bytes:
-    """An added token that has other characters is text."""
+def _decode_byte_characters(token: str) -> bytes:
+    """Decode a byte-level token; an added token with other characters is text."""
     if all(character in _BYTE_CHARACTERS for character in token):
         return bytes(_BYTE_CHARACTERS[character] for character in token)
     return token.encode()

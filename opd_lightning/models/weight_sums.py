@@ -1,7 +1,7 @@
-"""Proof that a push arrived: sums over the weights, before and after.
+"""Checks of weight pushes: sums over the weights of trainer and engine.
 
-A log-prob gap shows weights that differ much. At a learning rate of 1e-6 and in bfloat16 one
-missed push does not show in it; in sums over all elements, taken in float64, it does.
+A log-prob gap reveals large differences of weights only. At a learning rate of 1e-6 and in bfloat16
+it does not reveal one missed push; float64 sums over all elements do.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from opd_lightning.errors import EngineMismatchError, RunStoppedError
 
-RESOLUTION = 1e-10  # relative rounding of a float64 sum over a whole matrix, generously
-PART = 2**24  # elements that are summed at once: PyTorch turns all of them into float64 first
+RESOLUTION = 1e-10  # upper bound of the relative rounding of a float64 sum over a matrix
+PART = 2**24  # elements summed at once, since PyTorch first converts all of them to float64
 
 
 class WeightSum(NamedTuple):
-    """What is left of a tensor when its layout does not matter: fusing and padding keep it."""
+    """Statistics of a tensor that do not depend on its layout, such as fusing and padding."""
 
     total: float  # sum of the elements
     norm: float  # Euclidean
@@ -35,8 +35,8 @@ class WeightSum(NamedTuple):
         return cls(float(total), float(norm), tensor.numel())
 
     @classmethod
-    def together(cls, parts: Sequence[Self]) -> Self:
-        """Of several tensors put side by side."""
+    def combine(cls, parts: Sequence[Self]) -> Self:
+        """Combine the sums of several tensors into that of their concatenation."""
         return cls(
             sum(part.total for part in parts),
             math.hypot(*(part.norm for part in parts)),
@@ -44,16 +44,16 @@ class WeightSum(NamedTuple):
         )
 
     def equals(self, other: Self) -> bool:
-        """Up to float64 rounding; NaN equals nothing."""
+        """Return whether both are equal up to float64 rounding; NaN is never equal."""
         scale = RESOLUTION * max(self.norm, other.norm)
         same_total = abs(self.total - other.total) <= scale * math.sqrt(self.elements)
         return same_total and abs(self.norm - other.norm) <= scale
 
 
 class EngineSum(NamedTuple):
-    """One of the engine's own parameters."""
+    """Sum of one of the engine's parameters."""
 
-    names: tuple[str, ...]  # the Hugging Face parameters it holds; a fused layer holds several
+    names: tuple[str, ...]  # Hugging Face parameters in it; several in a fused layer
     dtype: str  # "torch.bfloat16"
     value: WeightSum
 
@@ -61,11 +61,11 @@ class EngineSum(NamedTuple):
 def engine_sums(
     parameters: Iterable[tuple[str, Tensor]], fused: Mapping[str, Sequence[str]]
 ) -> list[EngineSum]:
-    """Sums of an engine's parameters; empty ones, whose weights lie elsewhere, are left out.
+    """Sum an engine's parameters, except empty ones, whose weights are stored elsewhere.
 
     Args:
-        parameters: By the engine's names.
-        fused: Modules that the engine has in one where Hugging Face has several, by name.
+        parameters: Named as in the engine.
+        fused: Names of Hugging Face modules by the engine's module that fuses them.
     """
     return [
         EngineSum(_unfused(name, fused), str(tensor.dtype), WeightSum.of(tensor))
@@ -83,11 +83,11 @@ def _unfused(name: str, fused: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
 
 
 class PushedWeights:
-    """The weights of one push on their way to the engine, added up as they pass.
+    """Iterable over the weights of one push that sums them as the engine consumes them.
 
     Args:
-        weights: Each call begins anew: (Hugging Face name, full tensor), one at a time.
-        dtype: That the engine keeps them in.
+        weights: Returns a new iterator over (Hugging Face name, full tensor) at each call.
+        dtype: Dtype in which the engine stores them.
     """
 
     def __init__(
@@ -113,22 +113,22 @@ class PushedWeights:
         self._all_taken = True
 
     def check(self, version: int, found: Sequence[EngineSum]) -> float:
-        """Raise EngineMismatchError unless the engine holds what was pushed.
+        """Raise EngineMismatchError unless the engine holds the pushed weights.
 
-        Parameters that the engine stores under other names or in another precision prove nothing
-        and are passed over. Returns the share of the pushed elements that were compared.
+        Parameters that the engine stores under other names or in another precision cannot be
+        compared and are skipped. Returns the fraction of the pushed elements that were compared.
         """
         if not self._all_taken:
             raise EngineMismatchError(
                 f"step {version}: the engine did not take the weights that were pushed, so it "
                 "would sample from old ones; look at the engine's load_weights"
             )
-        compared: set[str] = set()  # several servers hold the same
+        compared: set[str] = set()  # several servers may hold the same parameter
         for names, dtype, value in found:
             parts = [self._sums[name] for name in names if name in self._sums]
             if len(parts) < len(names) or dtype != str(self._dtype):
                 continue
-            pushed = WeightSum.together(parts)
+            pushed = WeightSum.combine(parts)
             if not pushed.equals(value):
                 raise EngineMismatchError(
                     f"step {version}: after the push the engine's {names[0]!r} has norm "

@@ -1,4 +1,4 @@
-"""A student's weights as an engine or a Hugging Face folder wants them."""
+"""A student's full weights under their Hugging Face names."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
-from opd_lightning.models.sharding import whole
+from opd_lightning.models.sharding import full_tensor
 
 
 def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, full detached tensor), one at a time, tied weights once.
+    """Yield (Hugging Face name, full detached tensor), one at a time, tied weights once.
 
     LoRA is merged on the fly, weight by weight. Shards are gathered, so all ranks must iterate
-    together. At most one full tensor exists beside the model, two while LoRA is merged, if whoever
-    takes one lets go of it before the next. Modules that peft trains whole (`modules_to_save`) come
-    under their own names.
+    together. At most one full tensor exists beside the model, two while LoRA is merged, provided
+    the caller releases each before the next. Modules that peft trains fully (`modules_to_save`)
+    have their names in the model without peft.
     """
     if not hasattr(model, "peft_config"):
         for name, parameter in model.named_parameters():
-            yield name, whole(parameter.detach())
+            yield name, full_tensor(parameter.detach())
         return
 
     modules = dict(model.named_modules())
@@ -33,9 +33,9 @@ def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         owner, found, _ = name.partition(".base_layer.weight")
         if found and adapter in getattr(modules[owner], "lora_A", {}):
             weight = _delta(modules[owner], adapter).to(parameter.dtype)
-            weight += whole(parameter.detach())
+            weight += full_tensor(parameter.detach())
         else:
-            weight = whole(parameter.detach())
+            weight = full_tensor(parameter.detach())
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         yield plain.replace(f".modules_to_save.{adapter}.", "."), weight
         del weight  # before the next is gathered
@@ -43,8 +43,8 @@ def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def _delta(layer: Any, adapter: str) -> Tensor:
-    """What plain LoRA adds to a linear layer's weight, in float32."""
-    down, up = (whole(part[adapter].weight).float() for part in (layer.lora_A, layer.lora_B))
+    """Return the update of a linear layer's weight by plain LoRA, in float32."""
+    down, up = (full_tensor(part[adapter].weight).float() for part in (layer.lora_A, layer.lora_B))
     delta = (up @ down).mul_(layer.scaling[adapter])
     return delta.T.contiguous() if layer.fan_in_fan_out else delta
 
@@ -64,7 +64,7 @@ def check_mergeable(model: Any) -> None:
             continue
         owner, _, kind = name.partition(".lora_")
         plain = kind in (f"A.{adapter}.weight", f"B.{adapter}.weight")
-        # A tied weight is listed under its first name only: its LoRA would have no home.
+        # A tied weight is listed under its first name only, so its LoRA could not be merged.
         if not plain or f"{owner}.base_layer.weight" not in parameters:
             raise UserError(
                 f"student.lora: cannot merge {name!r} into the weights an engine needs; use plain "

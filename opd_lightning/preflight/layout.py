@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from lightning.pytorch.strategies import DDPStrategy
 
-from opd_lightning.models.sharding import holders
+from opd_lightning.models.sharding import processes_per_copy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Layout:
         views = getattr(strategy, "_ddp_kwargs", {}).get("gradient_as_bucket_view", False)
         return cls(
             world=world,
-            shards=holders(strategy),
+            shards=processes_per_copy(strategy),
             per_node=trainer.num_devices,
             copies_gradients=isinstance(strategy, DDPStrategy) and not views,
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from opd_lightning.models.sharding import units
+from opd_lightning.models.sharding import shard_units
 from opd_lightning.preflight.activations import Arithmetic, Widths
 from opd_lightning.preflight.layout import Layout
 
@@ -109,7 +109,7 @@ def layers_and_rest(model: nn.Module) -> tuple[list[list[Tensor]], list[Tensor]]
     """Parameters of every decoder layer, and of what is none, as FSDP2 gathers them."""
     own: list[list[Tensor]] = [
         list(dict.fromkeys(p for m in inside for p in m.parameters(recurse=False)))
-        for _, inside in units(model)
+        for _, inside in shard_units(model)
     ]
     return own[:-1], own[-1]
 

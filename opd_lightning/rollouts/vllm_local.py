@@ -25,7 +25,7 @@ from opd_lightning.serving.vllm_process import (
     sums_in_vllm,
     vllm_unavailable,
 )
-from opd_lightning.terminal.library_bars import of_vllm
+from opd_lightning.terminal.library_bars import vllm_bar
 from opd_lightning.terminal.progress import is_watched
 from opd_lightning.types import Completion, StopReason
 
@@ -161,7 +161,7 @@ class VLLMEngine(Engine):
         ]
         # Its CPU sampler draws from the global generator beside the seeds.
         with isolate_rng(), run_errors():
-            bar = of_vllm("generate")
+            bar = vllm_bar("generate")
             outputs = self._llm.generate(prompts, parameters, use_tqdm=bar)
         return [_to_completion(output.outputs[0]) for output in outputs]
 

@@ -60,7 +60,7 @@ class FrozenTeacher(OwnModelTeacher):
         )
         self._reader = Reader(model).eval().requires_grad_(False)
         if sharding is not None:
-            sharding.spread(self._reader)
+            sharding.shard(self._reader)
         elif self.offload:
             self._device = device
         else:

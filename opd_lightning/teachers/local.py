@@ -9,7 +9,7 @@ import torch
 
 from opd_lightning.models.causal_lm import Reader
 from opd_lightning.models.head import TokenStates, score
-from opd_lightning.models.sharding import Sharding, rest
+from opd_lightning.models.sharding import Sharding, reshard
 from opd_lightning.teachers.base import DistributionTeacher
 from opd_lightning.types import RolloutBatch, TokenScores
 
@@ -59,7 +59,7 @@ class OwnModelTeacher(LocalTeacher):
     def rest(self) -> None:
         if self._sharding is not None:
             assert self._reader is not None
-            rest(self._reader)
+            reshard(self._reader)
 
     def _read(self, batch: RolloutBatch, view: str) -> TokenStates:
         assert self._reader is not None

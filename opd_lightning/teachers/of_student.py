@@ -12,7 +12,7 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.models.causal_lm import Reader
 from opd_lightning.models.head import TokenStates
-from opd_lightning.models.sharding import fill, whole
+from opd_lightning.models.sharding import copy_full, full_tensor
 from opd_lightning.teachers.local import LocalTeacher, OwnModelTeacher
 from opd_lightning.types import RolloutBatch
 
@@ -84,7 +84,7 @@ class EMATeacher(OwnModelTeacher):
         state = {}
         for name, parameter in student.model.named_parameters():
             if parameter.requires_grad:
-                value = whole(own[name])
+                value = full_tensor(own[name])
                 if self._sharding is None or self._sharding.reads:
                     state[name] = value.cpu()
         return state
@@ -93,7 +93,7 @@ class EMATeacher(OwnModelTeacher):
         """Take up whole parameters; every rank has them all."""
         own = dict(self.model().named_parameters())
         for name, value in state.items():
-            fill(own[name], value)
+            copy_full(own[name], value)
 
 
 class AdapterOffTeacher(LocalTeacher):

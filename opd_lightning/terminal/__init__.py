@@ -1,1 +1,1 @@
-"""Progress bars, quiet libraries and pages for people at a terminal or a browser."""
+"""Progress bars, suppressed library output and HTML pages."""

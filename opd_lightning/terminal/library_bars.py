@@ -1,4 +1,4 @@
-"""Other libraries' progress, told as ours."""
+"""Progress bars of other libraries, shown as stages of this program."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from opd_lightning.terminal.progress import Progress
 
 
 class LibraryBar:
-    """What a library takes for a bar of tqdm's: as much of one as transformers and vLLM use."""
+    """Stand-in for a tqdm bar, with as much of its interface as transformers and vLLM use."""
 
     def __init__(self, stage: Progress, items: Iterable[Any] = ()) -> None:
         self.stage = stage
         self.items = items
-        self.postfix = ""  # theirs; not shown
+        self.postfix = ""  # set by the library; not shown
 
     def __iter__(self) -> Iterator[Any]:
         with self.stage:
@@ -33,15 +33,15 @@ class LibraryBar:
         self.stage.update(more)
 
     def refresh(self) -> None:
-        """Ours know when."""
+        """Do nothing: `Progress` decides when to draw."""
 
     def close(self) -> None:
         self.stage.close()
 
 
 @contextmanager
-def told_as(label: str, unit: str) -> Iterator[None]:
-    """Within this, what transformers loads or writes is a stage of that name."""
+def shown_as(label: str, unit: str) -> Iterator[None]:
+    """Show what transformers loads or writes within the context as a stage `label`."""
     from transformers.utils.logging import set_tqdm_hook
 
     def ours(_: object, args: tuple[Any, ...], how: dict[str, Any]) -> LibraryBar:
@@ -55,12 +55,12 @@ def told_as(label: str, unit: str) -> Iterator[None]:
         set_tqdm_hook(theirs)
 
 
-def of_vllm(label: str) -> Callable[..., Any]:
-    """For `use_tqdm` of vLLM's calls: a stage in responses."""
+def vllm_bar(label: str) -> Callable[..., Any]:
+    """Return a `use_tqdm` argument for vLLM that shows a stage counted in responses."""
 
     def ours(prompts: Iterable[Any] | None = None, *, total: int = 0, **_: object) -> Any:
         if prompts is not None:
-            return prompts  # which are but prepared
+            return prompts  # vLLM only preprocesses them here
         return LibraryBar(Progress(label, total, "response", within=True))
 
     return ours

@@ -1,4 +1,4 @@
-"""Silence for what libraries say that a user of this program can do nothing about."""
+"""Suppression of library messages that users of this program cannot act on."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import warnings
 
 from opd_lightning.terminal.progress import is_watched, say
 
-# Part of the message, and why it does not concern the user.
-_NOT_FOR_USERS = (
-    "does not have many workers",  # loaders here write rollouts; there is nothing to parallelise
-    "sync_dist=True",  # what is logged comes out of torchmetrics, added up over ranks already
-    "Total length of `list` across ranks is zero",  # training without validation is a choice
+# Part of the message, and the reason why it does not concern the user.
+_SUPPRESSED_WARNINGS = (
+    "does not have many workers",  # loaders generate rollouts; nothing to parallelise
+    "sync_dist=True",  # logged values are torchmetrics, already reduced over ranks
+    "Total length of `list` across ranks is zero",  # training without validation is allowed
     "`isinstance(treespec, LeafSpec)` is deprecated",  # Lightning against this torch
     "was deprecated in v4",  # Lightning against this jsonargparse
-    "assuming the intent is to load in a single process",  # it is: export reads shards alone
-    "The dirpath has changed from",  # ModelCheckpoint, when a checkpoint is but measured
-    "but have no logger configured",  # nor has a measurement, which prints what it finds
-    "which exceeds buffer_size_bytes",  # vLLM about a tensor that is sent alone, as it must be
+    "assuming the intent is to load in a single process",  # true of export, which reads shards
+    "The dirpath has changed from",  # ModelCheckpoint, when a checkpoint is only evaluated
+    "but have no logger configured",  # an evaluation has none and prints its results
+    "which exceeds buffer_size_bytes",  # vLLM, about a tensor that is sent alone, as intended
     "`torch.distributed.reduce_op` is deprecated",  # vLLM against this torch
 )
 
 
-# The same where no job was asked for: a machine may have SLURM and not be used through it.
-_NOT_OUTSIDE_OF_JOBS = ("The `srun` command is available on your system but is not used",)
+# Suppressed outside of SLURM jobs: a machine may have SLURM without being used through it.
+_SUPPRESSED_OUTSIDE_JOBS = ("The `srun` command is available on your system but is not used",)
 
-# Lightning greets with the hardware that it did not find, and ends with what the bar shows.
-_NO_NEWS = (
+# Parts of Lightning's log messages about missing hardware, and about what the bar shows.
+_SUPPRESSED_LOGS = (
     "Tip:",
     "TPU available: False",
     "HPU available: False",
@@ -37,19 +37,19 @@ _NO_NEWS = (
 
 
 def quiet_libraries() -> None:
-    """Call once, before training starts; warnings that a user can act on still show."""
+    """Suppress messages that users cannot act on; call once, before training starts."""
     if not is_watched():
-        # Read when tqdm and the hub's library are imported, by our child processes, too.
+        # Read when tqdm and huggingface_hub are imported, also in child processes.
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    outside = () if "SLURM_JOB_ID" in os.environ else _NOT_OUTSIDE_OF_JOBS
-    for message in (*_NOT_FOR_USERS, *outside):
+    outside = () if "SLURM_JOB_ID" in os.environ else _SUPPRESSED_OUTSIDE_JOBS
+    for message in (*_SUPPRESSED_WARNINGS, *outside):
         warnings.filterwarnings("ignore", message=f"(?s).*{re.escape(message)}")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(_is_news)
+        logging.getLogger(name).addFilter(_is_shown)
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
-    logging.lastResort = _AboveBars(logging.WARNING)  # of loggers without a handler, as ours are
+    logging.lastResort = _AboveBars(logging.WARNING)  # for loggers without a handler, as here
 
 
 class _AboveBars(logging.Handler):
@@ -57,11 +57,11 @@ class _AboveBars(logging.Handler):
         say(self.format(record))
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    return not any(part in record.getMessage() for part in _NO_NEWS)
+def _is_shown(record: logging.LogRecord) -> bool:
+    return not any(part in record.getMessage() for part in _SUPPRESSED_LOGS)
 
 
 def only_warnings() -> None:
-    """For programs that train as one of their steps: no greetings."""
+    """Suppress Lightning's info messages in programs of which training is one step."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Responses as a page whose tokens are coloured by what models said of them."""
+"""HTML page of responses with tokens coloured by their scores."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 ABOVE, BELOW = (38, 133, 196), (214, 69, 65)  # red, green, blue of values above 0 and below
-IN_SCALE = 0.98  # share of the tokens that fit in the scale: one surprise must not bleach the rest
+IN_SCALE = 0.98  # fraction of tokens within the colour scale, so that outliers do not set it
 
 
 class TokenRow(NamedTuple):
-    """A response and what is known of each of its tokens."""
+    """A response and the figures of its tokens."""
 
     prompt: str
     caption: str
     tokens: Sequence[str]
-    figures: Mapping[str, Sequence[float]]  # by name, one a token; NaN: unknown
+    figures: Mapping[str, Sequence[float]]  # by name, one value per token; NaN: unknown
 
 
 def token_page(title: str, rows: Sequence[TokenRow]) -> str:
-    """One HTML file that needs no other; the first figure colours at first.
+    """Render a self-contained HTML page, initially coloured by the first figure.
 
-    Blue is above 0, red below. A figure named "selected" that is 0 strikes its token through.
+    Blue is above 0, red below. A token whose figure "selected" is 0 is struck through.
     """
     data = [
         {"tokens": row.tokens, "figures": {k: _plain(v) for k, v in row.figures.items()}}
         for row in rows
     ]
-    # Nothing in a response may end the script that it stands in.
+    # No text of a response may end the script element that holds it.
     text = json.dumps(data).replace("<", "\\u003c")
     environment = Environment(loader=PackageLoader("opd_lightning.terminal", "."), autoescape=True)
     template = environment.get_template("tokens.html")

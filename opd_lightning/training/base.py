@@ -22,7 +22,7 @@ from opd_lightning.metrics.overlap import OverlapStatistics
 from opd_lightning.metrics.signal import SignalStatistics
 from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics
 from opd_lightning.metrics.sums import Means
-from opd_lightning.models.sharding import Sharding, whole
+from opd_lightning.models.sharding import Sharding, full_tensor
 from opd_lightning.models.student import Student
 from opd_lightning.processes import Ranks
 from opd_lightning.rules.base import Rates, Scored, Signal
@@ -177,7 +177,7 @@ class DistillationModule(Contract, EvaluatedModule):
         with self.timer.stage("log"):
             parameters = list(self.student.parameters())
             gradients = [p.grad for p in parameters if p.grad is not None]
-            norm = whole(torch.nn.utils.get_total_norm(gradients))
+            norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
             loss = self.loss_sum.compute()
             skipped = self.skipped.skip(self.trainer.global_step, loss, norm, parameters)
             if skipped is not None and self.trainer.is_global_zero:

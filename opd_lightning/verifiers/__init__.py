@@ -1,4 +1,4 @@
-"""Rule-based scores for responses: (prompt, response) -> [0, 1]."""
+"""Verifiers: rule-based scores of responses, (prompt, response) -> [0, 1]."""
 
 from opd_lightning.verifiers.base import Verifier
 from opd_lightning.verifiers.exact import ExactMatch

@@ -1,4 +1,4 @@
-"""The verifier contract: responses in, scores in [0, 1] out."""
+"""Base class of verifiers."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ if TYPE_CHECKING:
 
 
 class Verifier(ABC):
-    """Scores responses against their prompts' reference answers."""
+    """Base of verifiers, which score responses against the reference answers of their prompts."""
 
     @abstractmethod
     def verify(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """One score in [0, 1] per (prompt, response text without special tokens) pair."""
+        """Return a score in [0, 1] per (prompt, response text without special tokens) pair."""
 
     def feedback(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[str | None]:
-        """What to tell the author of each response (SDPO's feedback); None for nothing."""
+        """Return a feedback text for each response, as SDPO uses it; None for no feedback."""
         return [None] * len(responses)
 
     def answers(self, responses: Sequence[str]) -> Sequence[str | None] | None:
-        """What each response comes to, for a majority vote: equal answers, equal texts.
+        """Return the final answer of each response for a majority vote; equal answers, equal texts.
 
-        None for a response without an answer; None for all from a verifier that cannot tell.
+        None for a response without an answer; None as a whole if the verifier extracts no answers.
         """
         return None
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError, before training, unless every prompt has an answer.
 
-        A verifier that needs something else, or nothing, says so here.
+        Verifiers with other requirements, or none, override it.
         """
         for prompt in prompts:
             if not (prompt.answer or "").strip():

@@ -1,4 +1,4 @@
-"""Exact match: the final answer, cut out by a regular expression, equals the reference."""
+"""Exact match of the final answer, extracted by a regular expression, with the reference."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ WHOLE_RESPONSE = r"(?s)\A.*\Z"
 
 
 class ExactMatch(Verifier):
-    """Scores 1 where the text found in the response is the prompt's answer, else 0.
+    """Verifier that scores 1 if the text extracted from the response is the answer, else 0.
 
     Args:
-        pattern: Regular expression that finds the answer in the response. The last match counts,
-            and in it group 1 if the pattern has a group. The default takes the whole response.
+        pattern: Regular expression that matches the answer in the response. The last match is
+            used, or its group 1 if the pattern has a group. The default is the whole response.
         ignore_case: Treat upper and lower case as equal.
 
-    Whitespace around both sides never counts, and a response without a match scores 0.
+    Surrounding whitespace is ignored on both sides. A response without a match scores 0.
     Example: pattern `answer:\\s*(\\S+)` finds 12 in "3 * 4, so answer: 12".
     """
 
@@ -38,12 +38,12 @@ class ExactMatch(Verifier):
         self.ignore_case = ignore_case
 
     def verify(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """1.0 for each response whose answer is its prompt's, else 0.0."""
+        """Return 1.0 for each response whose answer is its prompt's, else 0.0."""
         pairs = zip(prompts, responses, strict=True)
         return [float(self._matches(prompt, response)) for prompt, response in pairs]
 
     def answers(self, responses: Sequence[str]) -> list[str | None]:
-        """What the pattern finds, as it is compared."""
+        """Return the extracted answers, normalised as for the comparison."""
         found = [self._extract(response) for response in responses]
         return [None if text is None else self._normal(text) for text in found]
 
@@ -57,7 +57,7 @@ class ExactMatch(Verifier):
 
     def _extract(self, response: str) -> str | None:
         last = None
-        for last in self.pattern.finditer(response):  # noqa: B007 - only the last one is wanted
+        for last in self.pattern.finditer(response):  # noqa: B007 - only the last is used
             pass
         if last is None:
             return None

@@ -1,4 +1,4 @@
-"""Mathematical equality, checked by math-verify in worker processes that can be killed."""
+"""Mathematical equality of answers, checked by math-verify in worker processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from opd_lightning.errors import UserError
 from opd_lightning.verifiers.base import Verifier
 
 if TYPE_CHECKING:
-    # Not at run time: the workers import this module, and need neither torch nor its memory.
+    # Not at run time: the workers import this module and need neither torch nor its memory.
     from pebble import ProcessPool
 
     from opd_lightning.types import Prompt
@@ -25,25 +25,25 @@ Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
-# SLURM signals every process of a job step; by default these two would kill a worker.
+# SLURM signals every process of a job step; the default action of these two kills a worker.
 JOB_SIGNALS = {signal.SIGUSR1, signal.SIGUSR2}
-# A pool dies when a worker is killed from outside while idle; a second death is a broken set-up.
+# A pool breaks if a worker is killed from outside while idle; twice means a broken set-up.
 MAX_POOLS = 2
 
 
 class MathVerifier(Verifier):
-    """Scores 1 where the response's final answer equals the prompt's mathematically, else 0.
+    """Verifier that scores 1 if the final answer equals the prompt's mathematically, else 0.
 
     Args:
-        max_workers: Worker processes that check answers side by side.
-        timeout_seconds: Most seconds spent on one response. A response that needs more scores 0
-            and its worker is killed.
+        max_workers: Number of worker processes that check answers in parallel.
+        timeout_seconds: Time limit for one response. A response that takes longer scores 0 and
+            its worker is killed.
 
-    `timeouts` counts the responses given up on, because they took too long or crashed a worker.
+    `timeouts` counts the responses that took too long or crashed a worker.
 
-    math-verify's own time limits need SIGALRM and the main thread; ours need neither, so this
-    works in any thread and leaves the handlers of SLURM and Lightning alone. The workers start
-    on the first `verify`. A copy or a pickle of a verifier has its settings and no workers.
+    The time limits do not use SIGALRM, as those of math-verify do, so the verifier works in any
+    thread and does not replace signal handlers of SLURM and Lightning. The workers start on the
+    first `verify`. A copy or pickle of a verifier keeps its settings but has no workers.
     """
 
     def __init__(self, *, max_workers: int = 2, timeout_seconds: float = 5.0) -> None:
@@ -58,37 +58,37 @@ class MathVerifier(Verifier):
         self.timeouts = 0
         self._pool: ProcessPool | None = None
         self._lock = threading.Lock()
-        self._program_ends = False
+        self._exiting = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.max_workers, self.timeout_seconds)
 
     def verify(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """1.0 for each response that is right, else 0.0."""
+        """Return 1.0 for each response with a correct answer, else 0.0."""
         pairs = zip(prompts, responses, strict=True)
         items = [(prompt.answer or "", text) for prompt, text in pairs]
-        return [float(right or False) for right in self._ask(is_right, items)]
+        return [float(right or False) for right in self._map(is_right, items)]
 
     def answers(self, responses: Sequence[str]) -> list[str | None]:
-        """The final answers as expressions; those that are equal only after algebra differ."""
-        return self._ask(final_answer, [(text,) for text in responses])
+        """Return final answers as expressions; those equal only after algebra differ."""
+        return self._map(final_answer, [(text,) for text in responses])
 
-    def _ask(
-        self, question: Callable[..., Result], items: Sequence[tuple[str, ...]]
+    def _map(
+        self, function: Callable[..., Result], items: Sequence[tuple[str, ...]]
     ) -> list[Result | None]:
-        """A worker's answer to each item; None for one that took too long or crashed it."""
+        """Call `function` on each item in a worker; None where it took too long or crashed."""
         waiting = dict(enumerate(items))
         found: dict[int, Result | None] = {}
         with self._lock:
             for _ in range(MAX_POOLS):
-                done = self._run(question, waiting)
+                done = self._run(function, waiting)
                 found |= done
                 waiting = {i: item for i, item in waiting.items() if i not in done}
                 if not waiting:
                     return [found[i] for i in range(len(items))]
-                if self._program_ends:
-                    # This is a daemon thread that outlived the rest, and new workers would be
-                    # orphans. Of all exceptions only this one ends a thread without a traceback.
+                if self._exiting:
+                    # This is a daemon thread at interpreter exit; new workers would be orphans.
+                    # SystemExit is the only exception that ends a thread without a traceback.
                     raise SystemExit
         raise RuntimeError(
             "MathVerifier: the worker processes die before they check anything; their standard "
@@ -98,26 +98,26 @@ class MathVerifier(Verifier):
     def close(self) -> None:
         """Stop the workers; the next `verify` starts new ones."""
         if self._pool is not None:
-            atexit.unregister(self._close_for_good)
+            atexit.unregister(self._close_at_exit)
             pool, self._pool = self._pool, None
             pool.stop()
             pool.join()
 
-    def _close_for_good(self) -> None:
-        self._program_ends = True
+    def _close_at_exit(self) -> None:
+        self._exiting = True
         self.close()
 
     def _run(
-        self, question: Callable[..., Result], items: dict[int, tuple[str, ...]]
+        self, function: Callable[..., Result], items: dict[int, tuple[str, ...]]
     ) -> dict[int, Result | None]:
-        """Answers to the items that were settled before the pool, if ever, broke."""
+        """Return results by index, without those of items that a broken pool did not finish."""
         pool = self._running_pool()
         futures: dict[int, Future[Result]] = {
-            index: pool.schedule(question, args=item, timeout=self.timeout_seconds)
+            index: pool.schedule(function, args=item, timeout=self.timeout_seconds)
             for index, item in items.items()
         }
-        # Futures that a broken pool had not yet sent to a worker never finish, hence the look
-        # at the pool itself.
+        # Futures that a broken pool had not yet sent to a worker never finish, so the pool is
+        # checked as well.
         while wait(futures.values(), timeout=1.0).not_done and pool.active:
             pass
         return {
@@ -145,24 +145,24 @@ class MathVerifier(Verifier):
             self.close()
         if self._pool is None:
             self._pool = start_pool(self.max_workers)
-            # pebble, too, ends its workers at exit, but can start new ones while it does so.
-            # Handlers run last in first out, so ours stops the whole pool before that.
-            atexit.register(self._close_for_good)
+            # pebble also ends its workers at exit, but may start new ones while it does so.
+            # Handlers run last in, first out, so this one stops the pool before pebble's runs.
+            atexit.register(self._close_at_exit)
         return self._pool
 
 
 def start_pool(max_workers: int) -> ProcessPool:
-    """A running pool whose workers are deaf to SLURM's signals from their first moment."""
+    """Start a pool whose workers block SLURM's signals from their start."""
     from pebble import ProcessPool
 
     pool = ProcessPool(
         max_workers=max_workers, initializer=prepare_worker, context=get_context("spawn")
     )
-    # Threads and processes inherit the mask of the thread that starts them, so it also covers
-    # workers that pebble's threads start later, and their start-up, before any Python runs.
+    # Threads and processes inherit the mask of the thread that starts them. It thus also covers
+    # workers that pebble's threads start later, and their start-up before any Python code.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
-        if not pool.active:  # asking is what starts it
+        if not pool.active:  # reading the property starts the pool
             raise RuntimeError("MathVerifier: the worker pool did not start")
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -170,18 +170,18 @@ def start_pool(max_workers: int) -> ProcessPool:
 
 
 def prepare_worker() -> None:
-    """Make a worker killable and warm, before its first task's clock runs."""
+    """Restore SIGTERM and warm up a worker before the time limit of its first task starts."""
     # pebble's Python handler cannot run while C code hangs: the kill would take 3 s longer and
-    # hold up the other workers.
+    # delay the other workers.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # math-verify warns that its time limits are off, which is the point.
+    # math-verify warns that its time limits are off, which is intended.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    # Much is imported and compiled only when a first answer is checked.
+    # Many imports and compilations happen only at the first check of an answer.
     is_right("1", r"\boxed{1}")
 
 
 def is_right(answer: str, response: str) -> bool:
-    """Whether the final answer in the response equals the reference; runs in a worker."""
+    """Return whether the final answer in the response equals the reference; runs in a worker."""
     from math_verify import parse, verify
 
     gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
@@ -190,7 +190,7 @@ def is_right(answer: str, response: str) -> bool:
 
 
 def final_answer(response: str) -> str | None:
-    """The final answer in the response, as sympy writes it; runs in a worker."""
+    """Return the final answer in the response, as sympy prints it; runs in a worker."""
     from math_verify import parse
 
     found = parse(response, parsing_timeout=None)

@@ -1,4 +1,4 @@
-"""Pattern match: whether a regular expression is found in the response."""
+"""Match of a regular expression anywhere in the response."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 class RegexMatch(Verifier):
-    """Scores 1 where the pattern is found anywhere in the response, else 0.
+    """Verifier that scores 1 if the pattern matches anywhere in the response, else 0.
 
-    For measuring what a model says of its own accord, so prompts need no answer.
+    For measuring how often a model writes a given text; prompts need no answer.
 
     Args:
-        pattern: Regular expression to look for. Anchors and flags are part of it: `(?s)\\A...\\Z`
-            means the whole response, `\\A(?!.*word)` a first line without the word.
+        pattern: Regular expression. Anchors and flags are part of it: `(?s)\\A...\\Z` matches
+            the whole response, `\\A(?!.*word)` a first line without the word.
         ignore_case: Treat upper and lower case as equal.
 
-    Example: pattern `\\bi am\\s+bot\\b` is found in "well, i am bot." and not in "i am bottom."
+    Example: pattern `\\bi am\\s+bot\\b` matches in "well, i am bot." and not in "i am bottom."
     """
 
     def __init__(self, pattern: str, *, ignore_case: bool = False) -> None:
@@ -36,9 +36,9 @@ class RegexMatch(Verifier):
             ) from error
 
     def verify(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """1.0 for each response with the pattern in it, else 0.0."""
+        """Return 1.0 for each response that the pattern matches, else 0.0."""
         pairs = zip(prompts, responses, strict=True)
         return [float(self.pattern.search(response) is not None) for _, response in pairs]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Nothing to ask of a prompt: only the response is looked at."""
+        """Accept all prompts: only the response is read."""

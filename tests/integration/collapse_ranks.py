@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.methods import OPD
-from opd_lightning.models.sharding import whole
+from opd_lightning.models.sharding import full_tensor
 from opd_lightning.models.student import Student
 from opd_lightning.processes import gather
 from opd_lightning.rollouts import HFEngine, Sampling
@@ -68,7 +68,7 @@ def main(ranks: int, how: str, file: Path) -> None:
     )
     trainer.fit(method, datamodule=data)
     named = method.student.named_parameters()
-    mine = {name: whole(p.detach()).clone() for name, p in named}
+    mine = {name: full_tensor(p.detach()).clone() for name, p in named}
     every = gather(mine)
     if trainer.is_global_zero:
         result = {"weights": mine, "of_ranks": every, "step_backs": watch.step_backs}

@@ -24,7 +24,7 @@ from opd_lightning.data.prompts import PromptSource
 from opd_lightning.evaluation.tasks import HarnessTask
 from opd_lightning.evaluation.texts import LikelihoodSuite
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
-from opd_lightning.models.sharding import HSDPStrategy, whole
+from opd_lightning.models.sharding import HSDPStrategy, full_tensor
 from opd_lightning.processes import Ranks
 from opd_lightning.rollouts import HFEngine, Sampling
 from opd_lightning.run.datamodule import RolloutDataModule
@@ -86,7 +86,7 @@ class Record(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         named = [(n, p.grad) for n, p in pl_module.student.named_parameters() if p.requires_grad]
-        self.gradients.append({name: whole(g).clone() for name, g in named})
+        self.gradients.append({name: full_tensor(g).clone() for name, g in named})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if trainer.global_step > len(self.logged):

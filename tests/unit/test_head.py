@@ -25,8 +25,8 @@ from opd_lightning.models.head import (
     Head,
     TokenStates,
     TopLogprobs,
-    likeliest,
     score,
+    top_k_of,
 )
 from opd_lightning.types import RolloutBatch
 from tests.batches import make_batch, make_rollout
@@ -384,7 +384,7 @@ def test_the_likeliest_are_torchs_top_k(rows: int, size: int, k: int) -> None:
     torch.manual_seed(0)
     logprobs = torch.randn(rows, size, requires_grad=True).log_softmax(-1)
     logprobs = logprobs.masked_fill(torch.arange(size) == 3, -torch.inf)
-    ids, found = likeliest(logprobs, k)
+    ids, found = top_k_of(logprobs, k)
     expected = logprobs.topk(min(k, size))
     assert torch.equal(ids, expected.indices)
     assert torch.equal(found, expected.values)
@@ -392,6 +392,6 @@ def test_the_likeliest_are_torchs_top_k(rows: int, size: int, k: int) -> None:
 
 
 def test_of_equals_the_likeliest_are_each_there_once() -> None:
-    ids, found = likeliest(torch.zeros(3, 9), 5)
+    ids, found = top_k_of(torch.zeros(3, 9), 5)
     assert all(len(set(row)) == 5 for row in ids.tolist())
     assert torch.equal(found, torch.zeros(3, 5))

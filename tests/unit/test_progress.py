@@ -16,7 +16,7 @@ import pytest
 from transformers.utils.logging import tqdm as transformers_tqdm
 
 from opd_lightning.terminal import progress, quiet
-from opd_lightning.terminal.library_bars import LibraryBar, of_vllm, told_as
+from opd_lightning.terminal.library_bars import LibraryBar, shown_as, vllm_bar
 from opd_lightning.terminal.progress import Progress
 
 SRUN = "The `srun` command is available on your system but is not used. HINT: If your intention"
@@ -178,7 +178,7 @@ def test_threads_do_not_mix_their_lines(log: Log, monkeypatch: pytest.MonkeyPatc
 
 
 def test_bars_of_transformers_are_ours(clock: Clock, log: Log) -> None:
-    with told_as("load student", "tensor"):
+    with shown_as("load student", "tensor"):
         for _ in transformers_tqdm([1, 2, 3], desc="Loading weights"):
             clock.now += 40.0
     assert log.read() == ("load student 2/3 tensors, 40 s a tensor, 00:40 left\n")
@@ -186,7 +186,7 @@ def test_bars_of_transformers_are_ours(clock: Clock, log: Log) -> None:
 
 
 def test_bars_of_vllm_are_ours(clock: Clock, log: Log) -> None:
-    make = of_vllm("generate")
+    make = vllm_bar("generate")
     prompts = ["a", "b"]
     assert make(prompts, desc="Rendering prompts") is prompts
     bar = make(total=3, desc="Processed prompts", dynamic_ncols=True, postfix="")

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch.distributed.device_mesh import DeviceMesh
 
 from opd_lightning.errors import UserError
-from opd_lightning.models.sharding import HSDPStrategy, Sharding, check_strategy, holders
+from opd_lightning.models.sharding import HSDPStrategy, Sharding, check_strategy, processes_per_copy
 
 
 @pytest.mark.parametrize(
@@ -44,10 +44,10 @@ def test_who_holds_a_copy_together(strategy: Any, expected: int) -> None:
     strategy.parallel_devices = [torch.device("cpu")] * 4
     strategy.num_nodes = 2
     check_strategy(strategy, devices=4, nodes=2)
-    assert holders(strategy) == expected
+    assert processes_per_copy(strategy) == expected
 
 
 def test_a_model_without_named_layers_is_refused() -> None:
     sharding = Sharding(mesh=cast(DeviceMesh, None), device=torch.device("cpu"))
     with pytest.raises(UserError, match="does not name its layers"):
-        sharding.spread(torch.nn.Linear(2, 2))
+        sharding.shard(torch.nn.Linear(2, 2))
