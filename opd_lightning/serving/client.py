@@ -1,6 +1,6 @@
-"""Asking vLLM servers over HTTP: many requests at once, answers in order, patience with the lost.
+"""HTTP client for vLLM servers: concurrent requests, answers in order, retries.
 
-One thread with an event loop does all the talking; the methods of `Servers` may be called from any.
+One thread with an event loop sends all requests. The methods of `Servers` are thread-safe.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ from opd_lightning.serving.wire import FIRST_PAUSE, Line, LostError, Server, rea
 
 log = logging.getLogger(__name__)
 
-LONGEST_PAUSE = 8.0  # seconds between attempts to reach a lost server
+LONGEST_PAUSE = 8.0  # seconds between attempts to reach a lost server, at most
 
 
 class Servers:
-    """Some vLLM servers of one model.
+    """vLLM servers of one model.
 
-    Unreachable servers, time-outs and answers 5xx are tried again; a lost server's work moves to
-    the others. Answers 4xx are the asker's mistake: a `UserError` with the server's own words.
+    Requests are retried if a server is unreachable, times out or answers 5xx; requests of a lost
+    server move to the others. An answer 4xx is the caller's mistake and raises a `UserError` with
+    the server's message.
 
     Args:
-        servers: Their addresses, such as "http://127.0.0.1:8000", or paths of their address files,
-            which are read when the servers are first asked, and again while one is lost.
-        key_file: File with the key alone, readable by its owner alone. None takes the environment
-            variable OPD_SERVER_KEY, if it is set.
-        patience: Seconds that servers, or their address files, are waited for.
+        servers: Addresses, such as "http://127.0.0.1:8000", or paths of address files. Files are
+            read at the first request, and again while their server is lost.
+        key_file: File with nothing but the key, readable by its owner only. None takes the
+            environment variable OPD_SERVER_KEY, if it is set.
+        patience: Seconds to wait for servers or their address files.
         timeout: Seconds that one request may take.
     """
 
@@ -64,7 +65,7 @@ class Servers:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._servers: list[Server] = []
-        # Touched by the loop's thread alone.
+        # Used only in the event loop's thread.
         self._waiting: deque[Job] = deque()
         self._running: set[asyncio.Task[None]] = set()
 
@@ -74,10 +75,10 @@ class Servers:
         bodies: Sequence[dict[str, Any]],
         readers: Sequence[Callable[[Any], Any]] | None = None,
     ) -> list[Future[Any]]:
-        """POST each body to one of the servers; the futures are in the order of the bodies.
+        """POST each body to one of the servers; return futures in the order of the bodies.
 
-        `readers` turn the answers into something smaller as they arrive. Errors (`UserError`,
-        `ServerAwayError`) come out of the futures. Who cancels one takes it back from its server.
+        `readers` reduce the answers as they arrive. The futures raise `UserError` or
+        `ServerAwayError`. Cancelling a future aborts its request at the server.
         """
         servers = self._open()
         reads = readers or [Job.read] * len(bodies)
@@ -87,25 +88,25 @@ class Servers:
         return self._submit(jobs)
 
     def everywhere(self, path: str, body: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """POST to each server; all must answer."""
+        """POST to each server and return all answers."""
         return self._each("POST", path, body)
 
     def each_once(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[Future[Any]]:
-        """POST to each server its own body, for what cannot be done twice: it fails at once."""
+        """POST one body to each server without retries, for requests that are not idempotent."""
         servers = zip(self._open(), bodies, strict=True)
         return self._submit([Job("POST", path, body, [s], attempts=1) for s, body in servers])
 
     def read(self, path: str) -> list[dict[str, Any]]:
-        """GET from each server; all must answer."""
+        """GET from each server and return all answers."""
         return self._each("GET", path, None)
 
     @property
     def urls(self) -> list[str]:
-        """Their addresses; waits for address files that are not there yet."""
+        """Addresses of the servers; waits for address files that do not exist yet."""
         return [server.line.url for server in self._open()]
 
     def close(self) -> None:
-        """Take back what is under way and hang up; a later request dials anew."""
+        """Cancel pending requests and close all connections; a later request reconnects."""
         with self._lock:
             loop, self._loop = self._loop, None
         if loop is not None:
@@ -143,7 +144,7 @@ class Servers:
         self._pump()
 
     def _pump(self) -> None:
-        """Send what can be sent: the oldest work first, to whoever has the least."""
+        """Send what can be sent: the oldest job first, to the least loaded server."""
         now = time.monotonic()
         passed_over: list[Job] = []
         while self._waiting and any(server.has_room(now) for server in self._servers):
@@ -193,13 +194,13 @@ class Servers:
         server.lost_since, server.pause = None, FIRST_PAUSE
 
     def _note(self, fault: LostError, job: Job, server: Server) -> None:
-        """A server did not do its work: let it rest, and give the work to whoever is there."""
+        """Handle a failed request: delay the server's next attempt and requeue the job."""
         now = time.monotonic()
         if server.lost_since is None:
             if job.attempts > 1:
                 log.warning("%s: %s; trying again for %g s", server.line.url, fault, self.patience)
             server.lost_since = now
-        if now >= server.retry_at:  # the others that were under way tell nothing new
+        if now >= server.retry_at:  # failures of other requests in flight are not counted
             pause = min(server.pause, self.patience / 4)
             server.retry_at, server.pause = now + pause, min(2 * server.pause, LONGEST_PAUSE)
             asyncio.get_running_loop().call_later(pause + 1e-3, self._pump)
@@ -231,9 +232,9 @@ class Servers:
 
 
 async def _look_for(server: Server) -> None:
-    """A server that was started again may listen elsewhere."""
+    """Read the address file of a lost server again: once restarted, its address may differ."""
     if server.file is not None:
-        # The disk may be slow, and the others go on meanwhile.
+        # In a thread: the disk may be slow, and the other requests must go on.
         url = await asyncio.to_thread(address_in, server.file)
         if url is not None and url != server.line.url:
             log.warning("%s is at %s now", server.line.url, url)
