@@ -1,4 +1,4 @@
-"""A teacher behind vLLM servers, on this machine or others."""
+"""Teacher on vLLM servers, on this machine or others."""
 
 from __future__ import annotations
 
@@ -23,23 +23,22 @@ if TYPE_CHECKING:
 
 
 class RemoteTeacher(TopKTeacher):
-    """A frozen model that servers read: `opd serve --model PATH`, or vLLM's own server.
+    """Frozen model on servers: `opd serve --model PATH`, or vLLM's own server.
 
-    One request per rollout, many at a time, spread over the servers. All of a step's are sent
-    before its first micro-batch is trained on. It tells log-probs at temperature 1, of the sampled
-    tokens, of its likeliest ones and of any that are named; its entropy is unknown.
+    One request per rollout, sent concurrently and distributed over the servers. All requests of a
+    step are sent before its first micro-batch is trained on. Returns log-probs at temperature 1 of
+    the sampled tokens, of the top k tokens and of given ids; the entropy is unknown.
 
     Args:
         path: Folder or hub name of the model that the servers have. Tokenizer and configuration
             are read from it, and the weights' identity unless `served_model` is set.
-        servers: Addresses, such as http://127.0.0.1:8000, or files written by `opd serve
+        servers: Addresses, such as http://127.0.0.1:8000, or address files written by `opd serve
             --address_file`, which are waited for.
         key_file: File with the servers' key; None takes the environment variable OPD_SERVER_KEY.
-        patience: Seconds that servers, or their address files, are waited for, before and during
-            training.
+        patience: Seconds to wait for servers or their address files, before and during training.
         timeout: Seconds that one request may take.
-        served_model: What the servers call the model, for those that `opd serve` did not start
-            (vLLM's need `--tokens-only`). Nothing then vouches for the weights.
+        served_model: Name of the model at servers that `opd serve` did not start (vLLM's need
+            `--tokens-only`). The identity of the weights is then not checked.
         trust_remote_code: Run code that ships with the model's tokenizer or configuration.
     """
 
@@ -75,12 +74,12 @@ class RemoteTeacher(TopKTeacher):
                 "log-probs at temperature 1 alone, whatever they are asked; set it to 1, or use a "
                 "teacher in this process"
             )
-        # Waits for the servers, and refuses other models.
+        # Waits for the servers and raises UserError for other models.
         _ = self.source.context_length
         self._ask_everywhere(Question([0, 0], 1, top_k=0, given_ids=None, by_id=False))
 
     def load(self, device: torch.device, student: Student) -> None:
-        self.rest()  # an exception may have left half a step behind
+        self.rest()  # an exception may have left requests of a step
         try:
             self._ask_everywhere(Question([0, 0], 1, top_k=0, given_ids=None, by_id=True))
         except UserError:  # vLLM's first model runner
@@ -89,7 +88,7 @@ class RemoteTeacher(TopKTeacher):
             self._by_id = True
 
     def expect(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
-        """Send what is not under way yet; `score` waits for it."""
+        """Send requests that are not in flight yet; `score` waits for the answers."""
         new = {
             (id(rollout), view, top_k): (rollout, count)
             for rollout, count in _scored(batch)
@@ -128,7 +127,7 @@ class RemoteTeacher(TopKTeacher):
         return scores, known
 
     def rest(self) -> None:
-        """Take back what was expected and not asked for, and forget the step."""
+        """Cancel the step's pending requests and discard its answers."""
         for expected in self._expected.values():
             expected.answer.cancel()
         self._expected.clear()
@@ -145,7 +144,7 @@ class RemoteTeacher(TopKTeacher):
         top_k: int,
         given_ids: np.ndarray | None = None,
     ) -> Question:
-        # A row without this view shows the student's prompt, as in `data/collate.py`.
+        # A row without this view uses the student's prompt, as in `data/collate.py`.
         prompt = (None if view == "student" else rollout.views[view]) or rollout.prompt_ids
         sequence = [*prompt, *rollout.response_ids[:count]]
         return Question(sequence, len(prompt), self._width(top_k), given_ids, self._by_id)
@@ -174,11 +173,11 @@ class RemoteTeacher(TopKTeacher):
 
 
 class _Expected(NamedTuple):
-    rollout: Rollout  # kept, so that nothing else gets its id()
+    rollout: Rollout  # referenced, so that its id() is not reused
     answer: Future[Answer]
 
 
 def _scored(batch: RolloutBatch) -> list[tuple[Rollout, int]]:
-    """Rows that have response tokens, with their number."""
+    """Return the rollouts that have response tokens, with their number."""
     counts = batch.response_mask.sum(dim=1).tolist()
     return [(row, n) for row, n in zip(batch.rollouts, counts, strict=True) if n]
