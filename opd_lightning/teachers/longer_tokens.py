@@ -75,7 +75,7 @@ class LongerTokens:
         return found
 
     def longer(self, text: bytes) -> Tensor | None:
-        """Return ids of longer tokens with a student boundary after `text`; None: no longer token."""
+        """Return longer tokens with a student boundary after `text`; None: no token is longer."""
         if text not in self._known:
             size = len(text)
             first = bisect_right(self._words, text)
