@@ -99,7 +99,7 @@ class Rule(ABC):
     needs_rewards = False  # reads rewards
     sums_tokens = False  # sums log-ratios over a response's tokens
     shapes_advantage = False  # changes the advantage: for policy gradients only
-    corrects_sampler = False  # weights by pi_theta / mu: corrects for the sampling policy
+    corrects_sampler = False  # weights by pi_theta / mu: for policy gradients only
 
     @property
     def needs(self) -> tuple[str, ...]:
