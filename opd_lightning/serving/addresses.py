@@ -11,11 +11,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from opd_lightning.errors import ServerAwayError, UserError
-from opd_lightning.serving.wire import KEY_VARIABLE
+from opd_lightning.serving.connection import KEY_VARIABLE
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.5  # polling interval for an address file
+POLL_SECONDS = 0.5  # polling interval for an address file
 
 
 def write_address(file: Path, url: str) -> None:
@@ -45,7 +45,7 @@ def checked_address(server: str) -> str:
     return server.rstrip("/")
 
 
-def found_addresses(servers: Sequence[str], *, patience: float) -> list[str]:
+def resolve_addresses(servers: Sequence[str], *, patience: float) -> list[str]:
     """Return the servers' addresses; wait for address files that do not exist yet.
 
     Args:
@@ -63,7 +63,7 @@ def address_file(server: str) -> Path | None:
     return None if "://" in server else Path(server).expanduser()
 
 
-def address_in(file: Path) -> str | None:
+def read_address(file: Path) -> str | None:
     """Return the current address in `file`; None if there is no valid one."""
     try:
         return checked_address(file.read_text().strip())
@@ -80,5 +80,5 @@ def _wait_for(file: Path, until: float, patience: float) -> str:
                 f"address file {str(file)!r}: not there after {patience:g} s; start its server "
                 "(`opd serve --address_file`) and see its log"
             )
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     return checked_address(file.read_text().strip())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_lightning.errors import UserError
-from opd_lightning.serving.wire import read_key
+from opd_lightning.serving.connection import read_key
 
 # The path, not the key itself: environments are inherited and printed.
 KEY_FILE_VARIABLE = "OPD_SERVER_KEY_FILE"

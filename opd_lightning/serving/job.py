@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from opd_lightning.serving.wire import Server
+from opd_lightning.serving.connection import Server
 
 FAULTS = 5  # failures of one request that reached a server, before the request itself fails
 
@@ -29,7 +29,7 @@ class Job:
     since: float = field(default_factory=time.monotonic)
     faults: int = 0
 
-    def settle(self, outcome: Any) -> None:
+    def resolve(self, outcome: Any) -> None:
         """Set the future's result, or its exception if `outcome` is one."""
         with suppress(InvalidStateError):  # cancelled a moment ago
             if isinstance(outcome, Exception):
@@ -42,16 +42,16 @@ class Job:
         if self.future.cancel():
             self.future.set_running_or_notify_cancel()
 
-    def is_hopeless(self, now: float, patience: float) -> bool:
+    def has_expired(self, now: float, patience: float) -> bool:
         """Return whether all of its servers have been lost for `patience` seconds."""
         lost = [s.lost_since for s in self.servers if s.lost_since is not None]
         return len(lost) == len(self.servers) and now - max(self.since, *lost) >= patience
 
-    def ends_with(self, task: asyncio.Task[None]) -> None:
+    def cancel_with(self, task: asyncio.Task[None]) -> None:
         """Cancel `task` when the future is cancelled, which aborts the request at the server."""
 
-        def take_back(future: Future[Any]) -> None:
+        def cancel_task(future: Future[Any]) -> None:
             if future.cancelled() and not task.done():
                 task.get_loop().call_soon_threadsafe(task.cancel)
 
-        self.future.add_done_callback(take_back)
+        self.future.add_done_callback(cancel_task)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from opd_lightning.serving.wire import LostError
+from opd_lightning.serving.connection import LostError
 
 PATH = "/inference/v1/generate"
 WHOLE_VOCABULARY = 1024  # tokens; a larger one is not sent by rank

@@ -31,7 +31,7 @@ class LostError(Exception):
         self.reached = reached
 
 
-class Line:
+class Connection:
     """Connections to one server. The key is kept only in the requests' headers."""
 
     def __init__(self, url: str, key: str | None, timeout: float) -> None:
@@ -41,13 +41,13 @@ class Line:
         self._ssl = httpx.create_ssl_context(trust_env=False)
         self._idle: list[httpx.AsyncClient] = []
 
-    async def ask(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+    async def request(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         """Return the decoded answer; {} if it is empty. Raise `LostError` or `UserError`."""
         # One client per request in flight: the connection pool of a shared client spends
         # milliseconds on every request when it holds hundreds.
-        client = self._idle.pop() if self._idle else self._dial()
+        client = self._idle.pop() if self._idle else self._new_client()
         try:
-            return await self._ask(client, method, path, body)
+            return await self._request(client, method, path, body)
         finally:
             self._idle.append(client)
 
@@ -55,7 +55,7 @@ class Line:
         for client in self._idle:
             await client.aclose()
 
-    def _dial(self) -> httpx.AsyncClient:
+    def _new_client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(
             headers=self._headers,
             timeout=self._timeout,
@@ -64,7 +64,7 @@ class Line:
             trust_env=False,  # no proxies: they must not see the key
         )
 
-    async def _ask(
+    async def _request(
         self, client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None
     ) -> Any:
         try:
@@ -78,15 +78,17 @@ class Line:
             raise LostError("broke the connection", reached=True) from error
         status = response.status_code
         if status >= 500 or status in BUSY:
-            raise LostError(f"answered {status}: {_words(response)}", reached=status not in BUSY)
+            raise LostError(
+                f"answered {status}: {_error_message(response)}", reached=status not in BUSY
+            )
         if status >= 300:
-            raise UserError(await self._complaint(client, response, path, body or {}))
+            raise UserError(await self._describe_refusal(client, response, path, body or {}))
         try:
             return response.json() if response.content else {}
         except ValueError as error:
             raise UserError(f"{self.url}{path}: answered no JSON; is it a vLLM server?") from error
 
-    async def _complaint(
+    async def _describe_refusal(
         self, client: httpx.AsyncClient, response: httpx.Response, path: str, body: dict[str, Any]
     ) -> str:
         status = response.status_code
@@ -97,19 +99,19 @@ class Line:
             )
         if status == 404 and "model" in body and (served := await _served(client, self.url)):
             return f"{self.url}: got model {body['model']!r} to ask, but it serves {served}"
-        return f"{self.url}{path}: answered {status}: {_words(response)}"
+        return f"{self.url}{path}: answered {status}: {_error_message(response)}"
 
 
 class Server:
     """Connections to a server and its state.
 
     Args:
-        line: Connections to its last known address.
+        connection: Connections to its last known address.
         file: Its address file, if any: its address may change when it is restarted.
     """
 
-    def __init__(self, line: Line, file: Path | None) -> None:
-        self.line = line
+    def __init__(self, connection: Connection, file: Path | None) -> None:
+        self.connection = connection
         self.file = file
         self.in_flight = 0
         self.lost_since: float | None = None  # monotonic clock, seconds; None while it answers
@@ -117,7 +119,7 @@ class Server:
         self.pause = FIRST_PAUSE
         self.is_probed = False  # a lost server gets one request at a time
 
-    def has_room(self, now: float) -> bool:
+    def is_available(self, now: float) -> bool:
         if self.lost_since is not None:
             return not self.is_probed and now >= self.retry_at
         return self.in_flight < IN_FLIGHT
@@ -149,7 +151,7 @@ def read_key(key_file: str | None) -> str | None:
     return key
 
 
-def _words(response: httpx.Response) -> str:
+def _error_message(response: httpx.Response) -> str:
     """Return the server's error message in one line."""
     try:
         message = response.json()
