@@ -40,9 +40,9 @@ class PushFolder(Push):
     def send(self, label: str, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Write the weights once and make every server load them."""
         written = self.write(label, weights)
-        self._servers.everywhere("/update_weight_version", {"new_version": label})
+        self._servers.post_all("/update_weight_version", {"new_version": label})
         body = {"method": "load_pushed", "args": [str(written)]}
-        self._servers.everywhere("/collective_rpc", body)
+        self._servers.post_all("/collective_rpc", body)
 
     def close(self) -> None:
         """Delete the pushed weights."""

@@ -72,7 +72,7 @@ class PushTransfer(Push):
         """
         from vllm import __version__ as own
 
-        theirs = {answer["version"] for answer in servers.read("/version")}
+        theirs = {answer["version"] for answer in servers.get_all("/version")}
         if theirs != {own}:
             raise UserError(
                 f"engine.push: got vLLM {own} here and {' and '.join(sorted(theirs))} at the "
@@ -105,7 +105,7 @@ class PushTransfer(Push):
     def send(self, label: str, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Broadcast the weights in chunks; see `transfer_sender`."""
         self._gather()
-        self._servers.everywhere("/update_weight_version", {"new_version": label})
+        self._servers.post_all("/update_weight_version", {"new_version": label})
         self._source.weights = weights
         self._while_servers_do_their_part(self._sender.send_weights)
 
@@ -125,8 +125,8 @@ class PushTransfer(Push):
         if self._sender is not None:
             log.warning("a server is a new one; forming the transfer group again")
         self.close()
-        self._servers.everywhere("/collective_rpc", LEAVE)
-        answers = self._servers.read("/get_world_size")
+        self._servers.post_all("/collective_rpc", LEAVE)
+        answers = self._servers.get_all("/get_world_size")
         sizes = [answer["world_size"] for answer in answers]
         self._group = secrets.token_hex(8)
         more = {
@@ -190,7 +190,7 @@ class PushTransfer(Push):
 
     def _states(self, servers: Servers) -> list[list[tuple[str | None, str | None]]]:
         """Return the group and the GPU of every worker of every server."""
-        return [answer["results"] for answer in servers.everywhere("/collective_rpc", STATE)]
+        return [answer["results"] for answer in servers.post_all("/collective_rpc", STATE)]
 
 
 def _do(work: Callable[[], Any], done: Future[Any], device: torch.device) -> None:

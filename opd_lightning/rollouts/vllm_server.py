@@ -90,7 +90,7 @@ class VLLMServerEngine(Engine):
                 f"{max_length}; start them with --max_length {max_length}"
             )
         self._model = served.name
-        versions = {answer["version"] for answer in self.servers.read("/version")}
+        versions = {answer["version"] for answer in self.servers.get_all("/version")}
         if len(versions) > 1:
             raise UserError(f"engine.servers: got vLLM {sorted(versions)}, expected one version")
         if method is not None:
@@ -154,7 +154,7 @@ class VLLMServerEngine(Engine):
 
     def weight_sums(self) -> list[EngineSum]:
         """Return the sums of all servers' parameters, except servers with tensor parallelism."""
-        answers = self.servers.everywhere("/collective_rpc", {"method": "pushed_sums"})
+        answers = self.servers.post_all("/collective_rpc", {"method": "pushed_sums"})
         return [
             EngineSum(tuple(names), dtype, WeightSum(*value))
             for answer in answers
@@ -169,7 +169,7 @@ class VLLMServerEngine(Engine):
 
     def wake(self) -> None:
         """Allocate the memory again; the weights are undefined until the next push."""
-        run_on_first(lambda: self.servers.everywhere("/wake_up"))
+        run_on_first(lambda: self.servers.post_all("/wake_up"))
 
     def close(self) -> None:
         """Close the connections and delete pushed weights; the servers continue to run."""
@@ -198,7 +198,7 @@ class VLLMServerEngine(Engine):
             method.send(label, weights)
         finally:
             drain(weights)
-        for answer in self.servers.everywhere("/reset_prefix_cache"):
+        for answer in self.servers.post_all("/reset_prefix_cache"):
             if not answer["success"]:
                 raise EngineMismatchError(
                     "a server kept its prefix cache from before the push, since others were asking "
@@ -210,13 +210,13 @@ class VLLMServerEngine(Engine):
 
     def _read_labels(self) -> list[str]:
         try:
-            return [answer["weight_version"] for answer in self.servers.read("/weight_info")]
+            return [answer["weight_version"] for answer in self.servers.get_all("/weight_info")]
         except UserError as error:
             raise UserError(f"{error}; does the server take pushes (--weights pushed)?") from error
 
     def _put_to_sleep(self) -> str:
-        self.servers.everywhere("/update_weight_version", {"new_version": NO_WEIGHTS})
-        self.servers.everywhere("/sleep?level=2")
+        self.servers.post_all("/update_weight_version", {"new_version": NO_WEIGHTS})
+        self.servers.post_all("/sleep?level=2")
         return FIRST_WEIGHTS  # no server has this label before the next push
 
     def _ask(self, bodies: list[dict[str, Any]], bar: Progress) -> list[Completion]:
@@ -224,7 +224,7 @@ class VLLMServerEngine(Engine):
             bar.update()
             return answer["choices"][0]
 
-        futures = self.servers.spread("/inference/v1/generate", bodies, [read] * len(bodies))
+        futures = self.servers.submit("/inference/v1/generate", bodies, [read] * len(bodies))
         try:
             return [self._to_completion(future.result()) for future in futures]
         finally:

@@ -69,7 +69,7 @@ class Servers:
         self._waiting: deque[Job] = deque()
         self._running: set[asyncio.Task[None]] = set()
 
-    def spread(
+    def submit(
         self,
         path: str,
         bodies: Sequence[dict[str, Any]],
@@ -87,16 +87,16 @@ class Servers:
         ]
         return self._submit(jobs)
 
-    def everywhere(self, path: str, body: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    def post_all(self, path: str, body: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """POST to each server and return all answers."""
         return self._each("POST", path, body)
 
-    def each_once(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[Future[Any]]:
+    def submit_each(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[Future[Any]]:
         """POST one body to each server without retries, for requests that are not idempotent."""
         servers = zip(self._open(), bodies, strict=True)
         return self._submit([Job("POST", path, body, [s], attempts=1) for s, body in servers])
 
-    def read(self, path: str) -> list[dict[str, Any]]:
+    def get_all(self, path: str) -> list[dict[str, Any]]:
         """GET from each server and return all answers."""
         return self._each("GET", path, None)
 

@@ -54,7 +54,7 @@ class ServedModel(ModelSource):
     def room(self) -> int:
         """Context length of all servers. Waits for them; raises UserError for another model."""
         rooms = []
-        answers = self.servers.read("/v1/models")
+        answers = self.servers.get_all("/v1/models")
         for url, answer in zip(self.servers.urls, answers, strict=True):
             served = {model["id"]: model for model in answer["data"]}
             if self.name not in served:

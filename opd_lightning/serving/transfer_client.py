@@ -63,7 +63,7 @@ class TransferClient:
         self._ask(path, [body] * len(self._sizes))
 
     def _ask(self, path: str, bodies: Sequence[dict[str, Any]]) -> None:
-        futures = self._servers.each_once(path, bodies)
+        futures = self._servers.submit_each(path, bodies)
         wait(futures, return_when=FIRST_EXCEPTION)
         # The cause and its consequences at other servers arrive in any order.
         done, _ = wait(futures, timeout=CAUSE_SECONDS)

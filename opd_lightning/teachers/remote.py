@@ -76,12 +76,12 @@ class RemoteTeacher(TopKTeacher):
             )
         # Waits for the servers and raises UserError for other models.
         _ = self.source.context_length
-        self._ask_everywhere(Question([0, 0], 1, top_k=0, given_ids=None, by_id=False))
+        self._post_all(Question([0, 0], 1, top_k=0, given_ids=None, by_id=False))
 
     def load(self, device: torch.device, student: Student) -> None:
         self.rest()  # an exception may have left requests of a step
         try:
-            self._ask_everywhere(Question([0, 0], 1, top_k=0, given_ids=None, by_id=True))
+            self._post_all(Question([0, 0], 1, top_k=0, given_ids=None, by_id=True))
         except UserError:  # vLLM's first model runner
             self._by_id = False
         else:
@@ -151,10 +151,10 @@ class RemoteTeacher(TopKTeacher):
 
     def _send(self, questions: Sequence[Question]) -> list[Future[Answer]]:
         bodies = [question.body(self.source.name) for question in questions]
-        return self.servers.spread(PATH, bodies, [question.read for question in questions])
+        return self.servers.submit(PATH, bodies, [question.read for question in questions])
 
-    def _ask_everywhere(self, question: Question) -> None:
-        self.servers.everywhere(PATH, question.body(self.source.name))
+    def _post_all(self, question: Question) -> None:
+        self.servers.post_all(PATH, question.body(self.source.name))
 
     def _width(self, top_k: int) -> int:
         return min(top_k, self._vocabulary)

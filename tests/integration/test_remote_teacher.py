@@ -140,13 +140,13 @@ def test_what_is_expected_is_asked_once_and_forgotten(
 def count_requests(remote: RemoteTeacher, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A list that every request sent from now on is added to."""
     sent: list[Any] = []
-    spread = remote.servers.spread
+    submit = remote.servers.submit
 
     def counted(path: str, bodies: Any, *more: Any) -> Any:
         sent.extend(bodies)
-        return spread(path, bodies, *more)
+        return submit(path, bodies, *more)
 
-    monkeypatch.setattr(remote.servers, "spread", counted)
+    monkeypatch.setattr(remote.servers, "submit", counted)
     return sent
 
 
