@@ -34,7 +34,7 @@ class Answer(NamedTuple):
     given_logprobs: np.ndarray  # [n, K] float32
 
 
-def joined(answers: Sequence[Answer], top_k: int, given: int) -> Answer:
+def concatenate(answers: Sequence[Answer], top_k: int, given: int) -> Answer:
     """Concatenate answers; `answers` may be empty."""
     floats = [np.zeros((0, width), np.float32) for width in (top_k, given)]
     nothing = Answer(np.zeros(0, np.float32), np.zeros((0, top_k), np.int64), *floats)
@@ -42,7 +42,7 @@ def joined(answers: Sequence[Answer], top_k: int, given: int) -> Answer:
 
 
 @dataclass(frozen=True)
-class Question:
+class ScoreRequest:
     """Request for the log-probs of one sequence.
 
     Args:

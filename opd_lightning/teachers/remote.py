@@ -13,7 +13,7 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.models.head import TopLogprobs
 from opd_lightning.serving.client import Servers
-from opd_lightning.serving.scoring import PATH, WHOLE_VOCABULARY, Answer, Question, joined
+from opd_lightning.serving.scoring import PATH, WHOLE_VOCABULARY, Answer, ScoreRequest, concatenate
 from opd_lightning.serving.served_model import ServedModel
 from opd_lightning.teachers.base import TopKTeacher
 from opd_lightning.types import Prompt, Rollout, RolloutBatch, TokenScores
@@ -76,12 +76,12 @@ class RemoteTeacher(TopKTeacher):
             )
         # Waits for the servers and raises UserError for other models.
         _ = self.source.context_length
-        self._post_all(Question([0, 0], 1, top_k=0, given_ids=None, by_id=False))
+        self._post_all(ScoreRequest([0, 0], 1, top_k=0, given_ids=None, by_id=False))
 
     def load(self, device: torch.device, student: Student) -> None:
         self.rest()  # an exception may have left requests of a step
         try:
-            self._post_all(Question([0, 0], 1, top_k=0, given_ids=None, by_id=True))
+            self._post_all(ScoreRequest([0, 0], 1, top_k=0, given_ids=None, by_id=True))
         except UserError:  # vLLM's first model runner
             self._by_id = False
         else:
@@ -94,7 +94,7 @@ class RemoteTeacher(TopKTeacher):
             for rollout, count in _scored(batch)
             if (id(rollout), view, top_k) not in self._expected
         }
-        futures = self._send([self._question(*row, view, top_k) for row in new.values()])
+        futures = self._send([self._request(*row, view, top_k) for row in new.values()])
         for (key, (rollout, _)), future in zip(new.items(), futures, strict=True):
             self._expected[key] = _Expected(rollout, future)
 
@@ -113,12 +113,12 @@ class RemoteTeacher(TopKTeacher):
             parts = np.split(ids.cpu().numpy(), np.cumsum([count for _, count in rows])[:-1])
             futures = self._send(
                 [
-                    self._question(rollout, count, view, top_k, part)
+                    self._request(rollout, count, view, top_k, part)
                     for (rollout, count), part in zip(rows, parts, strict=False)
                 ]
             )
         given = 0 if ids is None else ids.shape[1]
-        answer = joined([future.result() for future in futures], self._width(top_k), given)
+        answer = concatenate([future.result() for future in futures], self._width(top_k), given)
         device = batch.response_ids.device
         logprobs, top_ids, top_logprobs, asked = (torch.from_numpy(x).to(device) for x in answer)
         unknown = torch.full_like(logprobs, torch.nan)
@@ -136,25 +136,25 @@ class RemoteTeacher(TopKTeacher):
         self.rest()
         self.servers.close()
 
-    def _question(
+    def _request(
         self,
         rollout: Rollout,
         count: int,
         view: str,
         top_k: int,
         given_ids: np.ndarray | None = None,
-    ) -> Question:
+    ) -> ScoreRequest:
         # A row without this view uses the student's prompt, as in `data/collate.py`.
         prompt = (None if view == "student" else rollout.views[view]) or rollout.prompt_ids
         sequence = [*prompt, *rollout.response_ids[:count]]
-        return Question(sequence, len(prompt), self._width(top_k), given_ids, self._by_id)
+        return ScoreRequest(sequence, len(prompt), self._width(top_k), given_ids, self._by_id)
 
-    def _send(self, questions: Sequence[Question]) -> list[Future[Answer]]:
-        bodies = [question.body(self.source.name) for question in questions]
-        return self.servers.submit(PATH, bodies, [question.read for question in questions])
+    def _send(self, requests: Sequence[ScoreRequest]) -> list[Future[Answer]]:
+        bodies = [request.body(self.source.name) for request in requests]
+        return self.servers.submit(PATH, bodies, [request.read for request in requests])
 
-    def _post_all(self, question: Question) -> None:
-        self.servers.post_all(PATH, question.body(self.source.name))
+    def _post_all(self, request: ScoreRequest) -> None:
+        self.servers.post_all(PATH, request.body(self.source.name))
 
     def _width(self, top_k: int) -> int:
         return min(top_k, self._vocabulary)
