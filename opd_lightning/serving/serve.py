@@ -12,7 +12,7 @@ from jsonargparse import auto_cli
 from opd_lightning.errors import UserError
 from opd_lightning.models.identity import model_identity
 from opd_lightning.models.source import ModelSource
-from opd_lightning.serving.guard import KEY_FILE_VARIABLE, Guard, make_key_file
+from opd_lightning.serving.authentication import KEY_FILE_VARIABLE, KeyMiddleware, make_key_file
 from opd_lightning.serving.server import bind, run
 from opd_lightning.serving.vllm_process import CPU_ARGUMENTS, vllm_unavailable
 from opd_lightning.terminal.progress import is_watched
@@ -122,7 +122,7 @@ def vllm_arguments(weights: Literal["fixed", "pushed"]) -> dict[str, Any]:
         "tokens_only": True,  # no tokenizer, and the token-in-token-out routes
         "generation_config": "vllm",  # not the folder's, which would change the sampling
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
-        "middleware": f"{Guard.__module__}.{Guard.__qualname__}",
+        "middleware": f"{KeyMiddleware.__module__}.{KeyMiddleware.__qualname__}",
         "disable_fastapi_docs": True,
         "disable_uvicorn_access_log": True,
         "uvicorn_log_level": "warning",

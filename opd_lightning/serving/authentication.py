@@ -22,7 +22,7 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
-class Guard:
+class KeyMiddleware:
     """ASGI middleware for vLLM's `--middleware`, which takes its import path.
 
     vLLM's own `--api-key` leaves the development routes open, through which any client could
