@@ -50,7 +50,7 @@ def fill(
             for parts in _rounds(cached.unknown, batch_tokens):
                 batches = [_collate(part, description, student).to(device) for part in parts]
                 for batch in batches:
-                    teacher.expect(batch, "student", top_k=description.top_k)
+                    teacher.prefetch(batch, "student", top_k=description.top_k)
                 for part, batch in zip(parts, batches, strict=True):
                     answers = _ask(teacher, batch, description.top_k)
                     for (key, _), scores in zip(part, answers, strict=True):

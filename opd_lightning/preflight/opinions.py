@@ -65,7 +65,7 @@ def _signal(probe: Probe, answers: _Answers) -> Tensor:
 def _ask(probe: Probe, ask: Ask, rollouts: list[Rollout], top_k: int) -> _Answers:
     batches = probe.batches(rollouts)
     for batch in batches:
-        ask.teacher.expect(batch, ask.view, top_k=top_k)
+        ask.teacher.prefetch(batch, ask.view, top_k=top_k)
     return [(batch, ask.teacher.score(batch, ask.view, top_k=top_k)) for batch in batches]
 
 

@@ -54,7 +54,7 @@ class Teacher(ABC):
     def check_question(self, question: RecordedQuestion) -> None:  # noqa: B027
         """Raise UserError if it cannot answer `question`; called after `check`, for every row."""
 
-    def expect(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:  # noqa: B027
+    def prefetch(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:  # noqa: B027
         """Start to score in the background; `score` is called with the same arguments later."""
 
     def rest(self) -> None:  # noqa: B027

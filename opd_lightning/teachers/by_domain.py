@@ -60,9 +60,9 @@ class ByDomainTeacher(Teacher):
         for teacher in self.teachers.values():
             teacher.close()
 
-    def expect(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
+    def prefetch(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
         for domain, rows in self._rows(batch).items():
-            self.teachers[domain].expect(batch.select(rows), view, top_k=top_k)
+            self.teachers[domain].prefetch(batch.select(rows), view, top_k=top_k)
 
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
         answers = []

@@ -65,7 +65,7 @@ class RemoteTeacher(TopKTeacher):
             role="teacher",
         )
         self._by_id = False
-        self._expected: dict[tuple[int, str, int], _Expected] = {}
+        self._pending: dict[tuple[int, str, int], _Pending] = {}
 
     def check(self, prompts: Sequence[Prompt], temperature: float) -> None:
         if temperature != 1:
@@ -87,16 +87,16 @@ class RemoteTeacher(TopKTeacher):
         else:
             self._by_id = True
 
-    def expect(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
+    def prefetch(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
         """Send requests that are not in flight yet; `score` waits for the answers."""
         new = {
             (id(rollout), view, top_k): (rollout, count)
             for rollout, count in _scored(batch)
-            if (id(rollout), view, top_k) not in self._expected
+            if (id(rollout), view, top_k) not in self._pending
         }
         futures = self._send([self._request(*row, view, top_k) for row in new.values()])
         for (key, (rollout, _)), future in zip(new.items(), futures, strict=True):
-            self._expected[key] = _Expected(rollout, future)
+            self._pending[key] = _Pending(rollout, future)
 
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
         return self.score_top(batch, view, top_k=top_k)[0]
@@ -106,8 +106,8 @@ class RemoteTeacher(TopKTeacher):
     ) -> tuple[TokenScores, TopLogprobs]:
         rows = _scored(batch)
         if ids is None:
-            self.expect(batch, view, top_k=top_k)
-            futures = [self._expected[id(rollout), view, top_k].answer for rollout, _ in rows]
+            self.prefetch(batch, view, top_k=top_k)
+            futures = [self._pending[id(rollout), view, top_k].answer for rollout, _ in rows]
         else:
             self._check_can_score_ids()
             parts = np.split(ids.cpu().numpy(), np.cumsum([count for _, count in rows])[:-1])
@@ -128,9 +128,9 @@ class RemoteTeacher(TopKTeacher):
 
     def rest(self) -> None:
         """Cancel the step's pending requests and discard its answers."""
-        for expected in self._expected.values():
-            expected.answer.cancel()
-        self._expected.clear()
+        for pending in self._pending.values():
+            pending.answer.cancel()
+        self._pending.clear()
 
     def close(self) -> None:
         self.rest()
@@ -172,7 +172,7 @@ class RemoteTeacher(TopKTeacher):
             )
 
 
-class _Expected(NamedTuple):
+class _Pending(NamedTuple):
     rollout: Rollout  # referenced, so that its id() is not reused
     answer: Future[Answer]
 

@@ -34,7 +34,7 @@ class Reticent(TopKTeacher):
     def load(self, *args: Any) -> None:
         self.whole.load(*args)
 
-    def expect(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
+    def prefetch(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
         self.expected += 1
 
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
