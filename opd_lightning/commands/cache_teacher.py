@@ -56,7 +56,7 @@ def fill(
                     for (key, _), scores in zip(part, answers, strict=True):
                         writer.add(key, scores)
                         bar.update(len(scores.logprobs))
-                teacher.rest()
+                teacher.release()
     finally:
         teacher.close()
     rate = tokens / (monotonic() - began)

@@ -40,7 +40,7 @@ def check_teachers(probe: Probe, rollouts: list[Rollout], *, compare: bool) -> l
         role, top_k = " and ".join(roles), max(asked[name] for name in roles)
         try:
             _ask(probe, ask, rollouts, top_k)  # the first answer of anybody takes longest
-            ask.teacher.rest()
+            ask.teacher.release()
             with probe.clock("teachers"):
                 answers = _ask(probe, ask, rollouts, top_k)
         except (ValueError, RuntimeError) as error:

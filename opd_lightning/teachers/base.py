@@ -57,7 +57,7 @@ class Teacher(ABC):
     def prefetch(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:  # noqa: B027
         """Start to score in the background; `score` is called with the same arguments later."""
 
-    def rest(self) -> None:  # noqa: B027
+    def release(self) -> None:  # noqa: B027
         """Release memory; `score` is not called until the next step."""
 
     def close(self) -> None:  # noqa: B027

@@ -52,9 +52,9 @@ class ByDomainTeacher(Teacher):
         for teacher in self.teachers.values():
             teacher.load(device, student)
 
-    def rest(self) -> None:
+    def release(self) -> None:
         for teacher in self.teachers.values():
-            teacher.rest()
+            teacher.release()
 
     def close(self) -> None:
         for teacher in self.teachers.values():

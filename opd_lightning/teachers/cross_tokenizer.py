@@ -98,8 +98,8 @@ class CrossTokenizerTeacher(Teacher):
     def is_collective(self) -> bool:
         return self.frozen.is_collective
 
-    def rest(self) -> None:
-        self.frozen.rest()
+    def release(self) -> None:
+        self.frozen.release()
 
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
         rows = [self._translate(rollout) for rollout in batch.rollouts]

@@ -66,8 +66,8 @@ class FrozenTeacher(OwnModelTeacher):
         else:
             self._reader.to(device)
 
-    def rest(self) -> None:
-        super().rest()
+    def release(self) -> None:
+        super().release()
         if self._twin is not None:  # frozen weights need not be copied back
             self._twin = None
             torch.cuda.empty_cache()

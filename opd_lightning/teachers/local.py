@@ -56,7 +56,7 @@ class OwnModelTeacher(LocalTeacher):
     def is_collective(self) -> bool:
         return self._sharding is not None
 
-    def rest(self) -> None:
+    def release(self) -> None:
         if self._sharding is not None:
             assert self._reader is not None
             rest(self._reader)

@@ -79,7 +79,7 @@ class RemoteTeacher(TopKTeacher):
         self._post_all(ScoreRequest([0, 0], 1, top_k=0, given_ids=None, by_id=False))
 
     def load(self, device: torch.device, student: Student) -> None:
-        self.rest()  # an exception may have left requests of a step
+        self.release()  # an exception may have left requests of a step
         try:
             self._post_all(ScoreRequest([0, 0], 1, top_k=0, given_ids=None, by_id=True))
         except UserError:  # vLLM's first model runner
@@ -126,14 +126,14 @@ class RemoteTeacher(TopKTeacher):
         known = TopLogprobs(top_ids, top_logprobs) if ids is None else TopLogprobs(ids, asked)
         return scores, known
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Cancel the step's pending requests and discard its answers."""
         for pending in self._pending.values():
             pending.answer.cancel()
         self._pending.clear()
 
     def close(self) -> None:
-        self.rest()
+        self.release()
         self.servers.close()
 
     def _request(

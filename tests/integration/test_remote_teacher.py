@@ -132,7 +132,7 @@ def test_what_is_expected_is_asked_once_and_forgotten(
     part = remote.score(batch.select(rows), "student", top_k=2)
     assert torch.equal(part.logprobs, before.logprobs[rows])
     assert len(sent) == 4
-    remote.rest()
+    remote.release()
     remote.score(batch, "student", top_k=2)
     assert len(sent) == 8
 
