@@ -27,7 +27,7 @@ def fill(
     """Ask for the answers that are not known yet, and write them; then say what was done.
 
     Args:
-        cached: After its checks, with `note_unknown`.
+        cached: After its checks, with `collect_unknown`.
         student: Handed to the teacher as in training; its weights are not loaded.
         device: Where a local teacher computes.
         batch_tokens: Most tokens of a batch, prompts and padding included; a longer row is alone.

@@ -104,10 +104,10 @@ class PushTransfer(Push):
 
     def send(self, label: str, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Broadcast the weights in chunks; see `transfer_sender`."""
-        self._gather()
+        self._ensure_group()
         self._servers.post_all("/update_weight_version", {"new_version": label})
         self._source.weights = weights
-        self._while_servers_do_their_part(self._sender.send_weights)
+        self._run_with_servers(self._sender.send_weights)
 
     def close(self) -> None:
         """Leave the group; servers notice at the next push."""
@@ -115,7 +115,7 @@ class PushTransfer(Push):
             self._sender.shutdown()
             self._sender = None
 
-    def _gather(self) -> None:
+    def _ensure_group(self) -> None:
         """Form the group unless every worker of every server is in it. Waits for lost servers."""
         states = self._states(self._servers)
         if self._sender is not None and all(
@@ -135,7 +135,7 @@ class PushTransfer(Push):
             "timeout": 0.9 * self._timeout,  # less than a request's, so that servers report errors
         }
         self._client = TransferClient(self._servers, sizes, more)
-        self._sender = self._while_servers_do_their_part(lambda: self._open(sum(sizes)))
+        self._sender = self._run_with_servers(lambda: self._open(sum(sizes)))
 
     def _open(self, receivers: int) -> Any:
         from opd_lightning.rollouts.transfer_sender import open_sender
@@ -149,7 +149,7 @@ class PushTransfer(Push):
             source=self._source,
         )
 
-    def _while_servers_do_their_part(self, work: Callable[[], Any]) -> Any:
+    def _run_with_servers(self, work: Callable[[], Any]) -> Any:
         """Run `work`, which waits for the servers, in a thread and return its result.
 
         With NCCL it blocks for ever if a server fails, so the thread is abandoned once a request
@@ -157,7 +157,7 @@ class PushTransfer(Push):
         """
         done: Future[Any] = Future()
         arguments = (work, done, self._source.device)
-        thread = threading.Thread(target=_do, args=arguments, daemon=True)
+        thread = threading.Thread(target=_run_into, args=arguments, daemon=True)
         thread.start()
         wait([done, self._client.failed], return_when=FIRST_COMPLETED)
         if done.done() and done.exception() is None:
@@ -193,7 +193,7 @@ class PushTransfer(Push):
         return [answer["results"] for answer in servers.post_all("/collective_rpc", STATE)]
 
 
-def _do(work: Callable[[], Any], done: Future[Any], device: torch.device) -> None:
+def _run_into(work: Callable[[], Any], done: Future[Any], device: torch.device) -> None:
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # the current device is per thread

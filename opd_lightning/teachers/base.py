@@ -83,12 +83,12 @@ class Teacher(ABC):
 class TopKTeacher(Teacher):
     """Teacher that returns log-probs of some tokens, not the full distribution.
 
-    With `scores_given_ids` these may be any tokens, otherwise only its top k. `tells_entropy` is
+    With `scores_given_ids` these may be any tokens, otherwise only its top k. `provides_entropy` is
     True if it returns the entropy of the full distribution.
     """
 
     scores_given_ids: bool = False
-    tells_entropy: bool = True
+    provides_entropy: bool = True
 
     @abstractmethod
     def score_top(

@@ -44,7 +44,7 @@ class CachedTeacher(TopKTeacher):
             )
         self.folder = Path(cache)
         self.teacher = teacher
-        self.tells_entropy = not isinstance(teacher, TopKTeacher) or teacher.tells_entropy
+        self.provides_entropy = not isinstance(teacher, TopKTeacher) or teacher.provides_entropy
         # Reading needs only the tokenizer; the teacher's own source may need servers.
         source = teacher.source
         self.source = ModelSource(
@@ -54,7 +54,7 @@ class CachedTeacher(TopKTeacher):
         self.description: Description | None = None
         self.unknown: dict[bytes, RecordedQuestion] | None = None
 
-    def note_unknown(self) -> None:
+    def collect_unknown(self) -> None:
         """Collect queries without a cached score from now on, instead of refusing them."""
         self.unknown = {}
         self.source = self.teacher.source

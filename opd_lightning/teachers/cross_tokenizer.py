@@ -65,7 +65,7 @@ class CrossTokenizerTeacher(Teacher):
 
     has_own_tokenizer = True
     _student: Any  # the student's tokenizer
-    _spelt: tuple[dict[int, bytes], dict[int, bytes]]  # bytes by token: student's, teacher's
+    _token_bytes: tuple[dict[int, bytes], dict[int, bytes]]  # bytes by token: student's, teacher's
     _longer_tokens: LongerTokens
 
     def __init__(
@@ -88,10 +88,10 @@ class CrossTokenizerTeacher(Teacher):
     def load(self, device: torch.device, student: Student) -> None:
         self.frozen.load(device, student)
         self._student = student.source.tokenizer
-        self._spelt = token_bytes(student.source), token_bytes(self.source)
+        self._token_bytes = token_bytes(student.source), token_bytes(self.source)
         added = self.source.tokenizer.added_tokens_decoder
         special = {i for i, token in added.items() if token.special}  # do not continue a text
-        text = {i: word for i, word in self._spelt[1].items() if i not in special}
+        text = {i: word for i, word in self._token_bytes[1].items() if i not in special}
         self._longer_tokens = LongerTokens(text, student.source)
 
     @property
@@ -129,14 +129,14 @@ class CrossTokenizerTeacher(Teacher):
     def _translate(self, rollout: Rollout) -> _Translated:
         ended = not rollout.stop_reason.is_truncated()
         ids = rollout.response_ids[: -1 if ended else None]
-        spelt, their_spelt = self._spelt
+        our_bytes, their_bytes = self._token_bytes
         # A head may be larger than its vocabulary; the additional tokens have no text.
-        ours = [spelt.get(i, b"") for i in ids]
+        ours = [our_bytes.get(i, b"") for i in ids]
         if not ended:
             ours = ours[: whole_characters(ours)]
         text = self._student.decode(ids[: len(ours)], clean_up_tokenization_spaces=False)
         response_ids = self.source.tokenizer.encode(text, add_special_tokens=False)
-        theirs = [their_spelt[i] for i in response_ids]
+        theirs = [their_bytes[i] for i in response_ids]
         if ended:
             response_ids.append(self.source.tokenizer.eos_token_id)
             ours, theirs = [*ours, _END], [*theirs, _END]

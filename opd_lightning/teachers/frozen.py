@@ -46,7 +46,7 @@ class FrozenTeacher(OwnModelTeacher):
         self.attn_implementation = attn_implementation
         self.offload = offload
         self._device: torch.device | None = None  # device of an offloaded model's copy
-        self._twin: Reader | None = None  # that copy
+        self._device_copy: Reader | None = None  # that copy
 
     def load(self, device: torch.device, student: Student) -> None:
         if self._reader is not None:
@@ -68,17 +68,17 @@ class FrozenTeacher(OwnModelTeacher):
 
     def release(self) -> None:
         super().release()
-        if self._twin is not None:  # frozen weights need not be copied back
-            self._twin = None
+        if self._device_copy is not None:  # frozen weights need not be copied back
+            self._device_copy = None
             torch.cuda.empty_cache()
 
     def _read(self, batch: RolloutBatch, view: str) -> TokenStates:
         if self._device is None:
             return super()._read(batch, view)
-        if self._twin is None:
+        if self._device_copy is None:
             assert self._reader is not None
-            self._twin = _copy_to(self._device, self._reader)
-        states: TokenStates = self._twin(batch, view)
+            self._device_copy = _copy_to(self._device, self._reader)
+        states: TokenStates = self._device_copy(batch, view)
         return states
 
 

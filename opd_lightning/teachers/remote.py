@@ -43,7 +43,7 @@ class RemoteTeacher(TopKTeacher):
     """
 
     scores_given_ids = True
-    tells_entropy = False
+    provides_entropy = False
     source: ServedModel
 
     def __init__(
