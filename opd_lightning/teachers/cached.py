@@ -118,7 +118,7 @@ class CachedTeacher(TopKTeacher):
     def score_top(
         self, batch: RolloutBatch, view: str, *, top_k: int, ids: Tensor | None = None
     ) -> tuple[TokenScores, TopLogprobs]:
-        assert ids is None, "only the teacher's own likeliest tokens are known: checked at set-up"
+        assert ids is None, "only the teacher's top tokens are known: checked at set-up"
         assert self.store is not None, "checked at set-up"
         rows = []
         for rollout in batch.rollouts:
