@@ -27,7 +27,7 @@ def fill(
     """Ask for the answers that are not known yet, and write them; then say what was done.
 
     Args:
-        cached: After its checks, with `note_unknown`.
+        cached: After its checks, with `collect_unknown`.
         student: Handed to the teacher as in training; its weights are not loaded.
         device: Where a local teacher computes.
         batch_tokens: Most tokens of a batch, prompts and padding included; a longer row is alone.
@@ -50,13 +50,13 @@ def fill(
             for parts in _rounds(cached.unknown, batch_tokens):
                 batches = [_collate(part, description, student).to(device) for part in parts]
                 for batch in batches:
-                    teacher.expect(batch, "student", top_k=description.top_k)
+                    teacher.prefetch(batch, "student", top_k=description.top_k)
                 for part, batch in zip(parts, batches, strict=True):
                     answers = _ask(teacher, batch, description.top_k)
                     for (key, _), scores in zip(part, answers, strict=True):
                         writer.add(key, scores)
                         bar.update(len(scores.logprobs))
-                teacher.rest()
+                teacher.release()
     finally:
         teacher.close()
     rate = tokens / (monotonic() - began)

@@ -104,7 +104,7 @@ class TokenOpinions:
             announce(asks, {}, batch, top_k=0)
         found = [self._figures(batch, asks) for batch in batches]
         for ask in asks.values():
-            ask.teacher.rest()
+            ask.teacher.release()
         return found
 
     def _figures(self, batch: RolloutBatch, asks: dict[str, Ask]) -> dict[str, list[float]]:

@@ -186,7 +186,7 @@ class Commands(LightningTrainer):
             )
         assert datamodule is not None
         for teacher in cached:
-            teacher.note_unknown()
+            teacher.collect_unknown()
         self.strategy.connect(model)
         model.trainer = datamodule.trainer = self
         datamodule.setup("fit")

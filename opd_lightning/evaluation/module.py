@@ -108,6 +108,6 @@ class EvaluatedModule(LightningModule):
             }
         self.log_dict(self.scores, logger=not fits)
         if self.start is not None:
-            self.start.rest()
+            self.start.release()
         if self.student.sharding is not None and any(s.reads for s in self.suites.values()):
             reshard(self.student)  # it was read, and no backward pass follows

@@ -1,4 +1,4 @@
-"""One LightningModule per family of methods; docs/methods.md has the table."""
+"""Published methods, one LightningModule per family; docs/methods.md has the table."""
 
 from opd_lightning.methods.crisp import CRISP
 from opd_lightning.methods.edge_opd import EDGEOPD

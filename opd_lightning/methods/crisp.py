@@ -1,4 +1,4 @@
-"""CRISP: a model told to be concise teaches itself to be so untold."""
+"""CRISP: self-distillation from a prompt that asks for conciseness."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class CRISP(DivergenceMethod):
         L = mean over sequences of (1/|y|) sum_t KL(S_t(. | x) || T_t(. | x, "be concise"))
 
     Reverse KL over the whole vocabulary; no verifier, no labels. The teacher is a hard copy of the
-    student every 50 steps, `EMATeacher(rate=1, every=50)`: frozen compresses less, every step
-    collapses, and the forward KL against a moving self lets lengths diverge.
+    student every 50 steps, `EMATeacher(rate=1, every=50)`. A frozen teacher compresses less, an
+    update at every step collapses, and with the forward KL and a moving teacher lengths diverge.
 
     Args:
-        student: The model that learns, from the plain prompt.
+        student: The model to train, on the plain prompt.
         teacher: See above.
-        view: The prompt with the instruction.
+        view: Prompt view with the instruction.
         divergence: See above.
         aggregation: The authors divide by |y|.
-        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+        shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""EDGE-OPD: distil a privileged context into the student, where there is evidence of it."""
+"""EDGE-OPD: self-distillation of a privileged context, gated by evidence."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ class EDGEOPD(ComposedMethod):
         A_t = 1[e_t > threshold] (log pi_T(y_t | x, r) - log pi_theta(y_t | x))
         L   = -(1/Z) sum_t sg[A_t] log pi_theta(y_t | x) + anchor KL(pi_theta || pi_T)(x)
 
-    Guided rollouts are `data.mix.guided` 0.5; they get no importance correction, deliberately. Z
-    counts all response tokens (the paper does not say); aggregation "mask-mean" counts the kept.
-    `evidence: soft` keeps every token and weighs it by `clip(exp(e_t), 1 -+ epsilon)`, which with
+    Guided rollouts are `data.mix.guided` 0.5; they deliberately get no importance correction. Z
+    counts all response tokens (not stated in the paper); aggregation "mask-mean" counts those kept.
+    `evidence: soft` keeps every token and weights it by `clip(exp(e_t), 1 -+ epsilon)`, which with
     anchor 0 is RLSD without a verifier; `evidence: none` with anchor 0 is OPSD-K1.
 
     Args:
-        student: The model that learns.
-        teacher: The same model before training, frozen; asked with and without the text.
-        view: The privileged prompt; `data.mix.guided_view` must be the same.
-        evidence: What the evidence does: "mask", "soft" or "none".
+        student: The model to train.
+        teacher: The same model before training, frozen; scores with and without the text.
+        view: Privileged prompt view; `data.mix.guided_view` must be the same.
+        evidence: Use of the evidence: "mask", "soft" or "none".
         region: Tokens that a mask keeps.
         threshold: See above; strict.
-        epsilon: Of the soft weight; not published for these runs, RLSD's 0.2 here.
+        epsilon: Half-width of the soft weight; not published for these runs, 0.2 as in RLSD.
         anchor: Weight of the KL to the teacher without the text; 0 for none.
-        estimator: Of that KL, see `TrustRegion`. The paper does not name its own; k3 is the default
-            of the framework it builds on. k2 pulls with the full log-ratio, which on guided tokens
-            is large, and undoes more of what is learnt.
-        clip: Bound of |A_t|: guided responses hold tokens that the bare student hardly knows. None
-            is the paper.
-        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+        estimator: Estimator of that KL, see `TrustRegion`. Not named in the paper; k3 is the
+            default of the framework it builds on. The gradient of k2 has the full log-ratio, which
+            is large on guided tokens, and reverts more of the learning.
+        clip: Bound of |A_t|: guided responses contain tokens of very low probability under the
+            student's prompt. None, as in the paper, for no bound.
+        shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""G-OPD and ExOPD: the teacher's implicit reward on a scale."""
+"""G-OPD and ExOPD: on-policy distillation with a scaled implicit reward."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ class GOPD(ComposedMethod):
         A_t = d_t + (scale - 1) (log pi_T(y_t) - log pi_ref(y_t))
 
     The optimum per prefix is proportional to `pi_T^scale pi_ref^(1 - scale)`: 0 is the reference,
-    1 is OPD, above 1 (ExOPD) extrapolates past the teacher. Large scales degrade: the authors'
-    1.25 is the default, and 1.5 was already harmful from a much stronger teacher.
+    1 is OPD, above 1 (ExOPD) extrapolates beyond the teacher. Large scales degrade: the default is
+    the authors' 1.25, and 1.5 was already harmful with a much stronger teacher.
 
     Args:
-        student: The model that learns.
-        teacher: The model it learns from; a `ByDomainTeacher` merges several.
-        reference: Frozen: the student's own start (`FrozenTeacher` of its folder, or
-            `AdapterOffTeacher` with LoRA), or the model that the teacher was trained from, which
-            makes the reward what that training taught it. Not read at scale 1.
+        student: The model to train.
+        teacher: The model to distil; a `ByDomainTeacher` combines several.
+        reference: Frozen model: the student's initial weights (`FrozenTeacher` of its folder, or
+            `AdapterOffTeacher` with LoRA), or the model that the teacher was trained from, so that
+            the reward is the effect of that training. Not read at scale 1.
         scale: A number, or a schedule of the optimiser step.
-        importance_cap: Of the token weights between trainer and engine (the official code's 5).
-        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+        importance_cap: Cap of the importance weights between trainer and engine; 5 as in the
+            official code.
+        shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class GOPD(ComposedMethod):
 def teacher_and_reference(
     teacher: Teacher, reference: Teacher | None, scale: float | Schedule
 ) -> dict[str, Ask]:
-    """Whom G-OPD and its kin ask: at scale 1 the reference does not matter and is not asked."""
+    """Return the asks of G-OPD and SG-OPD, without the reference, which is unused, at scale 1."""
     asks = {"teacher": Ask(teacher, "student")}
     if scale != 1:
         if reference is None:

@@ -1,4 +1,4 @@
-"""GKD: generalised knowledge distillation on a mix of own and given responses."""
+"""GKD: generalised knowledge distillation on sampled and recorded responses."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class GKD(DivergenceMethod):
 
         L = (1/Z) sum_t beta KL(T || M) + (1 - beta) KL(S || M),   M = (1 - beta) S + beta T
 
-    beta 0 is the forward KL and beta 1 the reverse KL. The authors' data mix, lambda 0.5 by a coin
-    per batch, is `data.mix: {recorded: 0.5, whole_steps: true}`; their temperature is 0.9.
+    beta 0 is the forward KL and beta 1 the reverse KL. The authors' data mix, lambda 0.5 drawn per
+    batch, is `data.mix: {recorded: 0.5, whole_steps: true}`; their temperature is 0.9.
 
     Args:
-        student: The model that learns.
+        student: The model to train.
         teacher: A teacher in this process, with the student's vocabulary size.
         beta: See above.
-        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+        shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""GRPO: the reward-only baseline."""
+"""GRPO, the reward-only baseline."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class GRPO(ComposedMethod):
         A = (R - mean) / (std + eps) within the prompt's group, the same for all of its tokens
 
     Averaged over tokens as in verl; the paper averages each sequence first (`aggregation:
-    seq-mean-token-mean`). A group of equal rewards gives nothing. Add `terms: [TrustRegion]` for
-    the KL to a reference.
+    seq-mean-token-mean`). A group of equal rewards has zero advantages. Add `terms: [TrustRegion]`
+    for the KL to a reference.
 
     Args:
-        student: The model that learns.
-        normalise_std: Divide by the group's standard deviation; False is Dr. GRPO's choice.
-        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+        student: The model to train.
+        normalise_std: Divide by the group's standard deviation; False as in Dr. GRPO.
+        shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """
 
     needs_groups = True

@@ -1,4 +1,4 @@
-"""Lightning-OPD: on-policy distillation on responses that were written and scored in advance."""
+"""Lightning-OPD: distillation on responses that were generated and scored in advance."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from opd_lightning.teachers.base import Teacher
 
 
 class LightningOPD(OPD):
-    """OPD without a sampler or a teacher at hand (2604.13010).
+    """OPD without a sampler or a teacher during training (2604.13010).
 
         A_t = log pi_T(y_t) - log pi_theta(y_t),    y written by the student's start
         L   = -mean over responses of (1/|y|) sum_t sg[A_t] log pi_theta(y_t)
 
-    The teacher's half is read from a `CachedTeacher`, the student's is of the weights as they are,
-    and no importance weight corrects for the stale sampler. The authors ask for the teacher that
-    wrote what the student was fine-tuned on. Version 2.0's style bias (2607.28449) is not here.
+    log pi_T is read from a `CachedTeacher`, log pi_theta is that of the current weights, and no
+    importance weight corrects for the stale sampler. The authors require the teacher that generated
+    the student's fine-tuning data. Version 2.0's style bias (2607.28449) is not implemented.
 
-    The responses are those of the prompt file, `data.mix.recorded: 1`: `opd write-responses` writes
-    them and `opd cache-teacher` has them scored. Both sides are taken at temperature 1.
+    The responses are those of the prompt file, `data.mix.recorded: 1`: `opd write-responses`
+    generates them and `opd cache-teacher` scores them. Both models have temperature 1.
 
     Args:
-        student: The model that learns.
-        teacher: Usually a `CachedTeacher`; another one is asked in every step.
-        discount: Of `OPD`.
-        aggregation: Of `DistillationModule`; each response counts alike.
-        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+        student: The model to train.
+        teacher: Usually a `CachedTeacher`; any other one scores in every step.
+        discount: See `OPD`.
+        aggregation: See `DistillationModule`; each response has the same weight.
+        shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """
 
     needs_demonstrations = True

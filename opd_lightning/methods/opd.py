@@ -27,10 +27,10 @@ class OPD(ComposedMethod):
     reward: strictly on-policy, one optimiser step per batch of rollouts.
 
     Args:
-        student: The model that learns.
-        teacher: The model it learns from; needs only log-probs of the sampled tokens.
+        student: The model to train.
+        teacher: The model to distil; needs only log-probs of the sampled tokens.
         discount: Weight of the signal on later tokens; the authors saw no gain above 0.
-        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+        shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """
 
     def __init__(
@@ -54,19 +54,19 @@ class OPD(ComposedMethod):
 
 
 class DivergenceOPD(DivergenceMethod):
-    """A divergence between whole distributions at every visited prefix, differentiated directly.
+    """Divergence between full distributions at every sampled prefix, differentiated directly.
 
         L = (1/Z) sum_t D(S_t, T_t)
 
-    With the reverse KL over the whole vocabulary it is the expected gradient of `OPD` without its
-    sampling noise; with `TopK` it reads the likeliest tokens alone. That the prefixes themselves
-    depend on the student is ignored, as everywhere in practice.
+    With the reverse KL over the whole vocabulary its gradient is the expected gradient of `OPD`,
+    without sampling noise; with `TopK` it reads only the top tokens. The dependence of the prefixes
+    on the student is ignored, as is usual.
 
     Args:
-        student: The model that learns.
-        teacher: With the student's vocabulary size; in this process unless D is a `TopK`.
-        divergence: Any of `opd_lightning.losses`' divergences.
-        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+        student: The model to train.
+        teacher: A teacher with the student's vocabulary size; in this process unless D is a `TopK`.
+        divergence: Any divergence of `opd_lightning.losses`.
+        shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""OPSD: the model teaches itself from a prompt that holds more than the student's."""
+"""OPSD: on-policy self-distillation from a prompt with privileged text."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class OPSD(DivergenceMethod):
 
         L = (1/Z) sum_t JSD_0.5(S_t(. | x), T_t(. | x, r))
 
-    The authors sample at temperature 1.1 (which both sides' logits are divided by), train LoRA of
-    rank 64 at 2e-4 with 32 responses a step, and keep the teacher at the initial weights. They also
-    sample with top-p 0.95 and top-k 20, which is refused here: it is not the policy that is scored.
+    The authors sample at temperature 1.1 (which divides both models' logits), train LoRA of rank 64
+    at 2e-4 with 32 responses per step, and keep the teacher at the initial weights. They also
+    sample with top-p 0.95 and top-k 20, which is refused here: it is not the scored policy.
 
     Args:
-        student: The model that learns, from the plain prompt.
+        student: The model to train, on the plain prompt.
         teacher: The same model: frozen start, `AdapterOffTeacher`, or `EMATeacher`.
-        view: The privileged prompt, such as one with the solution in it.
+        view: Privileged prompt view, such as one that contains the solution.
         divergence: The authors' other option is `TopK(k=50)` on the teacher's support,
             renormalised.
-        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+        shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """
 
     def __init__(
@@ -42,15 +42,15 @@ class OPSD(DivergenceMethod):
 
 
 class OPSDK1(ComposedMethod):
-    """OPSD as EDGE-OPD (2605.23493) and Many Faces (2605.11182) mean it: sampled tokens.
+    """OPSD on sampled tokens, as in EDGE-OPD (2605.23493) and Many Faces (2605.11182).
 
         A_t = log pi_T(y_t | x, r) - log pi_theta(y_t | x),   a policy gradient
 
     Args:
-        student: The model that learns, from the plain prompt.
+        student: The model to train, on the plain prompt.
         teacher: The same model, frozen.
-        view: The privileged prompt.
-        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+        view: Privileged prompt view.
+        shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""RLSD: rewards decide the direction, a privileged teacher how hard each token is pushed."""
+"""RLSD: advantages with their sign from rewards and their size from a privileged teacher."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class RLSD(ComposedMethod):
         A_t = A [(1 - mix) + mix clip(exp(sign(A) e_t), 1 - epsilon, 1 + epsilon)]
 
     Args:
-        student: The model that learns.
+        student: The model to train.
         teacher: The same model, frozen, with the privileged text.
-        view: The privileged prompt.
-        baseline: Whom e_t = log pi_T(y_t | x, r) - log pi(y_t | x) is measured against: the
-            "teacher" without the text (EDGE-OPD's account of RLSD) or the "student" (others').
+        view: Privileged prompt view.
+        baseline: The model pi in e_t = log pi_T(y_t | x, r) - log pi(y_t | x): the "teacher"
+            without the text (RLSD according to EDGE-OPD) or the "student" (according to others).
             Equal at the first step of a frozen-start teacher.
         epsilon: Half-width of the multiplier.
         mix: Share of the multiplier; some runs decay it by a schedule.
-        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+        shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """
 
     needs_groups = True

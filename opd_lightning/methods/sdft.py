@@ -1,4 +1,4 @@
-"""SDFT: a model with a demonstration in its prompt teaches itself without."""
+"""SDFT: self-distillation from a prompt with a demonstration."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class SDFT(DivergenceMethod):
         L = mean over sequences of the mean over t > skip of JSD_alpha(S_t(. | x), T_t(. | x, demo))
 
     Args:
-        student: The model that learns, from the plain prompt.
+        student: The model to train, on the plain prompt.
         teacher: `EMATeacher` at rate 0.01 in the authors' code.
-        view: The prompt with the demonstration.
+        view: Prompt view with the demonstration.
         divergence: `JSD(beta=alpha)`. The code's default alpha is 0, the forward KL; the paper
-            speaks of the reverse KL, alpha 1.
-        skip: First response tokens that are not trained on; the code's 3.
+            describes the reverse KL, alpha 1.
+        skip: Number of first response tokens without a loss; 3 as in the code.
         aggregation: As in the code.
-        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+        shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """
 
     def __init__(

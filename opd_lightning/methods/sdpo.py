@@ -1,4 +1,4 @@
-"""SDPO: the model teaches itself with a peer's success or the verifier's feedback in view."""
+"""SDPO: self-distillation from a prompt with a successful peer or the verifier's feedback."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class SDPO(DivergenceMethod):
 
         L = (1/Z) sum_t JSD_alpha(S_t(. | x), T_t(. | x, peer, feedback)) on top-k and a tail
 
-    The teacher's prompt holds the first other response to the prompt with reward >= 0.5 and the
-    verifier's feedback, if any. Rollouts for which there is neither teach nothing.
+    The teacher's prompt contains the first other response to the prompt with reward >= 0.5 and the
+    verifier's feedback, if any. Rollouts with neither have no loss.
 
     Args:
-        student: The model that learns, from the plain prompt.
+        student: The model to train, on the plain prompt.
         teacher: `EMATeacher`: rate 0.05, or 0.01 with rich feedback. Never the live model.
         view: A prompt view whose template reads `peer` or `feedback`.
         divergence: The student's top 100 with a tail bucket, alpha 0.5 (generalisation runs; rich
             feedback used the top 20 and alpha 1).
-        importance_cap: Of the token weights between trainer and engine.
-        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+        importance_cap: Cap of the importance weights between trainer and engine.
+        shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """
 
     needs_groups = True

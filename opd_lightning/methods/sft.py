@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, and sequence-level distillation: imitate given responses."""
+"""Supervised fine-tuning and sequence-level distillation on given responses."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from opd_lightning.types import RolloutBatch
 class SFT(DistillationModule):
     """Cross-entropy on responses: `L = -(1/Z) sum_t log pi_theta(y_t)`.
 
-    `data.mix.recorded: 1` imitates the responses of the prompt file (SFT); `data.mix.teacher: 1`
-    those that the teacher's engine writes (SeqKD, 1606.07947), verified with `only_correct`.
+    `data.mix.recorded: 1` trains on the responses of the prompt file (SFT); `data.mix.teacher: 1`
+    on those of the teacher's engine (SeqKD, 1606.07947), verified with `only_correct`.
     """
 
     needs_demonstrations = True
-    corrects_staleness = True  # demonstrations do not age
+    corrects_staleness = True  # demonstrations do not become stale
 
     def loss(self, batch: RolloutBatch) -> Tensor:
         with self.timer.stage("student"):

@@ -1,4 +1,4 @@
-"""SG-OPD: extrapolate where verifier and teacher agree, and imitate the teacher early on."""
+"""SG-OPD: extrapolation where verifier and teacher agree, with early imitation of the teacher."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ class SGOPD(ComposedMethod):
         A_t = beta d_t                                     elsewhere ("interp")
         L   = L_gate + alpha(step) * cross-entropy on the teacher's verified responses
 
-    The paper prints a2 with the opposite sign, against its own figures; d_t is what they show.
-    Token losses are averaged over the step's tokens, as in G-OPD's code that it builds on; the
-    equation's (1/|y|) is `aggregation: seq-mean-token-mean`.
+    The paper prints a2 with the opposite sign, which contradicts its figures; they show d_t. Token
+    losses are averaged over the step's tokens, as in G-OPD's code that it builds on; the equation's
+    (1/|y|) is `aggregation: seq-mean-token-mean`.
 
     Phased teacher sampling is `data.mix.teacher` 0.125 with `only_correct`, and
-    `callbacks.PhasedTeacherSampling`, which moves alpha and ends it. The published best setting is
-    scale 1.8, beta 1; alpha and the stability weight's tau were not published.
+    `callbacks.PhasedTeacherSampling`, which changes alpha and ends it. The published best setting
+    is scale 1.8, beta 1; alpha and the stability weight's tau were not published.
 
     Args:
-        student: The model that learns.
-        teacher: The model it learns from.
-        reference: The student's start, frozen; not read at scale 1.
+        student: The model to train.
+        teacher: The model to distil.
+        reference: The student's initial weights, frozen; not read at scale 1.
         scale: Extrapolation on consensus tokens.
-        fallback: What conflict tokens get: `beta d_t` ("interp"), "preserve" (d_t) or "grpo" (the
-            outcome advantage).
-        beta: See `fallback`; 0 masks conflicts, 1 leaves them to OPD.
+        fallback: Advantage of tokens without consensus: `beta d_t` ("interp"), "preserve" (d_t) or
+            "grpo" (the outcome advantage).
+        beta: See `fallback`; 0 masks conflicts, 1 is OPD on them.
         stability: tau of the weight `min(1, tau / |d_t|)`, unit mean over the step; None for
             none, our default.
-        imitation: alpha where no callback moves it. Ours: 0.2, the value that names an ablation.
-        importance_cap: Of the token weights between trainer and engine.
-        shared: The arguments of `ComposedMethod` and `DistillationModule`.
+        imitation: alpha, unless a callback changes it. Ours: 0.2, the value named in an ablation.
+        importance_cap: Cap of the importance weights between trainer and engine.
+        shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ def check_teachers(probe: Probe, rollouts: list[Rollout], *, compare: bool) -> l
         role, top_k = " and ".join(roles), max(asked[name] for name in roles)
         try:
             _ask(probe, ask, rollouts, top_k)  # the first answer of anybody takes longest
-            ask.teacher.rest()
+            ask.teacher.release()
             with probe.clock("teachers"):
                 answers = _ask(probe, ask, rollouts, top_k)
         except (ValueError, RuntimeError) as error:
@@ -65,7 +65,7 @@ def _signal(probe: Probe, answers: _Answers) -> Tensor:
 def _ask(probe: Probe, ask: Ask, rollouts: list[Rollout], top_k: int) -> _Answers:
     batches = probe.batches(rollouts)
     for batch in batches:
-        ask.teacher.expect(batch, ask.view, top_k=top_k)
+        ask.teacher.prefetch(batch, ask.view, top_k=top_k)
     return [(batch, ask.teacher.score(batch, ask.view, top_k=top_k)) for batch in batches]
 
 

@@ -1,4 +1,4 @@
-"""Who writes the responses: `class_path: opd_lightning.rollouts.HFEngine`, `.VLLMEngine` ..."""
+"""Rollout engines: `class_path: opd_lightning.rollouts.HFEngine`, `.VLLMEngine` ..."""
 
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.hf import HFEngine

@@ -1,4 +1,4 @@
-"""The engine contract: token ids in, token ids and the sampler's log-probs out."""
+"""Engine contract: token ids in, token ids and the sampler's log-probs out."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from opd_lightning.types import Completion
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How responses are drawn.
+    """Sampling parameters.
 
     Args:
-        temperature: Logits are divided by it, in the sampler and in every loss. 0 is greedy and
-            for evaluation only.
+        temperature: Divisor of the logits, in the sampler and in every loss. 0 is greedy and for
+            evaluation only.
         top_p: Nucleus mass; 1.0 samples the full distribution, anything less biases the loss.
-        top_k: Candidates kept; 0 keeps all.
-        max_new_tokens: Budget of response tokens, EOS included.
+        top_k: Number of candidates; 0 keeps all.
+        max_new_tokens: Maximum number of response tokens, EOS included.
     """
 
     temperature: float = 1.0
@@ -44,7 +44,7 @@ class Sampling:
             raise UserError(f"sampling.max_new_tokens: got {self.max_new_tokens}, expected >= 1")
 
     def check_whole(self) -> None:
-        """Refuse what would not sample the policy that a loss is computed for."""
+        """Raise UserError unless samples come from the policy that a loss is computed for."""
         if self.temperature == 0 or self.top_p < 1 or self.top_k > 0:
             raise UserError(
                 f"data.sampling: got {self}, but training needs samples of the policy's whole "
@@ -54,27 +54,27 @@ class Sampling:
 
 
 class Request(NamedTuple):
-    """One response to write. The seed alone decides its randomness, whatever else is in flight."""
+    """One response to generate. Its randomness depends on the seed only, not on other requests."""
 
     prompt_ids: list[int]  # [P] generation prompt included
     seed: int
 
 
 class Engine(ABC):
-    """Writes responses with weights that are pushed to it.
+    """Rollout engine: generates responses with weights that are pushed to it.
 
-    The log-probs it returns are those of the distribution it sampled from: after temperature,
-    top-k and top-p. `version` is the version of the last weights loaded, -1 for those it
-    started with and after `sleep`. With `sleep_while_training` it is put to sleep as soon as a
-    step's rollouts are written.
+    The returned log-probs are those of the sampled distribution: after temperature, top-k and
+    top-p. `version` is the version of the last weights loaded, -1 for the initial weights and
+    after `sleep`. With `sleep_while_training`, `sleep` is called as soon as a step's rollouts are
+    complete.
     """
 
     version: int = -1
-    weights_dtype: torch.dtype = torch.float32  # it keeps its weights in; known once it is started
+    weights_dtype: torch.dtype = torch.float32  # dtype of its copy; known after `start`
     sleep_while_training: bool = False
 
     def check(self, source: ModelSource, *, max_length: int) -> None:  # noqa: B027
-        """Say what `start` would refuse, as far as it is known before any weights load."""
+        """Raise what `start` would raise, as far as it is known before any weights load."""
 
     @abstractmethod
     def start(self, source: ModelSource, *, max_length: int) -> None:
@@ -82,24 +82,24 @@ class Engine(ABC):
 
     @abstractmethod
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace all weights by (Hugging Face name, full tensor) pairs; tied ones come once."""
+        """Replace all weights by (Hugging Face name, full tensor) pairs, tied ones once."""
 
     def weight_sums(self) -> list[EngineSum]:
-        """Sums of the parameters it samples with, as far as they can be had."""
+        """Return sums of the engine's parameters; empty if they cannot be read."""
         return []
 
     @abstractmethod
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """One completion per request, in the order of the requests."""
+        """Return one completion per request, in the order of the requests."""
 
     @abstractmethod
     def sleep(self) -> None:
-        """Give memory back until `wake`, if the engine can, and forget `version`: push again."""
+        """Release memory until `wake`, if supported, and reset `version`: push again after it."""
 
     @abstractmethod
     def wake(self) -> None:
-        """Undo `sleep`."""
+        """Allocate the memory released by `sleep`."""
 
     @abstractmethod
     def close(self) -> None:
-        """Free everything and forget the weights; `start` begins anew."""
+        """Free all resources, weights included; `start` may be called again."""

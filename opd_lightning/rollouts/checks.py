@@ -1,4 +1,4 @@
-"""What both in-process engines insist on before they believe their caller."""
+"""Checks of weights and requests, shared by the engines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opd_lightning.rollouts.base import Request, Sampling
 
 
 def parameter_shapes(source: ModelSource) -> dict[str, torch.Size]:
-    """Names and shapes of the Hugging Face model's parameters, tied ones once; no memory."""
+    """Return the shapes of the model's parameters by name, tied ones once; allocates no memory."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -26,7 +26,7 @@ def parameter_shapes(source: ModelSource) -> dict[str, torch.Size]:
 def checked_weights(
     weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, torch.Size]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Pass `weights` through and insist on every name of `shapes`, once, in its shape."""
+    """Yield `weights`; raise UserError unless each name of `shapes` comes once, in its shape."""
     missing = set(shapes)
     for name, tensor in weights:
         if name not in missing:
@@ -48,7 +48,7 @@ def checked_weights(
 
 
 def check_lengths(requests: Sequence[Request], sampling: Sampling, max_length: int) -> None:
-    """Refuse a request that could outgrow the `max_length` that the engine was started for."""
+    """Raise UserError if a request could exceed the engine's `max_length` tokens."""
     longest = max((len(request.prompt_ids) for request in requests), default=0)
     if longest + sampling.max_new_tokens > max_length:
         raise UserError(

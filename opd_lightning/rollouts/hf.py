@@ -1,6 +1,6 @@
-"""The Hugging Face engine: `transformers` generate with exact per-request seeds.
+"""Hugging Face engine: `transformers` generate with exact per-request seeds.
 
-The reference engine: it runs wherever PyTorch does, and tests hold the faster ones to it.
+It is the reference engine: it runs wherever PyTorch does, and tests compare the faster ones to it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from opd_lightning.types import Completion, StopReason
 
 
 class HFEngine(Engine):
-    """Samples with `transformers` generate from its own copy of the model.
+    """Engine that samples with `transformers` generate from a separate copy of the model.
 
     Args:
         dtype: Precision of the copy. float32 agrees with a float32 trainer to rounding.
-        device: Where the copy lives, such as "cpu" or "cuda:1". None takes the current CUDA
-            device if there is one, else the CPU.
-        max_batch_size: Most requests decoded at once; longer lists are split.
+        device: Device of the copy, such as "cpu" or "cuda:1". None takes the current CUDA device
+            if there is one, else the CPU.
+        max_batch_size: Maximum number of requests decoded at once; longer lists are split.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class HFEngine(Engine):
         self._pad_id = source.pad_id
         self._max_length = max_length
         model = load_causal_lm(source, dtype=self.dtype)
-        # generate() fills whatever our own configuration leaves open from this one, so the
-        # folder's repetition penalty or top-k would change the distribution in silence.
+        # generate() takes every value that our configuration leaves unset from this one, so the
+        # folder's repetition penalty or top-k would silently change the distribution.
         model.generation_config = GenerationConfig()
         self._device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = model.to(self._device).eval().requires_grad_(False)
@@ -65,7 +65,7 @@ class HFEngine(Engine):
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace all weights. `weights` yields (Hugging Face name, full tensor), tied ones once.
 
-        A name or shape that does not fit is a `UserError`; the copy is then half-written.
+        A name or shape that does not fit raises `UserError` and leaves the copy partly updated.
         """
         parameters = dict(self._model.named_parameters())
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
@@ -78,9 +78,9 @@ class HFEngine(Engine):
         return engine_sums(self._model.named_parameters(), fused={})
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """One completion per request, in the order of the requests."""
+        """Return one completion per request, in the order of the requests."""
         check_lengths(requests, sampling, self._max_length)
-        # Neighbours of similar length waste the least padding when the list is split.
+        # Sorted by length, which minimises padding when the list is split.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         completions: dict[int, Completion] = {}
         firsts = range(0, len(order), self.max_batch_size)
@@ -94,18 +94,18 @@ class HFEngine(Engine):
         return [completions[i] for i in range(len(requests))]
 
     def sleep(self) -> None:
-        """Move the copy to CPU memory until `wake`; on the CPU there is nothing to give back."""
+        """Move the copy to CPU memory until `wake`; on the CPU no memory is released."""
         self._model.to("cpu")
         self.version = -1
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
-        """Undo `sleep`."""
+        """Move the copy back to its device."""
         self._model.to(self._device)
 
     def close(self) -> None:
-        """Free the copy and forget its version; `start` begins anew."""
+        """Free the copy and reset its version; `start` may be called again."""
         self._model = None
         self.version = -1
 
@@ -127,7 +127,7 @@ class HFEngine(Engine):
             attention_mask=attention_mask.to(self._device),
             generation_config=GenerationConfig(
                 max_new_tokens=sampling.max_new_tokens,
-                do_sample=False,  # the draw is in the last logits processor
+                do_sample=False,  # the last logits processor samples
                 eos_token_id=list(self._eos_ids),
                 pad_token_id=self._pad_id,
             ),
@@ -135,12 +135,12 @@ class HFEngine(Engine):
         )
         bar.shorten(sampling.max_new_tokens - len(draw.logprobs))
         response_ids = output[:, width:].tolist()
-        # [B, T]; rows that ended earlier go on drawing beside the others and are cut here.
+        # [B, T]; finished rows continue to sample along with the others and are cut here.
         logprobs = torch.stack(draw.logprobs, dim=1).tolist()
         return [self._cut(ids, row) for ids, row in zip(response_ids, logprobs, strict=True)]
 
     def _cut(self, ids: list[int], logprobs: list[float]) -> Completion:
-        """The completion up to its first EOS, which it keeps."""
+        """Return the completion up to its first EOS, inclusive."""
         for index, token in enumerate(ids):
             if token in self._eos_ids:
                 return Completion(ids[: index + 1], logprobs[: index + 1], StopReason.EOS)
@@ -148,25 +148,27 @@ class HFEngine(Engine):
 
 
 class _Draw:
-    """A logits processor that samples one token a row and remembers its log-prob.
+    """Logits processor that samples one token per row and records its log-prob.
 
-    Gumbel-max: argmax(log p + G) is a sample of p when G is Gumbel noise. Each row's noise comes
-    from its own generator, so neither the batch nor the order in it matters, and generate()'s
-    greedy argmax over what is returned here picks the very token that was recorded.
+    Gumbel-max: argmax(log p + G) is a sample of p when G is Gumbel noise. Each row has a separate
+    generator, so samples do not depend on the batch or its order. generate()'s greedy argmax over
+    the returned scores picks the recorded token.
     """
 
-    def __init__(self, generators: list[torch.Generator] | None, tell: Callable[[], None]) -> None:
-        self._generators = generators  # one a row; None is greedy
-        self._tell = tell  # called at every step
+    def __init__(
+        self, generators: list[torch.Generator] | None, on_step: Callable[[], None]
+    ) -> None:
+        self._generators = generators  # one per row; None is greedy
+        self._on_step = on_step
         self._noise: Tensor | None = None  # [B, V], reused by every step
-        self.logprobs: list[Tensor] = []  # one [B] a step, float32 nats
+        self.logprobs: list[Tensor] = []  # one [B] per step, float32 nats
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()
         keys = scores if self._generators is None else scores - self._exponential_log(scores)
         chosen = keys.argmax(dim=-1, keepdim=True)
         self.logprobs.append(scores.gather(1, chosen).squeeze(1) - scores.logsumexp(dim=-1))
-        self._tell()
+        self._on_step()
         return keys
 
     def _exponential_log(self, scores: Tensor) -> Tensor:
@@ -183,14 +185,14 @@ class _Draw:
         return self._noise.log_().neg_().log_().float()
 
 
-def _make_draw(seeds: list[int] | None, device: torch.device, tell: Callable[[], None]) -> _Draw:
+def _make_draw(seeds: list[int] | None, device: torch.device, on_step: Callable[[], None]) -> _Draw:
     if seeds is None:
-        return _Draw(None, tell)
-    return _Draw([torch.Generator(device).manual_seed(seed) for seed in seeds], tell)
+        return _Draw(None, on_step)
+    return _Draw([torch.Generator(device).manual_seed(seed) for seed in seeds], on_step)
 
 
 def _make_warpers(sampling: Sampling) -> list[Any]:
-    """transformers' own warpers in its own order; none when greedy."""
+    """Return transformers' warpers in the order that it applies them; none when greedy."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     if sampling.temperature == 0:

@@ -1,4 +1,4 @@
-"""The contract of a push to servers."""
+"""Contract of weight pushes to servers."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from opd_lightning.serving.client import Servers
 
 
 class Push(ABC):
-    """A way for weights to reach servers. The first rank alone uses it."""
+    """Method of sending weights to servers. Used by rank 0 only."""
 
     def check_here(self) -> None:  # noqa: B027
-        """Refuse what this machine lacks; asks no server, for they may take minutes to come."""
+        """Raise UserError if this machine lacks a requirement; sends no requests to servers."""
 
     def check(self, servers: Servers) -> None:  # noqa: B027
-        """Refuse what would not work with these servers, before any weights load."""
+        """Raise UserError if pushes cannot work with these servers, before any weights load."""
 
     @abstractmethod
     def start(self, servers: Servers, shapes: Mapping[str, torch.Size]) -> None:
-        """Make ready to push tensors of these names and shapes, in this order."""
+        """Prepare to push tensors of these names and shapes, in this order."""
 
     @abstractmethod
     def send(self, label: str, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace the weights of all servers, which call them `label` from then on.
+        """Replace the weights of all servers and their label by `label`.
 
-        They do as soon as their old ones are touched: one that fails passes for neither. Raises
-        `PushLostError` if a server was lost on the way, after which a push may be tried again.
+        The label changes before the weights do, so a server that fails passes for neither version.
+        Raises `PushLostError` if a server was lost; the push may be retried.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Leave nothing behind; `start` begins anew."""
+        """Release all resources; `start` may be called again."""

@@ -1,4 +1,4 @@
-"""Weights on their way to servers: a folder that the trainer writes and every server reads."""
+"""Weight pushes through a folder that the trainer writes and every server reads."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from opd_lightning.errors import UserError
 from opd_lightning.rollouts.push import Push
 from opd_lightning.serving.client import Servers
 
-SHARD_BYTES = 2 * 1024**3  # the most that is held in memory beside the model
+SHARD_BYTES = 2 * 1024**3  # maximum held in memory in addition to the model
 
 
 class PushFolder(Push):
-    """Holds one version of the weights at most, in safetensors files under Hugging Face names.
+    """Push through a folder with one version of the weights: safetensors, Hugging Face names.
 
-    Whether the servers see the folder shows at the first push.
+    A folder that the servers cannot see is only detected at the first push.
 
     Args:
         folder: The same path for the trainer and every server; no other run may push through it.
-        dtype: Of the tensors written.
+        dtype: Dtype of the tensors written.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
@@ -33,25 +33,25 @@ class PushFolder(Push):
         self._dtype = dtype
 
     def start(self, servers: Servers, shapes: Mapping[str, torch.Size]) -> None:
-        """Nothing of an earlier run is left there."""
+        """Delete what an earlier run has left."""
         self._servers = servers
         self.clear()
 
     def send(self, label: str, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Write them once; every server loads them from there."""
+        """Write the weights once and make every server load them."""
         written = self.write(label, weights)
-        self._servers.everywhere("/update_weight_version", {"new_version": label})
+        self._servers.post_all("/update_weight_version", {"new_version": label})
         body = {"method": "load_pushed", "args": [str(written)]}
-        self._servers.everywhere("/collective_rpc", body)
+        self._servers.post_all("/collective_rpc", body)
 
     def close(self) -> None:
-        """Delete what was pushed."""
+        """Delete the pushed weights."""
         self.clear()
 
     def write(self, version: str, weights: Iterable[tuple[str, Tensor]]) -> Path:
-        """Write a version in place of the one before and return its folder.
+        """Write a version, replacing the previous one, and return its folder.
 
-        It appears under its name when it is complete.
+        The folder is renamed to its final name once it is complete.
         """
         try:
             return self._write(version, weights)
@@ -62,7 +62,7 @@ class PushFolder(Push):
             ) from error
 
     def clear(self) -> None:
-        """Delete what was pushed, also what a run that died has left."""
+        """Delete pushed weights, those of runs that died included."""
         for pattern in ("draft-*", "weights-*"):
             for old in self._folder.glob(pattern):
                 shutil.rmtree(old)

@@ -1,4 +1,4 @@
-"""Weights on their way to servers through vLLM's weight transfer: over NCCL, or gloo."""
+"""Weight pushes through vLLM's weight transfer over NCCL or gloo."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WORDS = 600  # letters of a failure that are told on
-WORDS_SECONDS = 5.0  # that a server's own account of a failure is waited for
-THREAD_SECONDS = 60.0  # that a sender may take to stop once its group is gone
+CAUSE_LENGTH = 600  # maximum characters of a failure's cause in a message
+CAUSE_SECONDS = 5.0  # wait for the server's report of a failure
+THREAD_SECONDS = 60.0  # wait for a sender to stop once its group is closed
 
 
 class PushTransfer(Push):
-    """The trainer and all workers of all servers are one group, in which rank 0 broadcasts.
+    """Push by broadcast in a group of the trainer (rank 0) and all workers of all servers.
 
-    The group is formed at the first push, and again when a server is a new process or has joined
-    somebody else's. Nothing about it is encrypted or asks for a key: for trusted networks.
+    The group is formed at the first push, and again if a server was restarted or has joined
+    another group. It has no encryption and no authentication: for trusted networks only.
 
     Args:
-        transport: What carries the tensors.
-        dtype: Of the tensors sent.
-        host: Address of this machine that servers find the group at; None takes the one from
-            which this machine reaches them.
+        transport: Library that carries the tensors.
+        dtype: Dtype of the tensors sent.
+        host: Address of this machine at which servers join the group; None takes the local address
+            of the route to them.
         timeout: Seconds that a push may take; after that its members stop waiting.
     """
 
@@ -55,7 +55,7 @@ class PushTransfer(Push):
         self._sender: Any = None
 
     def check_here(self) -> None:
-        """vLLM is here; over NCCL, a GPU."""
+        """Raise UserError if vLLM is missing or, over NCCL, a GPU."""
         if self._transport == "nccl" and gpu_in_use() is None:
             raise UserError(
                 "engine.push: got nccl, but this machine has no GPU; use push: gloo, or folder"
@@ -66,13 +66,13 @@ class PushTransfer(Push):
             )
 
     def check(self, servers: Servers) -> None:
-        """They have this machine's vLLM; over NCCL, each has GPUs, and none that is the trainer's.
+        """Raise UserError if versions of vLLM differ or, over NCCL, a server lacks its own GPU.
 
-        NCCL refuses a group in which two members have one GPU.
+        NCCL refuses a group in which two members share a GPU.
         """
         from vllm import __version__ as own
 
-        theirs = {answer["version"] for answer in servers.read("/version")}
+        theirs = {answer["version"] for answer in servers.get_all("/version")}
         if theirs != {own}:
             raise UserError(
                 f"engine.push: got vLLM {own} here and {' and '.join(sorted(theirs))} at the "
@@ -92,7 +92,7 @@ class PushTransfer(Push):
                     )
 
     def start(self, servers: Servers, shapes: Mapping[str, torch.Size]) -> None:
-        """The group is formed when there is something to send."""
+        """Prepare the source of the tensors; the group is formed at the first push."""
         from opd_lightning.rollouts.transfer_sender import Source
 
         on_gpu = self._transport == "nccl"
@@ -103,20 +103,20 @@ class PushTransfer(Push):
         self._source: Source = Source(shapes, self._dtype, device)
 
     def send(self, label: str, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Over the group, in chunks; see `transfer_sender`."""
-        self._gather()
-        self._servers.everywhere("/update_weight_version", {"new_version": label})
+        """Broadcast the weights in chunks; see `transfer_sender`."""
+        self._ensure_group()
+        self._servers.post_all("/update_weight_version", {"new_version": label})
         self._source.weights = weights
-        self._while_servers_do_their_part(self._sender.send_weights)
+        self._run_with_servers(self._sender.send_weights)
 
     def close(self) -> None:
-        """Hang up; servers notice when somebody pushes again."""
+        """Leave the group; servers notice at the next push."""
         if self._sender is not None:
             self._sender.shutdown()
             self._sender = None
 
-    def _gather(self) -> None:
-        """Have every worker of every server in the group. Waits for servers that are away."""
+    def _ensure_group(self) -> None:
+        """Form the group unless every worker of every server is in it. Waits for lost servers."""
         states = self._states(self._servers)
         if self._sender is not None and all(
             group == self._group for workers in states for group, _ in workers
@@ -125,17 +125,17 @@ class PushTransfer(Push):
         if self._sender is not None:
             log.warning("a server is a new one; forming the transfer group again")
         self.close()
-        self._servers.everywhere("/collective_rpc", LEAVE)
-        answers = self._servers.read("/get_world_size")
+        self._servers.post_all("/collective_rpc", LEAVE)
+        answers = self._servers.get_all("/get_world_size")
         sizes = [answer["world_size"] for answer in answers]
         self._group = secrets.token_hex(8)
-        told = {
+        more = {
             "transport": self._transport,
             "group": self._group,
-            "timeout": 0.9 * self._timeout,  # before requests do: the servers' words come first
+            "timeout": 0.9 * self._timeout,  # less than a request's, so that servers report errors
         }
-        self._client = TransferClient(self._servers, sizes, told)
-        self._sender = self._while_servers_do_their_part(lambda: self._open(sum(sizes)))
+        self._client = TransferClient(self._servers, sizes, more)
+        self._sender = self._run_with_servers(lambda: self._open(sum(sizes)))
 
     def _open(self, receivers: int) -> Any:
         from opd_lightning.rollouts.transfer_sender import open_sender
@@ -149,14 +149,15 @@ class PushTransfer(Push):
             source=self._source,
         )
 
-    def _while_servers_do_their_part(self, work: Callable[[], Any]) -> Any:
-        """`work` blocks until the servers have done theirs: for ever, with NCCL, if one fails.
+    def _run_with_servers(self, work: Callable[[], Any]) -> Any:
+        """Run `work`, which waits for the servers, in a thread and return its result.
 
-        So it is done in a thread that is given up once a request has failed.
+        With NCCL it blocks for ever if a server fails, so the thread is abandoned once a request
+        has failed.
         """
         done: Future[Any] = Future()
         arguments = (work, done, self._source.device)
-        thread = threading.Thread(target=_do, args=arguments, daemon=True)
+        thread = threading.Thread(target=_run_into, args=arguments, daemon=True)
         thread.start()
         wait([done, self._client.failed], return_when=FIRST_COMPLETED)
         if done.done() and done.exception() is None:
@@ -164,10 +165,10 @@ class PushTransfer(Push):
         if done.done() and isinstance(done.exception(), UserError):
             self.close()
             return done.result()  # raises it
-        wait([self._client.failed], timeout=WORDS_SECONDS)
+        wait([self._client.failed], timeout=CAUSE_SECONDS)
         cause = (self._client.failed if self._client.failed.done() else done).exception()
-        line = " ".join(str(cause).split())[:WORDS]
-        forming = self._sender is None  # then nothing else needs what the thread works on
+        line = " ".join(str(cause).split())[:CAUSE_LENGTH]
+        forming = self._sender is None  # then no other thread needs this thread's objects
         self.close()
         thread.join(0.0 if forming else THREAD_SECONDS)
         if thread.is_alive() and not forming:
@@ -184,24 +185,24 @@ class PushTransfer(Push):
         ) from cause
 
     def _address(self) -> str:
-        """Of this machine, for the servers."""
-        return self._host or _way_to(self._servers.urls)
+        """Return this machine's address for the servers."""
+        return self._host or _address_towards(self._servers.urls)
 
     def _states(self, servers: Servers) -> list[list[tuple[str | None, str | None]]]:
-        """Of every worker of every server: the group it is in, and its GPU."""
-        return [answer["results"] for answer in servers.everywhere("/collective_rpc", STATE)]
+        """Return the group and the GPU of every worker of every server."""
+        return [answer["results"] for answer in servers.post_all("/collective_rpc", STATE)]
 
 
-def _do(work: Callable[[], Any], done: Future[Any], device: torch.device) -> None:
+def _run_into(work: Callable[[], Any], done: Future[Any], device: torch.device) -> None:
     try:
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # every thread has its own
+            torch.cuda.set_device(device)  # the current device is per thread
         done.set_result(work())
     except BaseException as error:
         done.set_exception(error)
 
 
-def _way_to(urls: Iterable[str]) -> str:
-    """The address from which this machine reaches the servers; loopback only if it is all of it."""
+def _address_towards(urls: Iterable[str]) -> str:
+    """Return the local address of the routes to the servers; loopback only if all are local."""
     own = [own_address(urlsplit(url).hostname or "") for url in urls]
     return min(own, key=lambda address: address.startswith("127.") or address == "::1")

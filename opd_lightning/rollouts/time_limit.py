@@ -1,4 +1,4 @@
-"""An end to calls that never come back, wherever they are stuck."""
+"""Time limit for calls that may hang."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ STDERR = 2
 
 
 class TimeLimit:
-    """Ends the process when a call takes too long, since nothing can end the call alone.
+    """Time limit that ends the process, since a hanging call cannot be ended by itself.
 
-    At the limit a thread says so in one line and shows all stacks. Then it interrupts the main
-    thread, as Ctrl-C does: the run saves what it can and exits with code 1. If the process is
-    still there after a grace, as long as the limit and `LONGEST_GRACE` at most, it ends on the
-    spot, with code 1 too. A call that holds Python's global lock stops that thread as well; then
-    faulthandler's, which needs no lock, shows the stacks and ends the process after the grace.
+    At the limit, a thread prints one line and all stacks. Then it interrupts the main thread, as
+    Ctrl-C does: the run saves what it can and exits with code 1. If the process still runs after a
+    grace period, which equals the limit but at most `LONGEST_GRACE`, it exits at once, also with
+    code 1. A call that holds the GIL blocks that thread too; then the thread of faulthandler, which
+    does not need the GIL, prints the stacks and ends the process after the grace period.
 
-    One call at a time in a process, from any thread. `is_exceeded` says that one of them hangs.
+    One call at a time in a process, from any thread. `is_exceeded` is True once a call hangs.
 
     Args:
-        seconds: Of one call; None or 0 for no limit.
-        where: Says which process and step it is, once it is asked for.
-        setting: What to change where calls are merely slow.
+        seconds: Limit of one call; None or 0 for no limit.
+        where: Returns the process and step for the message.
+        setting: Setting to change if calls are merely slow, for the message.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class TimeLimit:
 
     @contextmanager
     def of(self, call: str) -> Iterator[None]:
-        """Within this, `call` is under way; the name is for the message."""
+        """Limit the block's duration; `call` names it in the message."""
         if not self.seconds:
             yield
             return
@@ -58,7 +58,7 @@ class TimeLimit:
             yield
         finally:
             returned.set()
-            if not self.is_exceeded:  # else it stays, should the process be stuck in its end
+            if not self.is_exceeded:  # else it stays armed, in case the process hangs at its exit
                 faulthandler.cancel_dump_traceback_later()
 
     def _watch(self, call: str, seconds: float, grace: float, returned: threading.Event) -> None:

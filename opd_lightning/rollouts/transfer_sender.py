@@ -1,4 +1,4 @@
-"""The trainer's end of a transfer group: vLLM's own over NCCL, and the same over gloo.
+"""Sender of a weight transfer: vLLM's own over NCCL, and an equivalent over gloo.
 
 Imports vLLM.
 """
@@ -29,16 +29,16 @@ from opd_lightning.serving.gloo_group import GlooGroup, free_port
 from opd_lightning.serving.transfer_client import TransferClient
 
 Transport = Literal["nccl", "gloo"]
-CHUNK_BYTES = 2**28  # sent at once, beyond the last tensor; two such are in memory with NCCL
+CHUNK_BYTES = 2**28  # a chunk ends with the tensor that exceeds it; NCCL buffers two chunks
 
 
 class Source:
-    """The student's weights as vLLM's senders read them: announced, then one at a time.
+    """The student's weights in the form that vLLM's senders read: metadata, then an iterator.
 
     Args:
-        shapes: Of all tensors by name, in the order in which they come.
-        dtype: Of what is sent.
-        device: Where it is sent from.
+        shapes: Shapes of all tensors by name, in the order of `weights`.
+        dtype: Dtype of the tensors sent.
+        device: Device to send from.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Source:
         self._shapes = shapes
         self._dtype = dtype
         self.device = device
-        self.weights: Iterable[tuple[str, Tensor]] = ()  # of this push
+        self.weights: Iterable[tuple[str, Tensor]] = ()  # those of the current push
 
     def metadata(self) -> list[ParamMeta]:
         return [ParamMeta(name, self._dtype, tuple(s)) for name, s in self._shapes.items()]
@@ -66,7 +66,7 @@ class Source:
 
 @dataclass
 class GlooTrainerInitInfo(NCCLTrainerInitInfo):
-    """As vLLM's own, and for how many seconds the group waits for a member."""
+    """vLLM's init arguments, extended by the seconds that the group waits for a member."""
 
     backend: ClassVar[str] = "gloo"
 
@@ -74,7 +74,7 @@ class GlooTrainerInitInfo(NCCLTrainerInitInfo):
 
 
 class GlooTrainerEngine(NCCLTrainerWeightTransferEngine):
-    """vLLM's NCCL sender, with a gloo group in place of NCCL's."""
+    """vLLM's NCCL sender with a gloo group instead."""
 
     init_info_cls = GlooTrainerInitInfo
 
@@ -82,7 +82,7 @@ class GlooTrainerEngine(NCCLTrainerWeightTransferEngine):
     def trainer_init(
         cls, init_info: GlooTrainerInitInfo, *, client: TransferClient, source: Any = None
     ) -> Self:
-        """Have the servers join, and wait for them."""
+        """Make the servers join, and wait for them."""
         size = init_info.packed_buffer_size_bytes
         engine = cls(client=client, source=source, packed_buffer_size_bytes=size)
         receivers = NCCLWeightTransferInitInfo(
@@ -121,18 +121,18 @@ def open_sender(
     client: TransferClient,
     source: Source,
 ) -> Any:
-    """Form a group with the servers; returns vLLM's sender.
+    """Form a group with the servers and return vLLM's sender.
 
     Args:
-        transport: What carries the tensors.
-        host: Address of this machine where the servers find the group.
-        receivers: Workers of all servers together.
+        transport: Library that carries the tensors.
+        host: Address of this machine at which the servers join the group.
+        receivers: Number of workers of all servers.
         timeout: Seconds that a gloo group waits for a member.
-        client: Tells the servers.
-        source: What is sent.
+        client: Sends the requests to the servers.
+        source: The tensors to send.
     """
     place = {
-        "rank": 0,  # nobody but the first rank sends
+        "rank": 0,  # only rank 0 sends
         "master_address": host,
         "master_port": free_port(host),
         "world_size": 1 + receivers,

@@ -1,4 +1,4 @@
-"""The vLLM engine, in the trainer's own process."""
+"""vLLM engine in the trainer's process."""
 
 from __future__ import annotations
 
@@ -31,22 +31,23 @@ from opd_lightning.types import Completion, StopReason
 
 
 class VLLMEngine(Engine):
-    """Samples with vLLM inside this process; every rank has an engine of its own.
+    """Engine that samples with vLLM inside this process; every rank has a separate one.
 
-    Without a CUDA device vLLM's CPU build is used, in the settings that behave there.
+    Without a CUDA device, vLLM's CPU build is used, with settings that work there.
 
     Args:
         dtype: Precision of vLLM's copy of the weights. float32 agrees with a float32 trainer to
             rounding; bfloat16 is the choice on GPUs. "auto" takes the model folder's, but halves
             float32 ones.
-        gpu_memory_utilization: Share of the GPU that vLLM may fill, weights and KV cache
-            together. CUDA only.
-        max_num_seqs: Most requests decoded at once; the others wait.
+        gpu_memory_utilization: Fraction of the GPU memory that vLLM may use for weights and KV
+            cache. CUDA only.
+        max_num_seqs: Maximum number of requests decoded at once; the others wait.
         enforce_eager: Skip CUDA graphs and compilation. None means on the CPU only.
-        tensor_parallel_size: GPUs that share one copy. More than 1 needs a run of one process.
+        tensor_parallel_size: Number of GPUs that share one copy. More than 1 needs a run of one
+            process.
         cpu_kv_cache_gib: Size of the KV cache in GiB. CPU only.
-        sleep_while_training: Give weights and KV cache back to the GPU once a step's rollouts are
-            written, and take both again before the next; for a GPU that holds the trainer too.
+        sleep_while_training: Free the GPU memory of weights and KV cache while the trainer runs;
+            for a GPU that both share.
         engine_args: Any further argument of `vllm.LLM`; these win over the ones set here.
     """
 
@@ -132,13 +133,13 @@ class VLLMEngine(Engine):
         self.version = version
 
     def weight_sums(self) -> list[EngineSum]:
-        """Nothing under tensor parallelism, where every worker has a part."""
+        """Return sums of vLLM's parameters; empty with tensor parallelism, which splits them."""
         if self.tensor_parallel_size > 1:
             return []
         return list(self._llm.apply_model(sums_in_vllm)[0])
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """One completion per request, in the order of the requests."""
+        """Return one completion per request, in the order of the requests."""
         from lightning.pytorch.utilities.seed import isolate_rng
         from vllm import SamplingParams, TokensPrompt
 
@@ -152,32 +153,32 @@ class VLLMEngine(Engine):
                 max_tokens=sampling.max_new_tokens,
                 seed=request.seed,
                 stop_token_ids=self._eos_ids,
-                ignore_eos=True,  # the line above is the whole list
-                logprobs=0,  # the sampled token's alone
+                ignore_eos=True,  # `stop_token_ids` is complete
+                logprobs=0,  # only the sampled token's
                 flat_logprobs=True,
                 detokenize=False,
             )
             for request in requests
         ]
-        # Its CPU sampler draws from the global generator beside the seeds.
+        # vLLM's CPU sampler also draws from the global generator.
         with isolate_rng(), run_errors():
             bar = vllm_bar("generate")
             outputs = self._llm.generate(prompts, parameters, use_tqdm=bar)
         return [_to_completion(output.outputs[0]) for output in outputs]
 
     def sleep(self) -> None:
-        """Free the weights and the KV cache until `wake`; on the CPU nothing can be freed."""
+        """Free the weights and the KV cache until `wake`; does nothing on the CPU."""
         self.version = -1
         if torch.cuda.is_available():
             self._llm.sleep(level=2)  # drops the weights
 
     def wake(self) -> None:
-        """Take the memory back; the weights are rubbish until they are pushed again."""
+        """Allocate the memory again; the weights are undefined until the next push."""
         if torch.cuda.is_available():
             self._llm.wake_up()
 
     def close(self) -> None:
-        """Free everything, vLLM's process groups too; `start` begins anew."""
+        """Free all resources, vLLM's process groups included; `start` may be called again."""
         from vllm.v1.engine import core
 
         clean_up = core.cleanup_dist_env_and_memory
@@ -204,6 +205,6 @@ class VLLMEngine(Engine):
 
 
 def _to_completion(output: Any) -> Completion:
-    """vLLM's ids end with the EOS when there is one, and its log-probs have one id a position."""
+    """Convert vLLM's output: its ids include the EOS, its log-probs have one id per position."""
     stop_reason = StopReason.EOS if output.finish_reason == "stop" else StopReason.LENGTH
     return Completion(list(output.token_ids), list(output.logprobs.logprobs), stop_reason)

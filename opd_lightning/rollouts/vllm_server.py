@@ -1,4 +1,4 @@
-"""vLLM servers as an engine: `opd serve` runs them, on this machine or others."""
+"""Engine of vLLM servers, which `opd serve` runs on this machine or others."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ from opd_lightning.types import Completion, StopReason
 
 log = logging.getLogger(__name__)
 
-FIRST_WEIGHTS = "default"  # what vLLM calls the weights that a server starts with
+FIRST_WEIGHTS = "default"  # vLLM's label of the weights that a server starts with
 NO_WEIGHTS = "asleep"
-PUSHES = 2  # the second when a server was lost during the first, and came back
+PUSHES = 2  # attempts; the second if a server was lost during the first and came back
 
 
 class VLLMServerEngine(Engine):
-    """Samples with vLLM servers that share the work; every rank asks the same ones.
+    """Engine that samples with vLLM servers; every rank sends requests to the same servers.
 
-    Each response says which weights wrote it, and others than those pushed last end the run.
+    Each response names the weights that generated it; any but the last pushed end the run.
 
     Args:
-        servers: Addresses, such as http://127.0.0.1:8000, or files written by `opd serve
+        servers: Addresses, such as http://127.0.0.1:8000, or address files written by `opd serve
             --address_file`, which are waited for. Pushes need servers of `--weights pushed` that
             no other run uses.
         key_file: File with the servers' key; None takes the environment variable OPD_SERVER_KEY.
-        push: How weights reach the servers: written to a folder once, from where every server
-            loads them; or sent by vLLM's weight transfer, over NCCL between GPUs, over gloo
-            (TCP) between any machines. The latter two are for trusted networks alone.
-        push_folder: For `push: folder`: the same path here and on every server's machine, and
-            this run's own. None for an engine that is never pushed to, such as a demonstrator's.
-        push_host: For nccl and gloo: address of this machine where servers find the sender. None
-            takes the one from which this machine reaches them.
-        dtype: Precision of what is pushed. Give the servers' own, for less would lose and more
-            would only be thrown away.
-        patience: Seconds that servers, or their address files, are waited for.
+        push: How weights are sent to the servers: through a folder from which every server loads
+            them; or by vLLM's weight transfer, over NCCL between GPUs or over gloo (TCP) between
+            any machines. The latter two are for trusted networks only.
+        push_folder: For `push: folder`: the same path here and on every server's machine, used by
+            no other run. None for an engine without pushes, such as a demonstrator's.
+        push_host: For nccl and gloo: address of this machine at which servers reach the sender.
+            None takes the local address of the route to them.
+        dtype: Precision of the pushed weights. Should be the servers': a lower one loses precision,
+            a higher one is wasted.
+        patience: Seconds to wait for servers or their address files.
         timeout: Seconds that one request may take; over nccl and gloo, a push.
     """
 
@@ -77,12 +77,12 @@ class VLLMServerEngine(Engine):
         self.weights_dtype = getattr(torch, dtype)
         self.version = -1
         self._label = FIRST_WEIGHTS
-        self._way = self._way_of_pushing(timeout)
+        self._push_method = self._make_push_method(timeout)
 
     def check(self, source: ModelSource, *, max_length: int) -> None:
-        """The servers have the model, take `max_length` tokens and, if need be, pushes."""
-        if (way := self._way) is not None:
-            run_on_first(way.check_here)
+        """Check that the servers have the model and support `max_length` tokens and pushes."""
+        if (method := self._push_method) is not None:
+            run_on_first(method.check_here)
         served = ServedModel(source.path, self.servers, role="engine.servers")
         if served.room < max_length:
             raise UserError(
@@ -90,36 +90,36 @@ class VLLMServerEngine(Engine):
                 f"{max_length}; start them with --max_length {max_length}"
             )
         self._model = served.name
-        versions = {answer["version"] for answer in self.servers.read("/version")}
+        versions = {answer["version"] for answer in self.servers.get_all("/version")}
         if len(versions) > 1:
             raise UserError(f"engine.servers: got vLLM {sorted(versions)}, expected one version")
-        if way is not None:
+        if method is not None:
             self._read_labels()
-            run_on_first(lambda: way.check(self.servers))
+            run_on_first(lambda: method.check(self.servers))
 
     def start(self, source: ModelSource, *, max_length: int) -> None:
-        """Find the servers, and check them again: they may have changed."""
+        """Connect to the servers and check them again: they may have changed."""
         self.check(source, max_length=max_length)
         self._eos_ids = list(source.eos_ids)
         self._max_length = max_length
-        if (way := self._way) is not None:
+        if (method := self._push_method) is not None:
             self._shapes = parameter_shapes(source)
-            run_on_first(lambda: way.start(self.servers, self._shapes))
+            run_on_first(lambda: method.start(self.servers, self._shapes))
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace all weights of all servers. Every rank must come; the first one pushes.
+        """Replace all weights of all servers. Every rank must call it; rank 0 pushes.
 
         `weights` is iterated again if a server was lost meanwhile and came back. A name or shape
-        that does not fit is a `UserError`; what servers then write is refused, unless it was a
-        folder that was not written.
+        that does not fit raises `UserError`; the servers' responses are then refused, unless the
+        push failed before a folder was complete.
         """
-        if (way := self._way) is None:
+        if (method := self._push_method) is None:
             raise UserError("engine.push_folder: got null, expected a folder to push weights by")
         for attempt in range(1, PUSHES + 1):
             stream = checked_weights(weights, self._shapes)
             try:
                 self._label = run_on_first(
-                    partial(self._push, way, version, stream), partial(drain, stream)
+                    partial(self._push, method, version, stream), partial(drain, stream)
                 )
                 break
             except PushLostError as error:
@@ -129,7 +129,7 @@ class VLLMServerEngine(Engine):
         self.version = version
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """One completion per request, in the order of the requests."""
+        """Return one completion per request, in the order of the requests."""
         check_lengths(requests, sampling, self._max_length)
         bodies = [
             {
@@ -142,8 +142,8 @@ class VLLMServerEngine(Engine):
                     "max_tokens": sampling.max_new_tokens,
                     "seed": request.seed,
                     "stop_token_ids": self._eos_ids,
-                    "ignore_eos": True,  # the line above is the whole list
-                    "logprobs": 0,  # the sampled token's alone
+                    "ignore_eos": True,  # `stop_token_ids` is complete
+                    "logprobs": 0,  # only the sampled token's
                     "detokenize": False,
                 },
             }
@@ -153,8 +153,8 @@ class VLLMServerEngine(Engine):
             return self._ask(bodies, bar)
 
     def weight_sums(self) -> list[EngineSum]:
-        """Of all servers, those apart whose GPUs share the weights."""
-        answers = self.servers.everywhere("/collective_rpc", {"method": "pushed_sums"})
+        """Return the sums of all servers' parameters, except servers with tensor parallelism."""
+        answers = self.servers.post_all("/collective_rpc", {"method": "pushed_sums"})
         return [
             EngineSum(tuple(names), dtype, WeightSum(*value))
             for answer in answers
@@ -168,18 +168,18 @@ class VLLMServerEngine(Engine):
         self.version = -1
 
     def wake(self) -> None:
-        """Take the memory back; the weights are rubbish until they are pushed again."""
-        run_on_first(lambda: self.servers.everywhere("/wake_up"))
+        """Allocate the memory again; the weights are undefined until the next push."""
+        run_on_first(lambda: self.servers.post_all("/wake_up"))
 
     def close(self) -> None:
-        """Hang up and delete what was pushed; the servers go on."""
+        """Close the connections and delete pushed weights; the servers continue to run."""
         self.servers.close()
-        if self._way is not None and is_first():  # no waiting: a rank may have died
-            self._way.close()
+        if self._push_method is not None and is_first():  # no waiting: a rank may have died
+            self._push_method.close()
         self._label = FIRST_WEIGHTS
         self.version = -1
 
-    def _way_of_pushing(self, timeout: float) -> Push | None:
+    def _make_push_method(self, timeout: float) -> Push | None:
         if self.push == "folder":
             if self.push_host is not None:
                 raise UserError("engine.push_host: got one with push: folder; leave it out")
@@ -189,15 +189,16 @@ class VLLMServerEngine(Engine):
             raise UserError(f"engine.push_folder: got one with push: {self.push}; leave it out")
         return PushTransfer(self.push, self.weights_dtype, host=self.push_host, timeout=timeout)
 
-    def _push(self, way: Push, version: int, weights: Iterable[tuple[str, Tensor]]) -> str:
-        """The label of what every server has now."""
-        # Another run, or this one before it was resumed, had the same step with other weights.
+    def _push(self, method: Push, version: int, weights: Iterable[tuple[str, Tensor]]) -> str:
+        """Push the weights and return their label."""
+        # Random: another run, or this one before it was resumed, may have had other weights at
+        # the same step.
         label = f"{version}-{secrets.token_hex(4)}"
         try:
-            way.send(label, weights)
+            method.send(label, weights)
         finally:
             drain(weights)
-        for answer in self.servers.everywhere("/reset_prefix_cache"):
+        for answer in self.servers.post_all("/reset_prefix_cache"):
             if not answer["success"]:
                 raise EngineMismatchError(
                     "a server kept its prefix cache from before the push, since others were asking "
@@ -209,26 +210,26 @@ class VLLMServerEngine(Engine):
 
     def _read_labels(self) -> list[str]:
         try:
-            return [answer["weight_version"] for answer in self.servers.read("/weight_info")]
+            return [answer["weight_version"] for answer in self.servers.get_all("/weight_info")]
         except UserError as error:
             raise UserError(f"{error}; does the server take pushes (--weights pushed)?") from error
 
     def _put_to_sleep(self) -> str:
-        self.servers.everywhere("/update_weight_version", {"new_version": NO_WEIGHTS})
-        self.servers.everywhere("/sleep?level=2")
-        return FIRST_WEIGHTS  # which no server has until it is pushed to
+        self.servers.post_all("/update_weight_version", {"new_version": NO_WEIGHTS})
+        self.servers.post_all("/sleep?level=2")
+        return FIRST_WEIGHTS  # no server has this label before the next push
 
     def _ask(self, bodies: list[dict[str, Any]], bar: Progress) -> list[Completion]:
         def read(answer: dict[str, Any]) -> dict[str, Any]:
             bar.update()
             return answer["choices"][0]
 
-        futures = self.servers.spread("/inference/v1/generate", bodies, [read] * len(bodies))
+        futures = self.servers.submit("/inference/v1/generate", bodies, [read] * len(bodies))
         try:
             return [self._to_completion(future.result()) for future in futures]
         finally:
             for future in futures:
-                future.cancel()  # the others, if one has failed
+                future.cancel()  # if one has failed, the others
 
     def _to_completion(self, choice: dict[str, Any]) -> Completion:
         for span in choice["weight_versions"]:

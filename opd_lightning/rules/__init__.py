@@ -1,4 +1,4 @@
-"""Rules turn a token signal into another; a method is a signal and some rules."""
+"""Rules, which transform a token signal; a method consists of a signal and rules."""
 
 from opd_lightning.rules.base import Compare, Rates, Rule, Scored, Signal
 from opd_lightning.rules.common import kept

@@ -1,4 +1,4 @@
-"""The rule contract: a signal in, a signal and what happened to it out.
+"""Rule contract: a signal in, a signal and rates for logging out.
 
 Axes: B rollouts of a micro-batch, R response tokens (padded).
 """
@@ -19,39 +19,39 @@ from opd_lightning.types import RolloutBatch, TokenScores
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signal:
-    """What moves the student, in response space and detached.
+    """Training signal of response tokens, detached.
 
-    A policy-gradient method's token loss is `-weight * advantage * rho`, a divergence method's is
-    `weight * divergence`; both only where the mask is True.
+    The token loss of a policy-gradient method is `-weight * advantage * rho`, that of a divergence
+    method is `weight * divergence`; both only where the mask is True.
     """
 
-    advantage: Tensor  # [B, R] float32 nats; positive pushes the sampled token up
+    advantage: Tensor  # [B, R] float32 nats; positive raises the sampled token's probability
     weight: Tensor  # [B, R] float32, factor on the token's loss
-    mask: Tensor  # [B, R] bool, tokens that take part: a part of the response mask
+    mask: Tensor  # [B, R] bool, tokens that take part: a subset of the response mask
 
 
 class Compare(NamedTuple):
-    """A wish: a function of whole next-token distributions at every response token.
+    """Request for a function of full next-token distributions at every response token.
 
     `function(student_logprobs [n, V], other_logprobs [n, V] or None) -> [n]`, full log-softmaxes.
     """
 
-    other: str | None  # whose distribution, by its name among the method's asks; None: nobody's
+    other: str | None  # name of the other model among the method's asks; None: student only
     function: Callable[..., Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """A micro-batch and everything the models said about it, detached.
+    """A micro-batch with the scores of all models, detached.
 
-    `others` holds the scores a method asked for, by name: "teacher" but for GRPO, and where the
-    method has them "reference" (G-OPD's), "plain" (the teacher without privileged text).
+    `others` holds the scores that a method asks for, by name: "teacher" for all but GRPO, and,
+    depending on the method, "reference" (G-OPD) and "plain" (the teacher without privileged text).
     """
 
     batch: RolloutBatch
     student: TokenScores
     others: Mapping[str, TokenScores]
-    values: Mapping[str, Tensor]  # [B, R] per named comparison of whole distributions, nats
+    values: Mapping[str, Tensor]  # [B, R] per named comparison of full distributions, nats
 
     @property
     def teacher(self) -> TokenScores:
@@ -64,11 +64,11 @@ class Scored:
 
     @property
     def log_ratio(self) -> Tensor:
-        """d_t = log pi_T(y_t) - log pi_theta(y_t), `[B, R]` nats: positive = teacher likes it."""
+        """d_t = log pi_T(y_t) - log pi_theta(y_t), `[B, R]` nats: positive if pi_T is larger."""
         return self.teacher.logprobs - self.student.logprobs
 
     def outcome_advantage(self, *, normalise: bool = True) -> Tensor:
-        """GRPO's advantage of the rollout within its prompt's group, `[B, R]`."""
+        """Return GRPO's advantage of the rollout within its prompt's group, `[B, R]`."""
         batch = self.batch
         advantage = group_advantage(
             batch.rewards, batch.group_mean, batch.group_std, normalise=normalise
@@ -80,46 +80,46 @@ Rates = dict[str, Tensor]  # [B, R] or [B, 1] values whose means over response t
 
 
 def add_rates(rates: Rates, more: Rates) -> None:
-    """Add a rule's rates; the second rule of a kind gets #2 behind the names of the first."""
+    """Add a rule's rates; those of the second rule of a kind get the suffix #2."""
     for name, value in more.items():
         times = sum(key.partition("#")[0] == name for key in rates)
         rates[f"{name}#{times + 1}" if times else name] = value
 
 
 class Rule(ABC):
-    """Maps a signal to a signal, and says how often it did what.
+    """Map from a signal to a signal, with rates for logging.
 
-    Rules run in the order in which they are listed. What a rule reads is declared, so that a
-    method that cannot give it is refused before any weight is loaded.
+    Rules run in the order in which they are listed. A rule declares its inputs, so that a method
+    without them is refused before any weights are loaded.
     """
 
     # No annotations here: jsonargparse resolves those of a base class in the subclass's module,
-    # and where that fails it accepts anything for the subclass's own fields.
+    # and if that fails it accepts any value for the subclass's fields.
     needs_groups = False  # reads rewards relative to the prompt's other samples
     needs_rewards = False  # reads rewards
-    sums_tokens = False  # adds up log-ratios of a response's tokens
+    sums_tokens = False  # sums log-ratios over a response's tokens
     shapes_advantage = False  # changes the advantage: for policy gradients only
-    corrects_sampler = False  # weighs by pi_theta / mu: for policy gradients of another policy
+    corrects_sampler = False  # weights by pi_theta / mu: for policy gradients only
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Names in `Scored.others` that it reads."""
+        """Names in `Scored.others` that the rule reads."""
         return ()
 
     @property
     def step_wide(self) -> bool:
-        """Whether it looks at the whole step before it acts: see `observe`."""
+        """Whether the rule needs statistics of the whole step: see `observe`."""
         return False
 
     def comparisons(self) -> Mapping[str, Compare]:
-        """What it reads from `Scored.values`, by name."""
+        """Return the comparisons that the rule reads from `Scored.values`, by name."""
         return {}
 
     def observe(self, signal: Signal, scored: Scored) -> Tensor | None:
-        """What a step-wide rule wants to know of every micro-batch, `[M, C]` float.
+        """Return what a step-wide rule needs from each micro-batch, `[M, C]` float.
 
-        The rows of all micro-batches and ranks are concatenated and handed to `apply`. Only asked
-        of rules whose `step_wide` is True, which cost the student one more forward pass.
+        The rows of all micro-batches and ranks are concatenated and passed to `apply`. Called only
+        if `step_wide` is True, which costs the student one more forward pass.
         """
         return None
 
@@ -127,4 +127,4 @@ class Rule(ABC):
     def apply(
         self, signal: Signal, scored: Scored, observed: Tensor | None = None
     ) -> tuple[Signal, Rates]:
-        """The new signal, and rates by name, logged as `rule/<name>`."""
+        """Return the new signal, and rates by name, logged as `rule/<name>`."""

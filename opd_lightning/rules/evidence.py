@@ -1,8 +1,8 @@
-"""Rules on evidence: what the privileged text changed in the teacher's view of a token.
+"""Rules on evidence: the change of the teacher's log-prob of a token by the privileged text.
 
     e_t = log pi_T(y_t | with the text) - log pi_T(y_t | without it)
 
-from one teacher that scores the same tokens twice, as "teacher" and as "plain".
+One teacher scores the same tokens twice, as "teacher" and as "plain".
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ LEVERAGE = 0.05  # |exp(e) - 1| from which a token counts as moved (EDGE-OPD's d
 
 
 def evidence_of(scored: Scored) -> Tensor:
-    """e_t, `[B, R]` nats: positive = the privileged text speaks for the token."""
+    """Return e_t, `[B, R]` nats: positive if the privileged text makes the token more probable."""
     return scored.teacher.logprobs - scored.others["plain"].logprobs
 
 
 def diagnostics(scored: Scored, active: Tensor) -> Rates:
-    """EDGE-OPD's figures: mean e and |e|, leverage of active tokens, agreement of e with d."""
+    """Return EDGE-OPD's metrics: mean e and |e|, leverage of active tokens, agreement with d."""
     evidence = evidence_of(scored)
     moved = active & (torch.expm1(evidence).abs() > LEVERAGE)
     return {
@@ -37,11 +37,11 @@ def diagnostics(scored: Scored, active: Tensor) -> Rates:
 
 @dataclass(frozen=True)
 class EvidenceMask(Rule):
-    """EDGE-OPD's mask (2605.23493): tokens that the privileged text speaks for.
+    """EDGE-OPD's mask (2605.23493): keeps tokens that the privileged text makes more probable.
 
-    The others get no loss at all, which is not the same as being pushed down. Without privileged
-    text e is 0 everywhere and, both inequalities being strict, nothing is left. The authors' sum
-    is per sequence and its normaliser is not stated.
+    The others get no loss, which differs from a loss that lowers their probability. Without
+    privileged text e is 0 everywhere and, both inequalities being strict, no token is kept. The
+    authors' sum is per sequence and its normaliser is not stated.
 
     Rates: kept, mean, abs_mean, leverage (|exp(e) - 1| > 0.05 among kept tokens), agreement
     (sign e = sign d).
@@ -49,8 +49,8 @@ class EvidenceMask(Rule):
     Args:
         region: "positive": e > threshold, the method; "negative": e < threshold and "near-zero":
             |e| <= width, the authors' controls.
-        threshold: In nats; the authors' 0.
-        width: In nats, of "near-zero"; the authors' 0.1. It overlaps the other two regions.
+        threshold: In nats; the authors use 0.
+        width: In nats, of "near-zero"; the authors use 0.1. It overlaps the other two regions.
     """
 
     region: Literal["positive", "negative", "near-zero"] = "positive"
@@ -82,7 +82,7 @@ class EvidenceMask(Rule):
 
 @dataclass(frozen=True)
 class EvidenceWeight(Rule):
-    """RLSD without a verifier (2605.23493, its soft baseline): every token, weighed by evidence.
+    """RLSD without a verifier (2605.23493, its soft baseline): every token, weighted by evidence.
 
         weight_t <- weight_t clip(exp(e_t), 1 - epsilon, 1 + epsilon)
 
@@ -112,20 +112,20 @@ class EvidenceWeight(Rule):
 
 @dataclass(frozen=True)
 class EvidenceMultiplier(Rule):
-    """RLSD (2604.03128): the verifier gives the direction, evidence the size.
+    """RLSD (2604.03128): the verifier determines the advantage's sign, evidence its size.
 
         A_t <- A_t [(1 - mix) + mix clip(exp(sign(A_t) e_t), 1 - epsilon, 1 + epsilon)]
 
-    of an advantage that came from rewards, such as GRPO's. No sign ever changes.
+    for an advantage computed from rewards, such as GRPO's. No sign ever changes.
 
     Rates: shift, the mean |factor - 1|.
 
     Args:
-        epsilon: In [0, 1]; the authors' 0.2. 0 leaves the advantage as it is.
-        mix: In [0, 1], or a schedule of it; the authors' 1, which some of their runs decay.
-        evidence: What e is measured against. "teacher": the teacher without the text, as EDGE-OPD
-            (2605.23493) reads the method, so that the arms compare; "student": the student
-            without it, the original. They are one while the teacher is the student's first self.
+        epsilon: In [0, 1]; the authors use 0.2. 0 does not change the advantage.
+        mix: In [0, 1], or a schedule of it; the authors use 1, which some of their runs decay.
+        evidence: Baseline of e. "teacher": the teacher without the text, as EDGE-OPD (2605.23493)
+            reads the method, for comparable runs; "student": the student without it, the original.
+            Both are equal while the student has the weights of the teacher.
     """
 
     epsilon: float = 0.2

@@ -1,4 +1,4 @@
-"""Gates: what the teacher says is believed, or not, by what the verifier said."""
+"""Gates: rules that use the verifier's reward to keep or drop the teacher's signal."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,24 +13,25 @@ from opd_lightning.rules.common import check, is_correct, is_wrong, kept, rate, 
 
 @dataclass(frozen=True)
 class SignGate(Rule):
-    """SG-OPD's sign-consistency gate (2606.09304, section 3): a verifier as a trust signal.
+    """SG-OPD's sign-consistency gate (2606.09304, section 3): the verifier as a trust signal.
 
         a1 = (R - mean) / std over the prompt's samples      a2 = d_t = log pi_T - log pi_theta
         a1 a2 > 0 (consensus):  A_t = d_t + (scale - 1) (log pi_T - log pi_ref)
-        otherwise:              A_t = beta d_t   or what `fallback` says
+        otherwise:              A_t = beta d_t   or as set by `fallback`
 
-    It replaces the advantage it is given. The paper prints a2 with the other sign; its text and
+    It replaces the incoming advantage. The paper prints a2 with the other sign; its text and
     figures (consensus = the teacher supports a token of a correct rollout) need this one. A group
     of equal rewards has a1 = 0, hence no consensus: plain OPD at beta 1. On a consensus token the
-    extrapolated advantage may still oppose d_t, where the reference likes the token more than the
-    teacher does; `flip` counts those.
+    extrapolated advantage may still oppose d_t, if the reference gives the token a higher
+    probability than the teacher; `flip` counts those.
 
     Rates: consensus, conflict (a1 a2 < 0), flip, degenerate (a1 = 0).
 
     Args:
-        scale: lambda_high, on consensus tokens; the authors' best, 1.8. At 1 no reference is read.
+        scale: lambda_high, on consensus tokens; the authors' best is 1.8. At 1 the reference is
+            not read.
         fallback: "interp": beta d_t (the authors' best); "preserve": d_t; "grpo": a1.
-        beta: In [0, 1], of "interp"; the authors' best, 1.0. 0 drops what is not consensus.
+        beta: In [0, 1], of "interp"; the authors' best is 1.0. 0 drops tokens without consensus.
     """
 
     scale: float = 1.8
@@ -75,14 +76,14 @@ class SignGate(Rule):
 
 @dataclass(frozen=True)
 class CorrectnessGate(Rule):
-    """OPDVR's gate (2608.24696): a correct rollout is only pushed up, a wrong one only down.
+    """OPDVR's gate (2608.24696): advantages of correct rollouts are >= 0, of wrong ones <= 0.
 
         A_t <- max(0, A_t) if the rollout is correct,  min(0, A_t) if it is wrong
 
-    Of a plain d_t the two halves add up to OPD. Unlike `GroupGate` it still trains on groups that
+    For plain d_t the two halves add up to OPD. Unlike `GroupGate` it also trains on groups that
     are all correct or all wrong. A rollout without a score keeps its advantage.
 
-    Rates: zeroed, tokens whose advantage it took away.
+    Rates: zeroed, tokens whose advantage was set to 0.
 
     Args:
         threshold: Score from which a rollout is correct; ours, the authors' scores are 0 or 1.
@@ -108,13 +109,13 @@ class CorrectnessGate(Rule):
 
 @dataclass(frozen=True)
 class GroupGate(Rule):
-    """GRPD's gate (2608.24696): pushed only the way the rollout did against its group.
+    """GRPD's gate (2608.24696): keeps advantages with the sign of the outcome advantage.
 
         A_t <- s max(0, s A_t),   s = sign((R - mean) / std) over the prompt's samples
 
-    Only the sign of the outcome is used. A group of equal rewards gives nothing at all.
+    Only the sign of the outcome is used. A group of equal rewards gives zero advantages.
 
-    Rates: zeroed, tokens whose advantage it took away.
+    Rates: zeroed, tokens whose advantage was set to 0.
     """
 
     needs_groups = True
@@ -131,7 +132,7 @@ class GroupGate(Rule):
 
 @dataclass(frozen=True)
 class TrajectoryGate(Rule):
-    """RG-OPD's gate (2607.04037): whole rollouts that teacher and verifier judge alike.
+    """RG-OPD's gate (2607.04037): keeps whole rollouts on which teacher and verifier agree.
 
         keep = (A > 0 and L_T > L_S + margin) or (A <= 0 and L_T < L_S - margin)
 
@@ -142,7 +143,7 @@ class TrajectoryGate(Rule):
     Rates: kept.
 
     Args:
-        margin: delta in nats, 0 or more; the authors' 0.
+        margin: delta in nats, 0 or more; the authors use 0.
     """
 
     margin: float = 0.0

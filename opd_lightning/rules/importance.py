@@ -1,14 +1,14 @@
-"""Importance weights: the engine samples from a slightly different policy than the trainer's.
+"""Importance weights, which correct for the difference between the engine's and trainer's policy.
 
     w = pi_theta(y) / mu(y), detached, a factor on the token's loss
 
-pi_theta is the trainer's policy at this step. mu is what the engine sampled from: other kernels,
-perhaps another precision and, with data.max_staleness 1, weights that are one optimiser step old. A
-ratio per token corrects the choice of that token given what was written before it; prefixes keep
-mu's distribution. The product over a response corrects both.
+pi_theta is the trainer's policy at this step. mu is the engine's: other kernels, perhaps another
+precision and, with data.max_staleness 1, weights that are one optimiser step old. A ratio per token
+corrects the distribution of that token given its prefix; prefixes keep mu's distribution. The
+product over a response corrects both.
 
-Only on rows that the student sampled under its own prompt; others (guided, from a teacher,
-recorded) were never meant to follow it and keep weight 1.
+Applied only to rows that the student sampled under its own prompt. Others (guided, from a teacher,
+recorded) are off-policy by design and keep weight 1.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from torch import Tensor
 from opd_lightning.rules.base import Rates, Rule, Scored, Signal
 from opd_lightning.rules.common import check, rate, step_mean, weighed
 
-BOUND = 20.0  # nats, of a log-ratio before it is exponentiated (verl's safety bound)
+BOUND = 20.0  # nats; bound of a log-ratio before it is exponentiated (as in verl)
 
 
 def log_importance(scored: Scored) -> Tensor:
-    """`log pi_theta(y_t) - log mu(y_t)`, `[B, R]` nats; 0 off-policy and on padding."""
+    """Return `log pi_theta(y_t) - log mu(y_t)`, `[B, R]` nats; 0 off-policy and on padding."""
     batch = scored.batch
     ours = batch.response_mask & batch.on_policy[:, None]
     return torch.where(ours, scored.student.logprobs - batch.behaviour_logprobs, 0.0)
@@ -43,7 +43,7 @@ class TruncatedImportance(Rule):
     Args:
         level: "token": a ratio for each token; "sequence": the product of all ratios of a
             response, on each of its tokens.
-        cap: Above 0. 5 is G-OPD's and SG-OPD's at token level; SDPO and TRL take 2.
+        cap: Above 0. G-OPD and SG-OPD use 5 at token level; SDPO and TRL use 2.
         unit_mean: Divide by the mean weight of the step, over on-policy tokens that take part at
             token level and over their rollouts at sequence level. Costs the student one more
             forward pass; off, as in verl.
@@ -63,14 +63,14 @@ class TruncatedImportance(Rule):
         return self.unit_mean
 
     def _ratio(self, scored: Scored) -> Tensor:
-        """`[B, R]`, or `[B, 1]` at sequence level."""
+        """Return the ratios, `[B, R]`, or `[B, 1]` at sequence level."""
         log_weight = log_importance(scored)
         if self.level == "sequence":
             log_weight = log_weight.sum(dim=1, keepdim=True)
         return bounded_exp(log_weight)
 
     def observe(self, signal: Signal, scored: Scored) -> Tensor:
-        """`[1, 2]`: the sum of the on-policy weights and how many there are."""
+        """Return `[1, 2]`: the sum and the number of the on-policy weights."""
         weight = self._ratio(scored).clamp(max=self.cap).double()
         counted = signal.mask & scored.batch.on_policy[:, None]
         if self.level == "sequence":
@@ -93,17 +93,17 @@ class TruncatedImportance(Rule):
 
 @dataclass(frozen=True)
 class IcePop(Rule):
-    """IcePop (Ling team, 2510.18855): the ratio as it is, and 0 where it leaves a range.
+    """IcePop (Ling team, 2510.18855): the ratio within a range, 0 outside.
 
         w_t <- w_t 1[low <= w_t <= high]
 
-    A token that is dropped this way still counts in the loss's normaliser.
+    A dropped token still counts in the loss's normaliser.
 
     Rates: weight, its mean; dropped.
 
     Args:
-        low: Above 0; the authors' 0.5.
-        high: The authors' 5.
+        low: Above 0; the authors use 0.5.
+        high: 1 or more; the authors use 5.
     """
 
     corrects_sampler = True

@@ -1,4 +1,4 @@
-"""Masks that look at a token's place or at its id."""
+"""Masks by a token's position or id."""
 
 from dataclasses import dataclass
 
@@ -11,21 +11,21 @@ from opd_lightning.rules.common import check, kept, rate
 
 
 def positions(scored: Scored) -> Tensor:
-    """The number of response tokens before each, `[B, R]`: 0 for the first."""
+    """Return the number of response tokens before each, `[B, R]`: 0 for the first."""
     return scored.batch.response_mask.cumsum(dim=1) - 1
 
 
 @dataclass(frozen=True)
 class PrefixWindow(Rule):
-    """Fast-OPD (2602.15260): only the first tokens of a response are learned from.
+    """Fast-OPD (2602.15260): keeps only the first tokens of a response.
 
-    The saving comes from sampling no further either, by the rollouts' own length limit; a
-    response that is cut there is neither truncated nor a failure.
+    It saves time if sampling stops there too, by the rollouts' length limit; a response that is
+    cut there is neither truncated nor a failure.
 
     Rates: kept.
 
     Args:
-        tokens: Length of the prefix, rounded down; `losses.schedule.Staircase` lets it grow.
+        tokens: Length of the prefix, rounded down; `losses.schedule.Staircase` increases it.
     """
 
     tokens: float | Schedule
@@ -44,12 +44,12 @@ class PrefixWindow(Rule):
 
 @dataclass(frozen=True)
 class SkipFirst(Rule):
-    """SDFT (2601.19897): the first tokens of a response are not learned from.
+    """SDFT (2601.19897): drops the first tokens of a response.
 
     Rates: kept.
 
     Args:
-        tokens: How many; the authors' code has 3.
+        tokens: Number of dropped tokens; the authors' code uses 3.
     """
 
     tokens: int = 3
@@ -66,15 +66,15 @@ class SkipFirst(Rule):
 
 @dataclass(frozen=True)
 class TokenMask(Rule):
-    """Special tokens are not learned from (2603.25562).
+    """Mask of special tokens (2603.25562).
 
-    Where the two models were trained with other chat formats, formatting tokens have log-ratios
-    so large that they drown the rest.
+    If the two models were trained with different chat formats, formatting tokens have log-ratios
+    so large that they dominate the loss.
 
     Rates: kept.
 
     Args:
-        token_ids: Ids to leave out, at least one.
+        token_ids: Ids to drop, at least one.
     """
 
     token_ids: tuple[int, ...]

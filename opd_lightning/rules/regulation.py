@@ -1,4 +1,4 @@
-"""Regulation of the advantage's size: clips, floors, a baseline."""
+"""Rules on the advantage's size: clips, floors, a baseline."""
 
 import math
 from collections.abc import Mapping
@@ -56,13 +56,13 @@ class SoftLog(Rule):
 class VocabularyBaseline(Rule):
     """vOPD (2605.07865): `A_t <- A_t + KL(pi_theta || pi_T)` of the token's prefix.
 
-    The baseline `E[d] = -KL` depends on the prefix alone, so the expected gradient of d_t stays
-    and only its variance changes. It takes whole distributions: a teacher in this process.
+    The baseline `E[d] = -KL` depends on the prefix only, so it changes the variance of the gradient
+    of d_t but not its expectation. It reads full distributions: needs a teacher in this process.
 
     Rates: value, the baseline's mean.
     """
 
-    comparison: ClassVar[str] = "baseline"  # its name among `Scored.values`, reverse KL in nats
+    comparison: ClassVar[str] = "baseline"  # key in `Scored.values`: reverse KL in nats
     shapes_advantage = True
 
     def comparisons(self) -> Mapping[str, Compare]:
@@ -117,16 +117,16 @@ class PhasedFloor(Floor):
     """REOPOLD (2603.11137): the floor, and a mask by phase of the run.
 
         before switch_step (exploration):  tokens whose advantage is at or above the floor
-        from it on (refinement):           tokens whose student entropy is among the step's highest
+        from switch_step (refinement):     tokens whose student entropy is among the step's highest
 
     The refinement threshold is the (1 - top) quantile of the student's entropy over all tokens of
-    the step that take part. The authors divide by the tokens that are kept.
+    the step that take part. The authors divide by the number of kept tokens.
 
     Rates: clipped as in `Floor`; kept.
 
     Args:
-        switch_step: First optimiser step of the refinement; the authors' half of the run.
-        top: beta in (0, 1], the share of tokens that refinement keeps; the authors' 0.2.
+        switch_step: First optimiser step of the refinement; the authors use half of the run.
+        top: beta in (0, 1], the share of tokens that refinement keeps; the authors use 0.2.
     """
 
     switch_step: int
@@ -143,7 +143,7 @@ class PhasedFloor(Floor):
         return scored.batch.totals.step >= self.switch_step
 
     def observe(self, signal: Signal, scored: Scored) -> Tensor:
-        """Student entropies in nats, `[N, 1]`; none before the switch, when none is needed."""
+        """Return student entropies in nats, `[N, 1]`; N is 0 before `switch_step`."""
         entropy = scored.student.entropy[signal.mask][:, None].double()
         return entropy if self._refines(scored) else entropy[:0]
 
@@ -160,10 +160,10 @@ class PhasedFloor(Floor):
 
 
 def _quantile(values: Tensor, q: float) -> Tensor:
-    """The smallest value at or above the interpolated q-quantile of `[N]`; +inf if N is 0.
+    """Return the smallest value at or above the interpolated q-quantile of `[N]`; +inf if N is 0.
 
     No value lies between the two, so comparing with either keeps the same tokens. torch.quantile
-    takes at most 2**24 values.
+    supports at most 2**24 values.
     """
     if not len(values):
         return values.new_tensor(math.inf)

@@ -1,4 +1,4 @@
-"""Terms: losses beside the method's own, with a gradient of their own."""
+"""Terms: additional losses with their own gradient."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from opd_lightning.types import TokenScores
 
 
 class Term(ABC):
-    """Adds a loss to the response tokens that the method's own loss is on, masked or not.
+    """Additional loss on the response tokens of the method's own loss, masked or not.
 
-    `name`, unique among a run's terms, keys what it asks for and what is logged of it.
+    `name`, unique among a run's terms, is the key of its asks, comparisons and logged metrics.
     """
 
     name: str
-    reads_entropy = False  # the teacher's, of its whole distribution
+    reads_entropy = False  # reads the entropy of the teacher's full distribution
 
     def asks(self) -> Mapping[str, Ask]:
-        """Further models whose scores it reads, by name."""
+        """Return further models whose scores the term reads, by name."""
         return {}
 
     def comparisons(self) -> Mapping[str, Compare]:
-        """Whole distributions that it reads, by name."""
+        """Return the comparisons of full distributions that the term reads, by name."""
         return {}
 
     @abstractmethod
     def token_loss(
         self, student: TokenScores, scored: Scored, values: Mapping[str, Tensor]
     ) -> Tensor:
-        """`[B, R]` nats. The gradient comes through `student.logprobs` and `values`."""
+        """Return `[B, R]` nats. The gradient flows through `student.logprobs` and `values`."""
 
 
 class TrustRegion(Term):
-    """Holds the student near a reference: `coefficient * KL(pi_theta || pi_ref)` per prefix.
+    """KL penalty to a reference model: `coefficient * KL(pi_theta || pi_ref)` per prefix.
 
-    EDGE-OPD (2605.23493) anchors at 0.05 to the frozen start, Stable-OPD (2604.08527) to the
+    EDGE-OPD (2605.23493) uses 0.05 with the frozen start as reference, Stable-OPD (2604.08527) the
     initial student; neither publishes its estimator.
 
     Args:
-        reference: Whom to stay near, on the student's own prompt.
+        reference: Reference model, on the student's own prompt.
         coefficient: Weight of the divergence; a schedule anneals it (KDRL, 2506.02208).
-        estimator: "k2" and "k3" read the sampled tokens alone. The gradient of k2 is that of the
+        estimator: "k2" and "k3" read only the sampled tokens. The gradient of k2 is that of the
             reverse KL, of k3 that of the forward KL. "full" is the reverse KL itself.
-        name: Of what is logged; two trust regions need two names.
+        name: Name of the logged metrics; two trust regions need two names.
     """
 
     name = "trust_region"
@@ -88,10 +88,10 @@ class TrustRegion(Term):
 
 
 class EntropyBonus(Term):
-    """Rewards the student's entropy: `-coefficient * H(pi_theta)` over the whole vocabulary.
+    """Entropy bonus of the student: `-coefficient * H(pi_theta)` over the whole vocabulary.
 
     Args:
-        coefficient: Weight; the default is ours, small beside token losses of about 0.1.
+        coefficient: Weight; the default is ours, small compared to token losses of about 0.1.
     """
 
     name = "entropy_bonus"
@@ -109,7 +109,7 @@ class EntropyBonus(Term):
 
 
 class EntropyGatedForwardKL(Term):
-    """EOPD (2603.07079): adds the teacher's forward KL where the teacher is unsure.
+    """EOPD (2603.07079): the teacher's forward KL at tokens of high teacher entropy.
 
         1[H(pi_T) > threshold] * sum_{v in top-k of T} T'(v) (log T'(v) - log S(v))
 
@@ -117,7 +117,7 @@ class EntropyGatedForwardKL(Term):
     method's own loss stays on these tokens.
 
     Args:
-        threshold: Of the teacher's full entropy, nats.
+        threshold: Threshold of the teacher's full entropy, nats.
         top_k: Size of the support.
     """
 

@@ -1,4 +1,4 @@
-"""Weights by the size of the log-ratio, by place, and by likelihood within a prompt's samples."""
+"""Weights by log-ratio, by position, and by likelihood within a prompt's samples."""
 
 from dataclasses import dataclass
 
@@ -19,16 +19,16 @@ from opd_lightning.rules.common import (
 
 @dataclass(frozen=True)
 class StabilityWeight(Rule):
-    """SG-OPD's weight (2606.09304, section 3): tokens on which the models differ wildly count less.
+    """SG-OPD's weight (2606.09304, section 3): smaller for tokens with large |d_t|.
 
         phi_t = min(1, tau / |d_t|), divided by its mean over the step's tokens that take part
 
-    It changes no advantage, hence no gate.
+    It does not change the advantage, hence not the decisions of a gate.
 
     Rates: softened, tokens with |d| > tau.
 
     Args:
-        tau: In nats, above 0. Not published; 5 is ours. Infinity gives every token 1.
+        tau: In nats, above 0. Not published; 5 is ours. Infinity gives every token weight 1.
     """
 
     tau: float = 5.0
@@ -44,7 +44,7 @@ class StabilityWeight(Rule):
         return torch.where(size <= self.tau, 1.0, self.tau / size)
 
     def observe(self, signal: Signal, scored: Scored) -> Tensor:
-        """`[1, 2]`: the sum of the raw weights and the number of tokens."""
+        """Return `[1, 2]`: the sum of the raw weights and the number of tokens."""
         raw = self._raw(scored)[signal.mask].double()
         return torch.stack([raw.sum(), signal.mask.sum().double()])[None]
 
@@ -59,17 +59,17 @@ class StabilityWeight(Rule):
 
 @dataclass(frozen=True)
 class PositionWeight(Rule):
-    """IW-OPD (2606.22600): tokens count less the more the two models differed before them.
+    """IW-OPD (2606.22600): weight that falls with the models' accumulated difference so far.
 
         w_t = 1 + gamma (1 - sum_{s < t} |a_s| / sum_s |a_s|)
 
-    Falls from 1 + gamma towards 1 over the tokens that take part. The authors' a is measured from
-    the sampler's log-probs; ours is d_t, from the trainer's, like every log-ratio here.
+    Falls from 1 + gamma towards 1 over the tokens that take part. The authors compute a from the
+    sampler's log-probs; ours is d_t, from the trainer's, like every log-ratio here.
 
     Rates: value, the mean weight.
 
     Args:
-        gamma: 0 or more; the authors' 0.5. 0 is plain OPD.
+        gamma: 0 or more; the authors use 0.5. 0 is plain OPD.
     """
 
     gamma: float = 0.5
@@ -86,7 +86,7 @@ class PositionWeight(Rule):
         size = torch.where(signal.mask, scored.log_ratio.abs(), 0.0)
         before = size.cumsum(dim=1) - size
         total = size.sum(dim=1, keepdim=True)
-        share = torch.where(total > 0, before / total, 0.0)  # identical models: nothing to share
+        share = torch.where(total > 0, before / total, 0.0)  # the total of identical models is 0
         factor = 1 + self.gamma * (1 - share)
         return weighed(signal, factor), {"position_weight/value": rate(scored, factor)}
 
@@ -98,16 +98,16 @@ class ScopeWeight(Rule):
         correct: A_t = 1, maximum likelihood; w in proportion to PPL_S(y)^(1/temperature)
         wrong:   A_t as it was (d_t);         w in proportion to PPL_T(y)^(-1/temperature)
 
-    among the correct, or the wrong, samples of one prompt. So of the correct ones those count most
-    that the student finds unlikely, and of the wrong ones those that the teacher finds plausible:
-    the paper's direction; the flags of the published script turn the first one round. Weights have
-    mean 1 over such a set, as in the authors' code (their paper: sum 1), so a lone sample has 1.
-    Perplexities are over the tokens that take part. A rollout without a score stays as it was.
+    among the correct, or the wrong, samples of one prompt. Thus the largest weights go to correct
+    samples that the student finds improbable and wrong ones that the teacher finds probable. This
+    is the paper's direction; the flags of the published script invert the first one. Weights have
+    mean 1 over such a set, as in the authors' code (their paper: sum 1), so a single sample has 1.
+    Perplexities are over the tokens that take part. A rollout without a score is not changed.
 
     Rates: correct; weight, its mean.
 
     Args:
-        temperature: tau, above 0; the authors' 1. Infinity gives every rollout 1.
+        temperature: tau, above 0; the authors use 1. Infinity gives every rollout weight 1.
         threshold: Score from which a rollout is correct; ours, the authors' scores are 0 or 1.
     """
 
@@ -125,7 +125,7 @@ class ScopeWeight(Rule):
         check(self, "threshold", 0 < self.threshold <= 1, "a number in (0, 1]")
 
     def _rows(self, signal: Signal, scored: Scored) -> tuple[Tensor, Tensor]:
-        """(`[B, 3]` of group, correctness and logit; `[B]` bool, rows that take part)."""
+        """Return (`[B, 3]` of group, correctness and logit; `[B]` bool, rows that take part)."""
         correct = is_correct(scored, self.threshold)
         scored_rows = (correct | is_wrong(scored, self.threshold))[:, 0]
         tokens = signal.mask.sum(dim=1)
@@ -138,7 +138,7 @@ class ScopeWeight(Rule):
         return torch.stack(columns, dim=1), scored_rows & (tokens > 0)
 
     def observe(self, signal: Signal, scored: Scored) -> Tensor:
-        """`[M, 3]` float64: group, 1 if correct, logit, of every rollout that takes part."""
+        """Return `[M, 3]` float64: group, 1 if correct, logit, of rollouts that take part."""
         rows, present = self._rows(signal, scored)
         return rows[present]
 

@@ -1,1 +1,1 @@
-"""Models behind HTTP: vLLM servers, and how to ask them."""
+"""vLLM servers behind HTTP, and their clients."""

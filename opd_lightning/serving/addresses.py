@@ -1,4 +1,4 @@
-"""Where servers listen: addresses, and files that servers write theirs into once they answer."""
+"""Server addresses, and address files that servers write once they answer requests."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from opd_lightning.errors import ServerAwayError, UserError
-from opd_lightning.serving.wire import KEY_VARIABLE
+from opd_lightning.serving.connection import KEY_VARIABLE
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.5  # between two looks for a file
+POLL_SECONDS = 0.5  # polling interval for an address file
 
 
 def write_address(file: Path, url: str) -> None:
-    """All of it at once, so that nobody reads half an address."""
+    """Write `url` to `file` atomically, so that no reader sees a partial address."""
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     draft.write_text(url + "\n")
     draft.replace(file)
 
 
 def checked_address(server: str) -> str:
-    """An address, without a slash at its end, or the path of an address file."""
+    """Return the address without a trailing slash, or the path of an address file."""
     if "://" not in server:
         if not server or re.fullmatch(r"[^/]*:\d+/?", server):
             raise UserError(
@@ -37,7 +37,7 @@ def checked_address(server: str) -> str:
     parts = urlsplit(server)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"servers: got {server!r}, expected an address like http://127.0.0.1:8000")
-    if parts.username or parts.password or parts.query:  # would end up in logs
+    if parts.username or parts.password or parts.query:  # would be logged
         raise UserError(
             f"servers: {parts.scheme}://{parts.hostname}: got a name, password or query in the "
             f"address; put the key into key_file or {KEY_VARIABLE}"
@@ -45,12 +45,12 @@ def checked_address(server: str) -> str:
     return server.rstrip("/")
 
 
-def found_addresses(servers: Sequence[str], *, patience: float) -> list[str]:
-    """The servers' addresses.
+def resolve_addresses(servers: Sequence[str], *, patience: float) -> list[str]:
+    """Return the servers' addresses; wait for address files that do not exist yet.
 
     Args:
-        servers: As `checked_address` hands them back.
-        patience: Seconds that address files are waited for: their servers may still be loading.
+        servers: As returned by `checked_address`.
+        patience: Seconds to wait for address files: their servers may still be loading.
     """
     until = time.monotonic() + patience
     files = [address_file(server) for server in servers]
@@ -59,15 +59,15 @@ def found_addresses(servers: Sequence[str], *, patience: float) -> list[str]:
 
 
 def address_file(server: str) -> Path | None:
-    """The file that the address is in, unless it is one itself."""
+    """Return the path of the address file; None if `server` is an address."""
     return None if "://" in server else Path(server).expanduser()
 
 
-def address_in(file: Path) -> str | None:
-    """The address in it now; None if there is none."""
+def read_address(file: Path) -> str | None:
+    """Return the current address in `file`; None if there is no valid one."""
     try:
         return checked_address(file.read_text().strip())
-    except (OSError, UserError):  # its server has ended, or somebody else writes there
+    except (OSError, UserError):  # its server has ended, or another program writes there
         return None
 
 
@@ -80,5 +80,5 @@ def _wait_for(file: Path, until: float, patience: float) -> str:
                 f"address file {str(file)!r}: not there after {patience:g} s; start its server "
                 "(`opd serve --address_file`) and see its log"
             )
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     return checked_address(file.read_text().strip())

@@ -1,6 +1,6 @@
-"""Asking vLLM servers over HTTP: many requests at once, answers in order, patience with the lost.
+"""HTTP client for vLLM servers: concurrent requests, answers in order, retries.
 
-One thread with an event loop does all the talking; the methods of `Servers` may be called from any.
+One thread with an event loop sends all requests. The methods of `Servers` are thread-safe.
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ from typing import Any
 from opd_lightning.errors import ServerAwayError, UserError
 from opd_lightning.serving.addresses import (
     address_file,
-    address_in,
     checked_address,
-    found_addresses,
+    read_address,
+    resolve_addresses,
 )
+from opd_lightning.serving.connection import FIRST_PAUSE, Connection, LostError, Server, read_key
 from opd_lightning.serving.job import Job
-from opd_lightning.serving.wire import FIRST_PAUSE, Line, LostError, Server, read_key
 
 log = logging.getLogger(__name__)
 
-LONGEST_PAUSE = 8.0  # seconds between attempts to reach a lost server
+LONGEST_PAUSE = 8.0  # seconds between attempts to reach a lost server, at most
 
 
 class Servers:
-    """Some vLLM servers of one model.
+    """vLLM servers of one model.
 
-    Unreachable servers, time-outs and answers 5xx are tried again; a lost server's work moves to
-    the others. Answers 4xx are the asker's mistake: a `UserError` with the server's own words.
+    Requests are retried if a server is unreachable, times out or answers 5xx; requests of a lost
+    server move to the others. An answer 4xx is the caller's mistake and raises a `UserError` with
+    the server's message.
 
     Args:
-        servers: Their addresses, such as "http://127.0.0.1:8000", or paths of their address files,
-            which are read when the servers are first asked, and again while one is lost.
-        key_file: File with the key alone, readable by its owner alone. None takes the environment
-            variable OPD_SERVER_KEY, if it is set.
-        patience: Seconds that servers, or their address files, are waited for.
+        servers: Addresses, such as "http://127.0.0.1:8000", or paths of address files. Files are
+            read at the first request, and again while their server is lost.
+        key_file: File with nothing but the key, readable by its owner only. None takes the
+            environment variable OPD_SERVER_KEY, if it is set.
+        patience: Seconds to wait for servers or their address files.
         timeout: Seconds that one request may take.
     """
 
@@ -64,20 +65,20 @@ class Servers:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._servers: list[Server] = []
-        # Touched by the loop's thread alone.
+        # Used only in the event loop's thread.
         self._waiting: deque[Job] = deque()
         self._running: set[asyncio.Task[None]] = set()
 
-    def spread(
+    def submit(
         self,
         path: str,
         bodies: Sequence[dict[str, Any]],
         readers: Sequence[Callable[[Any], Any]] | None = None,
     ) -> list[Future[Any]]:
-        """POST each body to one of the servers; the futures are in the order of the bodies.
+        """POST each body to one of the servers; return futures in the order of the bodies.
 
-        `readers` turn the answers into something smaller as they arrive. Errors (`UserError`,
-        `ServerAwayError`) come out of the futures. Who cancels one takes it back from its server.
+        `readers` reduce the answers as they arrive. The futures raise `UserError` or
+        `ServerAwayError`. Cancelling a future aborts its request at the server.
         """
         servers = self._open()
         reads = readers or [Job.read] * len(bodies)
@@ -86,30 +87,30 @@ class Servers:
         ]
         return self._submit(jobs)
 
-    def everywhere(self, path: str, body: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """POST to each server; all must answer."""
+    def post_all(self, path: str, body: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """POST to each server and return all answers."""
         return self._each("POST", path, body)
 
-    def each_once(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[Future[Any]]:
-        """POST to each server its own body, for what cannot be done twice: it fails at once."""
+    def submit_each(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[Future[Any]]:
+        """POST one body to each server without retries, for requests that are not idempotent."""
         servers = zip(self._open(), bodies, strict=True)
         return self._submit([Job("POST", path, body, [s], attempts=1) for s, body in servers])
 
-    def read(self, path: str) -> list[dict[str, Any]]:
-        """GET from each server; all must answer."""
+    def get_all(self, path: str) -> list[dict[str, Any]]:
+        """GET from each server and return all answers."""
         return self._each("GET", path, None)
 
     @property
     def urls(self) -> list[str]:
-        """Their addresses; waits for address files that are not there yet."""
-        return [server.line.url for server in self._open()]
+        """Addresses of the servers; waits for address files that do not exist yet."""
+        return [server.connection.url for server in self._open()]
 
     def close(self) -> None:
-        """Take back what is under way and hang up; a later request dials anew."""
+        """Cancel pending requests and close all connections; a later request reconnects."""
         with self._lock:
             loop, self._loop = self._loop, None
         if loop is not None:
-            asyncio.run_coroutine_threadsafe(self._hang_up(), loop).result()
+            asyncio.run_coroutine_threadsafe(self._close(), loop).result()
             loop.call_soon_threadsafe(loop.stop)
 
     # In the caller's thread -----------------------------------------------------------------
@@ -118,9 +119,9 @@ class Servers:
         with self._lock:
             if self._loop is None:
                 key = read_key(self.key_file)
-                urls = found_addresses(self._addresses, patience=self.patience)
+                urls = resolve_addresses(self._addresses, patience=self.patience)
                 self._servers = [
-                    Server(Line(url, key, self.timeout), address_file(address))
+                    Server(Connection(url, key, self.timeout), address_file(address))
                     for url, address in zip(urls, self._addresses, strict=True)
                 ]
                 self._loop = asyncio.new_event_loop()
@@ -140,15 +141,15 @@ class Servers:
 
     def _enqueue(self, jobs: Sequence[Job]) -> None:
         self._waiting.extend(jobs)
-        self._pump()
+        self._dispatch()
 
-    def _pump(self) -> None:
-        """Send what can be sent: the oldest work first, to whoever has the least."""
+    def _dispatch(self) -> None:
+        """Send what can be sent: the oldest job first, to the least loaded server."""
         now = time.monotonic()
         passed_over: list[Job] = []
-        while self._waiting and any(server.has_room(now) for server in self._servers):
+        while self._waiting and any(server.is_available(now) for server in self._servers):
             job = self._waiting.popleft()
-            free = [server for server in job.servers if server.has_room(now)]
+            free = [server for server in job.servers if server.is_available(now)]
             if job.future.cancelled():
                 continue
             if not free:
@@ -160,24 +161,24 @@ class Servers:
             task = asyncio.ensure_future(self._do(job, server))
             self._running.add(task)
             task.add_done_callback(partial(self._release, job, server))
-            job.ends_with(task)
+            job.cancel_with(task)
         self._waiting.extendleft(reversed(passed_over))
 
     async def _do(self, job: Job, server: Server) -> None:
         try:
             if server.lost_since is not None:
-                await _look_for(server)
-            answer = job.read(await server.line.ask(job.method, job.path, job.body))
+                await _refresh_address(server)
+            answer = job.read(await server.connection.request(job.method, job.path, job.body))
         except LostError as fault:
-            self._note(fault, job, server)
+            self._handle_failure(fault, job, server)
         except UserError as error:
-            self._heal(server)
-            job.settle(error)
+            self._mark_reachable(server)
+            job.resolve(error)
         except Exception as error:
-            job.settle(error)
+            job.resolve(error)
         else:
-            self._heal(server)
-            job.settle(answer)
+            self._mark_reachable(server)
+            job.resolve(answer)
 
     def _release(self, job: Job, server: Server, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
@@ -185,41 +186,43 @@ class Servers:
             job.drop()
         server.in_flight -= 1
         server.is_probed = False
-        self._pump()
+        self._dispatch()
 
-    def _heal(self, server: Server) -> None:
+    def _mark_reachable(self, server: Server) -> None:
         if server.lost_since is not None:
-            log.warning("%s answers again", server.line.url)
+            log.warning("%s answers again", server.connection.url)
         server.lost_since, server.pause = None, FIRST_PAUSE
 
-    def _note(self, fault: LostError, job: Job, server: Server) -> None:
-        """A server did not do its work: let it rest, and give the work to whoever is there."""
+    def _handle_failure(self, fault: LostError, job: Job, server: Server) -> None:
+        """Handle a failed request: delay the server's next attempt and requeue the job."""
         now = time.monotonic()
         if server.lost_since is None:
             if job.attempts > 1:
-                log.warning("%s: %s; trying again for %g s", server.line.url, fault, self.patience)
+                log.warning(
+                    "%s: %s; trying again for %g s", server.connection.url, fault, self.patience
+                )
             server.lost_since = now
-        if now >= server.retry_at:  # the others that were under way tell nothing new
+        if now >= server.retry_at:  # failures of other requests in flight are not counted
             pause = min(server.pause, self.patience / 4)
             server.retry_at, server.pause = now + pause, min(2 * server.pause, LONGEST_PAUSE)
-            asyncio.get_running_loop().call_later(pause + 1e-3, self._pump)
+            asyncio.get_running_loop().call_later(pause + 1e-3, self._dispatch)
         if job.attempts == 1:
-            job.settle(ServerAwayError(f"{server.line.url}: {fault}"))
+            job.resolve(ServerAwayError(f"{server.connection.url}: {fault}"))
             return
         job.faults += fault.reached
         if job.faults >= job.attempts:
             message = f"failed {job.faults} times at one request, the last time it {fault}"
-            job.settle(ServerAwayError(f"{server.line.url}: {message}"))
+            job.resolve(ServerAwayError(f"{server.connection.url}: {message}"))
             return
         self._waiting.appendleft(job)
-        given_up = [job for job in self._waiting if job.is_hopeless(now, self.patience)]
-        self._waiting = deque(job for job in self._waiting if job not in given_up)
-        for job in given_up:
-            who = " and ".join(server.line.url for server in job.servers)
-            message = f"{who}: no answer for {self.patience:g} s ({fault}); start it, then "
-            job.settle(ServerAwayError(message + "run, or resume the run that this ended"))
+        expired = [job for job in self._waiting if job.has_expired(now, self.patience)]
+        self._waiting = deque(job for job in self._waiting if job not in expired)
+        for job in expired:
+            urls = " and ".join(server.connection.url for server in job.servers)
+            message = f"{urls}: no answer for {self.patience:g} s ({fault}); start it, then "
+            job.resolve(ServerAwayError(message + "run, or resume the run that this ended"))
 
-    async def _hang_up(self) -> None:
+    async def _close(self) -> None:
         self._waiting, left = deque(), list(self._waiting)
         for job in left:
             job.drop()
@@ -227,17 +230,17 @@ class Servers:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
         for server in self._servers:
-            await server.line.close()
+            await server.connection.close()
 
 
-async def _look_for(server: Server) -> None:
-    """A server that was started again may listen elsewhere."""
+async def _refresh_address(server: Server) -> None:
+    """Read the address file of a lost server again: once restarted, its address may differ."""
     if server.file is not None:
-        # The disk may be slow, and the others go on meanwhile.
-        url = await asyncio.to_thread(address_in, server.file)
-        if url is not None and url != server.line.url:
-            log.warning("%s is at %s now", server.line.url, url)
-            server.line.url = url
+        # In a thread: the disk may be slow, and the other requests must go on.
+        url = await asyncio.to_thread(read_address, server.file)
+        if url is not None and url != server.connection.url:
+            log.warning("%s is at %s now", server.connection.url, url)
+            server.connection.url = url
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

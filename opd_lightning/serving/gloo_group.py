@@ -1,4 +1,4 @@
-"""A transfer group over gloo: one sender, rank 0, and its receivers, which need no GPU."""
+"""Weight transfer group over gloo: one sender, rank 0, and its receivers; needs no GPU."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, Self
 import torch.distributed as dist
 from torch import Tensor
 
-FORMING_SECONDS = 60.0  # that a member waits for the others to join, at most
+FORMING_SECONDS = 60.0  # longest wait of a member for the others to join
 
 
 def own_address(host: str) -> str:
-    """This machine's address on the way to `host`; nothing is sent."""
+    """Return the local address of the route to `host`; sends nothing."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as way:
         way.connect(address)
@@ -21,19 +21,18 @@ def own_address(host: str) -> str:
 
 
 def free_port(host: str) -> int:
-    """A port of `host`, an address of this machine, that nobody listens on now."""
+    """Return a free port of `host`, an address of this machine."""
     with _listener(host, 0) as listener:
         return int(listener.getsockname()[1])
 
 
 class GlooGroup:
-    """Broadcasts CPU tensors from rank 0.
+    """Gloo process group that broadcasts CPU tensors from rank 0.
 
-    It listens on one address of each machine. There is no authentication: whoever reaches the
-    sender's port while the group forms can take a receiver's place.
+    It listens on one address of each machine. There is no authentication: any process that reaches
+    the sender's port while the group forms can join in place of a receiver.
 
-    Every member raises RuntimeError when another one is gone, or does nothing for `timeout`
-    seconds.
+    Every member raises RuntimeError if another one has left, or is idle for `timeout` seconds.
     """
 
     def __init__(
@@ -43,21 +42,21 @@ class GlooGroup:
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=address)]
         options._timeout = _forming(timeout)
-        self._store: dist.Store | None = store  # lives as long as the group
+        self._store: dist.Store | None = store  # must outlive the group
         self._group = gloo(store, rank, world_size, options)
         self._group.set_timeout(timedelta(seconds=timeout))
 
     @classmethod
     def lead(cls, host: str, port: int, *, world_size: int, timeout: float) -> Self:
-        """As rank 0; returns when all have joined.
+        """Form the group as rank 0; return when all members have joined.
 
         Args:
             host: Address of this machine that the others reach.
-            port: Of `host`; nobody listens on it.
-            world_size: Members, this one included.
+            port: Free port of `host`.
+            world_size: Number of members, this one included.
             timeout: Seconds that members wait for one another at every broadcast.
         """
-        # PyTorch's own listener would be on every interface.
+        # PyTorch's own listener would listen on every interface.
         listener = _listener(host, port).detach()
         try:
             store = dist.TCPStore(
@@ -76,7 +75,7 @@ class GlooGroup:
 
     @classmethod
     def join(cls, host: str, port: int, *, rank: int, world_size: int, timeout: float) -> Self:
-        """As a receiver of the sender that listens there."""
+        """Join the group of the sender that listens at `host` and `port`."""
         if not 0 < rank < world_size:
             raise ValueError(f"rank {rank} of a transfer group of {world_size}")
         patience = _forming(timeout)
@@ -85,12 +84,12 @@ class GlooGroup:
         return cls(store, address, rank=rank, world_size=world_size, timeout=timeout)
 
     def broadcast(self, tensor: Tensor) -> None:
-        """From rank 0's `tensor` into the others', which have its size and dtype."""
+        """Broadcast rank 0's `tensor` into the others', which have its size and dtype."""
         self._group.broadcast(tensor, 0).wait()
 
     def destroy(self) -> None:
-        """Hang up; whoever waits for this member stops."""
-        self._group = self._store = None  # nothing but letting go closes the connections
+        """Close the connections; members that wait for this one raise."""
+        self._group = self._store = None  # only dropping the references closes the connections
 
 
 def _forming(timeout: float) -> timedelta:

@@ -1,4 +1,4 @@
-"""One request on its way: who may answer it, what became of it."""
+"""A pending request: the servers that may answer it, and its future."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from opd_lightning.serving.wire import Server
+from opd_lightning.serving.connection import Server
 
-FAULTS = 5  # of one request that reached a server, before it is believed to be the request's
+FAULTS = 5  # failures of one request that reached a server, before the request itself fails
 
 
 @dataclass(eq=False)
 class Job:
-    """A request, and the future that its asker waits for."""
+    """A request and the future that its caller waits for."""
 
     method: str
     path: str
     body: dict[str, Any] | None
-    servers: Sequence[Server]  # any of them may do it
+    servers: Sequence[Server]  # any of them may answer
     read: Callable[[Any], Any] = lambda answer: answer
-    attempts: int = FAULTS  # how often it may fail; a job of one is not sent again to a lost server
+    attempts: int = FAULTS  # 1: not retried at all, also if the server is lost
     future: Future[Any] = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
     faults: int = 0
 
-    def settle(self, outcome: Any) -> None:
-        """Tell the asker: an answer, or the error that there was instead."""
+    def resolve(self, outcome: Any) -> None:
+        """Set the future's result, or its exception if `outcome` is one."""
         with suppress(InvalidStateError):  # cancelled a moment ago
             if isinstance(outcome, Exception):
                 self.future.set_exception(outcome)
@@ -38,20 +38,20 @@ class Job:
                 self.future.set_result(outcome)
 
     def drop(self) -> None:
-        """Nobody will answer. `cancel` alone does not wake who is in `concurrent.futures.wait`."""
+        """Cancel the future. `cancel` alone does not wake callers of `concurrent.futures.wait`."""
         if self.future.cancel():
             self.future.set_running_or_notify_cancel()
 
-    def is_hopeless(self, now: float, patience: float) -> bool:
-        """Its servers have been away for too long."""
+    def has_expired(self, now: float, patience: float) -> bool:
+        """Return whether all of its servers have been lost for `patience` seconds."""
         lost = [s.lost_since for s in self.servers if s.lost_since is not None]
         return len(lost) == len(self.servers) and now - max(self.since, *lost) >= patience
 
-    def ends_with(self, task: asyncio.Task[None]) -> None:
-        """Whoever cancels the future wants the server to stop."""
+    def cancel_with(self, task: asyncio.Task[None]) -> None:
+        """Cancel `task` when the future is cancelled, which aborts the request at the server."""
 
-        def take_back(future: Future[Any]) -> None:
+        def cancel_task(future: Future[Any]) -> None:
             if future.cancelled() and not task.done():
                 task.get_loop().call_soon_threadsafe(task.cancel)
 
-        self.future.add_done_callback(take_back)
+        self.future.add_done_callback(cancel_task)

@@ -1,12 +1,12 @@
-"""Log-probs of given tokens: what a vLLM server is asked, and what its answer says.
+"""Requests for log-probs of given tokens to a vLLM server, and their answers.
 
-vLLM's token-in-token-out route. It has two ways to tell log-probs of a prompt's tokens:
+Uses vLLM's token-in-token-out route, which returns log-probs of a prompt's tokens in two ways:
 
-*by rank* (`prompt_logprobs`): the token itself and the k likeliest, for every position of the
-prompt, as a JSON object per position. Every server can.
+*by rank* (`prompt_logprobs`): the token itself and the top k tokens, for every position of the
+prompt, as a JSON object per position. Supported by every server.
 
 *by id* (`prompt_logprob_token_ids`): a matrix of ids from a position on, answered by a float32
-matrix. Much less to send and to read; needs vLLM's second model runner, thus a GPU and Triton.
+matrix. Much less data; needs vLLM's second model runner, thus a GPU and Triton.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from opd_lightning.serving.wire import LostError
+from opd_lightning.serving.connection import LostError
 
 PATH = "/inference/v1/generate"
 WHOLE_VOCABULARY = 1024  # tokens; a larger one is not sent by rank
 
 
 class Answer(NamedTuple):
-    """Natural log-probs of n tokens, at temperature 1."""
+    """Log-probs (nats) of n tokens, at temperature 1."""
 
     logprobs: np.ndarray  # [n] float32
-    top_ids: np.ndarray  # [n, top_k] int64, most likely first
+    top_ids: np.ndarray  # [n, top_k] int64, most probable first
     top_logprobs: np.ndarray  # [n, top_k] float32
     given_logprobs: np.ndarray  # [n, K] float32
 
 
-def joined(answers: Sequence[Answer], top_k: int, given: int) -> Answer:
-    """One after the other; there may be none."""
+def concatenate(answers: Sequence[Answer], top_k: int, given: int) -> Answer:
+    """Concatenate answers; `answers` may be empty."""
     floats = [np.zeros((0, width), np.float32) for width in (top_k, given)]
     nothing = Answer(np.zeros(0, np.float32), np.zeros((0, top_k), np.int64), *floats)
     return Answer(*(np.concatenate(parts) for parts in zip(nothing, *answers, strict=True)))
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked about one sequence.
+class ScoreRequest:
+    """Request for the log-probs of one sequence.
 
     Args:
         token_ids: The sequence `[start + n]`; its last n tokens are scored.
-        start: Where these begin, at least 1.
-        top_k: How many of the likeliest tokens are told at each of them.
-        given_ids: Further ids `[n, K]` whose log-probs are told; None for none.
-        by_id: Whether the server can be asked by id.
+        start: Index of the first scored token, at least 1.
+        top_k: Number of top tokens returned at each position.
+        given_ids: Further ids `[n, K]` whose log-probs are returned; None for none.
+        by_id: Whether the server supports requests by id.
     """
 
     token_ids: list[int]
@@ -60,7 +60,7 @@ class Question:
     by_id: bool
 
     def body(self, model: str) -> dict[str, Any]:
-        """The request. A server must write at least one token; it is ignored."""
+        """Return the request body. A server must generate at least one token; it is ignored."""
         parameters: dict[str, Any] = {"max_tokens": 1, "detokenize": False}
         if self._has_matrix():
             own = np.array(self._own())[:, None]
@@ -74,11 +74,11 @@ class Question:
         return {"model": model, "token_ids": self.token_ids, "sampling_params": parameters}
 
     def read(self, answer: dict[str, Any]) -> Answer:
-        """The arrays of an answer; `LostError` if it has to be asked again."""
+        """Return the arrays of an answer; raise `LostError` if the request must be repeated."""
         count = len(self.token_ids) - self.start
         top_ids = np.zeros((count, self.top_k), dtype=np.int64)
         top_logprobs = np.zeros((count, self.top_k), dtype=np.float32)
-        ranked = [_Position(told) for told in (answer["prompt_logprobs"] or [])[self.start :]]
+        ranked = [_Position(entry) for entry in (answer["prompt_logprobs"] or [])[self.start :]]
         if self.top_k:
             for i, position in enumerate(ranked):
                 top_ids[i], top_logprobs[i] = position.top(self.top_k)
@@ -100,22 +100,22 @@ class Question:
 
 
 class _Position(NamedTuple):
-    """What is told by rank at one position: {"id": {"logprob": nats, "rank": from 1}}."""
+    """Answer by rank at one position: {"id": {"logprob": nats, "rank": from 1}}."""
 
-    told: dict[str, dict[str, Any]]
+    entries: dict[str, dict[str, Any]]
 
     def of(self, token: int) -> float:
-        return float(self.told[str(token)]["logprob"])
+        return float(self.entries[str(token)]["logprob"])
 
     def top(self, k: int) -> tuple[list[int], list[float]]:
-        """The k likeliest, most likely first."""
-        best = sorted(self.told.items(), key=lambda item: item[1]["rank"])[:k]
-        return [int(token) for token, _ in best], [known["logprob"] for _, known in best]
+        """Return ids and log-probs of the top k tokens, most probable first."""
+        best = sorted(self.entries.items(), key=lambda item: item[1]["rank"])[:k]
+        return [int(token) for token, _ in best], [entry["logprob"] for _, entry in best]
 
 
 def _matrix(encoded: str | None, rows: int) -> np.ndarray:
-    """A float32 matrix, sent as an npy file in base64."""
-    if encoded is None:  # vLLM drops it where a crowded cache made it begin anew
+    """Decode a float32 matrix, sent as an npy file in base64."""
+    if encoded is None:  # vLLM drops it if it preempted the request for lack of cache
         raise LostError("told no log-probs of the ids that it was asked about", reached=True)
     matrix = np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
     assert len(matrix) == rows, matrix.shape

@@ -1,4 +1,4 @@
-"""`opd serve`: vLLM's server for one model, with the settings that this program relies on."""
+"""The command `opd serve`: vLLM's server for one model, with the settings that training needs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from jsonargparse import auto_cli
 from opd_lightning.errors import UserError
 from opd_lightning.models.identity import model_identity
 from opd_lightning.models.source import ModelSource
-from opd_lightning.serving.guard import KEY_FILE_VARIABLE, Guard, make_key_file
+from opd_lightning.serving.authentication import KEY_FILE_VARIABLE, KeyMiddleware, make_key_file
 from opd_lightning.serving.server import bind, run
 from opd_lightning.serving.vllm_process import CPU_ARGUMENTS, vllm_unavailable
 from opd_lightning.terminal.progress import is_watched
 from opd_lightning.terminal.quiet import only_warnings
 
-# vLLM's arguments that decide who may do what, or what trainers know the server by.
+# vLLM's arguments that control access, or identify the server to trainers.
 OURS = {"model", "served_model_name", "host", "port", "uds", "api_key", "middleware"}
 OURS |= {"worker_extension_cls", "trust_remote_code", "api_server_count", "weight_transfer_config"}
 
-# By name: what they name imports vLLM, and the environment must be set first.
+# By name: the module imports vLLM, and the environment must be set first.
 PUSH_WORKER = "opd_lightning.serving.worker.PushWorker"
 TRANSFER_BACKEND = "opd"  # registered with vLLM by that worker
 
@@ -47,26 +47,27 @@ def serve(
 ) -> None:
     """Serve a model to trainers until this process is ended (SIGTERM or SIGINT).
 
-    Token ids in, token ids and log-probs out. Who does not send the key is refused on every route
-    but GET /health.
+    Token ids in, token ids and log-probs out. Requests without the key are refused on every route
+    except GET /health.
 
     Args:
         model: Model folder or hub name.
-        key_file: File with the key that requests must carry; made if it does not exist, so that the
-            servers of a run can share it. Nobody else may read it.
-        host: Address to listen on: this machine alone, or the interface that trainers reach. What
-            is sent is not encrypted.
+        key_file: File with the key that requests must carry; created if it does not exist, so that
+            the servers of a run can share it. Only its owner may have access.
+        host: Address to listen on: loopback, or the interface that trainers reach. Traffic is not
+            encrypted.
         port: Port to listen on; 0 takes a free one.
-        address_file: Written once the server answers: its address, such as http://127.0.0.1:8000.
-        weights: "fixed" are those of the folder, always; a server for rollouts takes "pushed" ones,
-            which opens vLLM's development routes to those who have the key.
+        address_file: File to write the address to, such as http://127.0.0.1:8000, once the server
+            answers.
+        weights: "fixed" serves the weights of the folder. "pushed" accepts weights from a trainer,
+            for rollouts; it opens vLLM's development routes to clients that have the key.
         dtype: Precision of the weights. "auto" takes the model folder's, but halves float32 ones.
-        max_length: Most tokens of prompt and response together; None takes the model's limit.
-        max_num_seqs: Most sequences computed at once; the others wait.
-        max_logprobs: Most log-probs of other tokens that can be asked for at a position.
-        gpu_memory_utilization: Share of the GPU that vLLM may fill. CUDA only.
+        max_length: Maximum number of prompt and response tokens; None takes the model's limit.
+        max_num_seqs: Maximum number of sequences computed at once; the others wait.
+        max_logprobs: Maximum number of top log-probs per position that a request may ask for.
+        gpu_memory_utilization: Fraction of the GPU memory that vLLM may use. CUDA only.
         enforce_eager: Skip CUDA graphs and compilation. None means on the CPU only.
-        tensor_parallel_size: GPUs that share one copy.
+        tensor_parallel_size: Number of GPUs that share one copy of the model.
         cpu_kv_cache_gib: Size of the KV cache in GiB. CPU only.
         trust_remote_code: Run code that ships with the model.
         engine_args: Any further argument of vLLM's server; these win over the ones set here.
@@ -116,12 +117,12 @@ def serve(
 
 
 def vllm_arguments(weights: Literal["fixed", "pushed"]) -> dict[str, Any]:
-    """What never depends on the model: ids in and out, our guard, our log-probs."""
+    """Return vLLM's arguments that do not depend on the model."""
     arguments: dict[str, Any] = {
         "tokens_only": True,  # no tokenizer, and the token-in-token-out routes
         "generation_config": "vllm",  # not the folder's, which would change the sampling
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
-        "middleware": f"{Guard.__module__}.{Guard.__qualname__}",
+        "middleware": f"{KeyMiddleware.__module__}.{KeyMiddleware.__qualname__}",
         "disable_fastapi_docs": True,
         "disable_uvicorn_access_log": True,
         "uvicorn_log_level": "warning",
@@ -134,12 +135,12 @@ def vllm_arguments(weights: Literal["fixed", "pushed"]) -> dict[str, Any]:
 
 
 def set_environment(weights: Literal["fixed", "pushed"], cpu_kv_cache_gib: int) -> None:
-    """What vLLM reads when it is imported. Which routes exist is not left to chance."""
+    """Set the variables that vLLM reads at import; the available routes depend on them."""
     os.environ["VLLM_SERVER_DEV_MODE"] = "1" if weights == "pushed" else "0"
     os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "0"
-    os.environ.pop("VLLM_API_KEY", None)  # vLLM would ask for it beside ours
+    os.environ.pop("VLLM_API_KEY", None)  # vLLM would require it in addition to ours
     defaults = {
-        "VLLM_NO_USAGE_STATS": "1",  # nothing is reported to anybody
+        "VLLM_NO_USAGE_STATS": "1",  # send no usage reports
         "VLLM_CPU_KVCACHE_SPACE": str(cpu_kv_cache_gib),
     }
     for name, value in defaults.items():
@@ -147,6 +148,6 @@ def set_environment(weights: Literal["fixed", "pushed"], cpu_kv_cache_gib: int) 
 
 
 def main(args: list[str]) -> None:
-    """Entry point of `opd serve`."""
+    """Run `opd serve`."""
     only_warnings()
     auto_cli(serve, args=args, prog="opd serve", as_positional=False)

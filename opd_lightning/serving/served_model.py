@@ -1,4 +1,4 @@
-"""A model whose folder is here and whose weights are behind servers."""
+"""A model with a local folder and with weights on servers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from opd_lightning.serving.client import Servers
 
 
 class ServedModel(ModelSource):
-    """Tokenizer and configuration come from the folder, the room for sequences from the servers.
+    """Model source with tokenizer and configuration from a folder, context length from servers.
 
     Args:
         path: Model folder or hub name.
-        servers: Who has the weights.
-        name: What the servers call the model. None: started by `opd serve`, they call it by the
-            identity of the weights in the folder.
+        servers: Servers that have the weights.
+        name: Name of the model at the servers. None takes the identity of the weights in the
+            folder, as servers started by `opd serve` do.
         trust_remote_code: Run code that ships with the model.
-        role: What the model is for; error messages name it.
+        role: Purpose of the model, named in error messages.
     """
 
     def __init__(
@@ -37,24 +37,24 @@ class ServedModel(ModelSource):
 
     @cached_property
     def name(self) -> str:
-        """What every request must carry, so that a server of another model refuses it."""
+        """Model name that every request carries, so that a server of another model refuses it."""
         return self._name or model_identity(self.path)
 
     @property
     def identity(self) -> str:
-        """The servers' word for it: the weights may not be here."""
+        """Name of the model at the servers: the weights may not be on this machine."""
         return self.name
 
     @property
     def context_length(self) -> int:
-        """Most tokens of a sequence that is scored: the server must have room to write one more."""
+        """Longest sequence to score, in tokens: the server must be able to generate one more."""
         return min(super().context_length, self.room - 1)
 
     @cached_property
     def room(self) -> int:
-        """Tokens that fit every server. Waits for them, and refuses one that has another model."""
+        """Context length of all servers. Waits for them; raises UserError for another model."""
         rooms = []
-        answers = self.servers.read("/v1/models")
+        answers = self.servers.get_all("/v1/models")
         for url, answer in zip(self.servers.urls, answers, strict=True):
             served = {model["id"]: model for model in answer["data"]}
             if self.name not in served:

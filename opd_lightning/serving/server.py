@@ -1,4 +1,4 @@
-"""vLLM's server in this process: started, announced, watched, ended."""
+"""vLLM's server in this process: start, announcement, supervision, shutdown."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from opd_lightning.errors import ServerAwayError, UserError
 from opd_lightning.serving.addresses import write_address
 
 ENDINGS = (signal.SIGTERM, signal.SIGINT)
-HEALTH_SECONDS = 0.5  # between two looks while the server starts
+HEALTH_SECONDS = 0.5  # polling interval while the server starts
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """The server's socket, before anything is loaded: its port is known, and nobody else's."""
+    """Bind the server's socket before anything is loaded, which reserves its port."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM
         )[0]
-        # Without the protocol asyncio leaves Nagle's algorithm on: 40 ms for every answer.
+        # Without the protocol, asyncio leaves Nagle's algorithm on: 40 ms for every answer.
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
@@ -43,16 +43,18 @@ def run(arguments: dict[str, Any], sock: socket.socket, address_file: Path | Non
     """Serve until SIGTERM or SIGINT.
 
     Args:
-        arguments: By the names of vLLM's command line.
-        sock: Bound, with the host and port of `arguments`.
-        address_file: Where the server's address is written once it answers.
+        arguments: By name, as on vLLM's command line.
+        sock: Bound socket, with the host and port of `arguments`.
+        address_file: File to write the server's address to once it answers.
 
-    Raises `UserError` for what vLLM does not accept, `ServerAwayError` if it ends by itself.
+    Raises:
+        UserError: If vLLM does not accept the arguments.
+        ServerAwayError: If the server ends by itself.
     """
     for number in ENDINGS:
         signal.signal(number, _abandon)  # until the server runs
     if address_file is not None:
-        address_file.unlink(missing_ok=True)  # nobody shall look for the server before
+        address_file.unlink(missing_ok=True)  # clients must not connect before the server is ready
     try:
         asyncio.run(_run(_parse(arguments), sock, address_file))
     except (UserError, ServerAwayError):
@@ -67,7 +69,7 @@ def run(arguments: dict[str, Any], sock: socket.socket, address_file: Path | Non
 
 
 def _parse(arguments: dict[str, Any]) -> Any:
-    """Through vLLM's own parser, which knows what it accepts."""
+    """Parse the arguments with vLLM's own parser."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -103,8 +105,8 @@ async def _run(arguments: Any, sock: socket.socket, address_file: Path | None) -
         await asyncio.wait([server, healthy], return_when=asyncio.FIRST_COMPLETED)
         healthy.cancel()
         if not server.done():
-            # In place of vLLM's own handlers, after which a server that was ended and one that
-            # died look the same.
+            # Replaces vLLM's own handlers, with which a server that was stopped looks
+            # like one that died.
             for number in ENDINGS:
                 asyncio.get_running_loop().add_signal_handler(number, asked.set)
             if address_file is not None:
@@ -114,7 +116,7 @@ async def _run(arguments: Any, sock: socket.socket, address_file: Path | None) -
             await asyncio.wait([server, ended], return_when=asyncio.FIRST_COMPLETED)
             ended.cancel()
         server.cancel()
-        closing = await server  # vLLM answers being cancelled by how to close
+        closing = await server  # cancelled, it returns a coroutine that shuts it down
     await closing
     if not asked.is_set():
         raise ServerAwayError(f"the vLLM server at {url} died; its log says why")
@@ -131,7 +133,7 @@ async def _until_healthy(url: str) -> None:
 
 
 def _abandon(number: int, frame: Any) -> None:
-    """End at once while vLLM loads: it waits for its engine process and heeds no exception."""
+    """Exit at once while vLLM loads: it waits for its engine process and ignores exceptions."""
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(128 + number)

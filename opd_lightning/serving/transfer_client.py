@@ -1,4 +1,4 @@
-"""What vLLM's senders ask of servers: one engine to them, several servers in truth."""
+"""Client for vLLM's weight senders, to which several servers look like one engine."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ CAUSE_SECONDS = 1.0
 
 
 def gpu_in_use() -> str | None:
-    """The GPU of this process, by a name that no other has; None without one."""
+    """Return the UUID of this process's GPU; None without one."""
     if not torch.cuda.is_available():
         return None
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
 class TransferClient:
-    """A `VLLMWeightSyncClient`: has these four methods. Each request carries the servers' key.
+    """A `VLLMWeightSyncClient` for several servers. Each request carries the servers' key.
 
-    No request is repeated, since half a push cannot be; the first that fails is also in `failed`,
-    for whoever waits for something that will not come then.
+    No request is retried, since a partial push cannot be repeated. The first failure is also set
+    on the future `failed`, for threads that wait for the push.
 
     Args:
         servers: All receivers.
-        sizes: Workers of each server.
-        more: What our receivers are told beyond what vLLM's are.
+        sizes: Number of workers of each server.
+        more: Init arguments for our receivers in addition to vLLM's.
     """
 
     def __init__(self, servers: Servers, sizes: Sequence[int], more: dict[str, Any]) -> None:
@@ -42,7 +42,7 @@ class TransferClient:
         self.failed: Future[None] = Future()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Have all servers join; each server's workers get ranks of their own."""
+        """Make all servers join the group; each server's workers get distinct ranks."""
         offsets = rank_offsets(self._sizes, first=init_info["rank_offset"])
         self._ask(
             "/init_weight_transfer_engine",
@@ -53,7 +53,7 @@ class TransferClient:
         self._ask_all("/start_weight_update", {})
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Returns when all have received all."""
+        """Return when all servers have received all weights."""
         self._ask_all("/update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
@@ -63,9 +63,9 @@ class TransferClient:
         self._ask(path, [body] * len(self._sizes))
 
     def _ask(self, path: str, bodies: Sequence[dict[str, Any]]) -> None:
-        futures = self._servers.each_once(path, bodies)
+        futures = self._servers.submit_each(path, bodies)
         wait(futures, return_when=FIRST_EXCEPTION)
-        # The cause, and what follows from it elsewhere, arrive in any order.
+        # The cause and its consequences at other servers arrive in any order.
         done, _ = wait(futures, timeout=CAUSE_SECONDS)
         if errors := [error for future in done if (error := future.exception())]:
             error = ServerAwayError("; ".join(sorted(str(error) for error in errors)))
@@ -75,5 +75,5 @@ class TransferClient:
 
 
 def rank_offsets(sizes: Sequence[int], *, first: int = 1) -> list[int]:
-    """The lowest rank of each server; the sender's is 0."""
+    """Return the lowest rank of each server; the sender's is 0."""
     return [first + sum(sizes[:i]) for i in range(len(sizes))]

@@ -1,4 +1,4 @@
-"""The servers' end of a transfer group, inside vLLM's workers: over NCCL or gloo."""
+"""Receiver of a weight transfer over NCCL or gloo; runs inside vLLM's workers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Described = tuple[str, Sequence[int], torch.dtype]  # a tensor: its name, shape 
 
 @dataclass(kw_only=True)
 class TransferInitInfo(NCCLWeightTransferInitInfo):
-    """vLLM's own, and which library carries the tensors.
+    """vLLM's init arguments, extended by the transport.
 
     Args:
         transport: "nccl" or "gloo".
@@ -43,14 +43,14 @@ class TransferInitInfo(NCCLWeightTransferInitInfo):
 
 
 class TransferEngine(NCCLWeightTransferEngine):
-    """vLLM's NCCL receiver, which can do the same over gloo, and never waits for ever.
+    """vLLM's NCCL receiver, extended by gloo and by time limits.
 
-    Nothing interrupts NCCL: where the sender is gone, the process ends itself. With gloo the push
-    alone fails.
+    NCCL calls cannot be interrupted: if the sender is gone, the process exits. With gloo only the
+    push fails.
     """
 
     init_info_cls = TransferInitInfo
-    group: str | None = None  # whose member this worker is
+    group: str | None = None  # the group that this worker has joined
 
     def init_transfer_engine(self, init_info: TransferInitInfo) -> None:
         """Join the trainer's group."""
@@ -72,7 +72,7 @@ class TransferEngine(NCCLWeightTransferEngine):
         self.group = init_info.group
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive all weights. What fails leaves a model that runs, on some old and some new."""
+        """Receive all weights. After a failure the model runs, with some old and some new ones."""
         on_gloo = isinstance(self.model_update_group, GlooGroup)
         push = process_ends_after(self._timeout, "a push over NCCL")
         try:
@@ -84,7 +84,7 @@ class TransferEngine(NCCLWeightTransferEngine):
             raise
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
-        """From rank 0, a chunk at a time."""
+        """Receive weights from rank 0, one chunk at a time."""
         if not isinstance(self.model_update_group, GlooGroup):
             super().receive_weights(update_info)
             return
@@ -99,7 +99,7 @@ class TransferEngine(NCCLWeightTransferEngine):
                 self.model.load_weights(self._unpacked(packed, names, shapes, kinds, sizes))
 
     def finish_weight_update(self) -> None:
-        """Every layer has its weights."""
+        """Finish the update, once every layer has its weights."""
         super().finish_weight_update()
         if not torch.cuda.is_available():
             repack_heads(self.model)
@@ -115,7 +115,7 @@ class TransferEngine(NCCLWeightTransferEngine):
 
 
 def chunks(described: Sequence[Described], most: int) -> Iterator[list[Described]]:
-    """What vLLM's `pack_tensors` puts together: it stops once it has more than `most` bytes."""
+    """Group tensors as vLLM's `pack_tensors` does: a chunk ends once it exceeds `most` bytes."""
     chunk: list[Described] = []
     size = 0
     for one in described:
@@ -130,7 +130,7 @@ def chunks(described: Sequence[Described], most: int) -> Iterator[list[Described
 
 @contextmanager
 def process_ends_after(seconds: float, what: str) -> Iterator[None]:
-    """End this process, in one line, unless the block is left in time."""
+    """Exit this process with a one-line error unless the block is left in time."""
 
     def end() -> None:
         print(f"opd: error: {what} took more than {seconds:g} s; start again", file=sys.stderr)
@@ -147,6 +147,6 @@ def process_ends_after(seconds: float, what: str) -> Iterator[None]:
 
 
 def _size(described: Described) -> int:
-    """In bytes."""
+    """Return the size in bytes."""
     _, shape, dtype = described
     return math.prod(shape) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""What vLLM raises for reasons that a user can act on, in one line."""
+"""Translation of vLLM's exceptions that a user can act on into one-line errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opd_lightning.errors import RunStoppedError, UserError
 
 @contextmanager
 def start_errors() -> Iterator[None]:
-    """While vLLM starts: settings that it refuses, and memory that is not there.
+    """Translate errors while vLLM starts: refused settings and lack of memory.
 
     Any other exception is a bug and keeps its traceback.
     """
@@ -30,7 +30,7 @@ def start_errors() -> Iterator[None]:
 
 @contextmanager
 def run_errors() -> Iterator[None]:
-    """While vLLM takes weights or writes: it is out of memory, or its own processes are dead."""
+    """Translate errors while vLLM loads weights or generates: lack of memory, dead processes."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
@@ -49,10 +49,10 @@ def run_errors() -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    from pydantic import ValidationError  # vLLM's settings are pydantic's, who says much besides
+    from pydantic import ValidationError  # raised by vLLM's settings, with much additional text
 
-    said = [str(error)]
+    messages = [str(error)]
     if isinstance(error, ValidationError):
-        said = [one["msg"] for one in error.errors()]
-    text = " ".join("; ".join(said).split())
+        messages = [one["msg"] for one in error.errors()]
+    text = " ".join("; ".join(messages).split())
     return text if len(text) <= 400 else text[:397] + "..."

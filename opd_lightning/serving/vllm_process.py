@@ -1,6 +1,6 @@
-"""Living with vLLM in one process: its environment, its process groups, its CPU head.
+"""Workarounds for vLLM in the same process: environment, process groups, CPU head.
 
-Facts of vLLM 0.32; each function says what would happen without it.
+They hold for vLLM 0.32. Each function documents what would happen without it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from opd_lightning.models.weight_sums import EngineSum, engine_sums
 
-# A prompt that is computed in pieces ends vLLM's CPU engine if its request has a seed: "CPU
-# Generator does not use offset".
+# Chunked prefill crashes vLLM's CPU engine if the request has a seed: "CPU Generator does not use
+# offset".
 CPU_ARGUMENTS = {"enable_chunked_prefill": False}
 
 
 def vllm_unavailable() -> str | None:
-    """None if vLLM can be used here, else the reason in one line.
+    """Return None if vLLM can be used here, else the reason in one line.
 
-    Where vLLM is installed this imports it (8 s, once): nothing less tells a broken install.
+    Imports vLLM if it is installed (8 s, once): only the import reveals a broken installation.
     """
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed"
@@ -41,18 +41,18 @@ def vllm_unavailable() -> str | None:
 
 
 def _set_environment() -> None:
-    """Defaults that vLLM reads when it is imported; what the user has set wins."""
-    # In-process, so that weights can be pushed from an iterator and nothing is forked.
+    """Set defaults that vLLM reads at import; variables set by the user win."""
+    # In-process, so that weights can be pushed from an iterator and no process is forked.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not torch.cuda.is_available():
-        # vLLM would pin this process's threads to cores of its own choice.
+        # Otherwise vLLM pins this process's threads to cores that it chooses.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 @contextmanager
 def launcher_variables() -> Iterator[None]:
-    """RANK and LOCAL_RANK, by which vLLM's external launcher finds its GPU, for a while.
+    """Set RANK and LOCAL_RANK, from which vLLM's external launcher takes its GPU, temporarily.
 
     SLURM has other names for them, and Lightning reads LOCAL_RANK as "processes were launched".
     """
@@ -69,9 +69,9 @@ def launcher_variables() -> Iterator[None]:
 
 
 def destroy_vllm_groups() -> None:
-    """What vLLM's clean-up does to its process groups, less the default one.
+    """Destroy vLLM's process groups as its clean-up does, except the default group.
 
-    They must go first: destroying the default group beside them raises.
+    They must be destroyed first: destroying the default group while they exist raises.
     """
     from vllm.distributed import parallel_state
 
@@ -81,16 +81,19 @@ def destroy_vllm_groups() -> None:
 
 
 def sums_in_vllm(model: Any) -> list[EngineSum]:
-    """Runs in vLLM's worker, which fuses what Hugging Face has apart."""
+    """Return weight sums of vLLM's model, which fuses parameters that Hugging Face separates.
+
+    Runs in vLLM's worker.
+    """
     return engine_sums(_weights(model), getattr(model, "packed_modules_mapping", {}))
 
 
 @torch.no_grad()
 def _weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Parameters by vLLM's names.
+    """Yield parameters by vLLM's names.
 
-    On the CPU a linear layer keeps nothing but oneDNN's packed copy of its weight; multiplied with
-    the identity it gives the weight back, exactly.
+    On the CPU a linear layer keeps only oneDNN's packed copy of its weight. Its product with the
+    identity is the weight, exactly.
     """
     for prefix, module in model.named_modules():
         for name, weight in module.named_parameters(recurse=False):
@@ -101,9 +104,9 @@ def _weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def repack_heads(model: Any) -> None:
-    """Rebuild what vLLM 0.32's CPU head really multiplies by: a packed copy of its weight.
+    """Rebuild the packed copy of the weight that vLLM 0.32's CPU head multiplies by.
 
-    After a reload the copy of a head that is tied to the embedding still holds the old weight.
+    After a reload, the copy of a head tied to the embedding still holds the old weight.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -113,9 +116,9 @@ def repack_heads(model: Any) -> None:
 
 
 def undo_reload(model: Any) -> None:
-    """Make a model whole whose reload was broken off: layers that it had not reached are as before.
+    """Repair a model whose reload was aborted: restore the layers that were not reloaded yet.
 
-    Without this they have no memory, and the next reload adds to what this one had loaded.
+    Without this they have no memory, and the next reload adds to the weights of this one.
     """
     from vllm.model_executor.model_loader.reload import layerwise
 

@@ -1,4 +1,4 @@
-"""Teachers score what students wrote; one file per kind, all answer `score`."""
+"""Teachers, which score the student's responses; one file per kind."""
 
 from opd_lightning.teachers.base import (
     Ask,

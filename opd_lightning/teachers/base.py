@@ -1,4 +1,4 @@
-"""The teacher contract: a micro-batch in, scores of its sampled tokens out."""
+"""Teacher contract: a micro-batch in, scores of its sampled tokens out."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ if TYPE_CHECKING:
 
 
 class RecordedQuestion(NamedTuple):
-    """What a run will ask about a recorded response; known before it starts."""
+    """Query of a run about a recorded response, known before the run starts."""
 
     prompt: Prompt
-    prompt_ids: list[int]  # [P] the prompt under the view that is asked about
+    prompt_ids: list[int]  # [P] the prompt under the queried view
     response_ids: Sequence[int]  # [T]
-    top_k: int  # how many of its likeliest tokens it will be asked for
+    top_k: int  # number of the teacher's top tokens that are read
 
 
 class Teacher(ABC):
-    """Scores sampled tokens without a gradient. It owns no optimiser.
+    """Model that scores sampled tokens without a gradient and without an optimiser.
 
-    `source` is the model folder it comes from; None for one that is made of the student, whose
-    folder it shares. `answers_live` says whether it can be asked about responses that are not
-    written yet when the run starts. One that `has_own_tokenizer` speaks of groups of tokens:
-    `TokenScores.ends`.
+    `source` is its model folder; None for teachers derived from the student, whose folder they
+    share. `answers_live` is False for teachers that score only responses recorded before the run.
+    With `has_own_tokenizer`, scores are those of groups of tokens: `TokenScores.ends`.
     """
 
     source: ModelSource | None = None
@@ -41,76 +40,76 @@ class Teacher(ABC):
 
     @abstractmethod
     def load(self, device: torch.device, student: Student) -> None:
-        """Make ready on `device`; called once, after every check and after the student's load."""
+        """Load on `device`; called once, after all checks and after the student's load."""
 
     @abstractmethod
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
-        """Scores of the response tokens under one of `batch.views`."""
+        """Return scores of the response tokens under one of `batch.views`."""
 
-    # Most teachers have nothing to do at these moments.
+    # Optional hooks.
 
     def check(self, prompts: Sequence[Prompt], temperature: float) -> None:  # noqa: B027
-        """Raise UserError, before training, if it cannot score these at this temperature."""
+        """Raise UserError, before training, if it cannot score `prompts` at `temperature`."""
 
     def check_question(self, question: RecordedQuestion) -> None:  # noqa: B027
-        """Raise UserError if it cannot answer this; called after `check`, for every row."""
+        """Raise UserError if it cannot answer `question`; called after `check`, for every row."""
 
-    def expect(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:  # noqa: B027
-        """`score` will be called with this during the step: whoever can may begin."""
+    def prefetch(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:  # noqa: B027
+        """Start to score in the background; `score` is called with the same arguments later."""
 
-    def rest(self) -> None:  # noqa: B027
-        """Nothing is asked until the next step: give memory back."""
+    def release(self) -> None:  # noqa: B027
+        """Release memory; `score` is not called until the next step."""
 
     def close(self) -> None:  # noqa: B027
-        """The run is over."""
+        """Release all resources at the end of the run."""
 
     @property
     def is_collective(self) -> bool:
-        """Whether asking takes all ranks, because each holds a part of the model.
+        """Whether the model is sharded, so that all ranks must call `score` equally often.
 
-        Every rank must then ask equally often. Other kinds are in every process as a whole.
+        Other kinds are complete in every process.
         """
         return False
 
     def parts(self) -> list[Teacher]:
-        """Itself, or the teachers it is made of."""
+        """Return the teachers that it consists of; by default itself only."""
         return [self]
 
     def responsible(self, prompt: Prompt) -> Teacher:
-        """Itself, or the one of its parts that scores responses to this prompt."""
+        """Return the part that scores responses to `prompt`; by default itself."""
         return self
 
 
 class TopKTeacher(Teacher):
-    """A teacher elsewhere: it tells log-probs of some tokens, not its whole distribution.
+    """Teacher that returns log-probs of some tokens, not the full distribution.
 
-    `scores_given_ids` says whether these may be any tokens, or its own likeliest alone;
-    `tells_entropy` whether it knows the entropy of the whole.
+    With `scores_given_ids` these may be any tokens, otherwise only its top k. `provides_entropy` is
+    True if it returns the entropy of the full distribution.
     """
 
     scores_given_ids: bool = False
-    tells_entropy: bool = True
+    provides_entropy: bool = True
 
     @abstractmethod
     def score_top(
         self, batch: RolloutBatch, view: str, *, top_k: int, ids: Tensor | None = None
     ) -> tuple[TokenScores, TopLogprobs]:
-        """Scores with `top_k` top ids, and log-probs at `ids [N, K]`, or at these top ids if None.
+        """Return scores with `top_k` top ids, and log-probs at `ids [N, K]` (None: the top ids).
 
         `ids` and the log-probs are in the order of the response mask.
         """
 
 
 class DistributionTeacher(Teacher):
-    """A teacher in this process: its whole next-token distribution can be read."""
+    """Teacher in this process, whose full next-token distribution can be read."""
 
     @abstractmethod
     def states(self, batch: RolloutBatch, view: str) -> TokenStates:
-        """Hidden states that predict the response tokens, with the head to read them."""
+        """Return the hidden states that predict the response tokens, with the head."""
 
 
 class Ask(NamedTuple):
-    """A question: what does this teacher say about the response under this view?"""
+    """Query: scores of the response by `teacher` under `view`."""
 
     teacher: Teacher
     view: str

@@ -1,4 +1,4 @@
-"""A teacher per domain: each prompt is scored by its own."""
+"""Dispatch of prompts to one teacher per domain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ByDomainTeacher(Teacher):
-    """Dispatches by `Prompt.domain` (G-OPD's multi-teacher runs; MOPD, 2606.30406).
+    """Teacher that dispatches by `Prompt.domain` (G-OPD's multi-teacher runs; MOPD, 2606.30406).
 
     Args:
         teachers: One per domain. A prompt of another domain is refused before training.
@@ -52,32 +52,32 @@ class ByDomainTeacher(Teacher):
         for teacher in self.teachers.values():
             teacher.load(device, student)
 
-    def rest(self) -> None:
+    def release(self) -> None:
         for teacher in self.teachers.values():
-            teacher.rest()
+            teacher.release()
 
     def close(self) -> None:
         for teacher in self.teachers.values():
             teacher.close()
 
-    def expect(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
+    def prefetch(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
         for domain, rows in self._rows(batch).items():
-            self.teachers[domain].expect(batch.select(rows), view, top_k=top_k)
+            self.teachers[domain].prefetch(batch.select(rows), view, top_k=top_k)
 
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
-        told = []
-        mine = self._rows(batch)
+        answers = []
+        domain_rows = self._rows(batch)
         for domain, teacher in self.teachers.items():
-            rows = mine.get(domain, [])
+            rows = domain_rows.get(domain, [])
             if rows or teacher.is_collective:
-                # Other ranks may have rows of this domain, and need this one to read them.
+                # Other ranks may have rows of this domain, and need this rank to score them.
                 part = batch.select(rows or [0])
-                told.append((rows, teacher.score(part, view, top_k=top_k)))
-        # What not all of them rank counts as not ranked.
-        ranked = min(scores.top_ids.shape[-1] for _, scores in told)
-        grouped = any(scores.ends is not None for _, scores in told)
+                answers.append((rows, teacher.score(part, view, top_k=top_k)))
+        # Teachers may return different numbers of top tokens: keep the smallest.
+        ranked = min(scores.top_ids.shape[-1] for _, scores in answers)
+        grouped = any(scores.ends is not None for _, scores in answers)
         whole: dict[str, Tensor] = {}
-        for rows, scores in told:
+        for rows, scores in answers:
             parts = {
                 "logprobs": scores.logprobs,
                 "entropy": scores.entropy,
@@ -93,7 +93,7 @@ class ByDomainTeacher(Teacher):
         return TokenScores(**whole)
 
     def _rows(self, batch: RolloutBatch) -> dict[str, list[int]]:
-        """Rows of the micro-batch by domain."""
+        """Return the rows of the micro-batch by domain."""
         domains = [rollout.prompt.domain for rollout in batch.rollouts]
         return {
             domain: [i for i, name in enumerate(domains) if name == domain]

@@ -1,4 +1,4 @@
-"""A teacher's scores of recorded responses, read from disk."""
+"""Teacher scores of recorded responses, read from disk."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class CachedTeacher(TopKTeacher):
-    """Remembers what another teacher said about the recorded responses of the prompt file.
+    """Cached scores of another teacher for the recorded responses of the prompt file.
 
-    `opd cache-teacher` asks `teacher`, once; `opd fit` reads the answers and never loads it. For
-    several domains, give `ByDomainTeacher` a cached one for each.
+    `opd cache-teacher` computes them once; `opd fit` reads them and never loads `teacher`. For
+    several domains, give `ByDomainTeacher` a cached teacher for each.
 
     Args:
-        cache: Folder of the answers.
-        teacher: Who is asked: frozen, with a model folder of its own.
+        cache: Folder of the scores.
+        teacher: Teacher to cache: frozen, with its own model folder.
     """
 
     answers_live = False
@@ -44,18 +44,18 @@ class CachedTeacher(TopKTeacher):
             )
         self.folder = Path(cache)
         self.teacher = teacher
-        self.tells_entropy = not isinstance(teacher, TopKTeacher) or teacher.tells_entropy
-        # Reading needs the tokenizer alone, whatever else the teacher's source would ask for.
-        told = teacher.source
+        self.provides_entropy = not isinstance(teacher, TopKTeacher) or teacher.provides_entropy
+        # Reading needs only the tokenizer; the teacher's own source may need servers.
+        source = teacher.source
         self.source = ModelSource(
-            told.path, trust_remote_code=told.trust_remote_code, role=told.role
+            source.path, trust_remote_code=source.trust_remote_code, role=source.role
         )
         self.store: ScoreStore | None = None
         self.description: Description | None = None
         self.unknown: dict[bytes, RecordedQuestion] | None = None
 
-    def note_unknown(self) -> None:
-        """From now on keep the questions that have no answer, instead of refusing them."""
+    def collect_unknown(self) -> None:
+        """Collect queries without a cached score from now on, instead of refusing them."""
         self.unknown = {}
         self.source = self.teacher.source
 
@@ -103,12 +103,12 @@ class CachedTeacher(TopKTeacher):
                 f"{question.prompt.origin}: not in the cache {str(self.folder)!r}; run `opd "
                 "cache-teacher` again"
             )
-        # There may be many: four bytes a token, where a list takes up to 36.
+        # An array takes four bytes per token, a list up to 36.
         response_ids = array("i", question.response_ids)
         self.unknown.setdefault(key, question._replace(response_ids=response_ids))
 
     def load(self, device: torch.device, student: Student) -> None:
-        """The answers stay where they are."""
+        """Do nothing: scores are read from disk."""
 
     # In training --------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ class CachedTeacher(TopKTeacher):
     def score_top(
         self, batch: RolloutBatch, view: str, *, top_k: int, ids: Tensor | None = None
     ) -> tuple[TokenScores, TopLogprobs]:
-        assert ids is None, "only the teacher's own likeliest tokens are known: checked at set-up"
+        assert ids is None, "only the teacher's top tokens are known: checked at set-up"
         assert self.store is not None, "checked at set-up"
         rows = []
         for rollout in batch.rollouts:

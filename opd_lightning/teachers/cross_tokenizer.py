@@ -1,4 +1,4 @@
-"""A frozen local model with a tokenizer of its own."""
+"""Frozen local teacher with a tokenizer that differs from the student's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from opd_lightning.types import Prompt, Rollout, RolloutBatch, TokenScores
 if TYPE_CHECKING:
     from opd_lightning.models.student import Student
 
-_END = b"\xff"  # what both ends of sequence spell: a byte that no text has
+_END = b"\xff"  # stands for both ends of sequence: a byte that no UTF-8 text has
 
 
 class _Translated(NamedTuple):
@@ -30,43 +30,42 @@ class _Translated(NamedTuple):
 
     prompt_ids: list[int]
     response_ids: list[int]
-    columns: list[int]  # for each of these, the student's token that ends its group
-    spans: list[list[Span]]  # for each of these, those that start there
+    columns: list[int]  # per response token, the student's token that ends its group
+    spans: list[list[Span]]  # per response token, the spans that start there
 
 
 class CrossTokenizerTeacher(Teacher):
-    """A Hugging Face causal LM that reads the text of a response, whatever the student's tokens.
+    """Frozen Hugging Face causal LM that scores the text of a response with its own tokenizer.
 
-    The messages go through the teacher's own chat template and the response through its tokenizer,
-    and its end of sequence follows if the student wrote one. Tokens are compared in groups: the
-    shortest runs on both sides that end at the same byte. A group is one action: what the teacher
-    says of it is its log-prob of the group's text, whatever its tokens say of what comes next
-    (`longer_tokens`, with the derivation), and `losses.alignment.in_groups` gives every student
-    token of the group the whole difference. With the student's own tokenizer it is `FrozenTeacher`.
+    The messages are rendered with the teacher's chat template and the response is encoded with its
+    tokenizer; its end of sequence follows if the response has one. Tokens are compared in groups:
+    the shortest runs on both sides that end at the same byte. A group is one action. Its score is
+    the teacher's log-prob of the group's text, without what its tokens imply about the following
+    text (see `longer_tokens` for the derivation). `losses.alignment.in_groups` assigns the group's
+    difference to each of its student tokens. With the student's tokenizer it is `FrozenTeacher`.
 
-    Limits. Sampled tokens only, under the plain prompt. Of all the ways to write a text in the
-    teacher's tokens only its tokenizer's is scored, so its log-prob is at most the text's; and the
-    student may have written a text in another way than its own tokenizer would. A token of the
-    student's also tells that the text does not go on as a longer one of the student's, which a
-    teacher with shorter tokens tells only later: the sum over a response is right, but part of it
-    stands in a group too early, a bias where `discount` is 0. (A student of single characters
-    has none.) A temperature other than 1 divides the logits of either's own tokens: equal
-    distributions of text are then no longer equal. A special token within the response is the
-    text of its name, which is a special token again if the teacher has one of that name. Of a
-    character that the length limit cut off nothing is said; bytes that are no UTF-8 elsewhere are
-    read as U+FFFD.
+    Limits. Only sampled tokens are scored, under the plain prompt. Of all encodings of a text only
+    the tokenizer's is scored, so the log-prob is at most the text's; and the student may have
+    sampled another encoding than its tokenizer's. A student token also implies that the text does
+    not continue as a longer student token, which a teacher with shorter tokens decides only later:
+    the sum over a response is right, but part of it falls into a group too early, a bias if
+    `discount` is 0. (A student of single characters has none.) A temperature other than 1 divides
+    the logits of each model's tokens, so equal distributions of text become unequal. A special
+    token within the response is encoded as its name, which is a special token again if the teacher
+    has one of that name. A character that the length limit cut off is not scored; other bytes that
+    are not UTF-8 are read as U+FFFD.
 
     Args:
         path: Model folder or hub name.
-        dtype: Of weights and arithmetic; log-softmaxes are float32 whatever it is.
+        dtype: Dtype of weights and arithmetic; log-softmaxes are always float32.
         template_args: Extra variables for the teacher's chat template.
         attn_implementation: transformers' attention kernel; None takes its default.
         trust_remote_code: Run code that ships with the model.
     """
 
     has_own_tokenizer = True
-    _student: Any  # its tokenizer
-    _spelt: tuple[dict[int, bytes], dict[int, bytes]]  # by the student's tokens and the teacher's
+    _student: Any  # the student's tokenizer
+    _token_bytes: tuple[dict[int, bytes], dict[int, bytes]]  # bytes by token: student's, teacher's
     _longer_tokens: LongerTokens
 
     def __init__(
@@ -89,18 +88,18 @@ class CrossTokenizerTeacher(Teacher):
     def load(self, device: torch.device, student: Student) -> None:
         self.frozen.load(device, student)
         self._student = student.source.tokenizer
-        self._spelt = token_bytes(student.source), token_bytes(self.source)
+        self._token_bytes = token_bytes(student.source), token_bytes(self.source)
         added = self.source.tokenizer.added_tokens_decoder
-        special = {i for i, token in added.items() if token.special}  # no text goes on with these
-        text = {i: word for i, word in self._spelt[1].items() if i not in special}
+        special = {i for i, token in added.items() if token.special}  # do not continue a text
+        text = {i: word for i, word in self._token_bytes[1].items() if i not in special}
         self._longer_tokens = LongerTokens(text, student.source)
 
     @property
     def is_collective(self) -> bool:
         return self.frozen.is_collective
 
-    def rest(self) -> None:
-        self.frozen.rest()
+    def release(self) -> None:
+        self.frozen.release()
 
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
         rows = [self._translate(rollout) for rollout in batch.rollouts]
@@ -130,14 +129,14 @@ class CrossTokenizerTeacher(Teacher):
     def _translate(self, rollout: Rollout) -> _Translated:
         ended = not rollout.stop_reason.is_truncated()
         ids = rollout.response_ids[: -1 if ended else None]
-        spelt, their_spelt = self._spelt
-        # A head may be larger than its vocabulary; such tokens spell nothing.
-        ours = [spelt.get(i, b"") for i in ids]
+        our_bytes, their_bytes = self._token_bytes
+        # A head may be larger than its vocabulary; the additional tokens have no text.
+        ours = [our_bytes.get(i, b"") for i in ids]
         if not ended:
             ours = ours[: whole_characters(ours)]
         text = self._student.decode(ids[: len(ours)], clean_up_tokenization_spaces=False)
         response_ids = self.source.tokenizer.encode(text, add_special_tokens=False)
-        theirs = [their_spelt[i] for i in response_ids]
+        theirs = [their_bytes[i] for i in response_ids]
         if ended:
             response_ids.append(self.source.tokenizer.eos_token_id)
             ours, theirs = [*ours, _END], [*theirs, _END]

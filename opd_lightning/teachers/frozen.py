@@ -1,4 +1,4 @@
-"""A frozen local model as teacher."""
+"""Frozen local teacher."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 class FrozenTeacher(OwnModelTeacher):
-    """A Hugging Face causal LM that never changes.
+    """Hugging Face causal LM that never changes.
 
     Args:
         path: Model folder or hub name.
-        dtype: Of weights and arithmetic; log-softmaxes are float32 whatever it is.
+        dtype: Dtype of weights and arithmetic; log-softmaxes are always float32.
         attn_implementation: transformers' attention kernel; None takes its default.
         trust_remote_code: Run code that ships with the model.
-        offload: Keep the weights in CPU memory and on the device only while a step is scored and
-            trained, not while it is generated. Costs one copy to the device per step. Not for runs
-            that shard their models.
+        offload: Keep the weights in CPU memory while rollouts are generated, and on the device
+            only while a step is scored and trained. Costs one copy to the device per step. Not for
+            runs that shard their models.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class FrozenTeacher(OwnModelTeacher):
         self.dtype: Dtype = dtype
         self.attn_implementation = attn_implementation
         self.offload = offload
-        self._device: torch.device | None = None  # where an offloaded model is read
-        self._twin: Reader | None = None  # its copy there
+        self._device: torch.device | None = None  # device of an offloaded model's copy
+        self._device_copy: Reader | None = None  # that copy
 
     def load(self, device: torch.device, student: Student) -> None:
         if self._reader is not None:
@@ -66,24 +66,24 @@ class FrozenTeacher(OwnModelTeacher):
         else:
             self._reader.to(device)
 
-    def rest(self) -> None:
-        super().rest()
-        if self._twin is not None:  # frozen weights need not be copied back
-            self._twin = None
+    def release(self) -> None:
+        super().release()
+        if self._device_copy is not None:  # frozen weights need not be copied back
+            self._device_copy = None
             torch.cuda.empty_cache()
 
     def _read(self, batch: RolloutBatch, view: str) -> TokenStates:
         if self._device is None:
             return super()._read(batch, view)
-        if self._twin is None:
+        if self._device_copy is None:
             assert self._reader is not None
-            self._twin = _copy_to(self._device, self._reader)
-        states: TokenStates = self._twin(batch, view)
+            self._device_copy = _copy_to(self._device, self._reader)
+        states: TokenStates = self._device_copy(batch, view)
         return states
 
 
 def _copy_to(device: torch.device, model: Reader) -> Reader:
-    """A second model whose weights are there; what deepcopy finds in its memo it does not copy."""
+    """Return a copy of `model` on `device`; deepcopy takes the tensors from its memo."""
     memo: dict[int, Any] = {id(x): x.to(device) for x in model.buffers()}
     for x in model.parameters():
         memo[id(x)] = nn.Parameter(x.to(device), requires_grad=False)

@@ -1,4 +1,4 @@
-"""What teachers in this process share: a model, read without a gradient."""
+"""Base classes of teachers in this process, which read a model without a gradient."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from opd_lightning.types import RolloutBatch, TokenScores
 
 
 class LocalTeacher(DistributionTeacher):
-    """Reads a causal LM in this process."""
+    """Teacher that reads a causal LM in this process."""
 
     @abstractmethod
     def _read(self, batch: RolloutBatch, view: str) -> TokenStates:
-        """Run the model."""
+        """Run the model and return its states."""
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        """Of the arithmetic. None: autocast is the student's business, not a teacher's."""
+        """Autocast dtype; None disables autocast, which is meant for the student."""
         return None
 
     def states(self, batch: RolloutBatch, view: str) -> TokenStates:
@@ -39,7 +39,7 @@ class LocalTeacher(DistributionTeacher):
 
 
 class OwnModelTeacher(LocalTeacher):
-    """One with a model beside the student's, sharded if the student is.
+    """Teacher with a model separate from the student's, sharded if the student is.
 
     Not an `nn.Module`, so that Lightning neither trains nor checkpoints it.
     """
@@ -56,7 +56,7 @@ class OwnModelTeacher(LocalTeacher):
     def is_collective(self) -> bool:
         return self._sharding is not None
 
-    def rest(self) -> None:
+    def release(self) -> None:
         if self._sharding is not None:
             assert self._reader is not None
             reshard(self._reader)

@@ -1,24 +1,24 @@
-"""A teacher's log-prob of a text up to some byte, where longer tokens might have gone on.
+"""A teacher's log-prob of a text prefix, summed over longer tokens that extend beyond it.
 
-A token also tells that the text does not continue as a longer one ("1" that it is not "10"), which
-a student with shorter tokens decides only later. What the student's log-prob of its tokens so far
-must be compared with is the teacher's log-prob of every text that begins with these tokens when the
-student's tokenizer cuts it. Where a group ends behind the teacher's tokens t_1 .. t_j that is
+A token also implies that the text does not continue as a longer one ("1": not "10"), which a
+student with shorter tokens decides only later. The student's log-prob of its tokens so far must be
+compared with the teacher's log-prob of all texts that begin with these tokens when encoded by the
+student's tokenizer. For a group that ends after the teacher's tokens t_1 .. t_j that is
 
     log A_j = log P(t_1 .. t_j) + c_j
     c_j     = log(1 + sum_{i <= j} P(V_ij | t_<i) / P(t_i .. t_j | t_<i))
 
-V_ij are the tokens that begin with the bytes of t_i .. t_j, are longer, and in which the student
-would end a token there: the text may reach the group's end within one of them. A group's log-prob
-is log A at its end minus log A at its start, that is its tokens' log-probs + c - c of the group
-before, so the sums up to any group telescope; behind the end of sequence c is 0. Two models with
-one distribution of texts then agree on every group: no difference, whatever was sampled.
+V_ij are the tokens that begin with the bytes of t_i .. t_j, are longer, and in which the student's
+tokenizer has a token boundary there: the text may reach the group's end within one of them. A
+group's log-prob is log A at its end minus log A at its start, that is its tokens' log-probs + c -
+c of the previous group, so the sums up to any group telescope; after the end of sequence c is 0.
+Two models with the same distribution of texts then agree on every group, for every sample.
 
-Exact if texts that share their first bytes share their first tokens, all but the one that crosses:
-so it is where a tokenizer takes the longest match. A text that BPE would have cut otherwise already
-before ("ab", but "a" "bc") needs another pass of the teacher: it is left out, and so is every text
-in tokens that are not its tokenizer's. The student's cut is that of the longer token alone, without
-what stands around it. With the teacher's own tokenizer no token is cut: c is 0.
+Exact if texts that share their first bytes share their first tokens, except the one that crosses
+the boundary, as with tokenizers that take the longest match. A text that BPE splits differently
+before the boundary ("ab", but "a" "bc") would need another forward pass of the teacher: it is left
+out, as are all encodings that are not the tokenizer's. The student's boundaries are those of the
+longer token alone, without its context. With the teacher's own tokenizer c is 0.
 
 Axes: N tokens of a micro-batch's responses, n of a block, K spans that start at one token, V the
 vocabulary.
@@ -39,18 +39,18 @@ from opd_lightning.models.tokenization import ends_within
 
 
 class Span(NamedTuple):
-    """Tokens up to the end of a group, and the longer ones that might stand in their place."""
+    """Run of tokens up to the end of a group, and the longer tokens that begin with its bytes."""
 
     length: int
     longer: Tensor  # [M] int64, never empty
 
 
 class LongerTokens:
-    """A teacher's vocabulary in the order of its bytes: what begins alike stands together.
+    """A teacher's vocabulary sorted by bytes, so that tokens with a common prefix are adjacent.
 
     Args:
-        spelt: The bytes of its tokens by id, without those that are no text.
-        student: Whose tokenizer says where the student would end a token within them.
+        spelt: Bytes of the teacher's tokens by id, without special tokens.
+        student: Source of the tokenizer that determines the student's boundaries within them.
     """
 
     def __init__(self, spelt: Mapping[int, bytes], student: ModelSource) -> None:
@@ -61,7 +61,7 @@ class LongerTokens:
         self._known: dict[bytes, Tensor] = {}
 
     def spans(self, tokens: Sequence[bytes], ends: Container[int]) -> list[list[Span]]:
-        """For every token, the spans that start there and end a group, shortest first."""
+        """Return, for every token, the spans that start there and end a group, shortest first."""
         found: list[list[Span]] = [[] for _ in tokens]
         for start, spans in enumerate(found):
             text = b""
@@ -75,7 +75,7 @@ class LongerTokens:
         return found
 
     def longer(self, text: bytes) -> Tensor | None:
-        """Ids of the longer tokens in which the student would stop here; None: none are longer."""
+        """Return longer tokens with a student boundary after `text`; None: no token is longer."""
         if text not in self._known:
             size = len(text)
             first = bisect_right(self._words, text)
@@ -92,16 +92,16 @@ class LongerTokens:
 def score_with_surplus(
     states: TokenStates, targets: Tensor, spans: Sequence[Sequence[Span]]
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of `targets [N]`, and c behind each of them: `[N]` each, in nats.
+    """Return the log-probs of `targets [N]` and c after each of them: `[N]` each, in nats.
 
     Args:
-        states: Of the teacher.
-        targets: Its tokens.
-        spans: For each of them, those that start there.
+        states: The teacher's states.
+        targets: The teacher's tokens.
+        spans: For each target, the spans that start there.
     """
 
     def masses(logprobs: Tensor, _: None, rows: Tensor) -> Tensor:
-        """Log-probs `[n, K]` of the longer tokens of every span, float64."""
+        """Return log-probs `[n, K]` of the longer tokens of every span, float64."""
         found = logprobs.new_full((len(rows), most), -torch.inf, dtype=torch.float64)
         here = [(row, k) for row, i in enumerate(rows.tolist()) for k in range(len(spans[i]))]
         if not here:
@@ -116,7 +116,7 @@ def score_with_surplus(
         return found
 
     most = max(map(len, spans), default=0)
-    rows = torch.arange(len(spans))  # where tolist does not wait for a device
+    rows = torch.arange(len(spans))  # on the CPU, so that tolist does not synchronise
     scores = score(states, targets, comparisons={"mass": Comparison(None, masses, [rows])})
     logprobs = scores.student.logprobs
     marks = [(i, k, i + s.length - 1) for i, here in enumerate(spans) for k, s in enumerate(here)]

@@ -1,4 +1,4 @@
-"""Teachers made of the student itself: its frozen start, its running average, its bare base."""
+"""Teachers derived from the student: its running average, and its base without the adapter."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 class EMATeacher(OwnModelTeacher):
-    """A copy of the student that follows it slowly: `theta_T <- theta_T + rate (theta - theta_T)`.
+    """Exponential moving average of the student: `theta_T <- theta_T + rate (theta - theta_T)`.
 
-    It starts as the student's start. `callbacks.EMATeacherUpdate` moves it after optimiser steps
-    and keeps it in the checkpoint; without that callback a run is refused.
+    It starts with the student's initial weights. `callbacks.EMATeacherUpdate` updates it after
+    optimiser steps and saves it in the checkpoint; without that callback a run is refused.
 
     Args:
-        rate: Weight of the student in each update: SDFT's code 0.01, SDPO 0.05. 1 copies it whole,
-            as CRISP (2603.05433) does every 50 steps; 0 never moves.
+        rate: Weight of the student in each update: SDFT's code 0.01, SDPO 0.05. 1 copies it, as
+            CRISP (2603.05433) does every 50 steps; 0 never changes the teacher.
         every: Optimiser steps between updates.
-        warmup: Updates at the beginning of which the n-th has at least the rate 1 / (n + 1): so
-            long the teacher is the plain mean of its students, and its start soon fades.
+        warmup: Number of first updates of which the n-th has at least the rate 1 / (n + 1): the
+            teacher is then the plain mean of its students, and its initial weights soon fade.
     """
 
     def __init__(self, rate: float = 0.01, every: int = 1, warmup: int = 0) -> None:
@@ -63,9 +63,9 @@ class EMATeacher(OwnModelTeacher):
 
     @torch.no_grad()
     def follow(self, student: Student, step: int) -> None:
-        """Move towards the student after optimiser step number `step`, counted from 1.
+        """Update towards the student after optimiser step number `step`, counted from 1.
 
-        Elementwise over the parameters that train, so LoRA adapters and shards move as they are.
+        Elementwise over the trainable parameters, so it applies to LoRA adapters and shards.
         """
         update, remainder = divmod(step, self.every)
         if remainder == 0:
@@ -76,9 +76,9 @@ class EMATeacher(OwnModelTeacher):
                     own[name].lerp_(parameter.to(own[name].dtype), rate)
 
     def state_dict(self, student: Student) -> dict[str, Tensor]:
-        """The parameters that move, whole and on the CPU.
+        """Return the averaged parameters, unsharded and on the CPU.
 
-        All ranks must ask where the student is sharded; rank 0 alone gets an answer.
+        If the student is sharded, all ranks must call it and only rank 0 gets the parameters.
         """
         own = dict(self.model().named_parameters())
         state = {}
@@ -90,14 +90,14 @@ class EMATeacher(OwnModelTeacher):
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up whole parameters; every rank has them all."""
+        """Load unsharded parameters; every rank passes all of them."""
         own = dict(self.model().named_parameters())
         for name, value in state.items():
             copy_full(own[name], value)
 
 
 class AdapterOffTeacher(LocalTeacher):
-    """The student without its LoRA adapter: the frozen start at the cost of no second model."""
+    """The student without its LoRA adapter: its initial weights without a second model."""
 
     _student: Student
 
@@ -115,22 +115,22 @@ class AdapterOffTeacher(LocalTeacher):
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        """The one that the student's layers are gathered in."""
+        """Dtype in which the student's layers are gathered; None if it is not sharded."""
         return None if self._student.sharding is None else self._student.sharding.compute_dtype
 
     def states(self, batch: RolloutBatch, view: str) -> TokenStates:
         states = super().states(batch, view)
-        # The head is read later, when the adapter is on again: read the layer beneath it.
+        # The head is read later, when the adapter is enabled again: read its base layer.
         project: Any = states.head.project
-        for beneath in ("base_layer", "original_module"):  # LoRA's, and that of modules_to_save
+        for beneath in ("base_layer", "original_module"):  # of LoRA, and of modules_to_save
             project = getattr(project, beneath, project)
         return TokenStates(states.hidden, replace(states.head, project=project))
 
     def _read(self, batch: RolloutBatch, view: str) -> TokenStates:
         learning = [p for p in self._student.parameters() if p.requires_grad]
         with self._student.model.disable_adapter():
-            # peft freezes what it switches off, and FSDP would carry that over to the gathered
-            # weights of one of the two sides of the switch; there is no gradient here anyway.
+            # peft freezes disabled adapters, and FSDP would transfer that to gathered weights
+            # before or after the switch; gradients are disabled here anyway.
             for parameter in learning:
                 parameter.requires_grad_(True)
             return self._student.states(batch, view)

@@ -1,4 +1,4 @@
-"""A teacher behind vLLM servers, on this machine or others."""
+"""Teacher on vLLM servers, on this machine or others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.models.head import TopLogprobs
 from opd_lightning.serving.client import Servers
-from opd_lightning.serving.scoring import PATH, WHOLE_VOCABULARY, Answer, Question, joined
+from opd_lightning.serving.scoring import PATH, WHOLE_VOCABULARY, Answer, ScoreRequest, concatenate
 from opd_lightning.serving.served_model import ServedModel
 from opd_lightning.teachers.base import TopKTeacher
 from opd_lightning.types import Prompt, Rollout, RolloutBatch, TokenScores
@@ -23,28 +23,27 @@ if TYPE_CHECKING:
 
 
 class RemoteTeacher(TopKTeacher):
-    """A frozen model that servers read: `opd serve --model PATH`, or vLLM's own server.
+    """Frozen model on servers: `opd serve --model PATH`, or vLLM's own server.
 
-    One request per rollout, many at a time, spread over the servers. All of a step's are sent
-    before its first micro-batch is trained on. It tells log-probs at temperature 1, of the sampled
-    tokens, of its likeliest ones and of any that are named; its entropy is unknown.
+    One request per rollout, sent concurrently and distributed over the servers. All requests of a
+    step are sent before its first micro-batch is trained on. Returns log-probs at temperature 1 of
+    the sampled tokens, of the top k tokens and of given ids; the entropy is unknown.
 
     Args:
         path: Folder or hub name of the model that the servers have. Tokenizer and configuration
             are read from it, and the weights' identity unless `served_model` is set.
-        servers: Addresses, such as http://127.0.0.1:8000, or files written by `opd serve
+        servers: Addresses, such as http://127.0.0.1:8000, or address files written by `opd serve
             --address_file`, which are waited for.
         key_file: File with the servers' key; None takes the environment variable OPD_SERVER_KEY.
-        patience: Seconds that servers, or their address files, are waited for, before and during
-            training.
+        patience: Seconds to wait for servers or their address files, before and during training.
         timeout: Seconds that one request may take.
-        served_model: What the servers call the model, for those that `opd serve` did not start
-            (vLLM's need `--tokens-only`). Nothing then vouches for the weights.
+        served_model: Name of the model at servers that `opd serve` did not start (vLLM's need
+            `--tokens-only`). The identity of the weights is then not checked.
         trust_remote_code: Run code that ships with the model's tokenizer or configuration.
     """
 
     scores_given_ids = True
-    tells_entropy = False
+    provides_entropy = False
     source: ServedModel
 
     def __init__(
@@ -66,7 +65,7 @@ class RemoteTeacher(TopKTeacher):
             role="teacher",
         )
         self._by_id = False
-        self._expected: dict[tuple[int, str, int], _Expected] = {}
+        self._pending: dict[tuple[int, str, int], _Pending] = {}
 
     def check(self, prompts: Sequence[Prompt], temperature: float) -> None:
         if temperature != 1:
@@ -75,29 +74,29 @@ class RemoteTeacher(TopKTeacher):
                 "log-probs at temperature 1 alone, whatever they are asked; set it to 1, or use a "
                 "teacher in this process"
             )
-        # Waits for the servers, and refuses other models.
+        # Waits for the servers and raises UserError for other models.
         _ = self.source.context_length
-        self._ask_everywhere(Question([0, 0], 1, top_k=0, given_ids=None, by_id=False))
+        self._post_all(ScoreRequest([0, 0], 1, top_k=0, given_ids=None, by_id=False))
 
     def load(self, device: torch.device, student: Student) -> None:
-        self.rest()  # an exception may have left half a step behind
+        self.release()  # an exception may have left requests of a step
         try:
-            self._ask_everywhere(Question([0, 0], 1, top_k=0, given_ids=None, by_id=True))
+            self._post_all(ScoreRequest([0, 0], 1, top_k=0, given_ids=None, by_id=True))
         except UserError:  # vLLM's first model runner
             self._by_id = False
         else:
             self._by_id = True
 
-    def expect(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
-        """Send what is not under way yet; `score` waits for it."""
+    def prefetch(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
+        """Send requests that are not in flight yet; `score` waits for the answers."""
         new = {
             (id(rollout), view, top_k): (rollout, count)
             for rollout, count in _scored(batch)
-            if (id(rollout), view, top_k) not in self._expected
+            if (id(rollout), view, top_k) not in self._pending
         }
-        futures = self._send([self._question(*row, view, top_k) for row in new.values()])
+        futures = self._send([self._request(*row, view, top_k) for row in new.values()])
         for (key, (rollout, _)), future in zip(new.items(), futures, strict=True):
-            self._expected[key] = _Expected(rollout, future)
+            self._pending[key] = _Pending(rollout, future)
 
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
         return self.score_top(batch, view, top_k=top_k)[0]
@@ -107,19 +106,19 @@ class RemoteTeacher(TopKTeacher):
     ) -> tuple[TokenScores, TopLogprobs]:
         rows = _scored(batch)
         if ids is None:
-            self.expect(batch, view, top_k=top_k)
-            futures = [self._expected[id(rollout), view, top_k].answer for rollout, _ in rows]
+            self.prefetch(batch, view, top_k=top_k)
+            futures = [self._pending[id(rollout), view, top_k].answer for rollout, _ in rows]
         else:
             self._check_can_score_ids()
             parts = np.split(ids.cpu().numpy(), np.cumsum([count for _, count in rows])[:-1])
             futures = self._send(
                 [
-                    self._question(rollout, count, view, top_k, part)
+                    self._request(rollout, count, view, top_k, part)
                     for (rollout, count), part in zip(rows, parts, strict=False)
                 ]
             )
         given = 0 if ids is None else ids.shape[1]
-        answer = joined([future.result() for future in futures], self._width(top_k), given)
+        answer = concatenate([future.result() for future in futures], self._width(top_k), given)
         device = batch.response_ids.device
         logprobs, top_ids, top_logprobs, asked = (torch.from_numpy(x).to(device) for x in answer)
         unknown = torch.full_like(logprobs, torch.nan)
@@ -127,35 +126,35 @@ class RemoteTeacher(TopKTeacher):
         known = TopLogprobs(top_ids, top_logprobs) if ids is None else TopLogprobs(ids, asked)
         return scores, known
 
-    def rest(self) -> None:
-        """Take back what was expected and not asked for, and forget the step."""
-        for expected in self._expected.values():
-            expected.answer.cancel()
-        self._expected.clear()
+    def release(self) -> None:
+        """Cancel the step's pending requests and discard its answers."""
+        for pending in self._pending.values():
+            pending.answer.cancel()
+        self._pending.clear()
 
     def close(self) -> None:
-        self.rest()
+        self.release()
         self.servers.close()
 
-    def _question(
+    def _request(
         self,
         rollout: Rollout,
         count: int,
         view: str,
         top_k: int,
         given_ids: np.ndarray | None = None,
-    ) -> Question:
-        # A row without this view shows the student's prompt, as in `data/collate.py`.
+    ) -> ScoreRequest:
+        # A row without this view uses the student's prompt, as in `data/collate.py`.
         prompt = (None if view == "student" else rollout.views[view]) or rollout.prompt_ids
         sequence = [*prompt, *rollout.response_ids[:count]]
-        return Question(sequence, len(prompt), self._width(top_k), given_ids, self._by_id)
+        return ScoreRequest(sequence, len(prompt), self._width(top_k), given_ids, self._by_id)
 
-    def _send(self, questions: Sequence[Question]) -> list[Future[Answer]]:
-        bodies = [question.body(self.source.name) for question in questions]
-        return self.servers.spread(PATH, bodies, [question.read for question in questions])
+    def _send(self, requests: Sequence[ScoreRequest]) -> list[Future[Answer]]:
+        bodies = [request.body(self.source.name) for request in requests]
+        return self.servers.submit(PATH, bodies, [request.read for request in requests])
 
-    def _ask_everywhere(self, question: Question) -> None:
-        self.servers.everywhere(PATH, question.body(self.source.name))
+    def _post_all(self, request: ScoreRequest) -> None:
+        self.servers.post_all(PATH, request.body(self.source.name))
 
     def _width(self, top_k: int) -> int:
         return min(top_k, self._vocabulary)
@@ -173,12 +172,12 @@ class RemoteTeacher(TopKTeacher):
             )
 
 
-class _Expected(NamedTuple):
-    rollout: Rollout  # kept, so that nothing else gets its id()
+class _Pending(NamedTuple):
+    rollout: Rollout  # referenced, so that its id() is not reused
     answer: Future[Answer]
 
 
 def _scored(batch: RolloutBatch) -> list[tuple[Rollout, int]]:
-    """Rows that have response tokens, with their number."""
+    """Return the rollouts that have response tokens, with their number."""
     counts = batch.response_mask.sum(dim=1).tolist()
     return [(row, n) for row, n in zip(batch.rollouts, counts, strict=True) if n]

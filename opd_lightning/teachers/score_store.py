@@ -1,13 +1,13 @@
-"""A teacher's scores on disk: shards that are whole or not there, found by what they are about.
+"""Teacher scores on disk, in shards that are written atomically and indexed by content hashes.
 
 A folder holds `teacher.json` and shards `scores-<checksum>.safetensors`. A shard has M rows of N
 response tokens in all, flat:
 
     keys          [M, 16] uint8     hash of (prompt ids, response ids)
-    ends          [M] int64         where each row's tokens end; it begins where the last one ended
+    ends          [M] int64         end of each row's tokens; a row starts at the previous end
     logprobs      [N] float32       nats, of the response's tokens
-    entropy       [N] float32       nats; NaN where the teacher does not tell
-    top_ids       [N, K] int32      likeliest first
+    entropy       [N] float32       nats; NaN where the teacher does not return it
+    top_ids       [N, K] int32      most probable first
     top_logprobs  [N, K] float32    nats
 """
 
@@ -29,22 +29,22 @@ from opd_lightning.errors import UserError
 
 DESCRIPTION = "teacher.json"
 FORMAT = 1
-OPEN_SHARDS = 64  # memory maps that are kept
+OPEN_SHARDS = 64  # memory maps kept open
 DIGEST = 16  # bytes of keys and checksums
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """Whose scores these are."""
+    """Teacher and settings of the scores in a store."""
 
     teacher: str  # see `model_identity`
-    temperature: float  # logits were divided by it
-    top_k: int  # likeliest tokens that are told; fewer where the vocabulary is smaller
+    temperature: float  # divisor of the logits
+    top_k: int  # number of top tokens; fewer if the vocabulary is smaller
     format: int = FORMAT
 
 
 class RowScores(NamedTuple):
-    """What the teacher said about one response of T tokens."""
+    """Scores of one response of T tokens."""
 
     logprobs: Tensor  # [T] float32 nats
     entropy: Tensor  # [T] float32 nats
@@ -53,19 +53,19 @@ class RowScores(NamedTuple):
 
 
 def row_key(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> bytes:
-    """128 bits that stand for a response after a prompt."""
+    """Return a 128-bit hash of a prompt and its response."""
     digest = blake2b(len(prompt_ids).to_bytes(8, "little"), digest_size=DIGEST)
     digest.update(np.asarray([*prompt_ids, *response_ids], dtype="<i4").tobytes())
     return digest.digest()
 
 
 class ScoreStore:
-    """Scores that were written, for reading. Only the keys are held in memory.
+    """Reader of stored scores. Only the keys are held in memory.
 
     Every shard is read once and compared with its checksum when the store is opened.
 
     Args:
-        folder: See the module.
+        folder: Folder in the format of this module.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -88,7 +88,7 @@ class ScoreStore:
         return len(self._places)
 
     def read(self, key: bytes, top_k: int) -> RowScores:
-        """A row's scores, with no more than `top_k` likeliest tokens; KeyError if not there."""
+        """Return a row's scores with at most `top_k` top tokens; raise KeyError if missing."""
         number, start, end = self._places[key]
         parts = self._open(number)
         tops = (parts[name][start:end, :top_k] for name in ("top_ids", "top_logprobs"))
@@ -100,12 +100,12 @@ class ScoreStore:
 
 
 def exists(folder: Path) -> bool:
-    """Whether somebody began a store here."""
+    """Return whether `folder` contains a store."""
     return (folder / DESCRIPTION).is_file()
 
 
 def shard_name(content: bytes) -> str:
-    """A shard is called after its content."""
+    """Return the file name of a shard, which contains the checksum of its content."""
     return f"scores-{blake2b(content, digest_size=DIGEST).hexdigest()}.safetensors"
 
 

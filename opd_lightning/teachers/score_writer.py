@@ -1,4 +1,4 @@
-"""Writing a store of scores: shard by shard, each whole or not there."""
+"""Writer of a score store, in shards that are written atomically."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from opd_lightning.teachers.score_store import (
 )
 
 SHARD_BYTES = 2**26
-SHARD_SECONDS = 60.0  # what a kill may cost at most
+SHARD_SECONDS = 60.0  # maximum work that a killed process loses
 PART = "unfinished.part"
 
 
 class ScoreWriter:
-    """Adds rows to a store, and begins it if it is not there.
+    """Context manager that adds rows to a store, and creates the store if it does not exist.
 
-    A context: whatever ends it, what was added is written. A killed process loses no more than its
+    Its exit writes all added rows, also after an exception. A killed process loses only its
     unfinished shard. Two writers in one folder are refused.
 
     Args:
-        folder: Of the store.
-        description: For a store that begins.
+        folder: Folder of the store.
+        description: Description of a new store; an existing one must have the same.
     """
 
     def __init__(self, folder: Path, description: Description) -> None:
@@ -82,7 +82,7 @@ class ScoreWriter:
             os.close(self._lock)
 
     def add(self, key: bytes, scores: RowScores) -> None:
-        """Take a row in; a shard that is full, or old, is written."""
+        """Add a row; write the shard if it is full or older than `SHARD_SECONDS`."""
         self._keys.append(key)
         self._rows.append(scores)
         self._bytes += sum(part.nbytes for part in scores)
@@ -90,7 +90,7 @@ class ScoreWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added since the last shard."""
+        """Write the rows added since the last shard."""
         if self._rows:
             columns = {
                 name: torch.cat([getattr(row, name) for row in self._rows])
@@ -104,7 +104,7 @@ class ScoreWriter:
         self._keys, self._rows, self._bytes, self._since = [], [], 0, monotonic()
 
     def _write(self, name: str, content: bytes) -> None:
-        """A file that is on the disk in full before it has its name."""
+        """Write a file atomically: it is synchronised to disk before it gets its name."""
         part = self.folder / PART
         with part.open("wb") as file:
             file.write(content)

@@ -1,6 +1,6 @@
-"""The student as it was before its first step, asked as a teacher.
+"""The student's initial weights as a teacher.
 
-Both kinds know the whole vocabulary, compute as the student does, and need nothing in a checkpoint.
+Both kinds read full distributions, compute as the student does, and need no state in a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def start_of(student: Student, compute_dtype: torch.dtype | None) -> LocalTeacher:
-    """The student's start, to be loaded.
+    """Return a teacher with the student's initial weights, not loaded yet.
 
-    Its log-probs on disk would be cheaper to ask. But of a vocabulary of 150,000 only the likeliest
-    tokens' fit there, and the mass that a student moves is often among the others.
+    Stored log-probs would be cheaper. But of a vocabulary of 150,000 only those of the top tokens
+    fit on disk, and the mass that training moves is often on the others.
 
     Args:
-        student: Whose start.
-        compute_dtype: Of its layers' arithmetic under autocast; None is that of the weights.
+        student: The student.
+        compute_dtype: Autocast dtype of its layers; None is that of the weights.
     """
     if student.lora is not None:
         return _BareStart(compute_dtype)
@@ -33,7 +33,7 @@ def start_of(student: Student, compute_dtype: torch.dtype | None) -> LocalTeache
 
 
 class _BareStart(AdapterOffTeacher):
-    """What the adapter was put on."""
+    """The base model beneath the student's adapter."""
 
     compute_dtype: torch.dtype | None = None
 
@@ -42,7 +42,7 @@ class _BareStart(AdapterOffTeacher):
 
 
 class _ReadStart(FrozenTeacher):
-    """The student's folder, read again; in CPU memory while nobody asks."""
+    """The student's folder, loaded again; in CPU memory while not in use."""
 
     compute_dtype: torch.dtype | None = None
 

@@ -184,7 +184,7 @@ class DistillationModule(Contract, EvaluatedModule):
                 note(skipped)
             self._log_step(loss, norm, skipped=skipped is not None)
         for teacher in self.teachers():
-            teacher.rest()
+            teacher.release()
         self.timer.start("optimizer")
         self.moving = True
         self.validation_is_over = False

@@ -57,7 +57,7 @@ def check_parts(composed: ComposedMethod) -> None:
         _check_known(method, asks[wish.other].teacher, wish.function)
     for term in composed.terms:
         teacher = asks["teacher"].teacher if term.reads_entropy else None
-        if isinstance(teacher, TopKTeacher) and not teacher.tells_entropy:
+        if isinstance(teacher, TopKTeacher) and not teacher.provides_entropy:
             raise UserError(
                 f"terms: {type(term).__name__} reads the teacher's entropy, which "
                 f"{type(teacher).__name__} cannot tell; leave it out, or use a teacher in this "

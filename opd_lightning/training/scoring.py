@@ -118,7 +118,7 @@ def announce(
     compared = {wish.other for wish in comparisons.values()}
     sampled = {ask: None for name, ask in asks.items() if name not in compared}
     for ask in sampled:
-        ask.teacher.expect(batch, ask.view, top_k=_overlap(ask, asks, top_k))
+        ask.teacher.prefetch(batch, ask.view, top_k=_overlap(ask, asks, top_k))
     for wish in comparisons.values():
         if wish.other is not None and isinstance(asks[wish.other].teacher, TopKTeacher):
             announce_likeliest(asks[wish.other], batch, wish.function, top_k)

@@ -21,7 +21,7 @@ def announce_likeliest(
     """Announce what `TopKAsker` will ask, unless that depends on what the student says."""
     if function.support != "student":
         width = max(function.k, overlap_top_k)
-        question.teacher.expect(batch, question.view, top_k=width)
+        question.teacher.prefetch(batch, question.view, top_k=width)
 
 
 class TopKAsker(NamedTuple):

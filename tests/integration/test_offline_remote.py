@@ -32,7 +32,7 @@ def test_what_servers_said_is_read_without_them(
         )
         for url in (teacher_server.url, NOWHERE)
     )
-    filling.note_unknown()
+    filling.collect_unknown()
     for teacher in (filling, reading):
         teacher.check([], 1.0)
         assert teacher.source is not None

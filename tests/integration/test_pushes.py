@@ -141,10 +141,10 @@ def test_members_that_never_come_are_not_waited_for(
     files = {"key_file": rollout_server.key_file, "model": models[0]}
     engine = engine_of(rollout_server.url, timeout=5.0, **files)
     with monkeypatch.context() as patch:
-        read = engine.servers.read
+        get_all = engine.servers.get_all
         more = [{"world_size": 2}]  # than the server has
         patch.setattr(
-            engine.servers, "read", lambda path: more if "world_size" in path else read(path)
+            engine.servers, "get_all", lambda path: more if "world_size" in path else get_all(path)
         )
         began = time.monotonic()
         with pytest.raises(

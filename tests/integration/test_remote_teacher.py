@@ -125,14 +125,14 @@ def test_what_is_expected_is_asked_once_and_forgotten(
     batch = ragged()
     remote.load(CPU, NOBODY)
     sent = count_requests(remote, monkeypatch)
-    remote.expect(batch, "student", top_k=2)
+    remote.prefetch(batch, "student", top_k=2)
     assert len(sent) == 4  # the dropped one has nothing to score
     before = remote.score(batch, "student", top_k=2)
     rows = [3, 4]
     part = remote.score(batch.select(rows), "student", top_k=2)
     assert torch.equal(part.logprobs, before.logprobs[rows])
     assert len(sent) == 4
-    remote.rest()
+    remote.release()
     remote.score(batch, "student", top_k=2)
     assert len(sent) == 8
 
@@ -140,13 +140,13 @@ def test_what_is_expected_is_asked_once_and_forgotten(
 def count_requests(remote: RemoteTeacher, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A list that every request sent from now on is added to."""
     sent: list[Any] = []
-    spread = remote.servers.spread
+    submit = remote.servers.submit
 
     def counted(path: str, bodies: Any, *more: Any) -> Any:
         sent.extend(bodies)
-        return spread(path, bodies, *more)
+        return submit(path, bodies, *more)
 
-    monkeypatch.setattr(remote.servers, "spread", counted)
+    monkeypatch.setattr(remote.servers, "submit", counted)
     return sent
 
 
@@ -314,16 +314,16 @@ def losses(run: Path, server: RunningServer) -> list[float]:
 
 def after_requests(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
     """Call `act` once, when the requests of a step have been sent and none was waited for."""
-    expect = RemoteTeacher.expect
+    prefetch = RemoteTeacher.prefetch
     seen: set[int] = set()
 
-    def expect_and_act(self: Any, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
-        expect(self, batch, view, top_k=top_k)
+    def prefetch_and_act(self: Any, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
+        prefetch(self, batch, view, top_k=top_k)
         if batch.totals.step == step and not seen:
             seen.add(step)
             act()
 
-    monkeypatch.setattr(RemoteTeacher, "expect", expect_and_act)
+    monkeypatch.setattr(RemoteTeacher, "prefetch", prefetch_and_act)
 
 
 @pytest.mark.slow

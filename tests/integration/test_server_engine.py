@@ -319,11 +319,11 @@ def routes(weights: Any, monkeypatch: pytest.MonkeyPatch, key_file: Path) -> set
     """Of the app that vLLM builds for `opd serve --weights ...`."""
     from vllm.entrypoints.launchers.app import build_app
 
-    from opd_lightning.serving import guard, serve, server
+    from opd_lightning.serving import authentication, serve, server
 
     with monkeypatch.context() as patch:
-        guard.make_key_file(key_file)
-        patch.setenv(guard.KEY_FILE_VARIABLE, str(key_file))
+        authentication.make_key_file(key_file)
+        patch.setenv(authentication.KEY_FILE_VARIABLE, str(key_file))
         for name in ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
             patch.setenv(name, "1")  # the user's, or what another test leaves
         serve.set_environment(weights, 1)

@@ -34,7 +34,7 @@ class Reticent(TopKTeacher):
     def load(self, *args: Any) -> None:
         self.whole.load(*args)
 
-    def expect(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
+    def prefetch(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> None:
         self.expected += 1
 
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
@@ -94,7 +94,7 @@ def test_an_error_of_a_late_answer_is_its_own(
 def test_an_entropy_that_nobody_tells_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     gated = OPD(teacher=Reticent(), terms=[EntropyGatedForwardKL()], **student())
     gated.check()
-    monkeypatch.setattr(Reticent, "tells_entropy", False)
+    monkeypatch.setattr(Reticent, "provides_entropy", False)
     with pytest.raises(UserError, match=r"EntropyGatedForwardKL reads .* Reticent cannot"):
         gated.check()
 

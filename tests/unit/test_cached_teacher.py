@@ -69,7 +69,7 @@ def filled(tiny_model_dir: TinyModelDir, tmp_path: Path) -> Fill:
     ) -> CachedTeacher:
         frozen = FrozenTeacher(str(tiny_model_dir(seed=seed)))
         filling, reading = (CachedTeacher(str(tmp_path / "cache"), frozen) for _ in range(2))
-        filling.note_unknown()
+        filling.collect_unknown()
         for teacher in (filling, reading):
             teacher.check([], temperature)
             for question in asked:

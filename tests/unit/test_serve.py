@@ -11,7 +11,7 @@ import pytest
 
 from opd_lightning.cli import main
 from opd_lightning.errors import ServerAwayError, UserError
-from opd_lightning.serving.addresses import found_addresses, write_address
+from opd_lightning.serving.addresses import resolve_addresses, write_address
 from opd_lightning.serving.server import bind
 
 
@@ -52,6 +52,6 @@ def test_an_address_file_is_waited_for(tmp_path: Path) -> None:
     file = tmp_path / "one.address"
     threading.Timer(0.2, write_address, (file, "http://10.0.0.1:8000")).start()
     servers = ["http://127.0.0.1:1", str(file)]
-    assert found_addresses(servers, patience=30) == ["http://127.0.0.1:1", "http://10.0.0.1:8000"]
+    assert resolve_addresses(servers, patience=30) == ["http://127.0.0.1:1", "http://10.0.0.1:8000"]
     with pytest.raises(ServerAwayError, match=r"two\.address.*not there after 0 s"):
-        found_addresses([str(tmp_path / "two.address")], patience=0)
+        resolve_addresses([str(tmp_path / "two.address")], patience=0)

@@ -51,7 +51,7 @@ def echo(body: dict[str, Any]) -> tuple[int, Any]:
 
 
 def numbers(servers: Servers, count: int) -> list[Any]:
-    futures = servers.spread("/ask", [{"n": n} for n in range(count)])
+    futures = servers.submit("/ask", [{"n": n} for n in range(count)])
     return [future.result(timeout=20)["n"] for future in futures]
 
 
@@ -118,7 +118,7 @@ def test_a_request_that_breaks_its_server_is_given_up(start: Start, client: Clie
         )
 
     servers = client(start(poisoned), patience=2.0)
-    futures = servers.spread("/ask", [{"n": n} for n in range(10)])
+    futures = servers.submit("/ask", [{"n": n} for n in range(10)])
     with pytest.raises(ServerAwayError, match=r"5 times at one request.*500: index out of range"):
         futures[7].result(timeout=20)
     assert futures[9].result(timeout=20) == {"n": 9}
@@ -146,7 +146,7 @@ def test_another_model_is_named(start: Start, client: Client) -> None:
         return (200, {"data": [{"id": "b"}]}) if body["path"] == "/v1/models" else (404, {})
 
     with pytest.raises(UserError, match="got model 'a' to ask, but it serves 'b'"):
-        client(start(serves_b)).everywhere("/ask", {"model": "a"})
+        client(start(serves_b)).post_all("/ask", {"model": "a"})
 
 
 def test_the_key_is_sent_and_never_shown(
@@ -160,11 +160,11 @@ def test_the_key_is_sent_and_never_shown(
     file.chmod(0o600)
     servers = client(server, key_file=str(file))
     caplog.set_level("DEBUG")
-    assert servers.everywhere("/ask") == [{}]
-    assert servers.read("/ask") == [{}]
+    assert servers.post_all("/ask") == [{}]
+    assert servers.get_all("/ask") == [{}]
     assert KEY not in caplog.text + repr(vars(servers))
     with pytest.raises(UserError, match=r"answered 401.*key_file or OPD_SERVER_KEY"):
-        client(server).everywhere("/ask")
+        client(server).post_all("/ask")
 
 
 def test_the_key_may_come_from_the_environment(
@@ -172,7 +172,7 @@ def test_the_key_may_come_from_the_environment(
 ) -> None:
     monkeypatch.setenv("OPD_SERVER_KEY", KEY)
     server = start(echo)
-    client(server).read("/ask")
+    client(server).get_all("/ask")
     assert server.asked[0]["key"] == f"Bearer {KEY}"
 
 
@@ -188,7 +188,7 @@ def test_bad_key_files(
         file.write_text(content)
         file.chmod(mode)
     with pytest.raises(UserError, match=told):
-        client("http://127.0.0.1:1", key_file=str(file)).read("/")
+        client("http://127.0.0.1:1", key_file=str(file)).get_all("/")
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_an_address_file_is_read_again_when_its_server_is_lost(
     file.write_text(first.url + "\n")
     servers = client(str(file), patience=20)
     first.stop()
-    futures = servers.spread("/ask", [{"n": n} for n in range(3)])
+    futures = servers.submit("/ask", [{"n": n} for n in range(3)])
     time.sleep(0.5)
     file.unlink()  # a server that ends takes it away
     time.sleep(0.5)
@@ -232,24 +232,24 @@ def test_an_address_file_is_read_again_when_its_server_is_lost(
     assert f"{first.url} is at {second.url} now" in caplog.text
 
 
-def test_everywhere_asks_each(start: Start, client: Client) -> None:
+def test_post_all_asks_each(start: Start, client: Client) -> None:
     both = start(lambda _: (200, {"who": 0})), start(lambda _: (200, {"who": 1}))
-    assert client(*both).everywhere("/ask", {"n": 1}) == [{"who": 0}, {"who": 1}]
+    assert client(*both).post_all("/ask", {"n": 1}) == [{"who": 0}, {"who": 1}]
     assert [len(server.asked) for server in both] == [1, 1]
 
 
-def test_everywhere_waits_for_each(start: Start, client: Client) -> None:
+def test_post_all_waits_for_each(start: Start, client: Client) -> None:
     living, dead = start(echo), start(echo)
     dead.stop()
     with pytest.raises(ServerAwayError, match=dead.url):
-        client(living, dead, patience=0.3).everywhere("/ask", {"n": 1})
+        client(living, dead, patience=0.3).post_all("/ask", {"n": 1})
 
 
 def test_a_cancelled_request_is_not_sent(start: Start, client: Client) -> None:
     gone = start(echo)
     gone.stop()
     servers = client(gone.url)
-    first, *rest = servers.spread("/ask", [{"n": n} for n in range(3)])
+    first, *rest = servers.submit("/ask", [{"n": n} for n in range(3)])
     for future in rest:
         future.cancel()
     back = start(echo, gone.http.server_port)
@@ -265,7 +265,7 @@ def test_close_lets_nobody_wait(start: Start, client: Client) -> None:
     server = start(slow)
     servers = client(server)
     with ThreadPoolExecutor() as pool:
-        futures = servers.each_once("/ask", [{"n": 1}])
+        futures = servers.submit_each("/ask", [{"n": 1}])
         waiting = pool.submit(wait, futures, timeout=20.0)
         time.sleep(0.1)
         servers.close()

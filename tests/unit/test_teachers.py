@@ -227,9 +227,9 @@ def test_an_offloaded_teacher_is_on_the_device_from_its_first_answer_to_its_rest
     expected = plain.score(batch(), "student").logprobs
     for _ in range(2):
         torch.testing.assert_close(offloaded.score(batch(), "student").logprobs, expected)
-        offloaded.rest()
+        offloaded.release()
     assert offloaded._reader is not None
-    assert offloaded._twin is None
+    assert offloaded._device_copy is None
     away = _copy_to(torch.device("meta"), offloaded._reader)  # stands for a GPU: memory elsewhere
     assert {x.device.type for x in (*away.parameters(), *away.buffers())} == {"meta"}
     assert {x.device.type for x in offloaded._reader.parameters()} == {"cpu"}

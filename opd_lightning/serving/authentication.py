@@ -1,4 +1,4 @@
-"""The key in front of a server: every route asks for it, but GET /health."""
+"""Key authentication of a server: required on every route except GET /health."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from opd_lightning.errors import UserError
-from opd_lightning.serving.wire import read_key
+from opd_lightning.serving.connection import read_key
 
-# Where the server process finds its key. The path, since an environment is inherited and printed.
+# The path, not the key itself: environments are inherited and printed.
 KEY_FILE_VARIABLE = "OPD_SERVER_KEY_FILE"
 
 Message = MutableMapping[str, Any]
@@ -22,11 +22,11 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
-class Guard:
+class KeyMiddleware:
     """ASGI middleware for vLLM's `--middleware`, which takes its import path.
 
-    vLLM's own `--api-key` leaves the development routes open, through which anybody could replace
-    the weights or run a worker's methods.
+    vLLM's own `--api-key` leaves the development routes open, through which any client could
+    replace the weights or call methods of the workers.
     """
 
     def __init__(self, app: Application) -> None:
@@ -35,7 +35,7 @@ class Guard:
         self._expected = f"Bearer {key}".encode()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer 401 without a word about it."""
+        """Pass the request on, or answer 401 with an empty body."""
         kind = scope["type"]
         if kind == "lifespan" or _is_health(scope) or self._is_authorised(scope):
             await self._app(scope, receive, send)
@@ -47,7 +47,7 @@ class Guard:
 
     def _is_authorised(self, scope: Message) -> bool:
         given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
-        # In constant time, so that the answer's delay does not tell how much was right.
+        # In constant time, so that the delay does not reveal how many characters matched.
         return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
 
 
@@ -56,9 +56,9 @@ def _is_health(scope: Message) -> bool:
 
 
 def make_key_file(path: Path) -> None:
-    """Write a new key, readable by its owner alone; a key that is there is kept, if it is safe.
+    """Write a new key, readable by its owner only; an existing key is checked and kept.
 
-    Several servers of a run may do this at the same time and end up with one key.
+    Several servers of a run may call this at the same time and get the same key.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,8 +66,8 @@ def make_key_file(path: Path) -> None:
         try:
             with os.fdopen(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as out:
                 out.write(secrets.token_urlsafe(32) + "\n")
-            with suppress(FileExistsError):  # somebody was faster
-                os.link(draft, path)  # with all that is in it, or not at all
+            with suppress(FileExistsError):  # another server was faster
+                os.link(draft, path)  # atomic, with its content
         except OSError as error:
             raise UserError(f"key_file: cannot write {str(path)!r}: {error.strerror}") from error
         finally:

@@ -1,4 +1,4 @@
-"""One server: a request out, its answer or its error in one line, and how the server does."""
+"""HTTP connections to one server, its state, and the translation of its errors."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import httpx
 from opd_lightning.errors import UserError
 
 KEY_VARIABLE = "OPD_SERVER_KEY"
-BUSY = (429, 503)  # the server is there, but cannot work now
-IN_FLIGHT = 256  # requests at one server; what vLLM computes at once by default
+BUSY = (429, 503)  # the server is reachable, but overloaded
+IN_FLIGHT = 256  # concurrent requests per server; vLLM's default max_num_seqs
 FIRST_PAUSE = 0.25  # seconds before a lost server is tried again
 CONNECT_SECONDS = 10.0
-KEPT_SECONDS = 2.0  # that an idle connection is used again; servers close theirs after 5
+KEPT_SECONDS = 2.0  # keep-alive of idle connections; servers close theirs after 5
 
 
 class LostError(Exception):
-    """A server that did not do its work, and may do it later.
+    """Failure of a server that may succeed at a later attempt.
 
     Args:
         reason: In a few words.
-        reached: Whether the request was with the server, and could be what broke it.
+        reached: Whether the request reached the server, and so may be the cause.
     """
 
     def __init__(self, reason: str, *, reached: bool) -> None:
@@ -31,8 +31,8 @@ class LostError(Exception):
         self.reached = reached
 
 
-class Line:
-    """Connections to one server. The key is in the requests' headers and nowhere else."""
+class Connection:
+    """Connections to one server. The key is kept only in the requests' headers."""
 
     def __init__(self, url: str, key: str | None, timeout: float) -> None:
         self.url = url
@@ -41,13 +41,13 @@ class Line:
         self._ssl = httpx.create_ssl_context(trust_env=False)
         self._idle: list[httpx.AsyncClient] = []
 
-    async def ask(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        """The answer, decoded; {} if it is empty. Raises `LostError` or `UserError`."""
-        # A client for each request that is under way: the connection pool of a shared one spends
+    async def request(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        """Return the decoded answer; {} if it is empty. Raise `LostError` or `UserError`."""
+        # One client per request in flight: the connection pool of a shared client spends
         # milliseconds on every request when it holds hundreds.
-        client = self._idle.pop() if self._idle else self._dial()
+        client = self._idle.pop() if self._idle else self._new_client()
         try:
-            return await self._ask(client, method, path, body)
+            return await self._request(client, method, path, body)
         finally:
             self._idle.append(client)
 
@@ -55,16 +55,16 @@ class Line:
         for client in self._idle:
             await client.aclose()
 
-    def _dial(self) -> httpx.AsyncClient:
+    def _new_client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(
             headers=self._headers,
             timeout=self._timeout,
             limits=httpx.Limits(max_connections=1, keepalive_expiry=KEPT_SECONDS),
             verify=self._ssl,
-            trust_env=False,  # a proxy has no business here, and must not see the key
+            trust_env=False,  # no proxies: they must not see the key
         )
 
-    async def _ask(
+    async def _request(
         self, client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None
     ) -> Any:
         try:
@@ -78,15 +78,17 @@ class Line:
             raise LostError("broke the connection", reached=True) from error
         status = response.status_code
         if status >= 500 or status in BUSY:
-            raise LostError(f"answered {status}: {_words(response)}", reached=status not in BUSY)
+            raise LostError(
+                f"answered {status}: {_error_message(response)}", reached=status not in BUSY
+            )
         if status >= 300:
-            raise UserError(await self._complaint(client, response, path, body or {}))
+            raise UserError(await self._describe_refusal(client, response, path, body or {}))
         try:
             return response.json() if response.content else {}
         except ValueError as error:
             raise UserError(f"{self.url}{path}: answered no JSON; is it a vLLM server?") from error
 
-    async def _complaint(
+    async def _describe_refusal(
         self, client: httpx.AsyncClient, response: httpx.Response, path: str, body: dict[str, Any]
     ) -> str:
         status = response.status_code
@@ -97,34 +99,34 @@ class Line:
             )
         if status == 404 and "model" in body and (served := await _served(client, self.url)):
             return f"{self.url}: got model {body['model']!r} to ask, but it serves {served}"
-        return f"{self.url}{path}: answered {status}: {_words(response)}"
+        return f"{self.url}{path}: answered {status}: {_error_message(response)}"
 
 
 class Server:
-    """A line, and how its other end does.
+    """Connections to a server and its state.
 
     Args:
-        line: To where it was last heard of.
-        file: Its address file, if it has one: it may come back elsewhere.
+        connection: Connections to its last known address.
+        file: Its address file, if any: its address may change when it is restarted.
     """
 
-    def __init__(self, line: Line, file: Path | None) -> None:
-        self.line = line
+    def __init__(self, connection: Connection, file: Path | None) -> None:
+        self.connection = connection
         self.file = file
         self.in_flight = 0
-        self.lost_since: float | None = None  # of the monotonic clock; None while it answers
+        self.lost_since: float | None = None  # monotonic clock, seconds; None while it answers
         self.retry_at = 0.0
         self.pause = FIRST_PAUSE
         self.is_probed = False  # a lost server gets one request at a time
 
-    def has_room(self, now: float) -> bool:
+    def is_available(self, now: float) -> bool:
         if self.lost_since is not None:
             return not self.is_probed and now >= self.retry_at
         return self.in_flight < IN_FLIGHT
 
 
 async def _served(client: httpx.AsyncClient, url: str) -> str:
-    """Names of the models that the server has; empty if it does not tell."""
+    """Return the names of the server's models; empty if they cannot be read."""
     try:
         listed = (await client.get(f"{url}/v1/models")).json()["data"]
         return " and ".join(repr(model["id"]) for model in listed)
@@ -133,7 +135,7 @@ async def _served(client: httpx.AsyncClient, url: str) -> str:
 
 
 def read_key(key_file: str | None) -> str | None:
-    """The key of a file, or of the environment; None if there is neither."""
+    """Return the key from a file, or from the environment; None if there is neither."""
     if key_file is None:
         return os.environ.get(KEY_VARIABLE) or None
     path = Path(key_file).expanduser()
@@ -149,12 +151,12 @@ def read_key(key_file: str | None) -> str | None:
     return key
 
 
-def _words(response: httpx.Response) -> str:
-    """The server's own explanation, in one line."""
+def _error_message(response: httpx.Response) -> str:
+    """Return the server's error message in one line."""
     try:
-        told = response.json()
+        message = response.json()
         for name in ("error", "detail", "message"):
-            told = told.get(name, told) if isinstance(told, dict) else told
+            message = message.get(name, message) if isinstance(message, dict) else message
     except ValueError:
-        told = response.text
-    return " ".join(str(told).split())[:300] or response.reason_phrase
+        message = response.text
+    return " ".join(str(message).split())[:300] or response.reason_phrase

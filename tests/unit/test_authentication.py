@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from opd_lightning.errors import UserError
-from opd_lightning.serving.guard import KEY_FILE_VARIABLE, Guard, make_key_file
+from opd_lightning.serving.authentication import KEY_FILE_VARIABLE, KeyMiddleware, make_key_file
 
 
 async def _app(scope: Any, receive: Any, send: Any) -> None:
@@ -33,7 +33,7 @@ def ask(method: str, path: str, *keys: str, kind: str = "http") -> list[dict[str
 
     headers = [(b"Authorization", f"Bearer {key}".encode()) for key in keys]
     scope = {"type": kind, "method": method, "path": path, "headers": headers}
-    asyncio.run(Guard(_app)(scope, None, send))  # type: ignore[arg-type]
+    asyncio.run(KeyMiddleware(_app)(scope, None, send))  # type: ignore[arg-type]
     return sent
 
 
