@@ -101,7 +101,7 @@ class GoodCheckpoints:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "on_step_back"):
                 callback.on_step_back(trainer, module, checkpoint)
-        trainer.datamodule.engines.ahead.drop()  # type: ignore[attr-defined]
+        trainer.datamodule.engines.prefetch.discard()  # type: ignore[attr-defined]
         self.steps, self.calm = [step], 0
         _remove(trainer, later)
         return step

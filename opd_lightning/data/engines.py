@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
-from opd_lightning.data.ahead import RolloutsAhead
+from opd_lightning.data.prefetch import RolloutPrefetch
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.student import Student
 from opd_lightning.models.weight_sums import PushedWeights
@@ -23,7 +23,7 @@ class Engines:
         push: Loads the newest weights into the student's started engine.
         limit: Time limit on every call of an engine.
 
-    `ahead` prefetches rollouts and is the only other user of the engines.
+    `prefetch` prefetches rollouts and is the only other user of the engines.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Engines:
     ) -> None:
         self._push = push
         self.limit = limit or TimeLimit()
-        self.ahead = RolloutsAhead(lambda: self.limit.is_exceeded)
+        self.prefetch = RolloutPrefetch(lambda: self.limit.is_exceeded)
         self._asleep: list[Engine] = []
         self._sources: dict[int, tuple[ModelSource, int]] = {}
         self._started: list[Engine] = []
@@ -56,7 +56,7 @@ class Engines:
 
         Waits for a running prefetch first: engines take calls from one thread at a time.
         """
-        self.ahead.wait()
+        self.prefetch.wait()
         for author in dict.fromkeys(authors):
             if author is not Author.RECORDED:
                 self._prepare(author)
@@ -89,7 +89,7 @@ class Engines:
 
     def close(self) -> None:
         """Close all started engines."""
-        self.ahead.close()
+        self.prefetch.close()
         self._asleep.clear()
         while self._started:
             self._started.pop().close()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from opd_lightning.data.ahead import from_plain, to_plain
+from opd_lightning.data.prefetch import from_plain, to_plain
 from opd_lightning.data.collate import collate, count, split_balanced
 from opd_lightning.data.engines import Engines
 from opd_lightning.data.mix import RolloutMix
@@ -121,7 +121,7 @@ class TrainingStream:
         state: dict[str, Any] = {"step": step, **self._layout()}
         if self.max_staleness:
             begun, rollouts = self._in_training
-            mine = rollouts if begun == step else self.engines.ahead.look(step, self.timer)
+            mine = rollouts if begun == step else self.engines.prefetch.peek(step, self.timer)
             every = self.ranks.gather(mine if mine is None else to_plain(mine))
             if None not in every:
                 state["rollouts"] = [row for rows in every for row in rows]
@@ -139,7 +139,7 @@ class TrainingStream:
         if "rollouts" in state:
             mine = set(self._positions(state["step"]))
             rows = [row for row in state["rollouts"] if row["group"] in mine]
-            self.engines.ahead.restore(state["step"], from_plain(rows, self._prompt_at))
+            self.engines.prefetch.restore(state["step"], from_plain(rows, self._prompt_at))
 
     def _layout(self) -> dict[str, int]:
         """Return the settings that define the content of a step of a given number."""
@@ -159,14 +159,14 @@ class TrainingStream:
         for step in range(first, end_of_epoch):
             self.before_step(step)
             self.timer.next_step()
-            rollouts = self.engines.ahead.take(step, self.timer)
+            rollouts = self.engines.prefetch.take(step, self.timer)
             if rollouts is None:
                 rows = self._ready_rows(step)
                 rollouts = self.writer.write(rows, self.samplings)
             check_versions(rollouts, step, self.max_staleness)
             self._in_training = step, rollouts
             if self.max_staleness:
-                self._write_ahead(step + 1)
+                self._prefetch(step + 1)
             else:
                 self.engines.rest()
             with self.timer.stage("collate"):
@@ -174,11 +174,11 @@ class TrainingStream:
             self.prepare(batches)
             yield from batches
 
-    def _write_ahead(self, step: int) -> None:
+    def _prefetch(self, step: int) -> None:
         """Push to the engines, and hand them to the prefetch thread."""
         rows = self._ready_rows(step)
         background = self.writer.with_timer(StepTimer())
-        self.engines.ahead.start(step, lambda: background.write(rows, self.samplings))
+        self.engines.prefetch.start(step, lambda: background.write(rows, self.samplings))
 
     def _collate(self, step: int, rollouts: list[Rollout]) -> list[RolloutBatch]:
         written, demonstrated = (

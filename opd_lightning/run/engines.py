@@ -48,10 +48,10 @@ def check_engines(data: RolloutDataModule, stage: str, *, evaluated: bool) -> No
             "sleeping drops, are never pushed; leave it out"
         )
     if fits and data.max_staleness:
-        _check_ahead(data)
+        _check_staleness(data)
 
 
-def _check_ahead(data: RolloutDataModule) -> None:
+def _check_staleness(data: RolloutDataModule) -> None:
     """Rollouts may be written beside training, by weights that are one step old."""
     if data.engine is not None and data.engine.sleep_while_training:
         raise UserError(

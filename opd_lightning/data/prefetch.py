@@ -19,7 +19,7 @@ class _Job(NamedTuple):
     written: Future[tuple[list[Rollout], float]]  # rollouts and the seconds that they took
 
 
-class RolloutsAhead:
+class RolloutPrefetch:
     """Prefetch of at most one step's rollouts, pending or finished.
 
     Only the thread may use the engines until `wait` returns. `take` raises an exception of the
@@ -65,7 +65,7 @@ class RolloutsAhead:
         timer.add("generate_hidden", max(0.0, seconds - self._waited))
         return rollouts
 
-    def look(self, step: int, timer: StepTimer) -> list[Rollout] | None:
+    def peek(self, step: int, timer: StepTimer) -> list[Rollout] | None:
         """Return the rollouts of `step` without removing them; None if missing or never done."""
         job = self._job
         if job is None or job.step != step or (self._hangs() and not job.written.done()):
@@ -74,7 +74,7 @@ class RolloutsAhead:
             self._wait(job)
         return None if job.written.exception() else job.written.result()[0]
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         """Discard the prefetched rollouts; the weights that wrote them were rolled back."""
         self.wait()
         self._job = None
