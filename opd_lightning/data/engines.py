@@ -76,7 +76,7 @@ class Engines:
             with self._limit(engine, "load_weights"):
                 self._push(engine)
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Put engines with `sleep_while_training` to sleep until the next `prepare`."""
         for engine in self._started:
             if engine.sleep_while_training and engine not in self._asleep:

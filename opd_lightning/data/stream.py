@@ -168,7 +168,7 @@ class TrainingStream:
             if self.max_staleness:
                 self._prefetch(step + 1)
             else:
-                self.engines.rest()
+                self.engines.sleep()
             with self.timer.stage("collate"):
                 batches = self._collate(step, rollouts)
             self.prepare(batches)
