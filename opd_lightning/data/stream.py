@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from opd_lightning.data.prefetch import from_plain, to_plain
 from opd_lightning.data.collate import collate, count, split_balanced
 from opd_lightning.data.engines import Engines
 from opd_lightning.data.mix import RolloutMix
+from opd_lightning.data.prefetch import from_plain, to_plain
 from opd_lightning.data.writer import RolloutWriter, Row
 from opd_lightning.errors import StaleRolloutsError, UserError
 from opd_lightning.processes import Ranks
