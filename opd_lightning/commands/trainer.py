@@ -52,7 +52,7 @@ class Trainer(Commands):
         check_strategy(self.strategy, self.num_devices, self.num_nodes)
         self._signal_connector = TermAsInterrupt(self)
         if not any(getattr(callback, "heeds_signals", False) for callback in given):
-            signals.hand_back()
+            signals.restore()
 
     def save_checkpoint(
         self,
