@@ -24,16 +24,16 @@ from opd_lightning.verifiers.base import Verifier
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSuite(Suite):
-    """Prompts to be answered and scored at validation.
+    """Prompts that the student answers at validation, and whose responses are scored.
 
     Args:
-        prompts: Where the prompts are.
+        prompts: Source of the prompts.
         samples: Responses per prompt.
-        pass_at: The k for which pass@k is measured; None takes the powers of two from 2 to
-            `samples`, and `samples`.
+        pass_at: Values of k for pass@k; None uses the powers of two from 2 to `samples`, and
+            `samples`.
         batch_size: Prompts per call of the engine.
-        sampling: How to draw them; None takes the training sampling.
-        verifier: Scores them; None takes the DataModule's.
+        sampling: Sampling of the responses; None uses the training sampling.
+        verifier: Scores the responses; None uses the DataModule's.
     """
 
     prompts: PromptSource
@@ -59,7 +59,7 @@ class EvaluationSuite(Suite):
         return bench.load(self.prompts, sampling, RolloutMix(), self.verifier or bench.verifier)
 
     def stream(self, name: str, loaded: Loaded, bench: Bench) -> EvaluationStream:
-        """Responses to the prompts, scored."""
+        """Return a stream of scored responses to the prompts."""
         return EvaluationStream(
             name,
             *loaded,
@@ -73,22 +73,22 @@ class EvaluationSuite(Suite):
         )
 
     def scores(self, loaded: Loaded) -> SuiteScores:
-        """Empty scores of the suite."""
+        """Return empty scores of the suite."""
         powers = {2**i for i in range(1, self.samples.bit_length())}
         pass_at = sorted(powers | {self.samples} - {1}) if self.pass_at is None else self.pass_at
         return SuiteScores([prompt.domain for prompt in loaded.prompts], self.samples, pass_at)
 
     def engine_needs(self, loaded: Loaded, bench: Bench) -> EngineNeeds:
-        """The longest prompt, and the sampling's budget."""
+        """Return the length of the longest prompt and the sampling's `max_new_tokens`."""
         budget = (self.sampling or bench.sampling).max_new_tokens
         return EngineNeeds(max(map(len, loaded.ids), default=0), budget)
 
     def judged_by(self, verifier: Verifier | None) -> str | None:
-        """The score; None without a verifier."""
+        """Return "score"; None without a verifier."""
         return "score" if self.verifier or verifier else None
 
     def chart(self, verifier: Verifier | None) -> Chart | None:
-        """The score and its interval."""
+        """Return a chart of the score and its interval."""
         figure = self.judged_by(verifier)
         return None if figure is None else Chart(figure, has_interval=True)
 
@@ -107,7 +107,7 @@ class EvaluationSuite(Suite):
         domains: Mapping[str, Mapping[str, float]],
         bench: Bench,
     ) -> dict[str, Any]:
-        """Prompts, samples and sampling beside the figures; the domains below `domains`."""
+        """Return prompts, samples, sampling and figures, and the domains under `domains`."""
         prompts = loaded.prompts
         sampling = asdict(self.sampling or bench.sampling)
         row = {"prompts": len(prompts), "samples": self.samples, "sampling": sampling, **figures}
@@ -119,7 +119,7 @@ class EvaluationSuite(Suite):
 
     @classmethod
     def report_table(cls, rows: Rows) -> Table:
-        """A row for every suite and, below it, for each of its domains."""
+        """Make a table with a row for every suite and, below it, for each of its domains."""
         return _table(rows)
 
 
@@ -129,19 +129,19 @@ class EvaluationBatch:
 
     suite: str
     rollouts: tuple[Rollout, ...]  # all samples of a prompt in one batch
-    answers: tuple[str | None, ...] | None  # what they come to; None if nobody can tell
+    answers: tuple[str | None, ...] | None  # extracted answers; None if they cannot be extracted
 
     @property
     def rows(self) -> int:
         return len(self.rollouts)
 
     def to(self, *_: object, **__: object) -> EvaluationBatch:
-        """Nothing here lives on a device."""
+        """Return the batch itself: it has no tensors."""
         return self
 
 
 class EvaluationStream:
-    """Scored rollouts of a suite's prompts, a batch at a time, from the newest weights."""
+    """Batches of scored rollouts of a suite's prompts, by the newest weights."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class EvaluationStream:
         self.mine = ranks.batches(len(prompts), batch_size)
 
     def __len__(self) -> int:
-        """Batches, as many on every rank; the last may be empty here."""
+        """Return the number of batches, equal on all ranks; the last may be empty here."""
         return len(self.mine)
 
     @property
@@ -184,21 +184,21 @@ class EvaluationStream:
                     self.prompt_ids[i],
                     i,
                     Author.STUDENT,
-                    # Not the training step: two evaluations of the same weights agree, and
-                    # differences between steps are paired.
+                    # Independent of the training step: two evaluations of the same weights
+                    # agree, and differences between steps are paired.
                     derive_seed(EVALUATION_SAMPLE, self.seed, i, sample),
                 )
                 for i in chosen
                 for sample in range(self.samples)
             ]
-            self.engines.prepare([Author.STUDENT])  # on all ranks, whose weights may be sharded
+            self.engines.prepare([Author.STUDENT])  # on all ranks: weights may be sharded
             rollouts = self.writer.write(rows, {Author.STUDENT: self.sampling}) if rows else []
             yield EvaluationBatch(
                 suite=self.suite, rollouts=tuple(rollouts), answers=self._answers(rollouts)
             )
 
     def _answers(self, rollouts: Sequence[Rollout]) -> tuple[str | None, ...] | None:
-        """For a vote, which takes several samples and a verifier that can tell."""
+        """Extract answers for the majority vote; None without several samples or a verifier."""
         verifier = self.writer.verifier
         if self.samples == 1 or verifier is None:
             return None
@@ -207,7 +207,7 @@ class EvaluationStream:
 
 
 def _table(suites: Rows) -> Table:
-    """Columns that no suite has are left out."""
+    """Make the table, without columns that no suite has."""
     rows = [row for suite in suites.values() for row in (suite, *_domains(suite).values())]
     keys = {key for row in rows for key in row}
     passes = sorted((key for key in keys if key.startswith("pass_at_")), key=_k)
