@@ -16,7 +16,7 @@ _UNSAVED = (
 
 
 class RememberSavers(Callback):
-    """Saves and restores further state of every ModelCheckpoint.
+    """Callback that saves and restores further state of every ModelCheckpoint.
 
     Without it a resumed run would immediately save the step that it resumed from again, as `-v1`,
     and keep it twice among the best.

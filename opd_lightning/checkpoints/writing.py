@@ -79,7 +79,7 @@ def write(trainer: Trainer, checkpoint: dict[str, Any], path: str | Path) -> Non
 
 
 class _Attempt:
-    """Runs parts of the work on all processes; if one fails, all raise.
+    """Runner of parts of the work on all processes; if one fails, all raise.
 
     Args:
         step: Optimiser steps made.

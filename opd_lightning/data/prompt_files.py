@@ -37,7 +37,7 @@ class Content(NamedTuple):
 
 
 class PromptFiles:
-    """Records the content of each prompt file in the run folder, and compares it on resumption.
+    """Record of every prompt file's content in the run folder, compared on resumption.
 
     JSON lines that have only grown are read up to their recorded size. Any other change is
     refused, since steps would hold other prompts and scores would be of other questions. Files

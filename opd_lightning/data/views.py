@@ -105,7 +105,7 @@ class PromptView:
 
 
 class Renderer:
-    """Renders prompts to token ids, under the student's view and under named views.
+    """Renderer of prompts to token ids, under the student's view and under named views.
 
     Args:
         tokenizer: A tokenizer with a chat template (rendered in transformers' Jinja sandbox).

@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 
 class RolloutWriter:
-    """Writes responses, decodes and scores them.
+    """Writer of responses, which it also decodes and scores.
 
     Args:
         engines: Engines by author, after `Engines.prepare`; none for recorded responses.

@@ -20,7 +20,7 @@ from opd_lightning.types import RolloutBatch
 
 
 class EvaluatedModule(LightningModule):
-    """Scores every suite that the DataModule streams and logs it by the suite's name."""
+    """LightningModule that scores the suites of the DataModule and logs them by name."""
 
     student: Student
     start: LocalTeacher | None = None  # initial weights, if a suite compares with them

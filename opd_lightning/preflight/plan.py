@@ -28,7 +28,7 @@ class TeacherModel(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run's cost depends on.
+    """Sizes, settings and models that determine a run's cost.
 
     Models may be on the meta device: only shapes, dtypes and `requires_grad` are read.
 

@@ -15,12 +15,13 @@ from opd_lightning.run.signals import SignalledError
 
 
 class SaveOnInterruption(Callback):
-    """Saves `last.ckpt` at the beginning of the step that an exception or Ctrl-C ended.
+    """Callback that saves `last.ckpt` when an exception or Ctrl-C ends a step.
 
-    Nothing is saved before the first optimiser step, nor while the optimiser updates the weights
-    (the previous checkpoint is then the newest complete state). Runs of several processes save
-    nothing either: a failed process cannot take part in a collective save, and a signal reaches
-    processes at different collectives. `callbacks.SlurmRequeue` lets them finish the step.
+    The state is that of the step's beginning. Nothing is saved before the first optimiser step, nor
+    while the optimiser updates the weights (the previous checkpoint is then the newest complete
+    state). Runs of several processes save nothing either: a failed process cannot take part in a
+    collective save, and a signal reaches processes at different collectives.
+    `callbacks.SlurmRequeue` lets them finish the step.
     """
 
     def __init__(self) -> None:
@@ -54,7 +55,7 @@ class SaveOnInterruption(Callback):
 
 
 class TermAsInterrupt(_SignalConnector):
-    """Handles SIGTERM as Ctrl-C, unless another handler is installed.
+    """Signal connector that handles SIGTERM as Ctrl-C, unless another handler is installed.
 
     Replaces Lightning's handlers, which run collectives inside a signal handler: if only one rank
     is signalled, or two are at different collectives, the run hangs.

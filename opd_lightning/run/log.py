@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class RunLog(Callback):
-    """Keeps loggers and checkpoints consistent: a checkpoint of step n implies a log up to n.
+    """Callback that keeps loggers and checkpoints consistent.
 
-    Everything logged for steps before n is on disk before the checkpoint is. If an earlier process
-    died after step n, a run resumed from n marks its entries for n and later as void, with the
-    event that TensorBoard defines for this. Only scores and tables of a validation at n
-    belong to n and are not computed again: the checkpoint contains them.
+    Everything logged for steps before n is on disk before the checkpoint of step n is. If an
+    earlier process died after step n, a run resumed from n marks its entries for n and later as
+    void, with the event that TensorBoard defines for this. Scores and tables of a validation at n
+    are not computed again, since the checkpoint contains them.
 
     The checkpoint also keeps the monitored values (`trainer.callback_metrics`). If a validation
     of the last step was interrupted, starting the finished run again runs it.

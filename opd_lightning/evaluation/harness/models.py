@@ -21,7 +21,7 @@ Likelihood = tuple[float, bool]  # nats; whether greedy decoding would generate 
 
 
 class RecordingModel(TemplateLM):
-    """Records all requests and returns placeholder answers.
+    """Model that records all requests and returns placeholder answers.
 
     Contexts and texts become tokens as in lm-eval's models for transformers.
     """
@@ -107,7 +107,7 @@ class RecordingModel(TemplateLM):
 
 
 class AnsweringModel(RecordingModel):
-    """Returns given answers, in the order of the requests.
+    """Model that returns given answers, in the order of the requests.
 
     Args:
         recorded: Model that recorded the requests.

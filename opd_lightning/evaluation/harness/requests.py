@@ -39,7 +39,7 @@ class GenerationRequest(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestEncoder:
-    """Encodes requests for a model, with its tokenizer and context length."""
+    """Encoder of requests for a model, with its tokenizer and context length."""
 
     tokenizer: Any
     template_args: dict[str, Any]  # further variables of its chat template
