@@ -101,7 +101,7 @@ class GoodCheckpoints:
         checkpoint = step_back(trainer, _path(trainer, step))
         for callback in run_callbacks(trainer):
             callback.on_step_back(trainer, module, checkpoint)
-        trainer.datamodule.engines.ahead.drop()  # type: ignore[attr-defined]
+        trainer.datamodule.engines.prefetch.discard()  # type: ignore[attr-defined]
         self.steps, self.calm = [step], 0
         _remove(trainer, later)
         return step

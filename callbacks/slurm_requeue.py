@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from opd_lightning.checkpoints import save_last
 from opd_lightning.errors import UserError, note, report
 from opd_lightning.run import signals
-from opd_lightning.run.signals import SignalledError, Wish
+from opd_lightning.run.signals import SignalAction, SignalledError
 from opd_lightning.training.callback import RunCallback
 
 
@@ -22,7 +22,7 @@ class SlurmRequeue(RunCallback):
 
     SIGUSR1 requeues the job, which starts the same script again; `#SBATCH --signal=USR1@SECONDS`
     has SLURM send it that long before the time limit. SIGTERM (`scancel`, preemption) does not.
-    Both may come from the first moment of `opd fit`, and are granted before a step's rollouts are
+    Both may come from the first moment of `opd fit`, and are acted on before a step's rollouts are
     written, before they are learnt from, and between two batches of a validation. So leave time
     for the longest of these, and to save. What a step had begun is done again.
 
@@ -46,7 +46,7 @@ class SlurmRequeue(RunCallback):
         signals.listen()
 
     def before_step(self, trainer: Trainer, step: int) -> None:
-        self._grant(trainer)
+        self._act_on_signals(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began_at = trainer.global_step
@@ -55,14 +55,14 @@ class SlurmRequeue(RunCallback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._grant(trainer)
+            self._act_on_signals(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
         finished = trainer.global_step == trainer.max_steps
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not finished:
-            self._grant(trainer)
+            self._act_on_signals(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         signals.close()
@@ -73,14 +73,14 @@ class SlurmRequeue(RunCallback):
         if not isinstance(exception, SignalledError):  # SLURM may still send some after that
             signals.close()
 
-    def _grant(self, trainer: Trainer) -> None:
+    def _act_on_signals(self, trainer: Trainer) -> None:
         """Does what any rank was asked for; all must call it at the same point."""
-        mine = torch.tensor(signals.wish(), device=trainer.strategy.root_device)
-        wish = Wish(int(trainer.strategy.reduce(mine, reduce_op="max")))
-        if wish is not Wish.NONE:
+        mine = torch.tensor(signals.requested(), device=trainer.strategy.root_device)
+        action = SignalAction(int(trainer.strategy.reduce(mine, reduce_op="max")))
+        if action is not SignalAction.NONE:
             saved = self._save(trainer)
-            signals.granted()
-            _leave(wish, saved, trainer.is_global_zero)
+            signals.clear()
+            _leave(action, saved, trainer.is_global_zero)
 
     def _save(self, trainer: Trainer) -> str:
         """What was saved, in words."""
@@ -89,11 +89,11 @@ class SlurmRequeue(RunCallback):
         return f"saved the beginning of step {trainer.global_step} as {save_last(trainer)}"
 
 
-def _leave(wish: Wish, saved: str, speaks: bool) -> NoReturn:
+def _leave(action: SignalAction, saved: str, speaks: bool) -> NoReturn:
     """Tell SLURM and the user, on one rank, and end the run, on all."""
-    job, refusal, code = _job(), None, 128 + wish.signal
-    line = f"{wish.signal.name}: {saved}; "
-    if wish is Wish.REQUEUE and job:
+    job, refusal, code = _job(), None, 128 + action.signal
+    line = f"{action.signal.name}: {saved}; "
+    if action is SignalAction.REQUEUE and job:
         code = 0
         line += f"job {job} is requeued"
         refusal = _requeue(job) if speaks else None

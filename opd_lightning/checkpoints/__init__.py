@@ -1,4 +1,4 @@
-"""Checkpoints that cannot lose a run: written whole or not at all, checked before they are read."""
+"""Checkpoints that are written atomically and verified before they are read."""
 
 from opd_lightning.checkpoints.connector import CheckpointConnector
 from opd_lightning.checkpoints.newest import LAST, needed, settle_folders

@@ -1,4 +1,4 @@
-"""From which checkpoint a run goes on: the same on all processes, and whole."""
+"""Choice of the checkpoint that a run resumes from: verified, the same on all processes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 from lightning.pytorch.trainer.states import TrainerFn
 
 from opd_lightning.checkpoints.matching import (
-    author,
     check_optimizers,
     check_readable,
     differences,
+    provenance,
 )
 from opd_lightning.checkpoints.newest import (
     LAST,
@@ -21,7 +21,7 @@ from opd_lightning.checkpoints.newest import (
     named,
     needed,
     newest,
-    say,
+    rank_zero_note,
     unreadable,
 )
 from opd_lightning.checkpoints.places import recover
@@ -31,39 +31,39 @@ from opd_lightning.processes import broadcast
 
 
 class CheckpointConnector(_CheckpointConnector):
-    """Lightning's, with our own answers to which checkpoint is read and how.
+    """Lightning's checkpoint connector with a different choice and reading of the checkpoint.
 
-    Processes know one another by the time Lightning reads, and not when it asks for a path. So
-    `last` stays a word until then.
+    When Lightning resolves the path, processes are not connected yet; when it reads the checkpoint,
+    they are. So `last` is resolved only then.
     """
 
-    saved: Saved | None = None  # what was read last
-    _owned = False  # was found by the run itself, which may remove it in time
+    saved: Saved | None = None  # checkpoint read last
+    _owned = False  # whether it was resolved from `last`, so that the run may remove it
 
     def _parse_ckpt_path(
         self, state_fn: Any, ckpt_path: Any, model_provided: bool, model_connected: bool
     ) -> Any:
-        # Lightning would go by modification times, and by what a SLURM job left in the folder.
+        # Lightning would compare modification times and prefer SLURM's files in the folder.
         if ckpt_path == LAST or (ckpt_path is None and model_provided):
             return ckpt_path
         return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
 
     def dump_checkpoint(self, weights_only: bool | None = None) -> dict[str, Any]:
-        return {**super().dump_checkpoint(weights_only), "written_by": author(self.trainer)}
+        return {**super().dump_checkpoint(weights_only), "written_by": provenance(self.trainer)}
 
     def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
-        """Read a checkpoint's content; of sharded models, also put it in its place.
+        """Read a checkpoint's content; for sharded models, also load it into them.
 
         Raises:
-            UserError: There is none that this run can go on from.
-            CheckpointError: The disk does not answer.
+            UserError: If there is no checkpoint that this run can resume from.
+            CheckpointError: If the disk cannot be read.
         """
         if weights_only is False:
             raise UserError("weights_only: got false, expected true: nothing else is unpickled")
         training = self.trainer.state.fn == TrainerFn.FITTING
         self.saved, self._owned = None, checkpoint_path == LAST
         if training:
-            broadcast(self._mend)
+            broadcast(self._recover)
         if checkpoint_path is not None:
             self.saved = self._last(training) if self._owned else named(Path(checkpoint_path))
         saved = self.saved
@@ -73,14 +73,14 @@ class CheckpointConnector(_CheckpointConnector):
                 if self.trainer.optimizers:
                     check_optimizers(saved, self.trainer.optimizers)
                 for line in differences(saved, self.trainer):
-                    say(line)
+                    rank_zero_note(line)
         super().resume_start(saved.path if saved else None, weights_only=True)
 
     def restore_callbacks(self) -> None:
         super().restore_callbacks()
         if self._loaded_checkpoint:
             for keeper in keepers(self.trainer):
-                if keeper.save_last:  # or a run would go on with a last-v1
+                if keeper.save_last:  # else a resumed run would write last-v1 beside it
                     name = keeper.CHECKPOINT_NAME_LAST + keeper.FILE_EXTENSION
                     keeper.last_model_path = keeper.last_model_path or str(
                         Path(keeper.dirpath or "", name)
@@ -97,13 +97,13 @@ class CheckpointConnector(_CheckpointConnector):
             self._ckpt_path = None  # else ModelCheckpoint would never remove it
 
     def _last(self, training: bool) -> Saved | None:
-        """Only a run that trains may start without one."""
+        """Return the newest checkpoint; None only in a run that trains."""
         saved = newest(self.trainer) if training else needed(self.trainer)
         if saved is None:
-            say("no whole checkpoint is there yet, so the run starts from the beginning")
+            rank_zero_note("no whole checkpoint is there yet, so the run starts from the beginning")
         return saved
 
-    def _mend(self) -> None:
+    def _recover(self) -> None:
         try:
             for folder in folders(self.trainer):
                 recover(folder)

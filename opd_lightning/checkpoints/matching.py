@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint, and what will not be as it was."""
+"""Checks that a run can resume from a checkpoint, and notes on what differs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from opd_lightning.checkpoints.reading import Saved, Shape
 from opd_lightning.errors import UserError, raised_by_all
 
 
-def author(trainer: Trainer) -> dict[str, Any]:
-    """What a checkpoint says of the run that writes it."""
+def provenance(trainer: Trainer) -> dict[str, Any]:
+    """Return the description of the run that is stored in its checkpoints."""
     return {
         "processes": trainer.world_size,
         "method": type(trainer.lightning_module).__name__,
@@ -31,7 +31,7 @@ def check_readable(saved: Saved, trainer: Trainer, *, training: bool) -> None:
     """Refuse what the strategy cannot read, weights of another model, and weights alone.
 
     Raises:
-        UserError: It is refused.
+        UserError: If the checkpoint is refused.
     """
     name = f"--ckpt_path: {str(saved.path)!r}"
     if saved.is_folder and not isinstance(trainer.strategy, ModelParallelStrategy):
@@ -54,10 +54,10 @@ def check_readable(saved: Saved, trainer: Trainer, *, training: bool) -> None:
 
 
 def check_optimizers(saved: Saved, optimizers: Sequence[Optimizer]) -> None:
-    """Refuse the state of an optimiser of another kind.
+    """Refuse the state of another type of optimiser.
 
     Raises:
-        UserError: It is refused.
+        UserError: If the types differ; on all processes.
     """
     theirs = saved.written_by.get("optimizers")
     ours = names_of(optimizers)
@@ -71,9 +71,9 @@ def check_optimizers(saved: Saved, optimizers: Sequence[Optimizer]) -> None:
 
 
 def differences(saved: Saved, trainer: Trainer) -> list[str]:
-    """What is not as it was, a line each."""
+    """Return one line for each difference that does not prevent resumption."""
     lines = []
-    ours, theirs = author(trainer), saved.written_by
+    ours, theirs = provenance(trainer), saved.written_by
     if theirs.get("method", ours["method"]) != ours["method"]:
         lines.append(
             f"the checkpoint is of a run with {theirs['method']}, this one has {ours['method']}: "
@@ -90,12 +90,12 @@ def differences(saved: Saved, trainer: Trainer) -> list[str]:
 
 
 def shapes_of(module: nn.Module) -> dict[str, Shape]:
-    """Of all that it would save."""
+    """Return the shapes of the module's state dict."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def first_difference(there: Mapping[str, Shape], here: Mapping[str, Shape]) -> str | None:
-    """The first weight that one has and the other has not, or has in another shape."""
+    """Describe the first weight that is missing on one side or has another shape; else None."""
     for name in sorted(there.keys() | here.keys()):
         shapes = there.get(name), here.get(name)
         if shapes[0] != shapes[1]:

@@ -1,6 +1,6 @@
-"""Which checkpoint is meant: one that a user named, or the newest whole one of a run.
+"""Resolution of a checkpoint: the one that a user named, or the newest complete one of a run.
 
-All processes of a run must ask, and get the same answer.
+All processes of a run must call these functions, and get the same result.
 """
 
 from __future__ import annotations
@@ -11,64 +11,64 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from opd_lightning.checkpoints.reading import DamagedError, Saved, check_sums, look, refusal
+from opd_lightning.checkpoints.reading import DamagedError, Saved, check_sums, describe, refusal
 from opd_lightning.errors import CheckpointError, UserError, note, raised_by_all
 from opd_lightning.processes import broadcast, gather, rank, world_size
 
-LAST = "last"  # the newest whole checkpoint of the run
+LAST = "last"  # value of --ckpt_path for the newest complete checkpoint of the run
 
 
 def keepers(trainer: Trainer) -> Iterator[ModelCheckpoint]:
-    """The callbacks that write a run's checkpoints."""
+    """Return the callbacks that write a run's checkpoints."""
     return (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
 
 
 def settle_folders(trainer: Trainer) -> None:
-    """Have the callbacks look where the run writes, also when its logger is gone later."""
+    """Fix the callbacks' folders, which would otherwise depend on the logger."""
     for keeper in keepers(trainer):
         keeper.dirpath = keeper.dirpath or str(Path(trainer.log_dir or ".", "checkpoints"))
 
 
 def folders(trainer: Trainer) -> list[Path]:
-    """Where checkpoints of the run are, once that is settled."""
+    """Return the existing folders of the run's checkpoints, after `settle_folders`."""
     places = (Path(keeper.dirpath or ".") for keeper in keepers(trainer))
     return [place for place in dict.fromkeys(places) if place.is_dir()]
 
 
 def named(path: Path) -> Saved:
-    """The checkpoint that a user named.
+    """Read and verify the checkpoint that a user named.
 
     Raises:
-        UserError: It is damaged, or none.
-        CheckpointError: The disk does not answer.
+        UserError: If it is damaged or not a checkpoint.
+        CheckpointError: If the disk cannot be read.
     """
     try:
-        return _checked(broadcast(lambda: _look(path)))
+        return _checked(broadcast(lambda: _describe(path)))
     except DamagedError as error:
         raise raised_by_all(refusal(path, error)) from error
 
 
 def newest(trainer: Trainer) -> Saved | None:
-    """The newest whole checkpoint: of the most steps, the latest of those.
+    """Return the newest complete checkpoint: most steps first, then latest; None if none.
 
     Raises:
-        UserError: The run has no folder for them.
-        CheckpointError: The disk does not answer.
+        UserError: If the run has no checkpoint folder.
+        CheckpointError: If the disk cannot be read.
     """
     for saved in broadcast(lambda: _candidates(trainer)):
         try:
             return _checked(saved)
         except DamagedError as error:
-            say(f"{str(saved.path)!r} is passed over: {error}")
+            rank_zero_note(f"{str(saved.path)!r} is passed over: {error}")
     return None
 
 
 def needed(trainer: Trainer) -> Saved:
-    """`newest`, for whoever cannot do without.
+    """Return `newest`, which must exist.
 
     Raises:
-        UserError: There is none, or no folder for one.
-        CheckpointError: The disk does not answer.
+        UserError: If there is none, or no folder for one.
+        CheckpointError: If the disk cannot be read.
     """
     saved = newest(trainer)
     if saved is None:
@@ -90,13 +90,13 @@ def unreadable(error: OSError) -> CheckpointError:
     )
 
 
-def say(message: str) -> None:
+def rank_zero_note(message: str) -> None:
     if rank() == 0:
         note(message)
 
 
 def _candidates(trainer: Trainer) -> list[Saved]:
-    """What may be a checkpoint, newest first; what cannot be one is named."""
+    """List possible checkpoints, newest first; print a note for each damaged one."""
     if not list(keepers(trainer)):
         raise UserError(
             f"--ckpt_path: got {LAST!r} in a run without a ModelCheckpoint, which has no folder "
@@ -106,14 +106,14 @@ def _candidates(trainer: Trainer) -> list[Saved]:
     for folder in folders(trainer):
         for path in sorted(folder.glob(f"*{ModelCheckpoint.FILE_EXTENSION}")):
             try:
-                found.setdefault(path.resolve(), _look(path))
+                found.setdefault(path.resolve(), _describe(path))
             except DamagedError as error:
-                say(f"{str(path)!r} is passed over: {error}")
+                rank_zero_note(f"{str(path)!r} is passed over: {error}")
     return sorted(found.values(), key=lambda s: (s.step, s.time), reverse=True)
 
 
 def _checked(saved: Saved) -> Saved:
-    """The same, if every process finds its part of it whole."""
+    """Return `saved` if every process finds its part undamaged; else raise on all."""
     damage = None
     try:
         check_sums(saved, rank(), world_size())
@@ -127,8 +127,8 @@ def _checked(saved: Saved) -> Saved:
     return saved
 
 
-def _look(path: Path) -> Saved:
+def _describe(path: Path) -> Saved:
     try:
-        return look(path)
+        return describe(path)
     except OSError as error:
         raise unreadable(error) from error

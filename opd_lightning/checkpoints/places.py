@@ -1,7 +1,7 @@
-"""Where a checkpoint lies while it is written, and how it gets its name.
+"""Staging of checkpoints: a hidden path while they are written, then a rename.
 
-The names meanwhile begin with a dot and do not end in `.ckpt`, so that nothing takes what lies
-there for a checkpoint.
+Hidden names begin with a dot and do not end in `.ckpt`, so that they are not taken for
+checkpoints.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ import os
 import shutil
 from pathlib import Path
 
-WRITING = ".writing"  # not finished, or about to get its name
-REPLACED = ".replaced"  # about to be removed: the new one has the name, or is about to get it
+WRITING = ".writing"  # incomplete, or about to be renamed to the target
+REPLACED = ".replaced"  # about to be removed: the new one has, or is about to get, the name
 
 
-def place_of(target: Path) -> Path:
-    """Where the checkpoint that will be `target` is written."""
+def staging_path(target: Path) -> Path:
+    """Return the path at which the checkpoint `target` is written."""
     return _hidden(target, WRITING)
 
 
-def put(target: Path) -> None:
-    """Give what was written for `target` its name; what had the name is removed.
+def commit(target: Path) -> None:
+    """Rename the staged checkpoint to `target` and remove the previous one.
 
-    A link is replaced and what it names is left alone. Where a folder is replaced, or replaces,
-    there is a moment without the name; `recover` makes up for a kill in it.
+    A link is replaced, its destination is not. Where a folder is replaced, or replaces, there is
+    a moment without `target`; `recover` repairs a kill at that moment.
     """
-    new, old = place_of(target), _hidden(target, REPLACED)
+    new, old = staging_path(target), _hidden(target, REPLACED)
     if _is_folder(target) or (_is_folder(new) and os.path.lexists(target)):
         remove(old)
         target.rename(old)
@@ -35,11 +35,11 @@ def put(target: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Finish what kills interrupted in `folder`, and remove what they left half written."""
+    """Finish interrupted commits in `folder`, and remove incomplete checkpoints."""
     for old in folder.glob(f".*{REPLACED}"):
         target = _named(old, REPLACED)
-        if not os.path.lexists(target):  # only what is whole gets as far as `put`
-            new = place_of(target)
+        if not os.path.lexists(target):  # only complete checkpoints get as far as `commit`
+            new = staging_path(target)
             (new if os.path.lexists(new) else old).rename(target)
         remove(old)
     for new in folder.glob(f".*{WRITING}"):
@@ -47,7 +47,7 @@ def recover(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if there is one."""
+    """Remove a file, a link or a folder, if it exists."""
     if _is_folder(path):
         shutil.rmtree(path)
     else:
@@ -55,12 +55,12 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or a folder's list of names, written to the disk."""
+    """Flush a file, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError:
-        if not path.is_dir():  # not every filesystem can sync a list of names
+        if not path.is_dir():  # not every filesystem can sync a folder
             raise
     finally:
         os.close(handle)

@@ -1,7 +1,7 @@
-"""Reading nothing but tensors and plain data: a checkpoint cannot run code.
+"""Restricted loading of tensors and plain data, so that a checkpoint cannot run code.
 
-Files are read with torch's `weights_only`. A folder of shards has two pickles that torch trusts:
-its `.metadata`, and what is no tensor in the shards. They are looked through before torch reads.
+Files are read with torch's `weights_only`. A folder of shards has two kinds of pickles that torch
+would load unrestricted: `.metadata`, and non-tensor data in shards. They are checked first.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _ALLOWED = {
 
 
 def load(file: Path | io.BytesIO, *, mmap: bool = False) -> Any:
-    """A file's content, on the CPU; with `mmap`, tensors are read from the disk when used.
+    """Load a file to the CPU; with `mmap`, tensors are read from the disk on access.
 
     Raises:
-        pickle.UnpicklingError: There is more in it.
-        Exception: It is damaged; of any kind.
+        pickle.UnpicklingError: If it contains more than tensors and plain data.
+        Exception: If it is damaged; of any type.
     """
     try:
         return torch.load(file, map_location="cpu", mmap=mmap or None, weights_only=True)
@@ -50,10 +50,10 @@ def load(file: Path | io.BytesIO, *, mmap: bool = False) -> Any:
 
 
 def metadata_of(folder: Path) -> Metadata:
-    """What a folder of shards holds, its pickles looked through.
+    """Load the metadata of a folder of shards, after checking its pickles.
 
     Raises:
-        pickle.UnpicklingError: There is more in them.
+        pickle.UnpicklingError: If they contain more than tensors and plain data.
     """
     for file in folder.glob("*.metadata"):  # torch may prefer another to `.metadata`
         with file.open("rb") as stream:
@@ -79,7 +79,7 @@ class _Metadata(pickle.Unpickler):
 
 
 def _member(of: Any, name: str) -> Enum:
-    """How some releases of Python 3.11 pickle an enumeration's member; no other `getattr`."""
+    """Stand in for the `getattr` by which some releases of Python 3.11 pickle enum members."""
     if not (isinstance(of, type) and issubclass(of, Enum)):
         raise _refusal("builtins.getattr")
     return of[name]

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole, and what it says of itself."""
+"""Verification of checkpoints, and their description without reading tensors."""
 
 from __future__ import annotations
 
@@ -20,56 +20,56 @@ from opd_lightning.checkpoints.writing import INDEX, MANIFEST, META, sum_of, wai
 from opd_lightning.errors import UserError
 
 Shape = tuple[int, ...]
-PICKLE = "data.pkl"  # of a file: all but the tensors' numbers
+PICKLE = "data.pkl"  # in a file: everything but tensor data
 CHANGED = "bytes of it are missing or were changed"
 FOREIGN = "it holds something else than the state of a run"
 
 
 class DamagedError(Exception):
-    """A file or folder is no checkpoint, is not whole, or holds more than plain data."""
+    """A file or folder is not a checkpoint, is incomplete, or holds more than plain data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A checkpoint, known without having read its tensors."""
+    """Description of a checkpoint whose tensors have not been read."""
 
     path: Path
     step: int  # optimiser steps made
     time: float  # modification, seconds since 1970
-    sizes: dict[str, int]  # bytes of its files, relative to the path; "" is itself
+    sizes: dict[str, int]  # bytes of its files by relative path; "" is the path itself
     shapes: dict[str, Shape]  # of the module's tensors
-    resumable: bool  # has the optimiser's state, too
-    written_by: dict[str, Any]  # processes, method, optimizers; empty in older ones
+    resumable: bool  # whether it has the optimiser's state
+    written_by: dict[str, Any]  # processes, method, optimizers; empty in older checkpoints
 
     @property
     def is_folder(self) -> bool:
         return "" not in self.sizes
 
 
-def look(path: Path) -> Saved:
-    """What the checkpoint says of itself. Costs little: tensors and checksums are not read.
+def describe(path: Path) -> Saved:
+    """Describe a checkpoint. This is cheap: tensors and checksums are not read.
 
     Raises:
-        DamagedError: It cannot be one.
-        OSError: The disk did not answer.
+        DamagedError: If it cannot be a checkpoint.
+        OSError: If the disk cannot be read.
     """
-    with _damage_told(path):
-        return _look_at_folder(path) if path.is_dir() else _look_at_file(path)
+    with _as_damaged_error(path):
+        return _describe_folder(path) if path.is_dir() else _describe_file(path)
 
 
 def check_sums(saved: Saved, part: int = 0, parts: int = 1) -> None:
-    """Compare contents with the checksums; of a folder, every `parts`-th file from `part` on.
+    """Verify checksums; of a folder, those of every `parts`-th file from `part` on.
 
     Raises:
-        DamagedError: They differ.
-        OSError: The disk did not answer, or another node's files do not show up on this one.
+        DamagedError: If contents differ.
+        OSError: If the disk cannot be read, or files of another node do not appear on this one.
     """
     if not saved.is_folder:
         wait_for(saved.path, saved.sizes)
         if part == 0:
-            with _damage_told(saved.path), zipfile.ZipFile(saved.path) as archive:
+            with _as_damaged_error(saved.path), zipfile.ZipFile(saved.path) as archive:
                 if (bad := archive.testzip()) is not None:
-                    raise _other_bytes(bad)
+                    raise _checksum_error(bad)
         return
     wait_for(saved.path, saved.sizes)
     for name, expected in sorted(_manifest(saved.path).items())[part::parts]:
@@ -77,13 +77,13 @@ def check_sums(saved: Saved, part: int = 0, parts: int = 1) -> None:
 
 
 def whole(path: str | Path) -> Saved:
-    """A checkpoint that someone named, checked in this process.
+    """Describe and verify a checkpoint that a user named, in this process.
 
     Raises:
-        UserError: It is damaged.
+        UserError: If it is damaged.
     """
     try:
-        saved = look(Path(path))
+        saved = describe(Path(path))
         check_sums(saved)
     except DamagedError as error:
         raise refusal(path, error) from error
@@ -98,8 +98,8 @@ def refusal(path: str | Path, error: DamagedError) -> UserError:
 
 
 @contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
-    """Every way in which broken bytes make a reader fail, in words that are not the reader's."""
+def _as_damaged_error(path: Path) -> Iterator[None]:
+    """Convert every error that damaged bytes cause in a reader to DamagedError."""
     try:
         yield
     except DamagedError:
@@ -109,14 +109,14 @@ def _damage_told(path: Path) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DamagedError(f"{Path(error.filename or path).name!r} is missing") from error
     except OSError as error:
-        if error.errno != errno.EINVAL:  # of a place before the file's beginning
-            raise  # a disk that does not answer says nothing about the checkpoint
+        if error.errno != errno.EINVAL:  # from seeking to before the file's beginning
+            raise  # an unreadable disk says nothing about the checkpoint
         raise DamagedError(CHANGED) from error
-    except Exception as error:  # no list of torch's, pickle's and zipfile's would be complete
+    except Exception as error:  # torch, pickle and zipfile raise too many types to list
         raise DamagedError(CHANGED) from error
 
 
-def _look_at_file(path: Path) -> Saved:
+def _describe_file(path: Path) -> Saved:
     stat = path.stat()
     if not zipfile.is_zipfile(path):
         raise DamagedError("it is cut short, or was not written by `opd fit`")
@@ -127,8 +127,8 @@ def _look_at_file(path: Path) -> Saved:
         try:
             archive.read(pickles[0])
         except zipfile.BadZipFile as error:
-            raise _other_bytes(pickles[0]) from error
-    content = _state_in(path)
+            raise _checksum_error(pickles[0]) from error
+    content = _load_state(path)
     weights = content.get("state_dict")
     if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise DamagedError(FOREIGN)
@@ -143,15 +143,15 @@ def _look_at_file(path: Path) -> Saved:
     )
 
 
-def _state_in(file: Path) -> dict[str, Any]:
-    """What a run saved of itself."""
+def _load_state(file: Path) -> dict[str, Any]:
+    """Load a run's state; raise DamagedError if it is something else."""
     content = load(file, mmap=True)
     if not isinstance(content, dict) or not isinstance(content.get("global_step"), int):
         raise DamagedError(FOREIGN)
     return content
 
 
-def _look_at_folder(path: Path) -> Saved:
+def _describe_folder(path: Path) -> Saved:
     files = _manifest(path)
     sizes = {name: size for name, (size, _) in files.items()}
     for name, size in sizes.items():
@@ -159,8 +159,8 @@ def _look_at_folder(path: Path) -> Saved:
             raise DamagedError(f"{name!r} has {found} of {size} bytes")
     for name in (META, INDEX):  # before they are unpickled
         _check_sum(path / name, files[name])
-    content = _state_in(path / META)
-    held = metadata_of(path).state_dict_metadata
+    content = _load_state(path / META)
+    stored = metadata_of(path).state_dict_metadata
     return Saved(
         path=path,
         step=content["global_step"],
@@ -168,10 +168,10 @@ def _look_at_folder(path: Path) -> Saved:
         sizes=sizes,
         shapes={
             name.removeprefix("state_dict."): tuple(entry.size)
-            for name, entry in held.items()
+            for name, entry in stored.items()
             if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
         },
-        resumable=any(name.startswith("optimizer_0.") for name in held),
+        resumable=any(name.startswith("optimizer_0.") for name in stored),
         written_by=content.get("written_by", {}),
     )
 
@@ -183,8 +183,8 @@ def _manifest(folder: Path) -> dict[str, list[int]]:
 
 def _check_sum(file: Path, expected: list[int]) -> None:
     if sum_of(file) != expected:
-        raise _other_bytes(file.name)
+        raise _checksum_error(file.name)
 
 
-def _other_bytes(name: str) -> DamagedError:
+def _checksum_error(name: str) -> DamagedError:
     return DamagedError(f"{name!r} in it has other bytes than were written")

@@ -1,4 +1,4 @@
-"""What Lightning's ModelCheckpoint forgets when a run goes on."""
+"""State of Lightning's ModelCheckpoint that its own checkpoint state does not include."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-_FORGOTTEN = (
+_UNSAVED = (
     "current_score",
     "_last_global_step_saved",
     "_last_checkpoint_saved",
@@ -16,17 +16,17 @@ _FORGOTTEN = (
 
 
 class RememberSavers(Callback):
-    """Lets every ModelCheckpoint go on with what it knew.
+    """Callback that saves and restores further state of every ModelCheckpoint.
 
-    Else a resumed run would at once save the step that it came from a second time, as `-v1`, and
-    keep it among the best twice.
+    Without it a resumed run would immediately save the step that it resumed from again, as `-v1`,
+    and keep it twice among the best.
     """
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["savers"] = {
-            saver.state_key: {name: getattr(saver, name) for name in _FORGOTTEN}
+            saver.state_key: {name: getattr(saver, name) for name in _UNSAVED}
             for saver in _savers(trainer)
         }
 
@@ -35,9 +35,9 @@ class RememberSavers(Callback):
     ) -> None:
         for saver in _savers(trainer):
             for name, value in checkpoint.get("savers", {}).get(saver.state_key, {}).items():
-                if name in _FORGOTTEN:
+                if name in _UNSAVED:
                     setattr(saver, name, value)
-            if saver._every_n_train_steps:  # the checkpoint was written before it was noted
+            if saver._every_n_train_steps:  # it was saved before the saver recorded the step
                 saver._last_global_step_saved = checkpoint["global_step"]
 
 

@@ -1,4 +1,4 @@
-"""What was learnt since a checkpoint is undone in the midst of a run; its clock goes on."""
+"""Rollback of weights and optimiser to a checkpoint during a run; the step count continues."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ if TYPE_CHECKING:
 
 
 def step_back(trainer: Trainer, path: Path) -> dict[str, Any]:
-    """Put weights, optimiser and loss scale back to a checkpoint of this run.
+    """Restore weights, optimiser and loss scale from a checkpoint of this run.
 
-    Steps, schedules, prompts and seeds go on from where they are, and so do the settings of
-    parameter groups (learning rate, betas), which belong to the schedule. All processes must call
-    it, between two steps.
+    Steps, schedules, prompts and seeds continue, and so do the settings of parameter groups
+    (learning rate, betas), which belong to the schedule. All processes must call this between
+    two steps.
 
     Returns:
-        The checkpoint's content, for whoever else keeps a state that belongs to the weights.
+        The checkpoint's content, for other states that belong to the weights.
 
     Raises:
-        UserError: The checkpoint is gone or damaged.
+        UserError: If the checkpoint is missing or damaged.
     """
     connector = trainer._checkpoint_connector
     resumed_from = connector._ckpt_path
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-    connector.resume_start(path)  # of sharded models, this is all of it
+    connector.resume_start(path)  # this loads sharded models completely
     content: dict[str, Any] = connector._loaded_checkpoint
     connector.restore_model()
     connector.restore_precision_plugin_state()
@@ -34,7 +34,7 @@ def step_back(trainer: Trainer, path: Path) -> dict[str, Any]:
         connector.restore_optimizers()
     connector.resume_end()
     connector._ckpt_path = resumed_from
-    # Loading has put new groups into the optimisers.
+    # Loading replaces the groups of the optimisers.
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     for group, setting in zip(groups, settings, strict=True):
         group.update(setting)

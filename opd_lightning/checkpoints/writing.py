@@ -1,7 +1,7 @@
-"""Writing a checkpoint whole or not at all.
+"""Atomic writing of checkpoints.
 
-It is written beside its place, under a hidden name, flushed to the disk, read back and renamed. A
-process that is killed at any moment leaves the checkpoints that were there, or one more.
+A checkpoint is written under a hidden name, flushed to the disk, read back and renamed. A process
+that is killed at any moment leaves the previous checkpoints, or those and the new one.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from opd_lightning.checkpoints.places import place_of, put, remove, sync
+from opd_lightning.checkpoints.places import commit, remove, staging_path, sync
 from opd_lightning.checkpoints.plain import load
 from opd_lightning.errors import CheckpointError, UserError, raised_by_all
 from opd_lightning.processes import gather, rank
 
 MANIFEST = "manifest.json"  # of a folder of shards: {"files": {name: [bytes, CRC-32]}}
-INDEX = ".metadata"  # of a folder of shards: which shard holds what
-META = "meta.pt"  # of a folder of shards: all but weights and optimiser
-PATIENCE = 60.0  # seconds that one node's files may take to show up on another
+INDEX = ".metadata"  # of a folder of shards: maps tensors to shards
+META = "meta.pt"  # of a folder of shards: everything but weights and optimiser
+PATIENCE = 60.0  # seconds that one node's files may take to appear on another
 
 
 def save_last(trainer: Trainer) -> Path:
-    """Save the state as `last.ckpt`, beside the other checkpoints; returns where.
+    """Save the state as `last.ckpt`, beside the other checkpoints; return its path.
 
-    All processes must call it, between two steps or before the optimiser moves in one. Whatever
-    had the name is replaced; a link is not written through.
+    All processes must call this between two steps, or before the optimiser updates in one. An
+    existing `last.ckpt` is replaced; a link's destination is not overwritten.
 
     Raises:
-        CheckpointError: It could not be written; the checkpoints that were there still are.
+        CheckpointError: If it could not be written; previous checkpoints are unchanged.
     """
     keeper = trainer.checkpoint_callback
     if not isinstance(keeper, ModelCheckpoint):
@@ -49,24 +49,24 @@ def save_last(trainer: Trainer) -> Path:
             "trainer.enable_checkpointing on"
         )
     path = Path(keeper.dirpath or ".", keeper.CHECKPOINT_NAME_LAST + keeper.FILE_EXTENSION)
-    keeper.last_model_path = str(path)  # or the resumed run would begin a last-v1
+    keeper.last_model_path = str(path)  # else the resumed run would write last-v1
     trainer.save_checkpoint(path, weights_only=False)
     return path
 
 
 def write(trainer: Trainer, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Write what `dump_checkpoint` returned to a file, or to a folder of shards.
+    """Write the return value of `dump_checkpoint` to a file, or to a folder of shards.
 
-    All processes must call it; either all return or all raise.
+    All processes must call this; either all return or all raise.
 
     Raises:
-        CheckpointError: It could not be written, on whichever process.
+        CheckpointError: If it could not be written on any process.
     """
     if "://" in str(path):
         raise UserError(f"checkpoints: got {str(path)!r}, expected a folder of this machine's")
     target = Path(os.path.abspath(trainer.strategy.broadcast(str(path))))
     attempt = _Attempt(trainer.global_step, target)
-    new = place_of(target)
+    new = staging_path(target)
     attempt(lambda: _clear(target) if rank() == 0 else None)
     if not _sharded(trainer):
         attempt(lambda: _write_file(checkpoint, new) if rank() == 0 else None)
@@ -75,15 +75,15 @@ def write(trainer: Trainer, checkpoint: dict[str, Any], path: str | Path) -> Non
         attempt(lambda: trainer.strategy.save_checkpoint(checkpoint, new))
         sums = attempt(lambda: _sums(new))
         attempt(lambda: _finish_folder(new, sums) if rank() == 0 else None)
-    attempt(lambda: put(target) if rank() == 0 else None)
+    attempt(lambda: commit(target) if rank() == 0 else None)
 
 
 class _Attempt:
-    """Does parts of the work; what fails on one process fails on all.
+    """Runner of parts of the work on all processes; if one fails, all raise.
 
     Args:
         step: Optimiser steps made.
-        target: The checkpoint to be.
+        target: Path of the checkpoint.
     """
 
     def __init__(self, step: int, target: Path) -> None:
@@ -91,29 +91,29 @@ class _Attempt:
         self.target = target
 
     def __call__(self, act: Callable[[], Any]) -> list[Any]:
-        """Every process's result, by rank."""
+        """Run `act` and return every process's result, by rank."""
         result = failure = None
         try:
             result = act()
-        except (Exception, CheckpointException) as error:  # torch's is no Exception
+        except (Exception, CheckpointException) as error:  # torch's is a BaseException
             failure = _cause(error, rank())
         outcomes = gather((result, failure))
         for _, failed in outcomes:
             if failed is not None:
-                self._give_up(*failed, alone=len(outcomes) == 1)
+                self._fail(*failed, alone=len(outcomes) == 1)
         return [result for result, _ in outcomes]
 
-    def _give_up(self, number: int, reason: str, *, alone: bool) -> None:
-        room = ""
+    def _fail(self, number: int, reason: str, *, alone: bool) -> None:
+        free = ""
         if rank() == 0:
             with suppress(OSError):
-                remove(place_of(self.target))
+                remove(staging_path(self.target))
             with suppress(OSError):
-                room = f", {shutil.disk_usage(_existing(self.target)).free} bytes are free there"
+                free = f", {shutil.disk_usage(_existing(self.target)).free} bytes are free there"
         error = CheckpointError(
             f"step {self.step}: could not write {str(self.target)!r}"
             + ("" if alone else f" (rank {number})")
-            + f": {reason}{room}; the checkpoints before it are untouched: mend it and go on from "
+            + f": {reason}{free}; the checkpoints before it are untouched: mend it and go on from "
             "the newest with --ckpt_path last"
         )
         raise raised_by_all(error)
@@ -125,9 +125,9 @@ def _sharded(trainer: Trainer) -> bool:
 
 
 def _clear(target: Path) -> None:
-    """Make room; what lies there is of a process that was killed."""
+    """Create the parent folder, and remove what a killed process left at the staging path."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    remove(place_of(target))
+    remove(staging_path(target))
 
 
 def _write_file(checkpoint: dict[str, Any], path: Path) -> None:
@@ -139,17 +139,17 @@ def _write_file(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def _check_plain(path: Path) -> None:
-    """What a callback put in must be readable later, too; tensors are not read here."""
+    """Check that entries added by callbacks can be loaded later; tensors are not read here."""
     load(path, mmap=True)
 
 
 def _sums(folder: Path) -> dict[str, list[int]]:
-    """Sizes and checksums of the shards that this process wrote."""
+    """Return sizes and checksums of the shards that this process wrote."""
     return {file.name: sum_of(file) for file in sorted(folder.glob(f"__{rank()}_*"))}
 
 
 def _finish_folder(folder: Path, sums: list[dict[str, list[int]]]) -> None:
-    """Write the manifest, last of all."""
+    """Write the manifest; it is written last, and completes the folder."""
     _check_plain(folder / META)
     sync(folder / META)
     files = {name: value for part in sums for name, value in part.items()}
@@ -163,7 +163,7 @@ def _finish_folder(folder: Path, sums: list[dict[str, list[int]]]) -> None:
 
 
 def sum_of(file: Path) -> list[int]:
-    """[bytes, CRC-32] of a file."""
+    """Return [bytes, CRC-32] of a file."""
     crc = 0
     with file.open("rb") as stream:
         while block := stream.read(1 << 24):
@@ -172,10 +172,10 @@ def sum_of(file: Path) -> list[int]:
 
 
 def wait_for(folder: Path, sizes: dict[str, int]) -> None:
-    """Wait until files that another node wrote are there, whole.
+    """Wait until files that another node wrote have appeared with their full sizes.
 
     Raises:
-        FileNotFoundError: They did not come.
+        FileNotFoundError: If they do not appear in time.
     """
     end = monotonic() + PATIENCE
     while missing := [name for name, size in sizes.items() if _size(folder / name) != size]:
@@ -199,8 +199,8 @@ def _existing(path: Path) -> Path:
 
 
 def _cause(error: BaseException, number: int) -> tuple[int, str]:
-    """(rank, what went wrong there in one line): what the operating system said, if it was it."""
-    if isinstance(error, CheckpointException):  # all processes have it, of those that failed
+    """Return (rank, one-line cause); the operating system's message if there is one."""
+    if isinstance(error, CheckpointException):  # every process gets the failures of all
         number = min(error.failures)
         error = error.failures[number][0]
     seen: BaseException | None = error

@@ -53,7 +53,7 @@ class Trainer(Commands):
         check_strategy(self.strategy, self.num_devices, self.num_nodes)
         self._signal_connector = TermAsInterrupt(self)
         if not any(callback.handles_signals for callback in run_callbacks(self)):
-            signals.hand_back()
+            signals.restore()
 
     def save_checkpoint(
         self,

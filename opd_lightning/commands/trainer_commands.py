@@ -18,7 +18,7 @@ from opd_lightning.commands.sample import Question, Sampler, chat, read_prompt
 from opd_lightning.commands.write_responses import write_responses
 from opd_lightning.errors import NotReadyError, UserError
 from opd_lightning.preflight import report
-from opd_lightning.preflight.check import look_at
+from opd_lightning.preflight.check import run_checks
 from opd_lightning.run.configuration import check_models, check_usable
 from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.teachers.cached import CachedTeacher
@@ -77,7 +77,7 @@ class Commands(LightningTrainer):
         model.trainer = datamodule.trainer = self
         try:
             with redirect_stdout(sys.stderr):  # libraries print what they like
-                findings = look_at(
+                findings = run_checks(
                     self, model, datamodule, samples=samples, compare_teachers=compare_teachers
                 )
         finally:

@@ -1,1 +1,1 @@
-"""From prompt files to micro-batches of rollouts."""
+"""Prompt files, the responses written to them, and the micro-batches made of both."""

@@ -1,4 +1,4 @@
-"""Rollouts to tensors: masks are decided here, once."""
+"""Collation of rollouts to tensors; the only place that decides masks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from opd_lightning.types import Author, Rollout, RolloutBatch, StepTotals
 def collate(
     rollouts: Sequence[Rollout], *, totals: StepTotals, temperature: float, pad_id: int
 ) -> RolloutBatch:
-    """One micro-batch, padded on the right.
+    """Collate rollouts to one right-padded micro-batch.
 
     Args:
         rollouts: Rows of the batch, in order.
         totals: Sizes of the whole optimiser step.
-        temperature: The sampler's.
-        pad_id: Fills `input_ids` and `response_ids` where nothing was written.
+        temperature: Sampling temperature.
+        pad_id: Fills padded positions of `input_ids` and `response_ids`.
     """
     prompts = [r.prompt_ids for r in rollouts]
     responses = [r.response_ids for r in rollouts]
     response_ids, response_mask = pad(responses, pad_id)
-    # A dropped rollout keeps its row and loses its tokens: no loss, no count.
+    # A dropped rollout keeps its row but none of its tokens enters the loss or the totals.
     response_mask &= ~torch.tensor([r.dropped for r in rollouts])[:, None]
     behaviour, _ = pad([r.behaviour_logprobs for r in rollouts], 0.0)
     return RolloutBatch(
@@ -50,16 +50,19 @@ def collate(
 
 
 def count(rollouts: Sequence[Rollout], *, demonstrated: bool) -> tuple[int, int]:
-    """(response tokens, rollouts) to learn from, of one kind of author."""
+    """Return (response tokens, rollouts) that are not dropped, of one kind of author."""
     kept = [r for r in rollouts if not r.dropped and r.author.is_demonstrator() is demonstrated]
     return sum(len(r.response_ids) for r in kept), len(kept)
 
 
 def split_balanced(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollout]]:
-    """Exactly `parts` non-empty micro-batches with nearly equal token counts.
+    """Split rollouts into `parts` non-empty micro-batches with nearly equal token counts.
 
-    In rounds: the longest rollouts left go to the parts that carry least so far, one each. Sizes
-    differ by at most one rollout, so padding and activation memory stay even too.
+    In rounds, the longest remaining rollouts go to the parts with the fewest tokens, one each.
+    Row counts differ by at most one, so padding and activation memory are even too.
+
+    Raises:
+        ValueError: If there are fewer rollouts than parts.
     """
     if len(rollouts) < parts:
         raise ValueError(f"{len(rollouts)} rollouts cannot fill {parts} micro-batches")

@@ -1,11 +1,11 @@
-"""The engines of a run: started on first use, the student's kept up to date, asleep if told to."""
+"""Engines of a run: started on first use, given new weights, asleep while training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
-from opd_lightning.data.ahead import RolloutsAhead
+from opd_lightning.data.prefetch import RolloutPrefetch
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.student import Student
 from opd_lightning.models.weight_sums import PushedWeights
@@ -15,15 +15,15 @@ from opd_lightning.types import Author
 
 
 class Engines:
-    """The student's engine, and the demonstrator's if there is one.
+    """The student's engine and, optionally, the demonstrator's.
 
     Args:
         student: Writes the student's responses; None if nothing is sampled.
-        teacher: Writes demonstrations with weights of its own.
-        push: Brings the student's engine, started, to the newest weights.
-        limit: On every call of theirs.
+        teacher: Writes demonstrations, with separate weights.
+        push: Loads the newest weights into the student's started engine.
+        limit: Time limit on every call of an engine.
 
-    `ahead` is who may use them beside the trainer.
+    `prefetch` prefetches rollouts and is the only other user of the engines.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Engines:
     ) -> None:
         self._push = push
         self.limit = limit or TimeLimit()
-        self.ahead = RolloutsAhead(lambda: self.limit.is_exceeded)
+        self.prefetch = RolloutPrefetch(lambda: self.limit.is_exceeded)
         self._asleep: list[Engine] = []
         self._sources: dict[int, tuple[ModelSource, int]] = {}
         self._started: list[Engine] = []
@@ -46,17 +46,17 @@ class Engines:
             self.by_author[Author.TEACHER] = teacher
 
     def plan(self, author: Author, source: ModelSource, max_length: int) -> None:
-        """What to start an author's engine with, once it is needed; it may refuse that now."""
+        """Set what an author's engine starts with; raise UserError if it cannot."""
         engine = self.by_author[author]
         engine.check(source, max_length=max_length)
         self._sources[id(engine)] = (source, max_length)
 
     def prepare(self, authors: Iterable[Author]) -> None:
-        """Start or wake the engines of who will write; give the student's its newest weights.
+        """Start or wake the engines of `authors`, and push the newest weights to the student's.
 
-        Whatever they still write for another step is waited for: nobody else may use them then.
+        Waits for a running prefetch first: engines take calls from one thread at a time.
         """
-        self.ahead.wait()
+        self.prefetch.wait()
         for author in dict.fromkeys(authors):
             if author is not Author.RECORDED:
                 self._prepare(author)
@@ -76,8 +76,8 @@ class Engines:
             with self._limit(engine, "load_weights"):
                 self._push(engine)
 
-    def rest(self) -> None:
-        """Nothing is written until the next `prepare`: who was told to sleep does."""
+    def sleep(self) -> None:
+        """Put engines with `sleep_while_training` to sleep until the next `prepare`."""
         for engine in self._started:
             if engine.sleep_while_training and engine not in self._asleep:
                 with self._limit(engine, "sleep"):
@@ -88,17 +88,18 @@ class Engines:
         return self.limit.of(f"{type(engine).__name__}.{call}")
 
     def close(self) -> None:
-        """Close what was started."""
-        self.ahead.close()
+        """Close all started engines."""
+        self.prefetch.close()
         self._asleep.clear()
         while self._started:
             self._started.pop().close()
 
 
 def push(student: Student, engine: Engine, *, version: int) -> float:
-    """Give the engine the student as it is now, and see that it arrived.
+    """Push the student's current weights to the engine, and check that they arrived.
 
-    Returns the share of the weights that the engine could prove.
+    Returns:
+        The share of the weights that the engine's sums could verify.
     """
     weights = PushedWeights(student.weights, engine.weights_dtype)
     engine.load_weights(version, weights)

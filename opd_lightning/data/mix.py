@@ -1,4 +1,4 @@
-"""Who writes the responses of a step, as a function of (seed, step) alone."""
+"""Assignment of authors to a step's responses, a function of (seed, step) alone."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class RolloutMix:
     """Shares of a step's responses by author; the student writes the rest from its own prompt.
 
     Args:
-        guided: Chance of each of the student's responses to be written under a privileged view
+        guided: Probability that a response of the student is written under a privileged view
             of its prompt (EDGE-OPD, 2605.23493). The loss never sees that prompt.
-        guided_view: The name of that view.
+        guided_view: Name of that view.
         teacher: Share of a step's prompts, exact to rounding, that the teacher's engine answers
             instead, once each (SG-OPD's phased teacher sampling, 2606.09304).
-        recorded: Share of a step's prompts whose recorded response is taken instead.
-        whole_steps: Toss one coin a step for `recorded` instead of splitting each step (GKD,
+        recorded: Share of a step's prompts whose recorded response is used instead.
+        whole_steps: Draw once a step for `recorded` instead of splitting each step (GKD,
             2306.13649, where 1 - recorded is lambda).
-        add_recorded: Besides what is sampled, take the recorded response of every prompt
+        add_recorded: Also use the recorded response of every prompt, besides the sampled ones
             (Stable-OPD's gold solutions, 2604.08527).
-        only_correct: Learn from the teacher's responses only where the verifier gives a full score.
+        only_correct: Train on the teacher's responses only where the verifier gives a full score.
     """
 
     guided: float = 0.0
@@ -80,16 +80,16 @@ class RolloutMix:
 
     @property
     def samples(self) -> bool:
-        """Whether the student writes anything at any step."""
+        """Whether the student writes any response at any step."""
         return self.teacher < 1 and (self.recorded if self.whole_steps else self._given) < 1
 
     @property
     def _given(self) -> float:
-        """Share of prompts that others than the student answer."""
+        """Share of prompts with a response from the teacher or the prompt file instead."""
         return self.teacher + self.recorded
 
     def counts(self, prompts: int) -> tuple[int, int]:
-        """How many of a step's prompts go to the teacher and to the records, coin aside."""
+        """Return how many of a step's prompts the teacher and the records answer, without draws."""
         teacher = round(self.teacher * prompts)
         given = prompts if self._given == 1 else teacher + round(self.recorded * prompts)
         return teacher, given - teacher
@@ -99,17 +99,17 @@ class RolloutMix:
         return self.recorded > 0 or self.add_recorded
 
     def authors(self, seed: int, step: int, prompts: int, samples: int) -> list[list[Author]]:
-        """Authors of every prompt's responses: `prompts` lists, by position in the step.
+        """Draw the authors of every prompt's responses: `prompts` lists, by position in the step.
 
-        A prompt has `samples` responses by the student, or one by somebody else.
+        A prompt has `samples` responses by the student, or one by another author.
         """
         first = step * prompts
         ranked = sorted(range(prompts), key=lambda p: derive_seed(AUTHOR, seed, step, first + p))
         teacher, given = self.counts(prompts)
         by_teacher = set(ranked[:teacher])
         if self.whole_steps:
-            tossed = _share(derive_seed(AUTHOR, seed, step)) < self.recorded
-            recorded = set(ranked) - by_teacher if tossed else set()
+            drawn = _fraction(derive_seed(AUTHOR, seed, step)) < self.recorded
+            recorded = set(ranked) - by_teacher if drawn else set()
         else:
             recorded = set(ranked[teacher : teacher + given])
         result = []
@@ -119,15 +119,15 @@ class RolloutMix:
             elif p in recorded:
                 authors = [Author.RECORDED]
             else:
-                authors = [self._own(seed, step, first + p, s) for s in range(samples)]
+                authors = [self._student(seed, step, first + p, s) for s in range(samples)]
             if self.add_recorded and p not in recorded:
                 authors.append(Author.RECORDED)
             result.append(authors)
         return result
 
-    def _own(self, seed: int, step: int, position: int, sample: int) -> Author:
-        coin = _share(derive_seed(GUIDANCE, seed, step, position, sample))
-        return Author.GUIDED if coin < self.guided else Author.STUDENT
+    def _student(self, seed: int, step: int, position: int, sample: int) -> Author:
+        draw = _fraction(derive_seed(GUIDANCE, seed, step, position, sample))
+        return Author.GUIDED if draw < self.guided else Author.STUDENT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +135,9 @@ class TeacherSampler:
     """A model that writes demonstrations.
 
     Args:
-        path: Model folder or hub name; it must speak the student's token ids.
-        engine: Who samples it: an engine of its own, whose weights never change.
-        max_new_tokens: Budget of its responses; None takes the training sampling's.
+        path: Model folder or hub name; it must use the student's token ids.
+        engine: Samples its responses: a separate engine, whose weights never change.
+        max_new_tokens: Longest response, in tokens; None uses the training sampling's.
     """
 
     path: str
@@ -148,7 +148,7 @@ class TeacherSampler:
 def samplings_by_author(
     sampling: Sampling, mix: RolloutMix, teacher: TeacherSampler | None
 ) -> dict[Author, Sampling]:
-    """How each author draws. Where nothing is sampled the loss is the plain one: temperature 1."""
+    """Return each author's sampling; without sampled responses the loss uses temperature 1."""
     own = sampling if mix.samples else Sampling()
     by_author = {Author.STUDENT: own, Author.GUIDED: own}
     if teacher is not None:
@@ -157,6 +157,6 @@ def samplings_by_author(
     return by_author
 
 
-def _share(seed: int) -> float:
-    """A 31-bit seed as a number in [0, 1)."""
+def _fraction(seed: int) -> float:
+    """Map a 31-bit seed to [0, 1)."""
     return seed / 2**31

@@ -1,4 +1,4 @@
-"""The prompt files that a run began with, as a resumed run must find them."""
+"""Check that the prompt files of a resumed run are those that it began with."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from opd_lightning.errors import UserError, note
 from opd_lightning.processes import Ranks
 
 RECORD = ".prompts.json"
-PART = 2**20  # bytes read at once
+CHUNK = 2**20  # bytes read at once
 
 
 class Content(NamedTuple):
-    """What a file holds, or all files of a folder, one after the other by name."""
+    """Size and hash of a file, or of all files of a folder concatenated by name."""
 
     size: int  # bytes
     sha256: str
 
     @classmethod
     def of(cls, path: Path, size: int | None = None) -> Content:
-        """Of the first `size` bytes; of all there are by default."""
+        """Hash the first `size` bytes; all by default."""
         digest = hashlib.sha256()
         taken = 0
-        for part in _parts(path):
+        for part in _chunks(path):
             part = part if size is None else part[: size - taken]
             digest.update(part)
             taken += len(part)
@@ -37,15 +37,15 @@ class Content(NamedTuple):
 
 
 class PromptFiles:
-    """Notes the content of each prompt file in the run folder, and compares when a run goes on.
+    """Record of every prompt file's content in the run folder, compared on resumption.
 
-    JSON lines that have only grown are read as far as the run has read them before; any other
-    change is refused, since steps would hold other prompts and scores other questions. While a run
-    goes on nothing is read again.
+    JSON lines that have only grown are read up to their recorded size. Any other change is
+    refused, since steps would hold other prompts and scores would be of other questions. Files
+    are not read again while a run continues.
 
     Args:
-        folder: The run's; None remembers nothing.
-        resumes: Whether the run goes on, so that what the folder says counts.
+        folder: The run folder; None records nothing.
+        resumes: Whether the run is resumed, so that a record in the folder applies.
     """
 
     def __init__(self, folder: Path | None = None, *, resumes: bool = False) -> None:
@@ -54,11 +54,11 @@ class PromptFiles:
         self._sizes: dict[PromptSource, int] = {}
 
     def agree(self, sources: Mapping[str, PromptSource], ranks: Ranks) -> None:
-        """Settle what is read of every file, before any is; all ranks read the same.
+        """Fix how many bytes of every file are read, before any is; the same on all ranks.
 
         Args:
-            sources: By what the configuration calls them, such as "data.train".
-            ranks: All must come; the first notes and says things.
+            sources: Prompt sources by configuration key, such as "data.train".
+            ranks: All ranks must call; rank 0 writes the record and prints notes.
         """
         if self.folder is None:
             return
@@ -84,7 +84,7 @@ class PromptFiles:
             unfinished.replace(record)
 
     def size(self, source: PromptSource) -> int | None:
-        """Bytes to read of a source's file; None for all."""
+        """Return how many bytes of a source's file to read; None for all."""
         return self._sizes.get(source)
 
     def _check(self, name: str, path: Path, before: Content, *, first: bool) -> None:
@@ -104,12 +104,12 @@ class PromptFiles:
             )
 
 
-def _parts(path: Path) -> Iterator[bytes]:
+def _chunks(path: Path) -> Iterator[bytes]:
     inside = sorted(p for p in path.rglob("*") if p.is_file())
-    # What `datasets` leaves behind when somebody else works with the folder.
+    # `datasets` leaves cache files when another process works with the folder.
     for file in [path] if path.is_file() else [p for p in inside if p.name[:6] != "cache-"]:
         if file != path:
             yield str(file.relative_to(path)).encode()
         with file.open("rb") as opened:
-            while part := opened.read(PART):
+            while part := opened.read(CHUNK):
                 yield part

@@ -1,4 +1,4 @@
-"""Prompt files: JSON lines, parquet or a saved dataset become a checked list of prompts."""
+"""Prompt files: JSON lines, parquet or a saved dataset, read to a checked list of prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROLES = ("system", "user", "assistant")
 
 
 class BadRowError(ValueError):
-    """What is wrong with one row; `PromptSource` adds the file and the line."""
+    """Error in one row; `PromptSource` adds the file and the line."""
 
 
 class PromptSource:
@@ -30,9 +30,9 @@ class PromptSource:
 
     Args:
         path: A .jsonl or .parquet file, or a folder written by `datasets.Dataset.save_to_disk`.
-        columns: Where our fields are in the file, as field: column. The fields are messages (a
-            chat, or text that becomes one user message), answer, response, privileged, domain, id
-            and response_ids (the recorded response as token ids, EOS included, which is never
+        columns: Columns of the file by field, as field: column. The fields are messages (a chat,
+            or text that becomes one user message), answer, response, privileged, domain, id and
+            response_ids (the recorded response as token ids, EOS included, which is never
             tokenised again). A field that is not listed is read from the column of its name.
             Without a column messages, the column prompt is read.
         domains: Keep only the rows of these domains; None keeps all.
@@ -67,7 +67,7 @@ class PromptSource:
         self.skipped = 0
 
     def load(self, size: int | None = None) -> list[Prompt]:
-        """Every usable row, in the order of the file; JSON lines up to `size` bytes."""
+        """Read every usable row, in the order of the file; JSON lines up to `size` bytes."""
         prompts: list[Prompt] = []
         problems: list[str] = []
         lines_by_id: dict[str, int] = {}
@@ -171,7 +171,7 @@ def _message(item: Any, where: str) -> Message:
 
 
 def _text(row: Mapping[str, Any], column: str, *, number: bool) -> str | None:
-    """The text in a column, a number as text if one may stand there, None if nothing does."""
+    """Return the text in a column, or None; a number becomes text if `number`."""
     value = row.get(column)
     if value is None:
         return None
@@ -185,7 +185,7 @@ def _text(row: Mapping[str, Any], column: str, *, number: bool) -> str | None:
 
 
 def _ids(row: Mapping[str, Any], column: str) -> tuple[int, ...] | None:
-    """The token ids in a column, None if nothing is there."""
+    """Return the token ids in a column, or None."""
     value = row.get(column)
     if value is None:
         return None

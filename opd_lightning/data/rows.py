@@ -15,11 +15,11 @@ READABLE = "a .jsonl or .parquet file or a folder written by Dataset.save_to_dis
 def read_rows(
     path: str, size: int | None = None
 ) -> Iterator[tuple[int, bytes | Mapping[str, Any]]]:
-    """(number from 1, row) for each row; a JSON line is still bytes, so that it can be named.
+    """Yield (row number from 1, row); a JSON line is undecoded bytes, so that errors name it.
 
     Args:
         path: A file or folder.
-        size: JSON lines are read up to this many bytes; None reads all.
+        size: Read JSON lines up to this many bytes; None reads all.
     """
     place = Path(path)
     if place.is_dir():

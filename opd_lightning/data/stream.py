@@ -1,4 +1,4 @@
-"""The stream that feeds training: sized, resumable, from weights whose version is proved."""
+"""The training stream: sized, resumable, on rollouts of a verified policy version."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from opd_lightning.data.ahead import from_plain, to_plain
 from opd_lightning.data.collate import collate, count, split_balanced
 from opd_lightning.data.engines import Engines
 from opd_lightning.data.mix import RolloutMix
+from opd_lightning.data.prefetch import from_plain, to_plain
 from opd_lightning.data.writer import RolloutWriter, Row
 from opd_lightning.errors import StaleRolloutsError, UserError
 from opd_lightning.processes import Ranks
@@ -21,10 +21,10 @@ from opd_lightning.types import Author, Prompt, Rollout, RolloutBatch, StepTotal
 
 
 class PromptOrder:
-    """Endless passes over `count` prompts, each pass shuffled by its own seed.
+    """Endless passes over `count` prompts, each pass shuffled with its own seed.
 
-    Positions are absolute, so any step of any run can be asked for: there is no state to save,
-    no prompt is dropped at the end of a pass, and the answer is the same at every world size.
+    Positions are absolute, so the prompts of any step can be computed. There is no state to
+    save, no prompt is dropped at the end of a pass, and the order is independent of world size.
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -34,7 +34,7 @@ class PromptOrder:
         self._permutation: list[int] = []
 
     def take(self, start: int, number: int) -> list[int]:
-        """Indices of the prompts at positions start .. start + number - 1."""
+        """Return the prompt indices at positions start .. start + number - 1."""
         return [self._at(position) for position in range(start, start + number)]
 
     def _at(self, position: int) -> int:
@@ -51,18 +51,18 @@ class PromptOrder:
 class TrainingStream:
     """Micro-batches of rollouts, `micro_batches` per optimiser step.
 
-    Everything a step needs is generated at once. The stream has a length, so Lightning does not
-    fetch ahead, and a step is asked for after the optimiser step before it: rollouts are strictly
-    on-policy. With `max_staleness` 1 those of the next step are written while this one trains, by
-    the weights that this one starts from.
+    All rollouts of a step are generated at once. The stream has a length, so Lightning does not
+    prefetch, and a step is requested after the previous optimiser step: rollouts are strictly
+    on-policy. With `max_staleness` 1 the rollouts of the next step are written while this one
+    trains, by the weights that this one starts from.
 
     A step's prompts and seeds depend on (seed, step) alone, and the step is the optimiser's: the
-    stream has no position of its own. A checkpoint taken anywhere in a step means its beginning.
-    What cannot be written again is in it: rollouts by weights that are gone.
+    stream stores no position. A checkpoint taken anywhere in a step resumes at its beginning.
+    It contains what cannot be generated again: rollouts by weights that no longer exist.
 
-    `before_step(step)` is called before anything is written for it; `mix_at(step)` says who writes;
-    `prepare` sees all micro-batches before the first goes out; `now()` is the number of optimiser
-    steps made.
+    `before_step(step)` is called before anything is written for it; `mix_at(step)` returns the
+    step's mix of authors; `prepare` receives all micro-batches before the first is yielded;
+    `now()` returns the number of optimiser steps made.
     """
 
     def __init__(
@@ -108,27 +108,27 @@ class TrainingStream:
         self._in_training: tuple[int, list[Rollout]] = (-1, [])  # a step and its rollouts
 
     def __len__(self) -> int:
-        """Micro-batches in an epoch (about one pass over the prompts)."""
+        """Return the number of micro-batches in an epoch (about one pass over the prompts)."""
         return self.steps_per_epoch * self.micro_batches
 
     def state_dict(self) -> dict[str, Any]:
-        """What a step's number stands for, and the rollouts of the step that comes next.
+        """Return the layout of a step, and the rollouts of the next step on all ranks.
 
-        Those are of all ranks, and only where older weights wrote them. They are missing if the
-        thread that was to write them failed.
+        Rollouts are included only if older weights wrote them. They are missing if the prefetch
+        failed.
         """
         step = self.now()
         state: dict[str, Any] = {"step": step, **self._layout()}
         if self.max_staleness:
             begun, rollouts = self._in_training
-            mine = rollouts if begun == step else self.engines.ahead.look(step, self.timer)
+            mine = rollouts if begun == step else self.engines.prefetch.peek(step, self.timer)
             every = self.ranks.gather(mine if mine is None else to_plain(mine))
             if None not in every:
                 state["rollouts"] = [row for rows in every for row in rows]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuse a state that would not mean the same here; take up its rollouts."""
+        """Raise UserError if the layout of a step differs; restore prefetched rollouts."""
         for name, here in self._layout().items():
             if state.get(name) != here:
                 raise UserError(
@@ -139,10 +139,10 @@ class TrainingStream:
         if "rollouts" in state:
             mine = set(self._positions(state["step"]))
             rows = [row for row in state["rollouts"] if row["group"] in mine]
-            self.engines.ahead.restore(state["step"], from_plain(rows, self._prompt_at))
+            self.engines.prefetch.restore(state["step"], from_plain(rows, self._prompt_at))
 
     def _layout(self) -> dict[str, int]:
-        """What a step's number stands for."""
+        """Return the settings that define the content of a step of a given number."""
         return {
             "accumulate_grad_batches": self.micro_batches,
             "prompts_per_step": self.prompts_per_step,
@@ -153,32 +153,32 @@ class TrainingStream:
         }
 
     def __iter__(self) -> Iterator[RolloutBatch]:
-        """The rest of the current epoch."""
+        """Yield the rest of the current epoch."""
         first = self.now()
         end_of_epoch = (first // self.steps_per_epoch + 1) * self.steps_per_epoch
         for step in range(first, end_of_epoch):
             self.before_step(step)
             self.timer.next_step()
-            rollouts = self.engines.ahead.take(step, self.timer)
+            rollouts = self.engines.prefetch.take(step, self.timer)
             if rollouts is None:
                 rows = self._ready_rows(step)
                 rollouts = self.writer.write(rows, self.samplings)
             check_versions(rollouts, step, self.max_staleness)
             self._in_training = step, rollouts
             if self.max_staleness:
-                self._write_ahead(step + 1)
+                self._prefetch(step + 1)
             else:
-                self.engines.rest()
+                self.engines.sleep()
             with self.timer.stage("collate"):
                 batches = self._collate(step, rollouts)
             self.prepare(batches)
             yield from batches
 
-    def _write_ahead(self, step: int) -> None:
-        """Push to the engines, and leave them to the thread."""
+    def _prefetch(self, step: int) -> None:
+        """Push to the engines, and hand them to the prefetch thread."""
         rows = self._ready_rows(step)
-        aside = self.writer.timed_by(StepTimer())
-        self.engines.ahead.start(step, lambda: aside.write(rows, self.samplings))
+        background = self.writer.with_timer(StepTimer())
+        self.engines.prefetch.start(step, lambda: background.write(rows, self.samplings))
 
     def _collate(self, step: int, rollouts: list[Rollout]) -> list[RolloutBatch]:
         written, demonstrated = (
@@ -197,7 +197,7 @@ class TrainingStream:
         ]
 
     def _positions(self, step: int) -> range:
-        """This rank's slice of the step's prompts, by position in the run's order."""
+        """Return this rank's slice of the step's prompts, by position in the prompt order."""
         share = self.prompts_per_step // self.ranks.world_size
         first = step * self.prompts_per_step + self.ranks.rank * share
         return range(first, first + share)
@@ -207,7 +207,7 @@ class TrainingStream:
         return self.prompts[chosen], self.prompt_ids[chosen]
 
     def _ready_rows(self, step: int) -> list[Row]:
-        """What this rank writes in a step, all samples of its prompts, once its authors can."""
+        """Return this rank's rows of a step, all samples of its prompts, with engines prepared."""
         mix = self.mix_at(step)
         authors = mix.authors(self.seed, step, self.prompts_per_step, self.samples_per_prompt)
         rows = [
@@ -220,14 +220,14 @@ class TrainingStream:
             for position in self._positions(step)
             for sample, author in enumerate(authors[position - step * self.prompts_per_step])
         ]
-        # Whoever writes on any rank: it takes all of them to gather sharded weights, or to start
-        # an engine that talks to its like.
+        # Authors of all ranks: gathering sharded weights is a collective, and so is the start of
+        # an engine that communicates with those of other ranks.
         self.engines.prepare(author for names in authors for author in names)
         return rows
 
 
 def check_versions(rollouts: Sequence[Rollout], step: int, max_staleness: int) -> None:
-    """Whatever the student wrote is of weights that `step` may learn from."""
+    """Raise StaleRolloutsError if the student's rollouts are too old, or too new, for `step`."""
     for rollout in rollouts:
         version = rollout.policy_version
         if not rollout.author.is_demonstrator() and not step - max_staleness <= version <= step:

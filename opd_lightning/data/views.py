@@ -1,4 +1,4 @@
-"""Prompts as token ids: what a model reads before it writes or scores a response."""
+"""Views of prompts, and their token ids: the text before a response that is sampled or scored."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from opd_lightning.types import Message, Prompt
 
 _TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
-# What a template may read, and which of these are only known once the responses are verified.
+# Names that a template may read, and those known only after the responses are verified.
 VARIABLES = frozenset({"question", "privileged", "answer", "response", "peer", "feedback"})
 LATE = frozenset({"peer", "feedback"})
 
-_THOUGHTS = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+_THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptView:
-    """A prompt as another reader of it sees it.
+    """A variant of the prompt for another reader, such as a privileged teacher.
 
     Args:
         template: Jinja text over `question` (the last user message), `privileged`, `answer` and
-            `response` (the row's own columns), `peer` (another response to the prompt that the
-            verifier accepted) and `feedback` (the verifier's, on this response). A row for which
-            `peer` and `feedback` are all that the template asks for, and neither is known, has no
-            such view.
-        place: "system" makes the text a system message, after one that is there; "user" puts it in
-            place of the last user message, which it may quote as `{{ question }}`. An empty text
-            leaves the prompt as it is.
+            `response` (columns of the row), `peer` (another response to the prompt that the
+            verifier accepted) and `feedback` (the verifier's, on this response). If a template
+            reads `peer` or `feedback` and none of those it reads is known, the row has no such
+            view.
+        place: "system" makes the text a system message, after an existing one; "user" replaces
+            the last user message, which the template may quote as `{{ question }}`. An empty
+            text leaves the prompt unchanged.
     """
 
     template: str = "{{ privileged }}"
@@ -57,19 +57,19 @@ class PromptView:
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """The names that the template reads."""
+        """Names that the template reads."""
         return frozenset(meta.find_undeclared_variables(_TEMPLATES.parse(self.template)))
 
     @property
     def is_late(self) -> bool:
-        """Whether it depends on the responses."""
+        """Whether the view depends on the responses."""
         return bool(self.variables & LATE)
 
     def messages(
         self, prompt: Prompt, peer: str | None = None, feedback: str | None = None
     ) -> tuple[Message, ...] | None:
-        """The prompt's messages under this view; None where it has none."""
-        late = {"peer": peer and _THOUGHTS.sub("", peer), "feedback": feedback}
+        """Return the prompt's messages under this view; None if it has none."""
+        late = {"peer": peer and _THINKING.sub("", peer), "feedback": feedback}
         if self.is_late and not any(late[name] for name in self.variables & LATE):
             return None
         own = {name: getattr(prompt, name) for name in ("privileged", "answer", "response")}
@@ -105,13 +105,13 @@ class PromptView:
 
 
 class Renderer:
-    """Prompts to ids, under the student's own view and under the others.
+    """Renderer of prompts to token ids, under the student's view and under named views.
 
     Args:
         tokenizer: A tokenizer with a chat template (rendered in transformers' Jinja sandbox).
-        template_args: Extra variables for it, e.g. {"enable_thinking": False}.
-        views: The views to render, by name.
-        eos_ids: What ends a recorded response.
+        template_args: Extra template variables, e.g. {"enable_thinking": False}.
+        views: Views to render, by name.
+        eos_ids: Token ids that end a recorded response.
     """
 
     def __init__(
@@ -128,13 +128,13 @@ class Renderer:
         self._early: dict[tuple[str, str], list[int]] = {}
 
     def plain(self, prompt: Prompt) -> list[int]:
-        """The student's own view: the messages as they are, ready for the reply."""
+        """Return the ids of the unmodified messages with the generation prompt."""
         return render(prompt, self.tokenizer, self.template_args)
 
     def view(
         self, name: str, prompt: Prompt, peer: str | None = None, feedback: str | None = None
     ) -> list[int] | None:
-        """Ids under a named view; None where the prompt has no such view."""
+        """Return the ids under a named view; None where the prompt has no such view."""
         view = self.views[name]
         if not view.is_late and (name, prompt.id) in self._early:
             return self._early[name, prompt.id]
@@ -148,9 +148,9 @@ class Renderer:
 
 
 def recorded_response_ids(prompt: Prompt, tokenizer: Any) -> list[int]:
-    """The prompt's recorded response as the policy would have written it.
+    """Return the prompt's recorded response as the policy would have written it.
 
-    Ids are taken as they are; a text becomes its ids and EOS.
+    Recorded ids are returned unchanged; a text is tokenised and EOS is appended.
     """
     if prompt.response_ids is not None:
         return list(prompt.response_ids)

@@ -1,4 +1,4 @@
-"""From prompts to verified rollouts."""
+"""Writing of responses to prompts: generation, decoding and verification."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Completion, Prompt, Rollout, StopReason
 from opd_lightning.verifiers.base import Verifier
 
-# A response that the verifier scores at least this is shown to the others as a success.
+# A response with at least this reward is shown to the others of its group as a `peer`.
 PEER_REWARD = 0.5
 
 
@@ -23,23 +23,23 @@ class Row(NamedTuple):
     """One response to be written."""
 
     prompt: Prompt
-    prompt_ids: list[int]  # under the student's own view
-    group: int  # rows of one prompt share it
+    prompt_ids: list[int]  # under the student's view
+    group: int  # the same for all rows of a prompt
     author: Author
     seed: int
 
 
 class RolloutWriter:
-    """Writes responses, decodes and scores them.
+    """Writer of responses, which it also decodes and scores.
 
     Args:
-        engines: Who samples, by author, once `Engines.prepare` is over; none for recorded ones.
+        engines: Engines by author, after `Engines.prepare`; none for recorded responses.
         verifier: Scores responses; None leaves rewards NaN.
         renderer: The student's tokenizer and the views that the method reads.
-        timer: Charged for "generate" and "verify".
-        guided_view: What guided responses are written under.
-        only_correct: Drop the demonstrations that the verifier does not score 1.
-        limit: On one call of an engine.
+        timer: Receives the seconds of "generate" and "verify".
+        guided_view: View under which guided responses are written.
+        only_correct: Drop demonstrations by the teacher that the verifier does not score 1.
+        limit: Time limit on one call of an engine.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class RolloutWriter:
         self.only_correct = only_correct
         self.limit = limit or TimeLimit()
 
-    def timed_by(self, timer: StepTimer) -> RolloutWriter:
-        """The same writer, on another clock."""
+    def with_timer(self, timer: StepTimer) -> RolloutWriter:
+        """Return a copy of the writer with another timer."""
         other = copy(self)
         other.timer = timer
         return other
 
     def write(self, rows: Sequence[Row], samplings: Mapping[Author, Sampling]) -> list[Rollout]:
-        """One rollout per row, in order. All rows of a group must come in one call."""
+        """Write one rollout per row, in order. One call must contain all rows of a group."""
         completions = self._complete(rows, samplings)
         with self.timer.stage("verify"):
             texts = self.renderer.tokenizer.batch_decode(
@@ -107,7 +107,7 @@ class RolloutWriter:
     def _complete(
         self, rows: Sequence[Row], samplings: Mapping[Author, Sampling]
     ) -> list[Completion]:
-        """Each engine writes all of its rows in one call; guided and plain ones together."""
+        """Generate with one call per engine, guided and plain rows together."""
         found: dict[int, Completion] = {}
         writers: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
@@ -126,7 +126,7 @@ class RolloutWriter:
         return [found[i] for i in range(len(rows))]
 
     def _sampler_ids(self, row: Row) -> list[int]:
-        """What the sampler reads; the loss always reads `row.prompt_ids`."""
+        """Return the ids that the sampler reads; the loss always reads `row.prompt_ids`."""
         if row.author is not Author.GUIDED:
             return row.prompt_ids
         ids = self.renderer.view(self.guided_view, row.prompt)
@@ -147,7 +147,7 @@ class RolloutWriter:
         rewards: Sequence[float],
         texts: Sequence[str],
     ) -> str | None:
-        """The first other response of the student's to the prompt that the verifier accepted."""
+        """Return the first other response of the student to the prompt with a high reward."""
         others = (i for i in groups[rows[mine].group].members if i != mine)
         return next((texts[i] for i in others if rewards[i] >= PEER_REWARD), None)
 
@@ -159,13 +159,13 @@ class RolloutWriter:
 
 
 class _Group(NamedTuple):
-    members: list[int]  # the student's own responses
+    members: list[int]  # indices of the student's responses
     mean: float
     std: float
 
 
 def _groups(rows: Sequence[Row], rewards: Sequence[float]) -> dict[int, _Group]:
-    """Reward statistics of the student's responses to each prompt; NaN for fewer than two."""
+    """Compute reward statistics of the student's responses per prompt; NaN for fewer than two."""
     members: dict[int, list[int]] = {row.group: [] for row in rows}
     for i, row in enumerate(rows):
         if not row.author.is_demonstrator():

@@ -1,1 +1,1 @@
-"""Suites that measure a student, in and outside of a run."""
+"""Suites that measure a student, during and outside of a run."""

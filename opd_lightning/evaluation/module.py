@@ -20,24 +20,24 @@ from opd_lightning.types import RolloutBatch
 
 
 class EvaluatedModule(LightningModule):
-    """Scores every suite that the DataModule streams and logs it by the suite's name."""
+    """LightningModule that scores the suites of the DataModule and logs them by name."""
 
     student: Student
-    start: LocalTeacher | None = None  # the student's, where a suite compares with it
+    start: LocalTeacher | None = None  # initial weights, if a suite compares with them
 
     def __init__(self) -> None:
         super().__init__()
         self.suites: dict[str, Suite] = {}  # of the stage
         self.suite_scores: dict[str, Scores] = {}  # by suite
-        self.scores: dict[str, float] = {}  # of the last validation or test, as they are logged
-        # Of a measurement outside of a run: the figures of every domain, by suite.
+        self.scores: dict[str, float] = {}  # of the last validation or test, by logged name
+        # Outside of a run: figures of every domain, by suite.
         self.scores_by_domain: dict[str, dict[str, dict[str, float]]] = {}
-        self.derived: dict[str, float] = {}  # what callbacks make of them, logged with them
-        self.tables: dict[str, str] = {}  # in Markdown, by tag, likewise
-        self.validation_is_over = False  # of the weights as they are now
+        self.derived: dict[str, float] = {}  # computed from them by callbacks, logged with them
+        self.tables: dict[str, str] = {}  # Markdown by tag, from callbacks, logged with them
+        self.validation_is_over = False  # for the current weights
 
     def load_start(self) -> None:
-        """Load the student's start if a suite of the stage compares with it."""
+        """Load the student's initial weights if a suite of the stage compares with them."""
         compute_dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
         stage = "test" if self.trainer.state.fn == TrainerFn.TESTING else "validate"
         if self.start is None and self.trainer.datamodule.compares_with_start(stage):  # type: ignore[attr-defined]
@@ -50,10 +50,10 @@ class EvaluatedModule(LightningModule):
     def read(
         self, texts: RolloutBatch, *, top_k: int = 0, compare_with_start: bool = False
     ) -> HeadScores:
-        """Score the response tokens of `texts` in one pass of each model.
+        """Score the response tokens of `texts` in one forward pass per model.
 
-        Student and start are read by their heads in the same precision, so that equal weights give
-        a KL of exactly 0. See `evaluation.base.Reader`.
+        The heads of student and start compute in the same precision, so that equal weights give a
+        KL of exactly 0. See `evaluation.base.Reader`.
         """
         states = self.student.states(texts, "student")
         comparisons = {}
@@ -96,7 +96,7 @@ class EvaluatedModule(LightningModule):
             for key, value in scores.compute().items()
         } | self.derived
         fits = self.trainer.state.fn == TrainerFn.FITTING
-        if fits:  # at the number of steps made; Lightning's index is one less
+        if fits:  # log at the number of steps made; Lightning's step index is one less
             write_validation(self.trainer, self.scores, self.tables)
         else:
             self.scores_by_domain = {

@@ -13,7 +13,7 @@ from opd_lightning.checkpoints.reading import Saved
 from opd_lightning.evaluation.base import Bench, Suite
 from opd_lightning.evaluation.module import EvaluatedModule
 
-WIDTH = 140  # characters, where no terminal sets a limit
+WIDTH = 140  # characters, if the output is not a terminal
 
 
 def measured(
@@ -24,15 +24,15 @@ def measured(
     stage: str,
     saved: Saved | None,
 ) -> dict[str, Any]:
-    """Collect the measured student and every suite's figures, by the names that runs log them by.
+    """Collect the measured student and every suite's figures, by their logged names.
 
     Args:
         module: After the measurement.
         suites: The suites of the stage, by name.
-        loaded: What each of them loaded.
-        bench: What they were measured with.
+        loaded: What each suite's `load` returned.
+        bench: The bench that the suites used.
         stage: "validate" or "test".
-        saved: The checkpoint whose weights were measured; None: the student's folder as it is.
+        saved: Checkpoint whose weights were measured; None for the student's folder as it is.
     """
     prefix = "val" if stage == "validate" else stage
     return {
@@ -61,7 +61,7 @@ def _figures(scores: Mapping[str, float], prefix: str) -> dict[str, float]:
 
 
 def as_json(found: Mapping[str, Any]) -> str:
-    """JSON knows neither NaN nor infinity: null stands for them."""
+    """Serialise to JSON, with null for NaN and infinity, which JSON cannot represent."""
     return json.dumps(_plain(found), allow_nan=False)
 
 
@@ -75,7 +75,7 @@ def as_table(found: Mapping[str, Any], suites: Mapping[str, Suite], console: Con
     """Print a block for every kind of suite.
 
     Args:
-        found: What `measured` returned.
+        found: Return value of `measured`.
         suites: The suites, by name.
         console: Where to print.
     """

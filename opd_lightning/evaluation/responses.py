@@ -19,16 +19,16 @@ from opd_lightning.verifiers.base import Verifier
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSuite(Suite):
-    """Prompts to be answered and scored at validation.
+    """Prompts that the student answers at validation, and whose responses are scored.
 
     Args:
-        prompts: Where the prompts are.
+        prompts: Source of the prompts.
         samples: Responses per prompt.
-        pass_at: The k for which pass@k is measured; None takes the powers of two from 2 to
-            `samples`, and `samples`.
+        pass_at: Values of k for pass@k; None uses the powers of two from 2 to `samples`, and
+            `samples`.
         batch_size: Prompts per call of the engine.
-        sampling: How to draw them; None takes the training sampling.
-        verifier: Scores them; None takes the DataModule's.
+        sampling: Sampling of the responses; None uses the training sampling.
+        verifier: Scores the responses; None uses the DataModule's.
     """
 
     prompts: PromptSource
@@ -64,17 +64,17 @@ class EvaluationSuite(Suite):
         )
 
     def scores(self, loaded: Loaded) -> SuiteScores:
-        """Empty scores of the suite."""
+        """Return empty scores of the suite."""
         powers = {2**i for i in range(1, self.samples.bit_length())}
         pass_at = sorted(powers | {self.samples} - {1}) if self.pass_at is None else self.pass_at
         return SuiteScores([prompt.domain for prompt in loaded.prompts], self.samples, pass_at)
 
     def judged_by(self, verifier: Verifier | None) -> str | None:
-        """The score; None without a verifier."""
+        """Return "score"; None without a verifier."""
         return "score" if self.verifier or verifier else None
 
     def chart(self, verifier: Verifier | None) -> Chart | None:
-        """The score and its interval."""
+        """Return a chart of the score and its interval."""
         figure = self.judged_by(verifier)
         return None if figure is None else Chart(figure, has_interval=True)
 
@@ -93,7 +93,7 @@ class EvaluationSuite(Suite):
         domains: Mapping[str, Mapping[str, float]],
         bench: Bench,
     ) -> dict[str, Any]:
-        """Prompts, samples and sampling beside the figures; the domains below `domains`."""
+        """Return prompts, samples, sampling and figures, and the domains under `domains`."""
         prompts = loaded.prompts
         sampling = asdict(self.sampling or bench.sampling)
         row = {"prompts": len(prompts), "samples": self.samples, "sampling": sampling, **figures}
@@ -105,12 +105,12 @@ class EvaluationSuite(Suite):
 
     @classmethod
     def report_table(cls, rows: Rows) -> Table:
-        """A row for every suite and, below it, for each of its domains."""
+        """Make a table with a row for every suite and, below it, for each of its domains."""
         return _table(rows)
 
 
 def _table(suites: Rows) -> Table:
-    """Columns that no suite has are left out."""
+    """Make the table, without columns that no suite has."""
     rows = [row for suite in suites.values() for row in (suite, *_domains(suite).values())]
     keys = {key for row in rows for key in row}
     passes = sorted((key for key in keys if key.startswith("pass_at_")), key=_k)

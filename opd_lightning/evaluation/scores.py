@@ -1,4 +1,4 @@
-"""The metrics of the three kinds of suite, exact over ranks."""
+"""Metrics of the three kinds of suite, exact over ranks."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 class SuiteScores(Scores):
     """avg@n, pass@k and majority vote over a suite's prompts, all with `samples` responses.
 
-    A response is correct, for pass@k, if its score is 1. What is kept has a place for every prompt
-    (a rollout's `group`) and zeros where another rank has it: sums over ranks put it together, and
-    results do not depend on how many ranks there are.
+    For pass@k, a response is correct if its score is 1. States have an entry for every prompt (a
+    rollout's `group`), which is zero on ranks that do not measure it: a sum over ranks completes
+    them, and results do not depend on the number of ranks.
 
     Args:
         domains: Domain of each prompt, in the suite's order.
         samples: Responses per prompt.
-        pass_at: The k of pass@k, from 1 to `samples`.
+        pass_at: Values of k for pass@k, from 1 to `samples`.
     """
 
-    score: Tensor  # [P, samples] float64, as are the others
+    score: Tensor  # [P, samples] float64, as are the two below
     length: Tensor
     truncated: Tensor
-    vote: Tensor  # [P], and the next
+    vote: Tensor  # [P] float64, as is `votes`
     votes: Tensor
 
     def __init__(
@@ -54,7 +54,7 @@ class SuiteScores(Scores):
     def update(
         self, rollouts: Sequence[Rollout], answers: Sequence[str | None] | None = None
     ) -> None:
-        """All samples of each prompt together; `answers` are what they came to, if known."""
+        """Add all samples of each prompt at once; `answers` are extracted answers, if known."""
         groups: dict[int, list[int]] = {}
         for i, rollout in enumerate(rollouts):
             groups.setdefault(rollout.group, []).append(i)
@@ -69,10 +69,10 @@ class SuiteScores(Scores):
                 self.votes[prompt] = 1
 
     def compute(self) -> dict[str, Tensor]:
-        """Means over prompts of what is known, by name.
+        """Compute means over prompts of the known figures, by name.
 
         `score` is avg@n, with its 95 % interval from `score_low` to `score_high`; `score/<domain>`
-        comes if there are several; pass@k is `pass_at_<k>`, the vote `majority`.
+        is added if there are several; pass@k is `pass_at_<k>`, the majority vote `majority`.
         """
         result = self._figures(range(len(self.domains)))
         if "score" in result:
@@ -82,7 +82,7 @@ class SuiteScores(Scores):
         return result
 
     def compute_by_domain(self) -> dict[str, dict[str, Tensor]]:
-        """The figures of `compute` for each domain alone; empty if there is but one.
+        """Compute the figures of `compute` for each domain; empty if there is only one.
 
         All ranks must call it.
         """
@@ -112,10 +112,10 @@ class SuiteScores(Scores):
 
 
 def majority_score(voters: Sequence[tuple[str | None, float]]) -> float:
-    """Expected score of the commonest answer among (answer, score) pairs, ties broken by lot.
+    """Return the expected score of the most frequent answer of (answer, score) pairs.
 
-    Responses without an answer do not vote; 0 if nobody does. Equal answers that were scored
-    differently count with their mean.
+    Ties are broken at random, in expectation. Responses without an answer do not vote; without
+    any vote the score is 0. Equal answers with different scores count with their mean.
     """
     counts = Counter(answer for answer, _ in voters if answer is not None)
     if not counts:
@@ -126,7 +126,7 @@ def majority_score(voters: Sequence[tuple[str | None, float]]) -> float:
 
 
 class LikelihoodScores(Sums, Scores):
-    """Perplexity, and KL(start || now), over the tokens of all texts, each of the same weight."""
+    """Perplexity and KL(start || student) over the tokens of all texts, weighted equally."""
 
     names = ("tokens", "logprobs", "divergence")
 
@@ -135,14 +135,14 @@ class LikelihoodScores(Sums, Scores):
         self.compares = compares  # with the start
 
     def update(self, logprobs: Tensor, divergence: Tensor) -> None:
-        """Log-probs `[N]` of a batch's tokens, and KL(start || now) where they are predicted.
+        """Add log-probs `[N]` of a batch's tokens, and KL(start || student) at their positions.
 
-        Nats both; N may be 0. Without a start the divergence is 0.
+        Both in nats; N may be 0. Without a start the divergence is 0.
         """
         self._add(tokens=len(logprobs), logprobs=logprobs.double(), divergence=divergence.double())
 
     def compute(self) -> dict[str, Tensor]:
-        """`log_likelihood` (mean, nats per token), `perplexity` and, if it compares, `kl`."""
+        """Compute `log_likelihood` (mean, nats per token), `perplexity` and, if compared, `kl`."""
         sums = self._totals()
         mean = sums["logprobs"] / sums["tokens"]
         result = {"log_likelihood": mean, "perplexity": torch.exp(-mean)}
@@ -152,15 +152,15 @@ class LikelihoodScores(Sums, Scores):
 
 
 class TaskScores(Scores):
-    """What a task of lm-evaluation-harness makes of the student's answers.
+    """Figures that lm-evaluation-harness computes from the student's answers to a task.
 
-    Every question has a place, which is zero where another rank answers it: sums over ranks put the
-    sheet together, and every rank grades all of it. A rollout's prompt is named by its question's
-    number among the exam's readings, or among its writings.
+    States have an entry for every request, which is zero on ranks that do not answer it: a sum over
+    ranks completes them, and every rank grades all answers. The id of a rollout's prompt is the
+    index of its request among the task's likelihood or generation requests.
     """
 
-    read: Tensor  # [readings, 2] float64: nats; 1 where the text is what a greedy model writes
-    written: Tensor  # [writings, 1 + longest] int32: the number of tokens, and the tokens
+    read: Tensor  # [likelihood requests, 2] float64: nats; 1 if greedy decoding gives the text
+    written: Tensor  # [generation requests, 1 + longest] int32: number of tokens, token ids
 
     def __init__(self, task: LoadedTask) -> None:
         super().__init__()
@@ -172,17 +172,17 @@ class TaskScores(Scores):
         self.add_state("written", written, dist_reduce_fx="sum")
 
     def update(self, rollouts: Sequence[Rollout], likelihoods: Tensor | None = None) -> None:
-        """Answers to writings, or `likelihoods [B, 2]` of the texts that were to be read."""
+        """Add generated answers, or `likelihoods [B, 2]` of texts that were read."""
         for row, rollout in enumerate(rollouts):
-            place, ids = int(rollout.prompt.id), rollout.response_ids
+            index, ids = int(rollout.prompt.id), rollout.response_ids
             if likelihoods is None:
                 line = torch.tensor([len(ids), *ids], dtype=torch.int32)
-                self.written[place, : len(line)] = line
+                self.written[index, : len(line)] = line
             elif not rollout.dropped:
-                self.read[place] = likelihoods[row]
+                self.read[index] = likelihoods[row]
 
     def compute(self) -> dict[str, Tensor]:
-        """See `LoadedTask.grade`."""
+        """Grade the answers; see `LoadedTask.grade`."""
         likelihoods = [(nats, greedy > 0) for nats, greedy in self.read.tolist()]
         written = [line[1 : 1 + line[0]] for line in self.written.tolist()]
         graded = self.task.grade(likelihoods, written)
@@ -190,7 +190,7 @@ class TaskScores(Scores):
 
 
 def likelihoods_of(texts: RolloutBatch, tokens: TokenScores) -> Tensor:
-    """`[B, 2]` float64 of texts whose likeliest tokens are known: see `TaskScores.read`."""
+    """Return `[B, 2]` float64 as in `TaskScores.read`, of texts with known top-1 token ids."""
     mask = texts.response_mask
     greedy = (tokens.top_ids[..., 0] == texts.response_ids) | ~mask
     nats = tokens.logprobs.detach().double().sum(dim=1)

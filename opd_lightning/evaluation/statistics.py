@@ -1,4 +1,4 @@
-"""How sure a mean over prompts is."""
+"""Confidence intervals of means over prompts, and pass@k."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from opd_lightning.errors import UserError
 
 RESAMPLES = 2000
 COVERAGE = 0.95
-_AT_ONCE = 2**22  # draws, to bound memory
+_BLOCK = 2**22  # draws at a time, to bound memory
 
 
 def interval(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Percentile bootstrap interval (95 %) of the mean of `values [P]`, P prompts drawn anew.
+    """Return the 95 % percentile bootstrap interval of the mean of `values [P]`.
 
-    Drawn alike for the same P: ranks and resumed runs agree, and two steps of a run are compared
-    on the same resamples.
+    The resamples are the same for equal P: ranks and resumed runs agree, and steps of a run are
+    compared on the same resamples.
     """
     pool = values.double().cpu().numpy()
     draw = np.random.default_rng(0)
-    rows = max(1, _AT_ONCE // len(pool))
+    rows = max(1, _BLOCK // len(pool))
     means = np.concatenate(
         [
             pool[draw.integers(len(pool), size=(min(rows, RESAMPLES - done), len(pool)))].mean(1)
@@ -35,14 +35,14 @@ def interval(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pass_at_k(correct: Tensor, k: int) -> Tensor:
-    """Unbiased pass@k of each problem, `[P, n]` bool -> `[P]` float64 (Chen et al., 2107.03374).
+    """Compute unbiased pass@k by problem, `[P, n]` bool -> `[P]` float64 (Chen et al. 2107.03374).
 
         1 - C(n - c, k) / C(n, k)   with c correct samples of n
 
     is the share of all subsets of k samples with a correct one; at k = n it is plain pass@n.
 
     Raises:
-        UserError: k is not from 1 to n.
+        UserError: If k is not from 1 to n.
     """
     n = correct.shape[1]
     if not 1 <= k <= n:

@@ -19,19 +19,19 @@ class EvaluationBatch:
 
     suite: str
     rollouts: tuple[Rollout, ...]  # all samples of a prompt in one batch
-    answers: tuple[str | None, ...] | None  # what they come to; None if nobody can tell
+    answers: tuple[str | None, ...] | None  # extracted answers; None if they cannot be extracted
 
     @property
     def rows(self) -> int:
         return len(self.rollouts)
 
     def to(self, *_: object, **__: object) -> EvaluationBatch:
-        """Nothing here lives on a device."""
+        """Return the batch itself: it has no tensors."""
         return self
 
 
 class EvaluationStream:
-    """Scored rollouts of a suite's prompts, a batch at a time, from the newest weights."""
+    """Batches of scored rollouts of a suite's prompts, by the newest weights."""
 
     def __init__(
         self,

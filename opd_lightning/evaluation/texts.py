@@ -25,16 +25,16 @@ _NO_STEP = StepTotals(step=0, written=Totals(0, 0), demonstrated=Totals(0, 0))
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodSuite(Suite):
-    """Texts to be read at validation: the recorded responses of a file, each under its prompt.
+    """Texts that the student reads at validation: recorded responses, each under its prompt.
 
-    Nothing is sampled, so there is no noise. Tokens are weighted alike and the EOS counts as one;
-    the temperature is 1.
+    Nothing is sampled, so there is no sampling noise. All tokens have the same weight, EOS
+    included; the temperature is 1.
 
     Args:
-        prompts: Where the rows are; every one needs a `response` or `response_ids`.
-        compare_with_start: Measure how far the student is from its start, too. This takes the
-            start's weights: with LoRA they are there; else a copy, on the device during
-            validation alone, or sharded like the student.
+        prompts: Source of the rows; each needs a `response` or `response_ids`.
+        compare_with_start: Also measure the KL from the student's initial weights. With LoRA they
+            need no copy; otherwise a copy is on the device during validation only, or sharded
+            like the student.
         batch_size: Texts of a forward pass in each process.
     """
 
@@ -52,7 +52,7 @@ class LikelihoodSuite(Suite):
         return bench.load(self.prompts, mix=RolloutMix(recorded=1))
 
     def stream(self, name: str, loaded: Loaded, bench: Bench) -> LikelihoodStream:
-        """The texts, padded into batches."""
+        """Return a stream of the texts, padded into batches."""
         return LikelihoodStream(
             name,
             *loaded,
@@ -63,11 +63,11 @@ class LikelihoodSuite(Suite):
         )
 
     def scores(self, loaded: Loaded) -> LikelihoodScores:
-        """Empty scores of the suite."""
+        """Return empty scores of the suite."""
         return LikelihoodScores(self.compare_with_start)
 
     def update(self, scores: LikelihoodScores, batch: LikelihoodBatch, reader: Reader) -> None:
-        """Read the texts once, together with the start where it is compared with."""
+        """Read the texts with the student and, if compared, with its initial weights."""
         found = reader.read(batch.texts, compare_with_start=self.compare_with_start)
         logprobs = found.student.logprobs
         scores.update(logprobs, found.values.get("start", torch.zeros_like(logprobs)))
@@ -93,12 +93,12 @@ class LikelihoodSuite(Suite):
         domains: Mapping[str, Mapping[str, float]],
         bench: Bench,
     ) -> dict[str, Any]:
-        """The number of texts beside the figures."""
+        """Return the number of texts and the figures."""
         return {"prompts": len(loaded.prompts), **figures}
 
     @classmethod
     def report_table(cls, rows: Rows) -> Table:
-        """Perplexity, loss and KL of every suite."""
+        """Make a table with perplexity, loss and KL of every suite."""
         table = new_table("texts", "perplexity", "nats per token", "KL from the start")
         for name, row in rows.items():
             moved = f"{row['kl']:.4f}" if "kl" in row else ""
@@ -124,7 +124,7 @@ class LikelihoodBatch:
 
 
 class LikelihoodStream:
-    """The texts of a suite, a batch at a time; they belong to no optimiser step."""
+    """Batches of a suite's texts; they belong to no optimiser step."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class LikelihoodStream:
         self.mine = ranks.batches(len(prompts), batch_size)
 
     def __len__(self) -> int:
-        """Batches, as many on every rank."""
+        """Return the number of batches, equal on all ranks."""
         return len(self.mine)
 
     @property
@@ -160,7 +160,7 @@ class LikelihoodStream:
                 for i in chosen or [0]
             ]
             texts = self.writer.write(rows, {})
-            if not chosen:  # a sharded model is read by all ranks equally often
+            if not chosen:  # all ranks must run a sharded model equally often
                 texts = [replace(text, dropped=True) for text in texts]
             batch = collate(texts, totals=_NO_STEP, temperature=1.0, pad_id=self.pad_id)
             yield LikelihoodBatch(suite=self.suite, texts=batch)

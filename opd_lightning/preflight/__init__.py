@@ -1,1 +1,1 @@
-"""The numbers that `opd check` looks at: tokens, agreement of engine and trainer, memory, cost."""
+"""Checks and estimates of `opd check`: tokens, engine and trainer agreement, memory, cost."""

@@ -1,4 +1,4 @@
-"""Do engine and trainer hold the same policy, and does a student have nothing to teach itself?"""
+"""Checks that engine and trainer hold the same policy, and that self-distillation is a no-op."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from opd_lightning.preflight.probe import Probe
 from opd_lightning.teachers.local import LocalTeacher
 from opd_lightning.types import Rollout, RolloutBatch
 
-# Float32 passes over the same numbers differ by the order of sums at most.
+# Float32 passes over the same numbers differ by the order of sums only.
 ZERO = 1e-4  # nats
-# A mean |d_t| that no rounding explains: bfloat16 keeps 8 bits of a logit.
+# A mean |d_t| above rounding: bfloat16 keeps 8 bits of a logit.
 ROUNDING = 0.1  # nats
-# Noise on each weight, as a share of its tensor's spread: a gap that no rounding hides.
+# Noise on each weight, as a share of its tensor's standard deviation: its gap exceeds rounding.
 NOISE = 0.5
-NOISY_TOKENS = 64  # a model that writes noise would fill any budget
+NOISY_TOKENS = 64  # a model with noisy weights never ends its responses
 
 
 def check_alignment(probe: Probe, rollouts: list[Rollout]) -> Finding:
-    """Every view holds the sampled ids, where `prompt_lengths` says that they are."""
+    """Check that every view holds the sampled ids at `prompt_lengths`."""
     batches = probe.batches(rollouts)
     for batch in batches:
         rows, columns = batch.response_mask.nonzero(as_tuple=True)
@@ -51,12 +51,12 @@ def check_alignment(probe: Probe, rollouts: list[Rollout]) -> Finding:
 
 
 def check_engine(probe: Probe) -> Finding:
-    """The engine's log-probs of its samples against the trainer's."""
+    """Compare the engine's log-probs of its samples with the trainer's."""
     gaps = _gaps(probe, probe.own)
     mean, largest, bound = float(gaps.mean()), float(gaps.max()), probe.module.max_logprob_gap
     values = {"gap_mean": mean, "gap_max": largest, "max_logprob_gap": bound}
     found = f"gap {mean:.2g} nats (mean), {largest:.2g} (largest), bound {bound:g}"
-    if mean <= bound:  # a NaN is no agreement
+    if mean <= bound:  # false for NaN
         return Finding("ok", "engine and trainer", found, values=values)
     return Finding(
         "error",
@@ -71,11 +71,11 @@ def check_engine(probe: Probe) -> Finding:
 
 
 def check_push(probe: Probe) -> Finding:
-    """Weights that moved reach the engine: it must sample from them, not from the old ones."""
+    """Check that the engine samples from pushed weights, not from its previous ones."""
     engine, student = probe.engine, probe.module.student
     assert engine is not None
     usual, before = float(_gaps(probe, probe.own).mean()), engine.version
-    with _moved(student):
+    with _perturbed(student):
         share = push(student, engine, version=before + 1)
         completions = probe.generate(probe.requests, at_most=NOISY_TOKENS)
         rollouts = [
@@ -117,7 +117,7 @@ def check_push(probe: Probe) -> Finding:
 
 
 def check_seeds(probe: Probe) -> Finding:
-    """The same requests once more, the other way round."""
+    """Check that the same requests in reverse order give the same responses."""
     again = reversed(probe.generate(probe.requests[::-1]))
     pairs = [(r.response_ids, c.response_ids) for r, c in zip(probe.own, again, strict=True)]
     alike = sum(ours == theirs for ours, theirs in pairs)
@@ -137,10 +137,10 @@ def check_seeds(probe: Probe) -> Finding:
     )
 
 
-def check_itself(probe: Probe, rollouts: list[Rollout]) -> Finding:
-    """OPD with the student as its own teacher: no signal, no gradient."""
+def check_self_distillation(probe: Probe, rollouts: list[Rollout]) -> Finding:
+    """Check that OPD with the student as its own teacher has no signal and no gradient."""
     student, module = probe.module.student, probe.module
-    teacher = _Itself(student)
+    teacher = _StudentAsTeacher(student)
     parameters = [p for p in student.parameters() if p.requires_grad]
     ratios, gradients = [], [torch.zeros_like(p) for p in parameters]
     for batch in probe.batches(rollouts):
@@ -183,14 +183,14 @@ def check_itself(probe: Probe, rollouts: list[Rollout]) -> Finding:
     return Finding("ok", "itself as teacher", text, values=values)
 
 
-class _Itself(LocalTeacher):
-    """The student, read as teachers in this process are: evaluating, without autocast."""
+class _StudentAsTeacher(LocalTeacher):
+    """The student, read like a local teacher: in evaluation mode, without autocast."""
 
     def __init__(self, student: Student) -> None:
         self._student = student
 
     def load(self, device: torch.device, student: Student) -> None:
-        """It is there."""
+        """Do nothing: the student is loaded."""
 
     def _read(self, batch: RolloutBatch, view: str) -> TokenStates:
         self._student.model.eval()
@@ -202,7 +202,7 @@ class _Itself(LocalTeacher):
 
 @torch.no_grad()
 def _gaps(probe: Probe, rollouts: list[Rollout]) -> Tensor:
-    """|engine - trainer| of every response token, `[N]` nats."""
+    """Return |engine - trainer| of every response token, `[N]` nats."""
     gaps = [
         (probe.logprobs(batch) - batch.behaviour_logprobs)[batch.response_mask].abs()
         for batch in probe.batches(rollouts)
@@ -211,8 +211,8 @@ def _gaps(probe: Probe, rollouts: list[Rollout]) -> Tensor:
 
 
 @contextmanager
-def _moved(student: Student) -> Iterator[None]:
-    """The student with noise on what trains, for a while; the noise is always the same."""
+def _perturbed(student: Student) -> Iterator[None]:
+    """Add deterministic noise to the trainable weights, and restore them on exit."""
     generator = torch.Generator().manual_seed(0)
     trained = [p for p in student.parameters() if p.requires_grad]
     kept = [p.detach().to("cpu", copy=True) for p in trained]
@@ -220,7 +220,7 @@ def _moved(student: Student) -> Iterator[None]:
         for parameter, before in zip(trained, kept, strict=True):
             spread = float(before.float().std()) if before.numel() > 1 else 0.0
             noise = torch.randn(before.shape, generator=generator)
-            # LoRA's B and constant norms have no spread of their own.
+            # LoRA's B and constant norms have no spread.
             parameter.add_((NOISE * (spread or 0.1) * noise).to(parameter))
     try:
         yield

@@ -1,4 +1,4 @@
-"""All that `opd check` looks at, in order: first what needs no weights, then the numbers."""
+"""All checks of `opd check`, in order: first those that need no weights, then the numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from torch.optim import Optimizer
 
-from opd_lightning.preflight import agreement, cost, opinions
+from opd_lightning.preflight import agreement, cost, teacher_scores
 from opd_lightning.preflight.finding import Finding, attempt, gather
 from opd_lightning.preflight.probe import Probe
 from opd_lightning.preflight.rewards import check_rewards
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from opd_lightning.training.base import DistillationModule
 
 
-def look_at(
+def run_checks(
     trainer: Trainer,
     module: DistillationModule,
     data: RolloutDataModule,
@@ -31,14 +31,14 @@ def look_at(
     samples: int,
     compare_teachers: bool,
 ) -> list[Finding]:
-    """Everything, as findings. Weights load only if nothing stands against it.
+    """Run all checks and return their findings. Weights load only if there are no errors.
 
     Args:
         trainer: Connected to `module` and `data`.
         module: The method.
-        data: Its data.
-        samples: Responses per kind of author that the numbers are taken of.
-        compare_teachers: Load the weights of teachers elsewhere, and compare.
+        data: The method's data.
+        samples: Responses per kind of author that the numbers are computed from.
+        compare_teachers: Load the weights of remote teachers, and compare.
     """
     errors = _configuration(trainer, module, data)
     if errors:
@@ -57,7 +57,7 @@ def look_at(
 def _configuration(
     trainer: Trainer, module: DistillationModule, data: RolloutDataModule
 ) -> list[Finding]:
-    """What `opd fit` refuses before weights load; what depends on nothing is looked at anyway."""
+    """Run the checks of `opd fit` that need no weights; independent ones run despite errors."""
     parts = attempt("method", module.check)
     models = attempt("models", lambda: configuration.check_models(module))
     errors = [*parts, *models, *attempt("trainer", lambda: configuration.check_trainer(trainer))]
@@ -68,9 +68,9 @@ def _configuration(
 
 
 def _set_up(trainer: Trainer, module: DistillationModule, data: RolloutDataModule) -> None:
-    """The set-up of `opd fit` itself, so that nothing it refuses is missed.
+    """Run the set-up of `opd fit`, so that no refusal is missed.
 
-    Not Lightning's own callbacks, and nothing is written.
+    Lightning's callbacks are left out, and nothing is written.
     """
     data.setup("fit")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -80,7 +80,7 @@ def _set_up(trainer: Trainer, module: DistillationModule, data: RolloutDataModul
 
 
 def _load(trainer: Trainer, module: DistillationModule) -> None:
-    """In one process, unsharded."""
+    """Load student and teachers in one process, unsharded."""
     module.student.load()
     module.to(trainer.strategy.root_device)
     for teacher in module.teachers():
@@ -88,14 +88,14 @@ def _load(trainer: Trainer, module: DistillationModule) -> None:
 
 
 def _numbers(probe: Probe, compare_teachers: bool) -> Iterator[Finding]:
-    """One after the other, so that what was found before something breaks is kept."""
+    """Yield findings one by one, so that those before an exception are kept."""
     optimizers: list[Optimizer] = []
     yield from attempt("optimiser", lambda: optimizers.append(_optimizer(probe)))
     if probe.engine is not None and (broken := attempt("weight push", lambda: probe.own)):
         yield from broken
         return
     own = probe.own if probe.engine is not None else []
-    # What the verifier drops is read by everybody as well.
+    # All models also read what the verifier drops.
     given = [replace(rollout, dropped=False) for rollout in probe.given]
     learnt = [*(own if probe.data.mix.samples else []), *given]
     yield from check_rewards(probe)
@@ -103,8 +103,8 @@ def _numbers(probe: Probe, compare_teachers: bool) -> Iterator[Finding]:
     if own:
         yield agreement.check_engine(probe)
         yield agreement.check_seeds(probe)
-    yield agreement.check_itself(probe, learnt)
-    yield from opinions.check_teachers(probe, learnt, compare=compare_teachers)
+    yield agreement.check_self_distillation(probe, learnt)
+    yield from teacher_scores.check_teachers(probe, learnt, compare=compare_teachers)
     if own:
         yield agreement.check_push(probe)
     tokens = cost.step_tokens(probe)
@@ -117,6 +117,6 @@ def _numbers(probe: Probe, compare_teachers: bool) -> Iterator[Finding]:
 
 
 def _optimizer(probe: Probe) -> Optimizer:
-    """The method's own, as Lightning will ask for it."""
+    """Return the method's optimiser, as Lightning gets it."""
     made = probe.module.configure_optimizers()
     return made[0][0] if isinstance(made, tuple) else made

@@ -1,4 +1,4 @@
-"""What a step will cost: tokens, memory of a process, traffic, seconds.  Estimates."""
+"""Estimates of a step's cost: tokens, memory of a process, traffic, seconds."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from opd_lightning.teachers.local import OwnModelTeacher
 from opd_lightning.types import Author, Rollout
 
 MIB = 2**20
-COUNTED_STEPS = 16  # whose authors are averaged: the mix may toss coins
+COUNTED_STEPS = 16  # steps whose authors are averaged, since a mix may be random
 
 
 def step_tokens(probe: Probe) -> dict[str, float]:
-    """Of a step, over all processes: rollouts, tokens of their prompts, tokens of the responses.
+    """Estimate rollouts, prompt tokens and response tokens of a step, over all processes.
 
-    Responses are taken to be as long, on average, as those of the probe, by author.
+    The mean response length of each author is that of the probe.
     """
     stream, prompts = probe.stream, probe.data.prompts_per_step
     authors: Counter[Author] = Counter()
@@ -51,7 +51,7 @@ def step_tokens(probe: Probe) -> dict[str, float]:
 
 
 def tokens(counts: dict[str, float]) -> Finding:
-    """`counts` are of `step_tokens`."""
+    """Report the counts of `step_tokens`."""
     found = (
         f"{counts['rollouts']:,.0f} rollouts a step: {counts['prompt_tokens']:,.0f} tokens of "
         f"prompts, {counts['response_tokens']:,.0f} of responses"
@@ -64,7 +64,7 @@ def _length(rollouts: list[Rollout]) -> float:
 
 
 def plan(probe: Probe, optimizer: Optimizer) -> Plan:
-    """The run that is configured, whose processes need not be there."""
+    """Describe the configured run, whose processes need not exist."""
     student, trainer = probe.module.student, probe.module.trainer
     parts = [part for teacher in probe.module.teachers() for part in teacher.parts()]
     inner = [p.frozen if isinstance(p, CrossTokenizerTeacher) else p for p in parts]
@@ -94,9 +94,9 @@ def plan(probe: Probe, optimizer: Optimizer) -> Plan:
 
 
 def engine_bytes(probe: Probe) -> int:
-    """The engine's copy of the weights and its KV cache; nothing of one that is elsewhere.
+    """Estimate the bytes of the engine's weights and KV cache; 0 for a remote engine.
 
-    vLLM takes its share of a GPU, or the KV cache that it is given on a CPU. The Hugging Face
+    vLLM uses its share of a GPU, or the KV cache configured for a CPU. The Hugging Face
     engine's cache grows with the rows that it decodes at once.
     """
     engine, source = probe.engine, probe.module.student.source
@@ -105,7 +105,7 @@ def engine_bytes(probe: Probe) -> int:
     if isinstance(engine, VLLMEngine) and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(probe.module.device).total_memory
         return int(engine.gpu_memory_utilization * total)
-    # vLLM's "auto" halves what is not half already.
+    # vLLM's "auto" converts float32 to a 2-byte dtype.
     itemsize = 2 if engine.dtype == "auto" else getattr(torch, engine.dtype).itemsize
     copy = itemsize * sum(shape.numel() for shape in parameter_shapes(source).values())
     if isinstance(engine, VLLMEngine):
@@ -115,12 +115,12 @@ def engine_bytes(probe: Probe) -> int:
 
 
 def _longest(probe: Probe) -> int:
-    """Tokens of the longest sequence that may come."""
+    """Return the tokens of the longest possible sequence."""
     return max(map(len, probe.stream.prompt_ids)) + probe.sampling.max_new_tokens
 
 
 def memory(probe: Probe, plan: Plan) -> Finding:
-    """Of one process on its device, for the longest responses."""
+    """Report the memory of one process on its device, for the longest responses."""
     predicted = process_memory(plan)
     parts = predicted.fullest()
     total = sum(parts.values())
@@ -135,9 +135,9 @@ def memory(probe: Probe, plan: Plan) -> Finding:
     device = probe.module.device
     if device.type != "cuda":
         return Finding("ok", "memory (estimate)", found, values=values)
-    room = torch.cuda.get_device_properties(device).total_memory
-    found += f"; the GPU has {_size(room)}"
-    if total <= room:
+    available = torch.cuda.get_device_properties(device).total_memory
+    found += f"; the GPU has {_size(available)}"
+    if total <= available:
         return Finding("ok", "memory (estimate)", found, values=values)
     return Finding(
         "warning",
@@ -151,7 +151,7 @@ def memory(probe: Probe, plan: Plan) -> Finding:
 
 
 def traffic(probe: Probe, plan: Plan) -> Finding:
-    """What passes between processes, and what a push brings to the engine."""
+    """Report the bytes sent between processes, and those that a push brings to the engine."""
     sent = step_traffic(plan)
     values = {f"{name}_bytes": size for name, size in sent.items()}
     values["push_gather_bytes"] = push_traffic(plan)
@@ -166,11 +166,11 @@ def traffic(probe: Probe, plan: Plan) -> Finding:
 
 
 def time(probe: Probe, counts: dict[str, float]) -> Finding:
-    """Seconds of a step; `counts` are of `step_tokens`.
+    """Estimate the seconds of a step from the counts of `step_tokens`.
 
-    The student's and the teachers' passes take what they took per token of the probe. Of the
-    engine, the time of one decoding step is continued in a straight line from two numbers of rows
-    to those of a step, and there are as many as in the probe's longest response.
+    Passes of student and teachers scale per token from the probe. The engine's time per
+    decoding step is extrapolated linearly from two numbers of rows to that of a step; the number
+    of decoding steps is that of the probe's longest response.
     """
     world = probe.stream.ranks.world_size
     seen = [*(probe.own if probe.data.mix.samples else []), *probe.given]
@@ -192,7 +192,7 @@ def _generate_seconds(probe: Probe, rows: float) -> float:
     if not probe.generations or not rows:
         return 0.0
     probe.generate(probe.requests[: max(1, len(probe.own) // 4)])
-    decoding: dict[int, float] = {}  # seconds of a decoding step by rows, the quickest
+    decoding: dict[int, float] = {}  # least seconds of a decoding step, by number of rows
     for many, longest, seconds in probe.generations:
         decoding[many] = min(decoding.get(many, math.inf), seconds / longest)
     few, many = min(decoding), max(decoding)

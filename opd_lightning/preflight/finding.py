@@ -1,4 +1,4 @@
-"""A finding: what was looked at, what was found, what it means, what to change."""
+"""Findings: what was checked, the result, its meaning, and what to change."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Level = Literal["ok", "info", "warning", "error"]
 class Finding:
     """One line of the report.
 
-    Levels: "ok"; "info" is worth knowing and needs nothing; "warning" trains, perhaps not what is
-    meant; "error" stops a run, or makes it learn from wrong numbers.
+    Levels: "ok"; "info" needs no action; "warning" trains, but perhaps not as intended; "error"
+    stops a run, or makes it learn from wrong numbers.
     """
 
     level: Level
-    subject: str  # what was looked at
+    subject: str  # what was checked
     found: str
     meaning: str = ""
     change: str = ""
@@ -28,9 +28,10 @@ class Finding:
 
 
 def attempt(subject: str, check: Callable[[], object]) -> list[Finding]:
-    """What a check that raises says, as a finding; nothing if it says nothing.
+    """Run a check and return its exception as a finding; none if it raises nothing.
 
-    Libraries and servers report what they cannot do as RuntimeError, tensors that do not fit too.
+    Libraries and servers raise RuntimeError for unsupported requests, and so does torch without
+    memory.
     """
     try:
         check()
@@ -40,7 +41,7 @@ def attempt(subject: str, check: Callable[[], object]) -> list[Finding]:
 
 
 def gather(subject: str, findings: Iterable[Finding]) -> list[Finding]:
-    """All of them; what breaks them off, as `attempt` has it, becomes the last."""
+    """Collect findings; an exception, as in `attempt`, becomes the last one."""
     found: list[Finding] = []
     broken = attempt(subject, lambda: found.extend(findings))
     return found + broken

@@ -1,4 +1,4 @@
-"""How the processes of a run share its weights: what all predictions of cost depend on."""
+"""Layout of a run's weights over its processes, on which all estimates of cost depend."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from opd_lightning.models.sharding import processes_per_copy
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """So many processes, and into how many parts they cut the weights.
+    """Number of processes, and the number of shards that the weights are divided into.
 
     Args:
         world: Processes that train together.
-        shards: Processes among which one copy of the weights is divided; 1 is DDP.
+        shards: Processes that share one copy of the weights; 1 is DDP.
         per_node: Processes of one machine.
         copies_gradients: DDP reduces copies of the gradients, unless its
             `gradient_as_bucket_view` is on.
@@ -30,7 +30,7 @@ class Layout:
 
     @classmethod
     def of(cls, trainer: Any) -> Self:
-        """What a Lightning trainer was told to use, started or not."""
+        """Read the layout from a Lightning trainer, started or not."""
         strategy, world = trainer.strategy, trainer.num_devices * trainer.num_nodes
         views = getattr(strategy, "_ddp_kwargs", {}).get("gradient_as_bucket_view", False)
         return cls(
@@ -46,9 +46,9 @@ class Layout:
         return self.world // self.shards
 
     def part(self, shape: Sequence[int]) -> int:
-        """Elements of the largest shard of a tensor, which is cut along its first axis.
+        """Return the elements of a tensor's largest shard, which is cut along the first axis.
 
-        FSDP2 gives every process as many rows as the first one has, those without any padding.
+        FSDP2 gives every process as many rows as the first one has, padding included.
         """
         if not shape:
             return 1

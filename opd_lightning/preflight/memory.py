@@ -1,4 +1,4 @@
-"""Bytes of one process: exact for weights, gradients and the optimiser, estimates for the rest."""
+"""Bytes of one process: exact for weights, gradients and optimiser, estimates for the rest."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ WHOLE = Layout()
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What a process has on its device and when, in bytes, by name."""
+    """Bytes on a process's device by name, grouped by when they are needed."""
 
     always: dict[str, int]
-    training: dict[str, int]  # while micro-batches go forward and back
-    moving: dict[str, int]  # while the optimiser moves the weights
-    pushing: dict[str, int]  # while an engine, awake, is given them
+    training: dict[str, int]  # during forward and backward passes
+    moving: dict[str, int]  # while the optimiser updates the weights
+    pushing: dict[str, int]  # while weights are pushed to an engine, which is awake
     measuring: dict[str, int]  # while a validation reads texts, and engines are awake
     engine: dict[str, int]
     engine_sleeps: bool
-    host: int  # in CPU memory, where the device is a GPU
+    host: int  # in CPU memory, if the device is a GPU
 
     def fullest(self) -> dict[str, int]:
-        """The parts at the moment that takes most."""
+        """Return the parts at the moment of highest use."""
         asleep = (self.training, self.moving)
         awake = (self.pushing, self.measuring)
         if self.engine_sleeps:
@@ -39,7 +39,7 @@ class Memory:
 
 
 def process_memory(plan: Plan) -> Memory:
-    """Of the process that holds most; for the longest responses."""
+    """Estimate the memory of the process that holds most, for the longest responses."""
     parameters, layout = plan.parameters, plan.layout
     always = student_bytes(parameters, plan.optimizer, layout)
     always["ddp_buckets"] = always["gradients"] if layout.copies_gradients else 0
@@ -55,7 +55,7 @@ def process_memory(plan: Plan) -> Memory:
             trains=plan.head_trains,
         ),
     }
-    shared = {id(parameter) for parameter in parameters}  # by a teacher: the student's
+    shared = {id(parameter) for parameter in parameters}  # teachers may share the student's
     teachers = passing = host = 0
     for model, sharded, offloaded in plan.teachers:
         own = [p for p in model.parameters() if id(p) not in shared]
@@ -83,10 +83,10 @@ def process_memory(plan: Plan) -> Memory:
 def student_bytes(
     parameters: Iterable[Tensor], optimizer: Optimizer, layout: Layout = WHOLE
 ) -> dict[str, int]:
-    """Exactly: weights W, gradients G of those that train, and the optimiser's states.
+    """Compute exact bytes: weights, gradients G of trainable ones, and optimiser states.
 
-    States are `c` copies of G in its dtype: 2 for Adam and its kin (3 with amsgrad), which also
-    count steps in one float32 a tensor; 1 for a momentum; else 0.
+    States are `c` copies of G in its dtype: 2 for Adam and similar (3 with amsgrad), which also
+    count steps in one float32 per tensor; 1 for a momentum; else 0.
     """
     tensors = list(parameters)
     learning = trained(tensors)
@@ -103,16 +103,16 @@ def student_bytes(
 
 
 def held_bytes(tensors: Iterable[Tensor], layout: Layout = WHOLE) -> int:
-    """Of tensors that every process holds its part of."""
+    """Return the bytes of one process's part of tensors that all processes share."""
     return sum(layout.part(t.shape) * t.element_size() for t in tensors)
 
 
 def passing_bytes(plan: Plan) -> dict[str, int]:
-    """What comes and goes with the student's passes; an estimate.
+    """Estimate the temporary bytes of the student's passes.
 
-    Sharded, what is no layer is whole through a micro-batch and its gradients until they are
-    scattered, in a second buffer. Of the layers two are whole at a time, and the gradients of
-    one, which travel in float32. Not sharded, autocast copies the matrices of the layers.
+    Sharded: parameters outside of layers are gathered for a micro-batch, and their gradients until
+    they are scattered, in a second buffer. Two layers are gathered at a time, and the gradients of
+    one, which are sent in float32. Not sharded: autocast copies the matrices of the layers.
     """
     layers, rest = plan.units
     if plan.layout.shards > 1:
@@ -123,14 +123,14 @@ def passing_bytes(plan: Plan) -> dict[str, int]:
             "gathered": nbytes(rest) + 2 * nbytes(largest, plan.autocast),
             "gathered_gradients": 2 * nbytes(trained(rest)) + sent,
         }
-    # Checkpointing forgets the copies of what is frozen; autocast remembers those that train.
+    # Checkpointing discards copies of frozen weights; autocast caches those that train.
     kept = [p for layer in layers for p in (trained(layer) if plan.checkpointing else layer)]
     wide = [p for p in kept if p.dim() > 1 and p.element_size() == 4]
     return {"autocast_copies": nbytes(wide, plan.autocast) if plan.autocast else 0}
 
 
 def gathered_bytes(model: nn.Module, layout: Layout) -> int:
-    """What of a sharded teacher is whole from its first question to the optimiser's step."""
+    """Return the gathered bytes of a sharded teacher, from its first use to the optimiser step."""
     layers, rest = layers_and_rest(model)
     return nbytes(rest) + 2 * max(map(nbytes, layers)) if layout.shards > 1 else 0
 
@@ -138,7 +138,7 @@ def gathered_bytes(model: nn.Module, layout: Layout) -> int:
 def _update_bytes(
     parameters: list[Tensor], optimizer: Optimizer, layout: Layout, on_gpu: bool
 ) -> int:
-    """Adam's square roots: of all weights at once on a GPU, one after the other elsewhere.
+    """Return the bytes of Adam's square roots: of all weights on a GPU, of one elsewhere.
 
     Its fused kernel makes none.
     """
@@ -149,11 +149,10 @@ def _update_bytes(
 
 
 def _push_bytes(plan: Plan) -> int:
-    """The largest tensor of a push, of which there is one at a time; an estimate.
+    """Estimate the bytes of a push: its largest tensor, since there is one at a time.
 
-    It is whole, which it is anyway where nothing is sharded, and copied once in the engine's
-    dtype: for the proof by sums, or by vLLM, which fills a new layer before it takes the old one's
-    place.
+    If sharded, the tensor is gathered. It is copied once in the engine's dtype: for the proof by
+    sums, or by vLLM, which fills a new layer before it replaces the old one.
     """
     if plan.pushed is None:
         return 0

@@ -1,4 +1,4 @@
-"""A run as far as its cost goes: what memory and traffic are predicted from."""
+"""Description of a run from which memory and traffic are estimated."""
 
 from __future__ import annotations
 
@@ -19,35 +19,37 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class TeacherModel(NamedTuple):
-    """A teacher's model in the trainer's process."""
+    """Model of a teacher in the trainer's process."""
 
     model: nn.Module
-    sharded: bool = False  # as the student is
-    offloaded: bool = False  # in CPU memory, and on the device while a step trains
+    sharded: bool = False  # like the student
+    offloaded: bool = False  # in CPU memory, and on the device during a step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Models may be on the meta device: only shapes, dtypes and what trains are read.
+    """Sizes, settings and models that determine a run's cost.
+
+    Models may be on the meta device: only shapes, dtypes and `requires_grad` are read.
 
     Args:
         student: As every process builds it, LoRA included and not yet sharded.
         config: Its transformers configuration.
-        optimizer: Of its parameters.
-        layout: How processes share it.
+        optimizer: Optimiser of its parameters.
+        layout: Layout of its weights over processes.
         precision: `trainer.precision`.
-        checkpointing: Whether activations are computed again in the backward pass.
-        on_gpu: Whether the trainer's device is one.
+        checkpointing: Whether activations are recomputed in the backward pass.
+        on_gpu: Whether the trainer's device is a GPU.
         rows: Rollouts of the largest micro-batch.
         length: Tokens of the longest sequence, prompt and response.
         response: Tokens of the longest response.
-        micro_batches: Of a step.
-        teachers: Models of teachers in this process, each once.
+        micro_batches: Micro-batches of a step.
+        teachers: Distinct models of teachers in this process.
         engine: Bytes of the engine in this process.
-        engine_sleeps: Whether it gives them back while the trainer works.
-        pushed: What engines, here or elsewhere, keep the student's weights in; None without one.
-        compares_with_start: Whether validations read the student's folder again, to compare with
-            it; without LoRA, as an adapter is switched off instead.
+        engine_sleeps: Whether it frees them while the trainer works.
+        pushed: Dtype of the student's weights in engines, local or remote; None without one.
+        compares_with_start: Whether validations load the student's initial weights; false with
+            LoRA, as the adapter is disabled instead.
         readings: Teachers that are the student itself, read without a gradient.
     """
 
@@ -71,12 +73,12 @@ class Plan:
 
     @cached_property
     def parameters(self) -> list[Tensor]:
-        """The student's."""
+        """Parameters of the student."""
         return list(self.student.parameters())
 
     @cached_property
     def units(self) -> tuple[list[list[Tensor]], list[Tensor]]:
-        """The student's, of `layers_and_rest`."""
+        """Parameters of the student, as in `layers_and_rest`."""
         return layers_and_rest(self.student)
 
     @cached_property
@@ -85,18 +87,18 @@ class Plan:
 
     @property
     def head_trains(self) -> bool:
-        """Whether the head, or the embedding that it is tied to, gets a gradient."""
+        """Whether the head, or the embedding tied to it, gets a gradient."""
         shape = (self.widths.vocabulary, self.widths.hidden)
         return any(tuple(p.shape) == shape for p in trained(self.units[1]))
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """What layers are gathered or copied in; None for their own dtype."""
+        """Dtype in which layers are gathered or copied; None for their own."""
         return AUTOCAST.get(self.precision)
 
     @property
     def reduced(self) -> torch.dtype | None:
-        """What the gradients of sharded layers are added up in; None for the weights' own dtype."""
+        """Dtype in which gradients of sharded layers are reduced; None for the weights' own."""
         return torch.float32 if self.autocast else None
 
     @property
@@ -106,7 +108,7 @@ class Plan:
 
 
 def layers_and_rest(model: nn.Module) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """Parameters of every decoder layer, and of what is none, as FSDP2 gathers them."""
+    """Return the parameters of each decoder layer, and the other ones, as FSDP2 gathers them."""
     own: list[list[Tensor]] = [
         list(dict.fromkeys(p for m in inside for p in m.parameters(recurse=False)))
         for _, inside in shard_units(model)
@@ -115,10 +117,10 @@ def layers_and_rest(model: nn.Module) -> tuple[list[list[Tensor]], list[Tensor]]
 
 
 def trained(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Those that get a gradient."""
+    """Return the tensors that get a gradient."""
     return [t for t in tensors if t.requires_grad]
 
 
 def nbytes(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> int:
-    """Of whole tensors, in `dtype` or in their own."""
+    """Return the bytes of whole tensors, in `dtype` or in their own."""
     return sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors)

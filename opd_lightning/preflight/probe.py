@@ -1,4 +1,4 @@
-"""The first responses of a run, written and collated as the run would."""
+"""The first responses of a run, written and collated as in the run."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
 
 class Generation(NamedTuple):
-    """How long the engine took."""
+    """Duration of one call of the engine."""
 
     rows: int
-    longest: int  # tokens: how often it decoded
+    longest: int  # tokens of the longest response: the number of decoding steps
     seconds: float
 
 
 @dataclass
 class Probe:
-    """A run, set up and loaded, of which a few responses are looked at.
+    """A run that is set up and loaded, and a few of its responses.
 
     Args:
-        module: With student and teachers loaded, on its device.
+        module: Student and teachers are loaded, on the module's device.
         data: Set up for "fit".
         stream: The training stream.
         samples: Responses per kind of author.
@@ -57,24 +57,24 @@ class Probe:
 
     @property
     def engine(self) -> Engine | None:
-        """The student's."""
+        """The student's engine."""
         return self.data.engine
 
     @cached_property
     def own(self) -> list[Rollout]:
-        """Of the student; also where only validation samples, because its engine is the same."""
+        """Responses of the student, also if only validation samples: the engine is the same."""
         return self._write(Author.STUDENT)
 
     @cached_property
     def given(self) -> list[Rollout]:
-        """Of the demonstrators that the run has."""
+        """Responses of the demonstrators that the run has."""
         mix = self.data.mix
         rollouts = self._write(Author.RECORDED) if mix.reads_records else []
         return rollouts + (self._write(Author.TEACHER) if mix.teacher else [])
 
     @property
     def requests(self) -> list[Request]:
-        """Those that `own` was written for."""
+        """Requests that `own` was written for."""
         return [Request(row.prompt_ids, row.seed) for row in self._rows(Author.STUDENT)]
 
     @property
@@ -86,7 +86,7 @@ class Probe:
         return -(-prompts * per_prompt // self.stream.micro_batches)
 
     def generate(self, requests: list[Request], at_most: int | None = None) -> list[Completion]:
-        """What the student's engine writes, of at most so many tokens, on the clock."""
+        """Time the student's engine on `requests`, with at most `at_most` tokens each."""
         assert self.engine is not None
         budget = min(self.sampling.max_new_tokens, at_most or self.sampling.max_new_tokens)
         sampling = replace(self.sampling, max_new_tokens=budget)
@@ -98,7 +98,7 @@ class Probe:
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        """Add to `seconds[name]` what passes until the device is done."""
+        """Add the seconds until the device is done to `seconds[name]`."""
         self._wait()
         began = perf_counter()
         yield
@@ -110,7 +110,7 @@ class Probe:
             torch.cuda.synchronize(self.module.device)
 
     def batches(self, rollouts: list[Rollout]) -> list[RolloutBatch]:
-        """In micro-batches no larger than the run's, on the module's device."""
+        """Collate micro-batches no larger than the run's, on the module's device."""
         written, demonstrated = (
             Totals(*count(rollouts, demonstrated=kind)) for kind in (False, True)
         )
@@ -127,7 +127,7 @@ class Probe:
         ]
 
     def logprobs(self, batch: RolloutBatch) -> Tensor:
-        """The trainer's, `[B, R]`, as a step computes them."""
+        """Compute the trainer's log-probs, `[B, R]`, as a step does."""
         with self.module.trainer.precision_plugin.forward_context():
             return self.module.student.score(batch).logprobs
 
@@ -140,7 +140,7 @@ class Probe:
         return self.stream.writer.write(self._rows(author), samplings)
 
     def _rows(self, author: Author) -> list[Row]:
-        """The rows of the run's first prompts, with the run's seeds."""
+        """Return rows of the run's first prompts, with the run's seeds."""
         stream = self.stream
         per_prompt = 1 if author.is_demonstrator() else stream.samples_per_prompt
         per_prompt = min(per_prompt, self.samples)

@@ -1,4 +1,4 @@
-"""Findings for people, and for programs."""
+"""Reports of findings, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rich.text import Text
 from opd_lightning.preflight.finding import Finding
 
 COLOURS = {"ok": "green", "info": "blue", "warning": "yellow", "error": "bold red"}
-WIDTH = 100  # characters; wider lines are hard to read
+WIDTH = 100  # characters; longer lines are hard to read
 
 
 def verdict(findings: Sequence[Finding]) -> str:
-    """One line."""
+    """Summarise findings in one line."""
     levels = Counter(finding.level for finding in findings)
     if levels["error"]:
         return f"Not ready to train: {_count(levels['error'], 'error')}" + (
@@ -31,7 +31,7 @@ def verdict(findings: Sequence[Finding]) -> str:
 
 
 def as_table(findings: Sequence[Finding], console: Console) -> None:
-    """A row a finding; what it means and what to change under it."""
+    """Print a row for each finding, with its meaning and what to change below."""
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
@@ -50,7 +50,7 @@ def as_table(findings: Sequence[Finding], console: Console) -> None:
 
 
 def as_json(findings: Sequence[Finding]) -> str:
-    """One object: the verdict, and every finding with its numbers."""
+    """Serialise the verdict, and every finding with its numbers, to one JSON object."""
     whole = {
         "verdict": verdict(findings),
         "ready": not any(finding.level == "error" for finding in findings),
@@ -60,7 +60,7 @@ def as_json(findings: Sequence[Finding]) -> str:
 
 
 def _numbers(finding: Finding) -> dict[str, float | None]:
-    """JSON knows neither NaN nor infinity."""
+    """Replace NaN and infinity, which JSON cannot represent, by None."""
     return {k: float(v) if math.isfinite(v) else None for k, v in finding.values.items()}
 
 

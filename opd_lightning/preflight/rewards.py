@@ -1,4 +1,4 @@
-"""Does the verifier tell responses apart, and do demonstrations survive it?"""
+"""Checks that the verifier distinguishes responses, and accepts some demonstrations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from opd_lightning.types import Author, Rollout
 
 
 def check_rewards(probe: Probe) -> list[Finding]:
-    """A finding for the student's responses, and one for the teacher's; nothing without rewards."""
+    """Return findings on the student's and the teacher's rewards; none without a verifier."""
     if probe.data.verifier is None:
         return []
     mix, findings = probe.data.mix, []

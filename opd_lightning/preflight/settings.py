@@ -1,4 +1,4 @@
-"""Lengths, precisions and sampling: what was set, and what to expect of it."""
+"""Findings on lengths, precisions and sampling, as configured."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from opd_lightning.run.datamodule import RolloutDataModule
     from opd_lightning.training.base import DistillationModule
 
-# What float32 on both sides stays below on the mean token; bfloat16 on either does not.
+# Mean gap in nats of float32 on both sides, at most; bfloat16 on either side exceeds it.
 FLOAT32_GAP = 1e-3
 
 
 def check_settings(
     module: DistillationModule, data: RolloutDataModule, stream: TrainingStream
 ) -> list[Finding]:
-    """Findings of what needs the prompts and no weights."""
+    """Return findings that need the prompts but no weights."""
     return [_lengths(module, data, stream), _precisions(module, data), _sampling(data)]
 
 
@@ -40,7 +40,7 @@ def _lengths(
 
 
 def _precisions(module: DistillationModule, data: RolloutDataModule) -> Finding:
-    """Where the arithmetic of engine and trainer differs, the gap is rounding, and it is large."""
+    """Compare dtypes: if engine and trainer differ, the gap is rounding, and it is large."""
     assert data.trainer is not None
     engine, precision = getattr(data.engine, "dtype", None), data.trainer.precision
     found = f"student {module.student.dtype}, trainer {precision}"
@@ -69,7 +69,7 @@ def _precisions(module: DistillationModule, data: RolloutDataModule) -> Finding:
 
 
 def _sampling(data: RolloutDataModule) -> Finding:
-    """Training samples whole distributions: `Sampling.check_whole` refuses anything else."""
+    """Report suites with other samplings; training always samples the whole distribution."""
     own = f"temperature {data.sampling.temperature:g}, the whole distribution"
     suites = data.suites_of("validate") | data.suites_of("test")
     samplings = {name: s.own_sampling for name, s in suites.items() if s.own_sampling is not None}

@@ -1,4 +1,4 @@
-"""Tokens and templates: what needs tokenizers and prompts, but no weights."""
+"""Checks of tokens and templates, which need tokenizers and prompts, but no weights."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from opd_lightning.run.datamodule import RolloutDataModule
     from opd_lightning.training.base import DistillationModule
 
-REPLY = "1"  # a reply that any tokenizer can write
+REPLY = "1"  # any tokenizer can encode it
 PROBE = Prompt(id="probe", messages=({"role": "user", "content": "1"},))
 
 
 def check_tokens(
     module: DistillationModule, data: RolloutDataModule, prompts: Sequence[Prompt] = ()
 ) -> Iterator[Finding]:
-    """Vocabularies, ends of turns and chat templates; `prompts` are the run's, if readable."""
+    """Check vocabularies, end tokens and chat templates; `prompts` are the run's, if readable."""
     student = module.student.source
     others = teacher_sources(module)
     if data.teacher is not None:
@@ -90,7 +90,7 @@ def _named(source: ModelSource, ids: Sequence[int]) -> str:
 
 
 def _template(student: ModelSource, prompt: Prompt, data: RolloutDataModule) -> Finding:
-    """The prompt that is continued against the conversation as the template writes it."""
+    """Check that the template of a conversation continues the rendered prompt."""
     reply: Message = {"role": "assistant", "content": REPLY}
     conversation = (*prompt.messages, reply)
     try:
@@ -174,7 +174,7 @@ def _rendered(
     ask: bool,
     tokenize: bool = False,
 ) -> Any:
-    """The conversation as text or ids; `ask` for a reply or take it as whole."""
+    """Render a conversation to text or ids, with a generation prompt if `ask`."""
     return source.tokenizer.apply_chat_template(
         list(messages),
         add_generation_prompt=ask,

@@ -1,7 +1,7 @@
 """Bytes that a process sends: gradients and gathered weights of a step, weights of a push.
 
 An all-gather or a reduce-scatter of b bytes over n processes sends `b (n - 1) / n` from each, an
-all-reduce twice that: what rings need, and nothing needs less.
+all-reduce twice that: the cost of ring algorithms, which is minimal.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from opd_lightning.preflight.plan import Plan, layers_and_rest, nbytes, trained
 
 
 def step_traffic(plan: Plan) -> dict[str, float]:
-    """Of one optimiser step, by collective.
+    """Return the bytes of one optimiser step, by collective.
 
-    DDP adds gradients up once a step. FSDP2 gathers, in every micro-batch, each layer twice
-    (forward and back) and once what is no layer, and scatters the gradients, under autocast in
-    float32; over replicas (HSDP) each process adds its part up besides. Of a sharded teacher the
-    layers are gathered in every micro-batch, the rest once a step; one that is the student itself
-    gathers its layers once more.
+    DDP reduces gradients once a step. In every micro-batch, FSDP2 gathers each layer twice
+    (forward and backward) and other parameters once, and scatters the gradients, under autocast
+    in float32; over replicas (HSDP) each process also reduces its part. A sharded teacher's
+    layers are gathered in every micro-batch, its other parameters once a step; a teacher that is
+    the student itself gathers its layers once more.
     """
     layout, many = plan.layout, plan.micro_batches
     layers, rest = plan.units
@@ -38,7 +38,7 @@ def step_traffic(plan: Plan) -> dict[str, float]:
 
 
 def push_traffic(plan: Plan) -> float:
-    """Gathering the student for one push: every weight once, in its own dtype."""
+    """Return the bytes that gather the student for one push: every weight once, in its dtype."""
     return _share(plan.layout.shards) * nbytes(plan.parameters)
 
 

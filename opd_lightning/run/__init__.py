@@ -1,1 +1,1 @@
-"""A run as a whole: its data, its configuration, its log and the signals that end it."""
+"""A run as a whole: its data, configuration checks, log, lock, and the signals that end it."""

@@ -1,4 +1,4 @@
-"""Checks of configuration and models that need no weights; each raises UserError."""
+"""Checks of configuration and models that need no weights; all raise UserError."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from opd_lightning.run.datamodule import RolloutDataModule
     from opd_lightning.training.base import DistillationModule
 
-# Weights and batches stay float32; others would convert log-probs and rewards with the inputs.
+# These keep weights and batches in float32; others would also cast log-probs and rewards.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 def check_models(module: DistillationModule) -> None:
-    """Student and teachers read, and the teachers speak the student's token ids."""
+    """Check that models can be read and that teachers use the student's token ids."""
     student = module.student.source
     check_usable(student)
     for source in teacher_sources(module):
@@ -48,7 +48,7 @@ def check_models(module: DistillationModule) -> None:
 
 
 def check_method(module: DistillationModule, data: RolloutDataModule, trainer: Trainer) -> None:
-    """The data give the method everything that it reads."""
+    """Check that the data provide everything that the method reads."""
     name = type(module).__name__
     for view in sorted(module.views() - data.views.keys()):
         raise UserError(
@@ -62,11 +62,11 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
             f"{', '.join(sorted(read)) or 'the student prompt alone'}"
         )
     early = {view for view, how in data.views.items() if not how.is_late}
-    told = early & module.views() or early
-    if data.mix.guided and data.mix.guided_view not in told:
+    fits = early & module.views() or early
+    if data.mix.guided and data.mix.guided_view not in fits:
         raise UserError(
             f"data.mix.guided_view: got {data.mix.guided_view!r}, expected "
-            f"{' or '.join(sorted(told))}: the sampler must be told what {name}'s teacher is told, "
+            f"{' or '.join(sorted(fits))}: the sampler must be told what {name}'s teacher is told, "
             "and before there are responses"
         )
     parts = [part for teacher in module.teachers() for part in teacher.parts()]
@@ -129,7 +129,7 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
 
 
 def _check_prepared(module: DistillationModule, data: RolloutDataModule) -> None:
-    """Teachers that know their answers in advance are asked about nothing else."""
+    """Check that teachers with precomputed scores are asked about recorded responses only."""
     for ask in module.all_asks().values():
         for part in ask.teacher.parts():
             kind = type(part).__name__
@@ -148,7 +148,7 @@ def _check_prepared(module: DistillationModule, data: RolloutDataModule) -> None
 
 
 def check_step_size(trainer: Trainer, data: RolloutDataModule) -> None:
-    """A step divides into ranks and micro-batches."""
+    """Check that a step divides into ranks and micro-batches."""
     world, parts = trainer.world_size, trainer.accumulate_grad_batches
     if data.prompts_per_step % world:
         raise UserError(
@@ -156,7 +156,7 @@ def check_step_size(trainer: Trainer, data: RolloutDataModule) -> None:
             "expected a multiple of their number"
         )
     share = data.prompts_per_step // world
-    # At worst all prompts that somebody else answers, with one response each, are one rank's.
+    # Worst case: one rank has all prompts that the student does not answer, one response each.
     others = share if data.mix.whole_steps else min(share, sum(data.mix.counts(share * world)))
     rollouts = (share - others) * data.samples_per_prompt + others
     if rollouts < parts:
@@ -168,14 +168,14 @@ def check_step_size(trainer: Trainer, data: RolloutDataModule) -> None:
 
 
 def teacher_sources(module: DistillationModule, *, foreign: bool = False) -> list[ModelSource]:
-    """Folders of the teachers that have one, and the student's tokens or, if `foreign`, others."""
+    """Return sources of teachers with the student's tokenizer or, if `foreign`, with another."""
     parts = [part for teacher in module.teachers() for part in teacher.parts()]
     parts = [part for part in parts if part.has_own_tokenizer is foreign]
     return [part.source for part in parts if part.source is not None]
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Settings of Lightning's that would break a promise of ours."""
+    """Check settings of Lightning's Trainer that would break the loss or the checkpoints."""
     if trainer.precision not in PRECISIONS:
         raise UserError(
             f"trainer.precision: got {trainer.precision!r}, expected one of "
@@ -191,7 +191,7 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def check_usable(source: ModelSource) -> None:
-    """A model can be read, and its tokenizer can hold a conversation."""
+    """Check that a model can be read and its tokenizer has an EOS token and a chat template."""
     _ = source.config
     tokenizer = source.tokenizer
     if tokenizer.eos_token_id is None:
@@ -207,7 +207,7 @@ def check_usable(source: ModelSource) -> None:
 
 
 def check_same_tokens(student: ModelSource, teacher: ModelSource) -> None:
-    """Ids mean the same text to both, and a conversation ends alike."""
+    """Check that both tokenizers have the same ids, EOS token and chat template."""
     pair = f"student {student.path!r} and teacher {teacher.path!r}"
     ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     if ours != theirs:

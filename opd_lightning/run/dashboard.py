@@ -1,4 +1,4 @@
-"""What TensorBoard opens with: the few charts that matter, and the run in the table of all runs."""
+"""TensorBoard's Custom Scalars and HParams tabs: the charts that matter, and a row for the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from opd_lightning.run.datamodule import RolloutDataModule
     from opd_lightning.training.base import DistillationModule
 
-# The settings that the HParams tab shows before anybody chooses others.
+# Settings that the HParams tab shows by default.
 SHOWN = ("method", "student.path", "teacher.path", "optimizer.lr", "data.prompts_per_step")
 
 
@@ -27,14 +27,13 @@ def write_dashboard(
 ) -> None:
     """Lay out the Custom Scalars tab, and list the run in the HParams tab.
 
-    A table's figures are the last values of the run's scalars, so that a run that goes on keeps
-    its row up to date. Where a folder of several runs is shown, TensorBoard takes the columns of
-    the first one.
+    The table's figures are the last values of the run's scalars, so that a resumed run updates its
+    row. For a folder of several runs, TensorBoard uses the columns of the first one.
 
     Args:
-        trainer: Whose loggers, callbacks and data; the process that writes calls alone.
+        trainer: Provides loggers, callbacks and data; call this on the process that writes.
         module: The method.
-        settings: Of the run, by name; none is no row.
+        settings: Settings of the run, by name; an empty mapping writes no row.
     """
     data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
     summaries = [custom_scalars(_layout(trainer, module, data))]
@@ -49,7 +48,7 @@ def write_dashboard(
 
 
 def _show_first(table: Summary) -> None:
-    """TensorBoard shows five columns: by name, after those that are said to differ among runs."""
+    """Mark `SHOWN` as differing: TensorBoard shows five columns, those that differ first."""
     about = table.value[0].metadata.plugin_data
     columns = HParamsPluginData.FromString(about.content)
     for column in columns.experiment.hparam_infos:
@@ -58,20 +57,20 @@ def _show_first(table: Summary) -> None:
 
 
 def _results(data: RolloutDataModule) -> list[str]:
-    """Names of the figures that a run is judged by, whose last values are shown."""
+    """Return the names of the figures whose last values the table shows."""
     rewarded = ["reward"] if data.verifier else []
     suites = [f"val/{name}/{chart.figure}" for name, chart in _charts(data).items()]
     return [*suites, *rewarded, "loss", "response/length", "response/truncated"]
 
 
 def _charts(data: RolloutDataModule) -> dict[str, Chart]:
-    """The chart of every suite of a validation; none for what has no verifier."""
+    """Return the chart of every validation suite that has one."""
     charts = {n: suite.chart(data.verifier) for n, suite in data.suites_of("validate").items()}
     return {name: chart for name, chart in charts.items() if chart is not None}
 
 
 def _layout(trainer: Trainer, module: DistillationModule, data: RolloutDataModule) -> Layout:
-    """Charts of figures that the run has; a callback names its own as `charts`."""
+    """Return charts of the figures that the run logs; callbacks add theirs as `charts`."""
     learns: dict[str, list[Any]] = {}
     for name, (figure, has_interval) in _charts(data).items():
         tag = f"val/{name}/{figure}"
@@ -116,4 +115,4 @@ def with_charts(layout: Layout, callbacks: Iterable[RunCallback]) -> Layout:
 
 
 def _lines(tags: str) -> list[Any]:
-    return ["Multiline", [f"{tags}$"]]  # TensorBoard looks at how a tag begins
+    return ["Multiline", [f"{tags}$"]]  # TensorBoard matches from the beginning of a tag

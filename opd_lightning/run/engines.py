@@ -1,4 +1,4 @@
-"""The longest sequences that engines are started for, and whether their settings fit the run."""
+"""Sequence lengths that engines are started for, and checks of engine settings."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def plan_engines(data: RolloutDataModule, longest: int, needs: Iterable[EngineNeeds]) -> None:
-    """Plan every engine for the longest sequence that any stream may ask of it.
+    """Plan every engine for the longest sequence that any stream may request.
 
     Args:
         data: The run's data, with the engines.
         longest: Tokens of the longest training prompt.
-        needs: What the suites of the stage ask for.
+        needs: Lengths that the suites of the stage need.
     """
     needs = list(needs)
     longest = max([longest, *(need.prompt_tokens for need in needs)])
@@ -35,7 +35,7 @@ def plan_engines(data: RolloutDataModule, longest: int, needs: Iterable[EngineNe
 
 
 def check_engines(data: RolloutDataModule, stage: str, *, evaluated: bool) -> None:
-    """There is an engine where one is needed, and what it is told fits the run."""
+    """Check that required engines are configured and that their settings fit the run."""
     fits = stage == "fit"
     if data.engine is None and (evaluated or (fits and data.mix.samples)):
         raise UserError(
@@ -48,11 +48,11 @@ def check_engines(data: RolloutDataModule, stage: str, *, evaluated: bool) -> No
             "sleeping drops, are never pushed; leave it out"
         )
     if fits and data.max_staleness:
-        _check_ahead(data)
+        _check_staleness(data)
 
 
-def _check_ahead(data: RolloutDataModule) -> None:
-    """Rollouts may be written beside training, by weights that are one step old."""
+def _check_staleness(data: RolloutDataModule) -> None:
+    """Check that rollouts may be written while training, by weights that are one step old."""
     if data.engine is not None and data.engine.sleep_while_training:
         raise UserError(
             "data.max_staleness: got 1, so the engine writes while the trainer works, but its "

@@ -1,4 +1,4 @@
-"""A run that ends early leaves a checkpoint to go on from."""
+"""Checkpoints of a run that an exception, Ctrl-C or SIGTERM ends."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from opd_lightning.training.callback import RunCallback
 
 
 class SaveOnInterruption(RunCallback):
-    """Saves the beginning of the step that an exception or Ctrl-C ended, beside the others.
+    """Callback that saves `last.ckpt` when an exception or Ctrl-C ends a step.
 
-    As `last.ckpt`. Nothing is saved before the first optimiser step, while the optimiser moves (the
-    last checkpoint stays the newest whole state), and in runs of several processes: one that fails
-    cannot save together with those that go on, and a signal finds them at different collectives.
-    `callbacks.SlurmRequeue` lets them finish the step instead.
+    The state is that of the step's beginning. Nothing is saved before the first optimiser step, nor
+    while the optimiser updates the weights (the previous checkpoint is then the newest complete
+    state). Runs of several processes save nothing either: a failed process cannot take part in a
+    collective save, and a signal reaches processes at different collectives.
+    `callbacks.SlurmRequeue` lets them finish the step.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class SaveOnInterruption(RunCallback):
         if not self._began or trainer.global_step == 0:
             return
         if isinstance(exception, CheckpointError | CollapseError | SignalledError):
-            return  # it failed just now, is not worth it, was done just now
+            return  # saving failed, the state is not worth keeping, or it was just saved
         if pl_module.moving or trainer.world_size > 1:
             if trainer.is_global_zero:
                 note("nothing saved: " + (_MOVING if pl_module.moving else _SEVERAL))
@@ -55,10 +56,10 @@ class SaveOnInterruption(RunCallback):
 
 
 class TermAsInterrupt(_SignalConnector):
-    """SIGTERM does to a run what Ctrl-C does, unless somebody listens to it.
+    """Signal connector that handles SIGTERM as Ctrl-C, unless another handler is installed.
 
-    In place of Lightning's handlers, which talk to the other ranks from inside of a handler: if one
-    rank alone is signalled, or two stand at different collectives, the run hangs.
+    Replaces Lightning's handlers, which run collectives inside a signal handler: if only one rank
+    is signalled, or two are at different collectives, the run hangs.
     """
 
     def register_signal_handlers(self) -> None:

@@ -1,4 +1,4 @@
-"""Load the training prompts of a run, checked against every model that will read them."""
+"""Loading of a run's training prompts, checked against every model that reads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def load_training(data: RolloutDataModule) -> Loaded:
-    """The prompts to train on, for every author and every teacher."""
+    """Load and check the prompts to train on, for every author and every teacher."""
     if data.train is None:
         raise UserError("data.train: got nothing, expected a prompt file to train on")
     sources = {

@@ -1,4 +1,4 @@
-"""One job at a time in a run folder, or at a file that it goes on with."""
+"""Locks: one job at a time writes to a run folder or to an output file."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from filelock import FileLock, Timeout
 from opd_lightning.errors import UserError, note
 
 LOCK = ".lock"
-PATIENCE = 120.0  # seconds that a requeued job waits for its earlier self to be gone
+PATIENCE = 120.0  # seconds that a requeued job waits for its previous process to end
 UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def held(folder: Path, *, patience: float = PATIENCE) -> AbstractContextManager[None]:
-    """Hold a run folder, which is made if it is not there; see `_held`."""
+    """Lock a run folder, created if missing; see `_held`."""
     elsewhere = "name another folder with --trainer.logger.init_args.save_dir"
     return _held(folder / LOCK, f"run folder {str(folder)!r}", elsewhere, patience)
 
 
 def held_file(file: Path, *, patience: float = PATIENCE) -> AbstractContextManager[None]:
-    """Hold a file that a command writes to, its folder made if it is not there; see `_held`."""
+    """Lock a file that a command writes to, its folder created if missing; see `_held`."""
     place = file.with_name(f".{file.name}{LOCK}")
     return _held(place, f"--out: {str(file)!r}", "name another file", patience)
 
 
 @contextmanager
 def _held(path: Path, what: str, elsewhere: str, patience: float) -> Iterator[None]:
-    """Hold it, or raise UserError that says who does, before anything is written to it.
+    """Hold a lock, or raise UserError naming its holder before anything is written.
 
-    The kernel frees the lock when the process ends, however it ends; processes it has started do
-    not keep it. On a network file system the file server does so, after a node that went down as
-    soon as it believes it gone. Where files cannot be locked, that is said and the run goes on.
+    The kernel releases the lock when the process ends, however it ends; child processes do not
+    keep it. On a network file system the file server releases it, after a node failure as soon
+    as it detects it. Where files cannot be locked, a note is printed and the run continues.
 
     Args:
-        path: The lock; it says who holds it, and stays.
-        what: It is for, as a message begins.
-        elsewhere: What somebody can do who does not want to wait.
+        path: Lock file; contains its holder, and is not deleted.
+        what: Description of the locked resource, as the beginning of a message.
+        elsewhere: Alternative to waiting, as the end of a message.
         patience: Seconds to wait for another process of the same SLURM job: a requeued job may
-            start while its earlier self still ends.
+            start while its previous process still ends.
     """
     lock = FileLock(path, thread_local=False, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _acquire(lock, path, what, elsewhere, patience)
-        path.write_text(json.dumps(_myself()))
+        path.write_text(json.dumps(_this_process()))
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             reason = f"{error.strerror or error}"
@@ -73,18 +73,20 @@ def _acquire(lock: FileLock, path: Path, what: str, elsewhere: str, patience: fl
         return
     except Timeout:
         holder = _read(path)
-    mine = _myself()["slurm_job"]
+    mine = _this_process()["slurm_job"]
     if mine and holder.get("slurm_job") == mine:
-        note(f"waiting up to {patience:g} s for {_words(holder)} to leave {what}")
+        note(f"waiting up to {patience:g} s for {_described(holder)} to leave {what}")
         try:
             lock.acquire(timeout=patience)
             return
         except Timeout:
             pass
-    raise UserError(f"{what} is in use by {_words(holder)}; wait for it or end it, or {elsewhere}")
+    raise UserError(
+        f"{what} is in use by {_described(holder)}; wait for it or end it, or {elsewhere}"
+    )
 
 
-def _myself() -> dict[str, Any]:
+def _this_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -94,14 +96,14 @@ def _myself() -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Who holds the lock; nothing in the moment before it has said so."""
+    """Return the holder of the lock; an empty dict until it has been written."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError):
         return {}
 
 
-def _words(holder: dict[str, Any]) -> str:
+def _described(holder: dict[str, Any]) -> str:
     if not holder:
         return "another process"
     job = f", SLURM job {holder['slurm_job']}" if holder["slurm_job"] else ""

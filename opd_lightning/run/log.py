@@ -1,4 +1,4 @@
-"""A run's log across restarts: no step missing, none twice."""
+"""A run's log across restarts, without missing or duplicate steps."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
 
 class RunLog(RunCallback):
-    """Holds loggers and checkpoints together: a checkpoint of step n means a log up to n.
+    """Callback that keeps loggers and checkpoints consistent.
 
-    Whatever was logged for steps before n is on disk before the checkpoint is. Whatever is there
-    for n and after it, of a run that died later, is declared void when a run goes on from n, in
-    the words that TensorBoard's files have for it. Only the scores and tables of a validation made
-    at n belong to n and are not made again: the checkpoint has them.
+    Everything logged for steps before n is on disk before the checkpoint of step n is. If an
+    earlier process died after step n, a run resumed from n marks its entries for n and later as
+    void, with the event that TensorBoard defines for this. Scores and tables of a validation at n
+    are not computed again, since the checkpoint contains them.
 
-    With them it keeps what callbacks monitor (`trainer.callback_metrics`). A validation of the last
-    step that was cut short is made when the finished run is started again.
+    The checkpoint also keeps the monitored values (`trainer.callback_metrics`). If a validation
+    of the last step was interrupted, starting the finished run again runs it.
 
-    Every start is noted in the run folder. The first one, and any that begins at step 0 again,
-    writes what TensorBoard opens with; who goes on finds it there.
+    Every start is recorded in the run folder. The first one, and any that begins at step 0 again,
+    writes the TensorBoard dashboard; resumed runs find it there.
     """
 
     def __init__(self) -> None:
-        self.settings: Mapping[str, float | str] = {}  # of the run, as a flat table
+        self.settings: Mapping[str, float | str] = {}  # flat settings of the run
         self._resumed: dict[str, Any] = {}
         self._began = False
 
@@ -52,8 +52,8 @@ class RunLog(RunCallback):
         self, trainer: Trainer, pl_module: DistillationModule
     ) -> None:
         self._began = True
-        log_dir = trainer.log_dir  # a broadcast, for every rank
-        self._go_on(trainer, pl_module)
+        log_dir = trainer.log_dir  # a broadcast, so all ranks must read it
+        self._resume(trainer, pl_module)
         if trainer.logger is not None and log_dir is not None and trainer.is_global_zero:
             self._note_start(trainer, pl_module, Path(log_dir))
 
@@ -72,7 +72,7 @@ class RunLog(RunCallback):
         if first or trainer.global_step == 0:
             write_dashboard(trainer, module, self.settings)
 
-    def _go_on(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
+    def _resume(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         if trainer.is_global_zero:
             _void_from(trainer, trainer.global_step)
         monitored = self._resumed.get("monitored", {})
@@ -100,28 +100,29 @@ class RunLog(RunCallback):
     def on_fit_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: EvaluatedModule
     ) -> None:
-        """Lightning does not even enter its loop where all steps are made."""
+        """Run an interrupted last validation; Lightning skips its loop if all steps are made."""
         loop = trainer.fit_loop.epoch_loop.val_loop
         if self._began or trainer.state.fn != TrainerFn.FITTING:
             return
         loop.update_restart_stage()
         if loop.restarted_mid_evaluation:
-            self._go_on(trainer, pl_module)
+            self._resume(trainer, pl_module)
             trainer.validating = True
             loop.run()
             trainer.training = True
 
 
 def _void_from(trainer: Trainer, step: int) -> None:
-    """Tell TensorBoard that what earlier processes logged for `step` and later did not happen.
+    """Mark what earlier processes logged for `step` and later as void in TensorBoard.
 
-    Only if there were any: TensorBoard reads files by the clock times in their names, and one of a
-    clock that was put back comes first. Twice, because the first START is not taken for a restart.
+    Only if there are such files: TensorBoard orders files by the clock times in their names, and
+    a file of a clock that was set back comes first. The event is written twice, because
+    TensorBoard does not treat the first START as a restart.
     """
     start = Event(session_log=SessionLog(status=SessionLog.START))
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            writer = logger.experiment.file_writer  # has its own file by now
+            writer = logger.experiment.file_writer  # its event file exists by now
             if len(list(Path(logger.log_dir).glob("events.out.tfevents.*"))) > 1:
                 writer.add_event(start, step)
                 writer.add_event(start, step)

@@ -1,4 +1,4 @@
-"""Checks of every prompt, and its recorded response, against the models that will read them."""
+"""Checks of every prompt and recorded response against the models that read them."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def check_prompts(
     *,
     training: bool = True,
 ) -> None:
-    """Every prompt fits every model's context together with its response, under every view.
+    """Check that every prompt with its response fits every model's context, in every view.
 
-    Teachers read training prompts only, and are shown the recorded responses.
+    Teachers read training prompts only; each also checks the recorded responses.
     """
     teachers = module.teachers() if training else []
     sources = [module.student.source, *(teacher_sources(module) if training else [])]
@@ -53,7 +53,7 @@ def check_prompts(
         what, budget = max(budgets.items(), key=lambda item: item[1])
         longest = len(ids)
         for name, view in renderer.views.items():
-            # A peer's response may be as long as they get.
+            # A peer's response may have the maximum length.
             peer = "?" if view.is_late else None
             seen = renderer.view(name, prompt, peer, peer) or []
             longest = max(longest, len(seen) + (sampling.max_new_tokens if view.is_late else 0))
@@ -66,11 +66,11 @@ def check_prompts(
         if recorded:
             _check_vocabulary(module, prompt, recorded)
             if training:
-                _check_questions(module, prompt, ids, recorded, renderer)
+                _check_scorable(module, prompt, ids, recorded, renderer)
 
 
 def _check_vocabulary(module: DistillationModule, prompt: Prompt, response_ids: list[int]) -> None:
-    """The student can write the response."""
+    """Check that the response's token ids are in the student's vocabulary."""
     size = module.student.source.config.get_text_config().vocab_size
     if max(response_ids) >= size:
         raise UserError(
@@ -79,14 +79,14 @@ def _check_vocabulary(module: DistillationModule, prompt: Prompt, response_ids: 
         )
 
 
-def _check_questions(
+def _check_scorable(
     module: DistillationModule,
     prompt: Prompt,
     ids: list[int],
     response_ids: list[int],
     renderer: Renderer,
 ) -> None:
-    """Everybody who is asked can score the response."""
+    """Check that every teacher can score the recorded response."""
     top_k = module.asked_top_k()
     for name, ask in module.all_asks().items():
         seen = ids if ask.view == "student" else renderer.view(ask.view, prompt)

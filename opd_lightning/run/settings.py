@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# Of the trainer, what changes what is computed; the rest is about how it is shown and kept.
+# Trainer settings that change what is computed; the others concern display and storage.
 TRAINER = (
     "accelerator",
     "strategy",
@@ -19,10 +19,10 @@ TRAINER = (
 
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, float | str]:
-    """What a run was set to, by short names.
+    """Flatten a run's configuration to short names.
 
     Args:
-        config: Of `opd fit`, plain data.
+        config: Configuration of `opd fit`, as plain data.
 
     Example: {"seed_everything": 0, "model": {"class_path": "x.OPD", "init_args": {"teacher":
         {"class_path": "x.FrozenTeacher", "init_args": {"path": "t"}}, "rules": None}}} becomes
@@ -52,7 +52,7 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, float | str]]:
         for index, inner in enumerate(value):
             yield from _flat(f"{name}.{index}", inner)
     elif value is not None:
-        # A table of runs takes true for 1.
+        # TensorBoard would read true as 1.
         number = isinstance(value, int | float) and not isinstance(value, bool)
         yield name, value if number else str(value)
 

@@ -1,10 +1,10 @@
-"""SIGUSR1 and SIGTERM as wishes: noted when they come, granted between two steps.
+"""Record SIGUSR1 and SIGTERM and act on them between optimiser steps.
 
-SLURM sends them to every process of a job step, at any moment: while libraries are imported, inside
-of a collective. So a handler does nothing but note, and whoever listens asks when it suits.
+SLURM sends them to every process of a job step at any time, during imports or inside a collective.
+So the handler only records the signal, and the training loop polls `requested`.
 
-SIGUSR1 is blocked as well, and what is started later inherits that: by default it would kill an
-engine's workers, a loader's, a verifier's. SIGTERM is not, for it is how those are ended.
+SIGUSR1 is blocked as well, and child processes inherit that: its default action would kill workers
+of engines, data loaders and verifiers. SIGTERM is not blocked, because it is used to end them.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from enum import IntEnum
 from typing import Any
 
 
-class Wish(IntEnum):
-    """What was asked for; the larger one holds."""
+class SignalAction(IntEnum):
+    """Action requested by signals; the larger one has priority."""
 
     NONE = 0
     STOP = 1  # SIGTERM
-    REQUEUE = 2  # SIGUSR1; the time limit's SIGTERM may follow it, and means no change of mind
+    REQUEUE = 2  # SIGUSR1; takes priority over the SIGTERM that the time limit may send after it
 
     @property
     def signal(self) -> signal.Signals:
-        return signal.SIGTERM if self is Wish.STOP else signal.SIGUSR1
+        return signal.SIGTERM if self is SignalAction.STOP else signal.SIGUSR1
 
 
 class SignalledError(RuntimeError):
-    """A signal ended the run in order: every rank has left it at the same point, and it is saved.
+    """A signal ended the run in order: all ranks stopped at the same point, and it is saved.
 
     Args:
-        code: The exit code of this process.
+        code: Exit code of this process.
     """
 
     def __init__(self, code: int) -> None:
@@ -39,56 +39,56 @@ class SignalledError(RuntimeError):
         self.code = code
 
 
-_came: set[int] = set()
-_handlers: dict[int, Any] = {}  # those that ours displaced, while somebody listens
-_listener = 0  # process id
+_received: set[int] = set()
+_handlers: dict[int, Any] = {}  # displaced handlers, while signals are recorded
+_recorder = 0  # id of the process that records
 
 
 def listen() -> None:
-    """Note both signals from now on. In the main thread, before others are started."""
-    global _listener
+    """Record both signals from now on. Call it in the main thread, before other threads start."""
+    global _recorder
     if _handlers:
         return
-    _listener = os.getpid()
+    _recorder = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        _handlers[number] = signal.signal(number, _note)
+        _handlers[number] = signal.signal(number, _record)
 
 
-def wish() -> Wish:
-    """The strongest one so far."""
-    if signal.sigtimedwait({signal.SIGUSR1}, 0):  # what is blocked, the kernel keeps
-        _came.add(signal.SIGUSR1)
-    if signal.SIGUSR1 in _came:
-        return Wish.REQUEUE
-    return Wish.STOP if _came else Wish.NONE
+def requested() -> SignalAction:
+    """Return the action of highest priority that was requested so far."""
+    if signal.sigtimedwait({signal.SIGUSR1}, 0):  # the kernel keeps a blocked signal pending
+        _received.add(signal.SIGUSR1)
+    if signal.SIGUSR1 in _received:
+        return SignalAction.REQUEUE
+    return SignalAction.STOP if _received else SignalAction.NONE
 
 
-def granted() -> None:
-    """What came so far is done; what comes from now on is noted anew."""
-    wish()
-    _came.clear()
+def clear() -> None:
+    """Discard the recorded signals; later ones are recorded again."""
+    requested()
+    _received.clear()
 
 
-def hand_back() -> None:
-    """Nobody will grant wishes: signals work as before, and those that came do so now."""
-    wish()
-    came = set(_came)
-    _restore()
-    for number in came:
+def restore() -> None:
+    """Restore the previous handlers, and send the recorded signals to this process again."""
+    requested()
+    received = set(_received)
+    _restore_handlers()
+    for number in received:
         os.kill(os.getpid(), number)
 
 
 def close() -> None:
-    """The program ends, and whatever comes now is too late."""
+    """Restore the previous handlers at the end of the program; ignore SIGUSR1 from now on."""
     if _handlers:
-        wish()
+        requested()
         _handlers[signal.SIGUSR1] = signal.SIG_IGN
-        _restore()
+        _restore_handlers()
 
 
-def _restore() -> None:
-    _came.clear()
+def _restore_handlers() -> None:
+    _received.clear()
     if _handlers:
         for number, handler in _handlers.items():
             signal.signal(number, handler)
@@ -96,9 +96,9 @@ def _restore() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
-def _note(number: int, frame: object) -> None:
-    if os.getpid() == _listener:
-        _came.add(number)
-    else:  # a fork, which has nobody that listens
+def _record(number: int, frame: object) -> None:
+    if os.getpid() == _recorder:
+        _received.add(number)
+    else:  # a forked process, which does not poll
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

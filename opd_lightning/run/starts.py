@@ -1,4 +1,4 @@
-"""With what a run was started, and each time that it went on: one line of `starts.jsonl` each."""
+"""Record of a run's starts and resumptions: one line of `starts.jsonl` each."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from typing import Any
 import torch
 
 FILE = "starts.jsonl"
-MOST_CHANGES = 50  # files of the working folder that are named
+MOST_CHANGES = 50  # changed files of the working folder that are listed
 
 
 def note_start(run: Path, *, step: int, **about: Any) -> bool:
-    """Append what this process is to the run folder's starts.
+    """Append a description of this process to the run folder's starts.
 
     Args:
         run: The run folder.
         step: Optimiser steps that the run has made.
-        about: Plain data besides: the checkpoint, seeds.
+        about: Further plain data, such as the checkpoint and seeds.
 
     Returns:
         Whether it is the first start in the folder.
@@ -55,7 +55,7 @@ def note_start(run: Path, *, step: int, **about: Any) -> bool:
 
 
 def git_state() -> Mapping[str, Any] | None:
-    """The working folder's commit, and what differs from it; None outside of a repository."""
+    """Return the working folder's commit and changed files; None outside of a repository."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return None
@@ -72,13 +72,13 @@ def _git(*arguments: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of this package and of what it needs or can use, as far as it is installed."""
+    """Return versions of Python, this package, and its installed dependencies and extras."""
     found = {"python": platform.python_version()}
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     try:
         needed = requires("opd-lightning") or []
-    except PackageNotFoundError:  # it is run from its source
+    except PackageNotFoundError:  # run from source, not installed
         needed = []
     names = {re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in needed}
     for name in ("opd-lightning", *sorted(names)):

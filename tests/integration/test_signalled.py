@@ -1,4 +1,4 @@
-"""A signal to a run: where it is granted, and that nothing is lost by it."""
+"""A signal to a run: where it is acted on, and that nothing is lost by it."""
 
 from __future__ import annotations
 

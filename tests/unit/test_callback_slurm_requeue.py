@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from callbacks.slurm_requeue import _leave
-from opd_lightning.run.signals import SignalledError, Wish
+from opd_lightning.run.signals import SignalAction, SignalledError
 
 
 @pytest.fixture
@@ -22,14 +22,14 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def left(wish: Wish, *, speaks: bool = True) -> int:
+def left(action: SignalAction, *, speaks: bool = True) -> int:
     with pytest.raises(SignalledError) as end:
-        _leave(wish, "saved it", speaks)
+        _leave(action, "saved it", speaks)
     return end.value.code
 
 
 def test_a_job_is_requeued(scontrol: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert left(Wish.REQUEUE) == 0
+    assert left(SignalAction.REQUEUE) == 0
     assert (scontrol / "told").read_text() == "requeue 12\n"
     assert capsys.readouterr().err == "opd: SIGUSR1: saved it; job 12 is requeued\n"
 
@@ -39,12 +39,12 @@ def test_a_task_of_an_array_is_requeued_alone(
 ) -> None:
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "10")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    assert left(Wish.REQUEUE) == 0
+    assert left(SignalAction.REQUEUE) == 0
     assert (scontrol / "told").read_text() == "requeue 10_2\n"
 
 
 def test_one_rank_asks_and_speaks(scontrol: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert left(Wish.REQUEUE, speaks=False) == 0
+    assert left(SignalAction.REQUEUE, speaks=False) == 0
     assert not (scontrol / "told").exists()
     assert capsys.readouterr().err == ""
 
@@ -53,7 +53,7 @@ def test_slurm_may_end_scontrol_with_the_job(
     scontrol: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (scontrol / "scontrol").write_text("#!/bin/sh\nkill -TERM $$\n")
-    assert left(Wish.REQUEUE) == 0
+    assert left(SignalAction.REQUEUE) == 0
     assert capsys.readouterr().err == "opd: SIGUSR1: saved it; job 12 is requeued\n"
 
 
@@ -68,7 +68,7 @@ def test_a_refusal_is_an_error(
     if script:
         (scontrol / "scontrol").write_text(script)
         (scontrol / "scontrol").chmod(0o755)
-    assert left(Wish.REQUEUE) == 1
+    assert left(SignalAction.REQUEUE) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("opd: error: job 12 could not be requeued")
     assert reason in line
@@ -76,7 +76,7 @@ def test_a_refusal_is_an_error(
 
 
 def test_term_requeues_nothing(scontrol: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert left(Wish.STOP) == 143
+    assert left(SignalAction.STOP) == 143
     assert not (scontrol / "told").exists()
     assert capsys.readouterr().err == "opd: SIGTERM: saved it; go on with --ckpt_path last\n"
 
@@ -85,5 +85,5 @@ def test_usr1_outside_of_slurm_is_a_stop(
     scontrol: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("SLURM_JOB_ID")
-    assert left(Wish.REQUEUE) == 138
+    assert left(SignalAction.REQUEUE) == 138
     assert capsys.readouterr().err == "opd: SIGUSR1: saved it; go on with --ckpt_path last\n"

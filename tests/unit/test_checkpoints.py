@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback
 
 from opd_lightning.checkpoints import save_last, whole
-from opd_lightning.checkpoints.places import place_of, put, recover
+from opd_lightning.checkpoints.places import commit, recover, staging_path
 from opd_lightning.errors import CheckpointError, UserError
 from tests.toy_run import Toy, train
 
@@ -123,10 +123,10 @@ def test_a_kill_while_names_change_leaves_the_old_or_the_new(kinds: str, tmp_pat
         folder.mkdir()
         target = folder / "last.ckpt"
         write(target, before, "old")
-        write(place_of(target), after, "new")
+        write(staging_path(target), after, "new")
         try:
             with killed_at(operation):
-                put(target)
+                commit(target)
             finished = True
         except Kill:
             finished = False

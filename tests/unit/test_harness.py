@@ -128,7 +128,7 @@ def test_a_task_comes_out_as_from_lm_eval_itself(
         if name == "writing":
             written = [
                 w.cut(
-                    ours.task._asked.tokenizer.decode(
+                    ours.task._recorded.tokenizer.decode(
                         line[1 : 1 + line[0]], skip_special_tokens=True
                     )
                 )

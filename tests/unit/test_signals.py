@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from opd_lightning.run import signals
-from opd_lightning.run.signals import Wish
+from opd_lightning.run.signals import SignalAction
 
 USR1, TERM = signal.SIGUSR1, signal.SIGTERM
 
@@ -28,21 +28,27 @@ def listening() -> Iterator[None]:
 
 
 def test_nothing_came() -> None:
-    assert signals.wish() is Wish.NONE
+    assert signals.requested() is SignalAction.NONE
 
 
 @pytest.mark.parametrize(
-    ("came", "wish"),
-    [([TERM], Wish.STOP), ([USR1], Wish.REQUEUE), ([USR1, TERM, TERM], Wish.REQUEUE)],
+    ("came", "action"),
+    [
+        ([TERM], SignalAction.STOP),
+        ([USR1], SignalAction.REQUEUE),
+        ([USR1, TERM, TERM], SignalAction.REQUEUE),
+    ],
     ids=["term", "usr1", "time limit"],
 )
-def test_the_larger_wish_holds_until_the_end(came: list[signal.Signals], wish: Wish) -> None:
+def test_the_larger_action_holds_until_the_end(
+    came: list[signal.Signals], action: SignalAction
+) -> None:
     signals.listen()  # twice is once
     for number in came:
         os.kill(os.getpid(), number)
-    assert [signals.wish(), signals.wish()] == [wish, wish]
-    signals.granted()
-    assert signals.wish() is Wish.NONE
+    assert [signals.requested(), signals.requested()] == [action, action]
+    signals.clear()
+    assert signals.requested() is SignalAction.NONE
 
 
 def test_what_comes_too_late_hurts_nobody() -> None:
@@ -85,7 +91,7 @@ def test_what_nobody_will_grant_is_obeyed(number: signal.Signals) -> None:
     program = (
         "import os, signal; from opd_lightning.run import signals; signals.listen();"
         f"os.kill(os.getpid(), {int(number)}); print('alive', flush=True);"
-        "signals.hand_back(); print('still', flush=True)"
+        "signals.restore(); print('still', flush=True)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == -number

@@ -146,7 +146,7 @@ def test_what_slept_is_pushed_to_again() -> None:
     run = Run(FakeEngine(sleep_while_training=True))
     for _ in range(2):
         run.engines.prepare([Author.STUDENT])
-        run.engines.rest()
+        run.engines.sleep()
     assert run.engine.log == ["start", "push 0", "sleep", "wake", "push 0", "sleep"]
 
 

@@ -1,1 +1,1 @@
-"""Tasks of lm-evaluation-harness, answered by the student that trains."""
+"""Tasks of lm-evaluation-harness, answered by the student."""

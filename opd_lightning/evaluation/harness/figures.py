@@ -1,4 +1,4 @@
-"""What lm-eval found, by the names that are logged."""
+"""Figures of lm-eval's results under the names that are logged."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, Self
 
 from opd_lightning.errors import UserError
 
-WIDTH = 1.96  # standard errors from the middle of a 95 % interval to its ends
-SHARES = ("acc", "exact_match")  # metrics that are shares of the documents begin so
+WIDTH = 1.96  # half a 95 % interval in standard errors
+SHARES = ("acc", "exact_match")  # prefixes of metrics that are shares of the documents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
     """Figures of a task, or of a group and its members.
 
-    A metric of a task that filters its answers in several ways is `metric.filter`.
+    A metric of a task with several answer filters is named `metric.filter`.
     """
 
     values: Mapping[str, float]  # by metric
@@ -28,7 +28,7 @@ class Figures:
 
     @classmethod
     def of(cls, results: Mapping[str, Any], name: str) -> Self:
-        """From what lm-eval's `evaluate` returns."""
+        """Convert the return value of lm-eval's `evaluate`."""
         found = results["results"]
         own = {k: v for k, v in found[name].items() if "," in k and isinstance(v, int | float)}
         directions = results["higher_is_better"].get(name, {})
@@ -53,7 +53,7 @@ class Figures:
         )
 
     def choose(self, metric: str | None) -> str:
-        """The metric to be judged by: this one, `acc_norm`, or the first."""
+        """Return the main metric: the one given, else `acc_norm`, else the first."""
         if not self.values:
             raise UserError("it has no figure of its own; name one of its members")
         if metric is None:
@@ -63,7 +63,7 @@ class Figures:
         return metric
 
     def judged_by(self, metric: str) -> dict[str, float]:
-        """All metrics and their standard errors, and the score with its 95 % interval."""
+        """Return all metrics, standard errors, and the score by `metric` with its 95 % interval."""
         found = {**self.values, **{f"{k}_stderr": v for k, v in self.errors.items()}}
         value = self.values[metric]
         score = found["score"] = self._score(metric, value)
@@ -79,7 +79,7 @@ class Figures:
         return found
 
     def _score(self, metric: str, value: float) -> float:
-        """The higher the better: log-likelihood for a perplexity, else minus the metric."""
+        """Return a value where higher is better; for a perplexity, the log-likelihood."""
         if self._is_perplexity(metric):
             return -math.log(value)
         return value if self.higher_is_better[metric] else -value

@@ -1,4 +1,4 @@
-"""lm-eval, asked for a task by its name, and kept quiet while it works."""
+"""Loading of lm-eval's tasks, and isolation from its output and random state."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from opd_lightning.errors import UserError
 
-# lm-eval's own, so that figures agree with its command line.
+# lm-eval's defaults, so that figures agree with its command line.
 RANDOM_SEED, NUMPY_SEED, EXAMPLES_SEED = 0, 1234, 1234
 
-_TALKS = ("lm_eval", "datasets", "evaluate", "huggingface_hub")
+_VERBOSE = ("lm_eval", "datasets", "evaluate", "huggingface_hub")
 
 
 def check_installed() -> None:
-    """Say how to get lm-eval where it is missing; nothing is imported."""
+    """Raise UserError if lm-eval is not installed; import nothing."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "data.tasks: got tasks of lm-evaluation-harness, which is not installed; run: "
@@ -34,11 +34,11 @@ def check_installed() -> None:
 
 
 @contextmanager
-def secluded() -> Iterator[None]:
-    """Inside, the libraries say nothing and begin with the same seeds; outside, nobody notices."""
-    loggers = [logging.getLogger(name) for name in _TALKS]
+def isolated() -> Iterator[None]:
+    """Silence the libraries and seed them alike; restore random states and log levels after."""
+    loggers = [logging.getLogger(name) for name in _VERBOSE]
     levels = [logger.level for logger in loggers]
-    # Bootstraps would fork this process, with its threads and devices.
+    # lm-eval's bootstraps would fork this process, with its threads and devices.
     os.environ["DISABLE_MULTIPROC"] = "1"
     silence = io.StringIO()
     try:
@@ -54,10 +54,10 @@ def secluded() -> Iterator[None]:
 
 
 def load(name: str, include_path: str | None) -> dict[str, Any]:
-    """A task or a group with its documents, as lm-eval's `TaskManager.load` has them.
+    """Load a task or a group with its documents, as lm-eval's `TaskManager.load` returns it.
 
-    Those that come with lm-eval take seconds to list, so a folder of one's own is looked at alone,
-    and only then together with them: its groups may name some of theirs.
+    Listing lm-eval's own tasks takes seconds. So `include_path` is searched alone first, and
+    together with them only if needed: its groups may contain some of theirs.
     """
     if include_path is None:
         return _load(_manager(None, with_defaults=True), name)
@@ -86,7 +86,7 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
         )
     try:
         loaded: dict[str, Any] = manager.load([name])
-    except Exception as error:  # datasets and tasks raise whatever they like
+    except Exception as error:  # datasets and tasks raise errors of any type
         raise UserError(
             f"cannot load {name!r}: {reason(error)}; its data must be on this machine, or at a "
             "hub that it reaches"
@@ -102,5 +102,5 @@ def _manager(include_path: str | None, *, with_defaults: bool) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """An error of somebody else's in one short line."""
+    """Format another library's error as one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

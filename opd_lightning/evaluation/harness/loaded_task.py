@@ -1,4 +1,4 @@
-"""A task as an exam: its questions before a run, its figures once they are answered."""
+"""A task of lm-eval: its requests before a run, and its figures once they are answered."""
 
 from __future__ import annotations
 
@@ -21,81 +21,81 @@ if TYPE_CHECKING:
 
 
 class LoadedTask:
-    """lm-eval's own evaluation, with the answers from elsewhere.
+    """A task of lm-eval whose requests are answered outside of lm-eval.
 
-    It is held once with a blank sheet, which finds out all questions and whatever is wrong with the
-    task before a weight loads; and again whenever there are answers. Both times it asks the same.
+    lm-eval evaluates it once with placeholder answers, which collects all requests and finds errors
+    in the task before any weights load; and again for each set of answers. The requests are the
+    same every time.
 
     Args:
-        task: Which task, and how it is asked.
-        reader: Whose tokens, and how many.
+        task: Configuration of the task.
+        encoder: The student's tokenizer and context length.
     """
 
-    def __init__(self, task: HarnessTask, reader: RequestEncoder) -> None:
+    def __init__(self, task: HarnessTask, encoder: RequestEncoder) -> None:
         from opd_lightning.evaluation.harness.models import RecordingModel
 
         self.task = task
         self._loaded = library.load(task.task, task.include_path)
         self._set_examples()
-        self._asked = RecordingModel(reader)
-        blank = self._hold(self._asked)
-        self.metric = blank.choose(task.metric)
-        self.documents = blank.documents
+        self._recorded = RecordingModel(encoder)
+        figures = self._evaluate(self._recorded)
+        self.metric = figures.choose(task.metric)
+        self.documents = figures.documents
 
     @classmethod
-    def prepare(cls, suite: str, task: HarnessTask, reader: RequestEncoder) -> LoadedTask:
-        """The exam of a suite; whatever is wrong is one line that names it."""
+    def prepare(cls, suite: str, task: HarnessTask, encoder: RequestEncoder) -> LoadedTask:
+        """Load the task of a suite; a UserError names the suite."""
         library.check_installed()
         try:
-            with library.secluded():
-                return cls(task, reader)
+            with library.isolated():
+                return cls(task, encoder)
         except UserError as error:
             raise UserError(f"data.tasks.{suite}: {error}") from error
 
     @property
     def likelihood_requests(self) -> list[LikelihoodRequest]:
-        """Texts whose likelihoods are asked for."""
-        return self._asked.likelihood_requests
+        """Texts whose log-likelihoods the task needs."""
+        return self._recorded.likelihood_requests
 
     @property
     def generation_requests(self) -> list[GenerationRequest]:
-        """Texts to be gone on with."""
-        return self._asked.generation_requests
+        """Contexts that the task needs continuations of."""
+        return self._recorded.generation_requests
 
     @property
     def shortened(self) -> int:
-        """Questions that were cut on the left, being too long for the model."""
-        return self._asked.shortened
+        """Number of requests whose context was truncated on the left to fit the model."""
+        return self._recorded.shortened
 
     def grade(
-        self, likelihoods: Sequence[Likelihood], written: Sequence[Sequence[int]]
+        self, likelihoods: Sequence[Likelihood], generated: Sequence[Sequence[int]]
     ) -> dict[str, float]:
-        """Figures by name, from an answer to every reading and the tokens of every writing.
+        """Compute figures by name from one likelihood or list of token ids per request.
 
-        `score` is the metric that the task is judged by, the higher the better, and `score_low` to
-        `score_high` its 95 % interval where the standard error is known; `score/<task>` are those
-        of a group's members.
+        `score` is the main metric, higher is better, and `score_low` to `score_high` its 95 %
+        interval where the standard error is known; `score/<task>` are those of a group's members.
         """
         from opd_lightning.evaluation.harness.models import AnsweringModel
 
-        decode = self._asked.tokenizer.decode
+        decode = self._recorded.tokenizer.decode
         texts = [
-            writing.cut(decode(list(ids), skip_special_tokens=True))
-            for writing, ids in zip(self.generation_requests, written, strict=True)
+            request.cut(decode(list(ids), skip_special_tokens=True))
+            for request, ids in zip(self.generation_requests, generated, strict=True)
         ]
-        with library.secluded():
-            found = self._hold(AnsweringModel(self._asked, likelihoods, texts))
+        with library.isolated():
+            found = self._evaluate(AnsweringModel(self._recorded, likelihoods, texts))
         return found.judged_by(self.metric)
 
-    def _hold(self, examinee: RecordingModel) -> Figures:
-        """Run lm-eval, whose every process has all questions."""
+    def _evaluate(self, model: RecordingModel) -> Figures:
+        """Run lm-eval's `evaluate` with all requests, on every process."""
         from lm_eval.evaluator import evaluate
 
         for one in self._loaded["tasks"].values():
             one.set_fewshot_seed(library.EXAMPLES_SEED)
         try:
             results = evaluate(
-                lm=examinee,
+                lm=model,
                 task_dict=self._loaded,
                 limit=self.task.limit,
                 bootstrap_iters=RESAMPLES,
@@ -105,7 +105,7 @@ class LoadedTask:
             )
         except UserError:
             raise
-        except Exception as error:  # tasks bring code of their own
+        except Exception as error:  # tasks may contain any code
             raise UserError(
                 f"lm-eval cannot ask or grade {self.task.task!r}: {library.reason(error)}"
             ) from error

@@ -1,4 +1,4 @@
-"""Do the teachers answer, and do they know the language that the student writes?"""
+"""Checks of the teachers' log-probs on the student's responses, and of remote against local."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from opd_lightning.teachers.by_domain import ByDomainTeacher
 from opd_lightning.teachers.frozen import FrozenTeacher
 from opd_lightning.types import Rollout, RolloutBatch, TokenScores
 
-# Below this many nats a token a model reads what it was not trained on; with a small vocabulary,
-# a nat below blind guessing.
-ABSURD = -8.0
-# Two copies of one model in different precisions stay below this on the mean token.
-COPIES = 0.1  # nats
+# A lower mean log-prob, in nats, means text unlike the training data; with a small vocabulary,
+# the bound is a nat below uniform guessing.
+LOWEST_MEAN = -8.0
+# Two copies of one model in different precisions differ by less on the mean token.
+COPY_GAP = 0.1  # nats
 
 
 def check_teachers(probe: Probe, rollouts: list[Rollout], *, compare: bool) -> list[Finding]:
-    """A finding per question that the method asks.
+    """Return a finding for each distinct ask of the method, and for each comparison.
 
     Args:
         probe: The run.
-        rollouts: What the run's teachers are asked about.
-        compare: Load the weights of teachers elsewhere, and compare.
+        rollouts: Rollouts that the teachers score.
+        compare: Load the weights of remote teachers, and compare.
     """
     findings = []
     asked = probe.module.asked_top_k()
@@ -39,14 +39,14 @@ def check_teachers(probe: Probe, rollouts: list[Rollout], *, compare: bool) -> l
     for ask, roles in names.items():
         role, top_k = " and ".join(roles), max(asked[name] for name in roles)
         try:
-            _ask(probe, ask, rollouts, top_k)  # the first answer of anybody takes longest
+            _ask(probe, ask, rollouts, top_k)  # a teacher's first answer takes longest
             ask.teacher.release()
             with probe.clock("teachers"):
                 answers = _ask(probe, ask, rollouts, top_k)
         except (ValueError, RuntimeError) as error:
             findings.append(Finding("error", role, " ".join(str(error).split())[:400]))
             continue
-        findings.append(_opinion(probe, role, ask, answers))
+        findings.append(_check_scores(probe, role, ask, answers))
         if compare and (twin := _local_twin(ask.teacher)) is not None:
             findings.append(_compared(probe, role, Ask(twin, ask.view), answers))
     return findings
@@ -57,7 +57,7 @@ _Answers = list[tuple[RolloutBatch, TokenScores]]
 
 @torch.no_grad()
 def _signal(probe: Probe, answers: _Answers) -> Tensor:
-    """d_t of every response token under the student's prompt, `[N]` nats."""
+    """Return d_t of every response token under the student's prompt, `[N]` nats."""
     parts = [(s.logprobs - probe.logprobs(b))[b.response_mask] for b, s in answers]
     return torch.cat(parts)
 
@@ -69,7 +69,7 @@ def _ask(probe: Probe, ask: Ask, rollouts: list[Rollout], top_k: int) -> _Answer
     return [(batch, ask.teacher.score(batch, ask.view, top_k=top_k)) for batch in batches]
 
 
-def _opinion(probe: Probe, role: str, ask: Ask, answers: _Answers) -> Finding:
+def _check_scores(probe: Probe, role: str, ask: Ask, answers: _Answers) -> Finding:
     wrong = next((s for b, s in answers if s.logprobs.shape != b.response_mask.shape), None)
     if wrong is not None:
         return Finding(
@@ -93,7 +93,7 @@ def _opinion(probe: Probe, role: str, ask: Ask, answers: _Answers) -> Finding:
             "check its weights and dtype (float16 overflows)",
         )
     source = ask.teacher.source or probe.module.student.source
-    floor = max(ABSURD, -math.log(source.config.get_text_config().vocab_size) - 1)
+    floor = max(LOWEST_MEAN, -math.log(source.config.get_text_config().vocab_size) - 1)
     mean = float(logprobs.mean())
     values = {"logprob_mean": mean, "logprob_min": float(logprobs.min())}
     found = f"{mean:.2f} nats a token (mean), {values['logprob_min']:.1f} (least), view {ask.view}"
@@ -122,7 +122,7 @@ def _opinion(probe: Probe, role: str, ask: Ask, answers: _Answers) -> Finding:
 
 
 def _compared(probe: Probe, role: str, ask: Ask, answers: _Answers) -> Finding:
-    """A teacher elsewhere against its own weights, loaded here."""
+    """Compare a remote teacher with its own weights, loaded in this process."""
     subject = f"{role} from disk"
     try:
         ask.teacher.load(probe.module.device, probe.module.student)
@@ -139,7 +139,7 @@ def _compared(probe: Probe, role: str, ask: Ask, answers: _Answers) -> Finding:
     mean, largest = float(gaps.mean()), float(gaps.max())
     values = {"gap_mean": mean, "gap_max": largest}
     found = f"log-probs differ by {mean:.2g} nats (mean), {largest:.2g} (largest)"
-    if mean <= COPIES:
+    if mean <= COPY_GAP:
         return Finding("ok", subject, found, values=values)
     return Finding(
         "warning",
@@ -152,7 +152,7 @@ def _compared(probe: Probe, role: str, ask: Ask, answers: _Answers) -> Finding:
 
 
 def _local_twin(teacher: Teacher) -> Teacher | None:
-    """The same teacher with its remote parts in this process; None if it has no such parts."""
+    """Return the teacher with its remote parts in this process; None if it has no such parts."""
     if isinstance(teacher, TopKTeacher) and isinstance(teacher.source, ModelSource):
         source = teacher.source
         return FrozenTeacher(source.path, trust_remote_code=source.trust_remote_code)
@@ -166,5 +166,5 @@ def _local_twin(teacher: Teacher) -> Teacher | None:
 
 
 def _asked(batch: RolloutBatch, view: str) -> Tensor:
-    """`[B, R]` response tokens of the rows that have the view."""
+    """Return `[B, R]`, true for response tokens of rows that have the view."""
     return batch.response_mask & batch.views[view].available[:, None]

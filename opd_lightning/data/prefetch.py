@@ -1,4 +1,4 @@
-"""The next step's rollouts, written in a thread while this step trains."""
+"""Prefetch of the next step's rollouts in a thread while the current step trains."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ from opd_lightning.types import Author, Prompt, Rollout, StopReason
 
 class _Job(NamedTuple):
     step: int
-    written: Future[tuple[list[Rollout], float]]  # and the seconds it took
+    written: Future[tuple[list[Rollout], float]]  # rollouts and the seconds that they took
 
 
-class RolloutsAhead:
-    """At most one step's rollouts, in the making or ready.
+class RolloutPrefetch:
+    """Prefetch of at most one step's rollouts, pending or finished.
 
-    The engine is the thread's until `wait` returns. What the thread raised is raised by `take`,
-    as itself.
+    Only the thread may use the engines until `wait` returns. `take` raises an exception of the
+    thread unchanged.
 
     Args:
-        hangs: Whether the thread is known never to come back.
+        hangs: Returns whether the thread is known never to return.
     """
 
     def __init__(self, hangs: Callable[[], bool] = lambda: False) -> None:
         self._hangs = hangs
         self._executor: ThreadPoolExecutor | None = None
         self._job: _Job | None = None
-        self._waited = 0.0  # seconds that the trainer stood still for the job
+        self._waited = 0.0  # seconds that the trainer was blocked on the job
 
     def start(self, step: int, write: Callable[[], list[Rollout]]) -> None:
-        """Write the rollouts of `step` from now on, with engines that are ready."""
+        """Start to write the rollouts of `step`. The engines must be prepared."""
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
-        # The current GPU is a thread's own.
+        # The current GPU is set per thread.
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._job = _Job(step, self._executor.submit(_timed, write, device))
         self._waited = 0.0
 
     def restore(self, step: int, rollouts: list[Rollout]) -> None:
-        """Take over what an interrupted run had written for `step`."""
+        """Accept the rollouts of `step` from a checkpoint as finished."""
         done: Future[tuple[list[Rollout], float]] = Future()
         done.set_result((rollouts, 0.0))
         self._job = _Job(step, done)
 
     def take(self, step: int, timer: StepTimer) -> list[Rollout] | None:
-        """The rollouts of `step`, once; None if nobody began them.
+        """Return the rollouts of `step` and remove them; None if they were not started.
 
-        `timer` is charged for the wait as "generate" and told of the rest as "generate_hidden".
+        The wait is added to `timer` as "generate", the overlapped time as "generate_hidden".
         """
         job = self._job
         if job is None or job.step != step:
@@ -61,12 +61,12 @@ class RolloutsAhead:
         with timer.stage("generate"):
             self._wait(job)
         rollouts, seconds = job.written.result()
-        self._job = None  # not before: an interrupted wait loses nothing
+        self._job = None  # only here, so that an interrupted wait loses nothing
         timer.add("generate_hidden", max(0.0, seconds - self._waited))
         return rollouts
 
-    def look(self, step: int, timer: StepTimer) -> list[Rollout] | None:
-        """The rollouts of `step`, still to be taken; None if there are none, or never will be."""
+    def peek(self, step: int, timer: StepTimer) -> list[Rollout] | None:
+        """Return the rollouts of `step` without removing them; None if missing or never done."""
         job = self._job
         if job is None or job.step != step or (self._hangs() and not job.written.done()):
             return None
@@ -74,18 +74,18 @@ class RolloutsAhead:
             self._wait(job)
         return None if job.written.exception() else job.written.result()[0]
 
-    def drop(self) -> None:
-        """Forget them: the weights that wrote them are nobody's any more."""
+    def discard(self) -> None:
+        """Discard the prefetched rollouts; the weights that wrote them were rolled back."""
         self.wait()
         self._job = None
 
     def wait(self) -> None:
-        """Return when no engine is used any more."""
+        """Wait until the thread no longer uses an engine."""
         if self._job is not None:
             self._wait(self._job)
 
     def close(self) -> None:
-        """End the thread; what it wrote can still be taken."""
+        """Shut the thread down; finished rollouts can still be taken."""
         if self._executor is not None:
             self._executor.shutdown()
             self._executor = None
@@ -104,13 +104,13 @@ def _timed(write: Callable[[], list[Rollout]], device: int | None) -> tuple[list
     return rollouts, perf_counter() - began
 
 
-# What a rollout's position in the run's order says already.
-_KNOWN = ("prompt", "prompt_ids")
+# Fields that follow from a rollout's position in the prompt order.
+_DERIVED = ("prompt", "prompt_ids")
 
 
 def to_plain(rollouts: Iterable[Rollout]) -> list[dict[str, Any]]:
-    """Every field but the prompt, in numbers, strings, lists and dicts."""
-    names = [f.name for f in fields(Rollout) if f.name not in _KNOWN]
+    """Convert rollouts, without their prompts, to dicts of numbers, strings, lists and dicts."""
+    names = [f.name for f in fields(Rollout) if f.name not in _DERIVED]
     plain = [{name: getattr(rollout, name) for name in names} for rollout in rollouts]
     for row in plain:
         row |= {"stop_reason": row["stop_reason"].value, "author": row["author"].value}
@@ -121,7 +121,7 @@ def to_plain(rollouts: Iterable[Rollout]) -> list[dict[str, Any]]:
 def from_plain(
     plain: Iterable[dict[str, Any]], prompt_at: Callable[[int], tuple[Prompt, list[int]]]
 ) -> list[Rollout]:
-    """The rollouts again; `prompt_at` knows the prompt and its ids at a position of the order."""
+    """Rebuild rollouts; `prompt_at` maps a position of the order to a prompt and its ids."""
     rollouts = []
     for row in plain:
         prompt, prompt_ids = prompt_at(row["group"])

@@ -28,7 +28,7 @@ class Gated:
         stream = self.run.stream
         rows = stream._ready_rows(1)
         self.engine.gate.clear()
-        self.run.engines.ahead.start(1, lambda: stream.writer.write(rows, stream.samplings))
+        self.run.engines.prefetch.start(1, lambda: stream.writer.write(rows, stream.samplings))
         next(self.batches)
 
 
@@ -85,7 +85,7 @@ def test_a_failure_in_the_thread_is_raised_as_itself() -> None:
     run = Run(staleness=1)
     batches = iter(run)
     next(batches)
-    run.engines.ahead.wait()
+    run.engines.prefetch.wait()
     run.engine.fails = True
     next(batches)  # step 0 is over
     next(batches)  # step 1 was written; step 2 fails in the thread
@@ -132,20 +132,20 @@ def test_all_ranks_rollouts_are_saved_and_dealt_out_again() -> None:
 def test_waiting_and_hidden_time_are_told_apart() -> None:
     timer = StepTimer()
     timer.next_step()
-    ahead = Run(staleness=1).engines.ahead
+    prefetch = Run(staleness=1).engines.prefetch
 
     def write() -> list[Rollout]:
         time.sleep(0.2)
         return []
 
-    ahead.start(1, write)
+    prefetch.start(1, write)
     time.sleep(0.1)
-    assert ahead.take(0, timer) is None
-    assert ahead.take(1, timer) == []
+    assert prefetch.take(0, timer) is None
+    assert prefetch.take(1, timer) == []
     timer.next_step()
     # Sleeps are at least as long as they say; a busy machine makes them longer.
     waited, hidden = timer.last["generate"], timer.last["generate_hidden"]
     assert waited < timer.last["step"] - 0.09
     assert hidden > 0.09
     assert waited + hidden > 0.19
-    ahead.close()
+    prefetch.close()
