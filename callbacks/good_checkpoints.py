@@ -62,7 +62,8 @@ class GoodCheckpoints:
         return {"steps": list(self.steps), "calm": self.calm}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps, self.calm = list(state["steps"]), state["calm"]
+        # Whole numbers: they become the names of files that are removed.
+        self.steps, self.calm = [int(step) for step in state["steps"]], int(state["calm"])
 
     def check(self, trainer: Trainer) -> None:
         """Refuse a run that has no folder for them."""

@@ -26,6 +26,7 @@ from opd_lightning.checkpoints.newest import (
 )
 from opd_lightning.checkpoints.places import recover
 from opd_lightning.checkpoints.reading import Saved
+from opd_lightning.checkpoints.savers import drop_foreign_paths
 from opd_lightning.errors import UserError
 from opd_lightning.processes import broadcast
 
@@ -80,7 +81,12 @@ class CheckpointConnector(_CheckpointConnector):
         super().restore_callbacks()
         if self._loaded_checkpoint:
             for keeper in keepers(self.trainer):
-                if keeper.save_last:  # else a resumed run would write last-v1 beside it
+                if foreign := drop_foreign_paths(keeper):
+                    say(
+                        f"the checkpoint names {foreign[0]!r} as a file of this run, but it is "
+                        f"outside of {str(keeper.dirpath)!r}; left alone, and no longer counted"
+                    )
+                if keeper.save_last:  # else a resumed run would write last-v1
                     name = keeper.CHECKPOINT_NAME_LAST + keeper.FILE_EXTENSION
                     keeper.last_model_path = keeper.last_model_path or str(
                         Path(keeper.dirpath or "", name)

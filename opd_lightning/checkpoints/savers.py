@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +14,40 @@ _UNSAVED = (
     "_last_checkpoint_saved",
     "_defer_save_until_validation",
 )
+
+
+_PATHS = (
+    "best_model_path",
+    "kth_best_model_path",
+    "last_model_path",
+    "_last_checkpoint_saved",
+)
+
+
+def drop_foreign_paths(saver: ModelCheckpoint) -> list[str]:
+    """Drop from a restored ModelCheckpoint all paths outside its own folder, and return them.
+
+    A checkpoint names the files that its ModelCheckpoint will remove. Lightning compares such paths
+    without resolving `..` and links, so that a foreign checkpoint could remove any folder.
+    """
+    folder = Path(saver.dirpath or ".").resolve()
+    named = [*saver.best_k_models, *(str(getattr(saver, name) or "") for name in _PATHS)]
+    foreign = [p for p in dict.fromkeys(named) if p and not _is_below(Path(p), folder)]
+    if not foreign:
+        return []
+    if {saver.kth_best_model_path, *saver.best_k_models} & set(foreign):
+        saver.best_k_models, saver.kth_best_model_path = {}, ""
+    for name in _PATHS:
+        if getattr(saver, name) in foreign:
+            setattr(saver, name, "")
+    return foreign
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    try:
+        return folder in path.resolve().parents
+    except (OSError, RuntimeError):  # a circle of links
+        return False
 
 
 class RememberSavers(Callback):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from opd_lightning.errors import UserError
 from opd_lightning.models.head import Head, TokenStates
 from opd_lightning.models.source import ModelSource
 from opd_lightning.terminal.library_bars import shown_as
@@ -22,7 +26,12 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     empty: bool = False,
 ) -> Any:
-    """Load the model of `source` in eval mode; with `empty`, build it on the meta device."""
+    """Load the model of `source` in eval mode; an `empty` one has no weights (meta device).
+
+    Raises:
+        UserError: The weights in the folder are not exactly those of the architecture, so that
+            some would stay random or unused.
+    """
     from transformers import AutoModelForCausalLM
 
     how = {
@@ -31,10 +40,56 @@ def load_causal_lm(
         "trust_remote_code": source.trust_remote_code,
     }
     if not empty:
-        with shown_as(f"load {source.role}", "tensor"):
-            return AutoModelForCausalLM.from_pretrained(source.path, **how)
+        with shown_as(f"load {source.role}", "tensor"), _without_report():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **how,
+            )
+        _check_complete(source, found)
+        return model
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(source.config, **how).eval()
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Silence transformers' table of tensors that do not fit, which `_check_complete` refuses."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def _check_complete(source: ModelSource, found: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless every weight of the model was read, and every tensor used.
+
+    Args:
+        source: The model's folder.
+        found: What transformers reports of loading it: sets of names by kind.
+    """
+    for kind, what in (
+        ("missing_keys", "lacks"),
+        ("mismatched_keys", "has in another shape than config.json says"),
+        ("unexpected_keys", "holds beside the architecture's own"),
+    ):
+        # Of a mismatch come the name and both shapes.
+        keys = (key if isinstance(key, str) else key[0] for key in found.get(kind) or ())
+        names = sorted(keys)
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(
+                f"{source.role} {source.path!r}: its weights do not fit config.json: the folder "
+                f"{what} tensor {names[0]!r}{more}; get the whole folder again, or set the "
+                "architecture in config.json that the weights were saved from"
+            )
 
 
 class Reader(nn.Module):
