@@ -82,7 +82,7 @@ class CheckpointConnector(_CheckpointConnector):
         if self._loaded_checkpoint:
             for keeper in keepers(self.trainer):
                 if foreign := drop_foreign_paths(keeper):
-                    say(
+                    rank_zero_note(
                         f"the checkpoint names {foreign[0]!r} as a file of this run, but it is "
                         f"outside of {str(keeper.dirpath)!r}; left alone, and no longer counted"
                     )
