@@ -82,7 +82,7 @@ def fit(in_lab: Path, shown: Path) -> Fit:
         configs = [CONFIG, *(str(shown / f"{name}.yaml") for name in ("short", *names))]
         layers = (part for path in configs for part in ("--config", path))
         main(["fit", *layers, f"--trainer.max_steps={steps}", *more])
-        return importlib.import_module("tests.integration.test_docs").Watch  # type: ignore[no-any-return]
+        return importlib.import_module("tests.integration.test_docs").Watch
 
     return run
 
