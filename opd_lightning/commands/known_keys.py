@@ -25,8 +25,8 @@ MODEL = "opd_lightning.training.base.DistillationModule"
 # Options of every command, besides the parameters of its method.
 COMMON = ("config", "help", "print_config", "seed_everything", "model", "data", "trainer")
 # Parameters of its method that are no options: Lightning fills them, or nothing needs them.
-NOT_OPTIONS = ("model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders")
-NOT_OPTIONS += ("weights_only",)
+NOT_OPTIONS = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
+NOT_OPTIONS |= {"weights_only"}
 _SUBCLASS = {"class_path", "init_args", "dict_kwargs"}
 
 
