@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from opd_lightning.commands.callback_names import install_callback_names
 from opd_lightning.errors import RunStoppedError, UserError, report
 from opd_lightning.run import signals
 from opd_lightning.run.signals import SignalledError
@@ -22,6 +23,7 @@ def main(args: list[str] | None = None) -> None:
         signals.listen()  # before the imports, which take their time
     # A user's own methods, next to the YAML that names them; last, so that they hide nothing.
     sys.path.append(os.getcwd())
+    install_callback_names()
     quiet_libraries()
     with one_line_errors():
         if args[:1] == ["lab"]:
@@ -34,6 +36,10 @@ def main(args: list[str] | None = None) -> None:
             from opd_lightning.serving.serve import main as serve
 
             serve(args[1:])
+        elif args[:1] == ["configs"]:
+            from opd_lightning.commands.configs import main as configs
+
+            configs(args[1:])
         elif args[:1] == ["compare"]:
             from opd_lightning.commands.compare import main as compare
 
