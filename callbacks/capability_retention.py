@@ -10,12 +10,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from callbacks.measurement import Measurement, check_measurable, judged
-from callbacks.pareto import ParetoFolder, Point, front
 from opd_lightning.errors import UserError, note
 from opd_lightning.processes import broadcast
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.callback import Layout, RunCallback
+
+from .measurement import Measurement, check_measurable, judged
+from .pareto import ParetoFolder, Point, front
 
 
 class CapabilityRetention(RunCallback):

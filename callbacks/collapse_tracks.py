@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from statistics import median
 from typing import Any
 
-from callbacks.collapse_rules import Band
+from .collapse_rules import Band
 
 
 class Track:

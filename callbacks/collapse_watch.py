@@ -6,13 +6,14 @@ from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Trainer
 
-from callbacks.collapse_rules import Band, Disagreement, Entropy, Length, Repetition, Truncation
-from callbacks.collapse_tracks import Track, Tracks
-from callbacks.good_checkpoints import GoodCheckpoints, StepBack
 from opd_lightning.errors import CollapseError, UserError, note, raised_by_all
 from opd_lightning.metrics.log import write_step
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.callback import Layout, RunCallback
+
+from .collapse_rules import Band, Disagreement, Entropy, Length, Repetition, Truncation
+from .collapse_tracks import Track, Tracks
+from .good_checkpoints import GoodCheckpoints, StepBack
 
 
 class CollapseWatch(RunCallback):

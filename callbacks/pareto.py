@@ -10,9 +10,10 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from callbacks.measurement import Measurement
 from opd_lightning.checkpoints.places import remove
 from opd_lightning.errors import UserError
+
+from .measurement import Measurement
 
 INDEX = "index.json"
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from opd_lightning import __version__
+from opd_lightning.commands.callback_names import install_callback_names
 from opd_lightning.commands.command_table import check_command, overview
 from opd_lightning.errors import RunStoppedError, UserError, report
 from opd_lightning.run import signals
@@ -24,6 +25,7 @@ def main(args: list[str] | None = None) -> None:
         signals.listen()  # before the imports, which take their time
     # A user's own methods, next to the YAML that names them; last, so that they hide nothing.
     sys.path.append(os.getcwd())
+    install_callback_names()
     quiet_libraries()
     with one_line_errors():
         _dispatch(args)

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from opd_lightning.checkpoints import LAST, needed, settle_folders
+from opd_lightning.commands.callback_names import explain_taken_name
 from opd_lightning.commands.command_table import TRAINER_COMMANDS
 from opd_lightning.commands.trainer import Trainer
 from opd_lightning.errors import UserError, note, report
@@ -69,6 +70,9 @@ class _Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         command = self.prog.replace(" [options]", "")
+        if (line := explain_taken_name(message)) is not None:
+            report(line)
+            sys.exit(2)
         report(f"{one_line(message)}; `{command} --help` lists what is accepted")
         sys.exit(2)
 
