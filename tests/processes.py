@@ -237,6 +237,13 @@ def call(function: Callable[..., None], *arguments: Any, cwd: Path | None = None
     return Process(__name__, "call", file.name, cwd=cwd)
 
 
+def call_ranks(function: Callable[..., None], *arguments: Any, count: int, timeout: float) -> None:
+    """Call a function in several processes at once, with the rank as its first argument."""
+    done = run_together([call(function, rank, *arguments) for rank in range(count)], timeout)
+    told = "\n".join(f"exit code {one.returncode}\n{one.stderr[-5000:]}" for one in done)
+    assert not any(one.returncode for one in done), told
+
+
 # The warm parent --------------------------------------------------------------------------
 
 
