@@ -15,16 +15,20 @@ FROM := $(EXTRA_INDEX) $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # On a busy machine tiny models lose more by threads that wait for one another than they gain.
 export OMP_NUM_THREADS ?= 1
 
+# Modules go to the worker that is free, the long ones first (see tests/conftest.py).
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
 .PHONY: demo test test-all lint format docs dist constraints clean
 
 demo: $(VENV)/.installed ## Distil a small teacher into a smaller student and show the result
 	$(BIN)/opd lab demo
 
 test: $(VENV)/.dev ## All tests but the slow ones
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" $(PARALLEL)
 
 test-all: $(VENV)/.dev ## The slow ones too
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 lint: $(VENV)/.dev ## Style and types
 	$(BIN)/ruff check .

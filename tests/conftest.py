@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,6 +138,33 @@ def in_lab(untrained_lab: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work inside the untrained lab; tests write under a `tmp_path` of their own."""
     monkeypatch.chdir(untrained_lab)
     return untrained_lab
+
+
+# Session fixtures that cost half a minute and more: the tests that share one run in one process.
+SHARED = {"_teacher_server": "servers", "_rollout_server": "servers", "cluster": "slurm"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Complete what pytest-randomly shuffled, and say which tests run in the same process.
+
+    Tests marked `last` go to the end of their module. The directories with long tests go first,
+    so that no worker is left with one at the end. Module fixtures are made once: a module runs in
+    one process, except for the tests that belong to a group of `SHARED`.
+    """
+    modules: dict[Path, int] = {}
+    for item in items:
+        modules.setdefault(item.path, len(modules))
+    rooms = [Path(__file__).parent / name for name in ("slurm", "integration")]
+
+    def place(item: pytest.Item) -> tuple[bool, ...] | tuple[Any, ...]:
+        last = item.get_closest_marker("last") is not None
+        return (*(room not in item.path.parents for room in rooms), modules[item.path], last)
+
+    items.sort(key=place)
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        groups = [group for name, group in SHARED.items() if name in fixtures]
+        item.add_marker(pytest.mark.xdist_group(groups[0] if groups else item.path.stem))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -10,9 +11,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from tests.full_run import RUN, Place, place, resumed_at
+from tests.processes import Process
 
+AnyProcess = Process | subprocess.Popen[bytes]
 PHASES = ("start-up", "step", "saving", "validation")
 
 
@@ -32,7 +36,14 @@ class Tale:
 
 
 def run_under_fire(
-    folder: Path, command: list[str], *, kills: int, steps: int, random: Random, startup: float = 0
+    folder: Path,
+    command: list[str],
+    *,
+    kills: int,
+    steps: int,
+    random: Random,
+    startup: float = 0,
+    warm: bool = False,
 ) -> Tale:
     """Run the command, kill it `kills` times, starting it again each time, and let it end.
 
@@ -46,6 +57,7 @@ def run_under_fire(
         steps: Of the whole run.
         random: Decides when.
         startup: Seconds in which kills during start-up fall.
+        warm: Whether the command is forked from a warm parent, which leaves the imports out.
     """
     tale, began, reached = Tale(startup=startup), time.monotonic(), 0
     while True:
@@ -53,7 +65,7 @@ def run_under_fire(
         for name in ("whereabouts", "whereabouts.resumed"):
             (folder / name).unlink(missing_ok=True)
         errors = folder / f"log-{len(tale.kills)}.txt"
-        with started(folder, command, errors) as process:
+        with started(folder, command, errors, warm=warm) as process:
             fell = _fire(process, folder, aim, random, tale)
         lines = errors.read_text(errors="replace").splitlines()
         tale.said += [line for line in lines if line.startswith("opd: ")]
@@ -80,7 +92,7 @@ def _aim(random: Random, reached: int, steps: int, left: int) -> Place | None:
 
 
 def _fire(
-    process: subprocess.Popen[bytes], folder: Path, aim: Place | None, random: Random, tale: Tale
+    process: AnyProcess, folder: Path, aim: Place | None, random: Random, tale: Tale
 ) -> Place | None:
     """Kill the process where `aim` says; where it fell, or None if it ended by itself."""
     began, running = time.monotonic(), False
@@ -105,12 +117,19 @@ def _hits(aim: Place, here: Place, fuse_is_over: bool) -> bool:
 
 
 @contextmanager
-def started(folder: Path, command: list[str], errors: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(
+    folder: Path, command: list[str], errors: Path, *, warm: bool = False
+) -> Iterator[AnyProcess]:
     """The command in a process group of its own, with all of which it ends."""
     with errors.open("wb") as log:
-        process = subprocess.Popen(
-            command, cwd=folder, stdout=log, stderr=log, start_new_session=True
-        )
+        options: dict[str, Any] = {"cwd": folder, "stdout": log, "stderr": log}
+        process: AnyProcess
+        if warm:
+            python, dash_m, module, *words = command
+            assert (python, dash_m) == (sys.executable, "-m")
+            process = Process(module, *words, start_new_session=True, **options)
+        else:
+            process = subprocess.Popen(command, start_new_session=True, **options)
         try:
             yield process
         finally:

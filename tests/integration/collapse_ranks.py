@@ -1,4 +1,4 @@
-"""A script: `collapse_ranks.py RANKS HOW FILE` trains in the untrained lab and steps back once.
+"""A program: `collapse_ranks RANKS HOW FILE` trains in the untrained lab and steps back once.
 
 HOW is ddp, or fsdp with its checkpoints in a file or a folder. Gradient descent with momentum, so
 that a step back shows in weights and optimiser alike. Rank 0 writes its weights at the end, those
@@ -21,8 +21,6 @@ from opd_lightning.processes import gather
 from opd_lightning.rollouts import HFEngine, Sampling
 from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.teachers import FrozenTeacher
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.integration.test_collapse import watch_all
 
 

@@ -1,4 +1,4 @@
-"""A script: `faulty_ranks.py STRATEGY FAULT FILE` trains on two ranks; the second has the fault.
+"""A program: `faulty_ranks STRATEGY FAULT FILE` trains on two ranks; the second has the fault.
 
 "nan": a log-prob of its teacher is NaN at step 1; "nan for good": from then on. "killed": it is,
 while it writes for step 1; "killed while the other writes": likewise, and rank 0's engine is busy

@@ -1,4 +1,4 @@
-"""A script: `hanging.py FOLDER STALENESS` trains in the untrained lab it is run in.
+"""A program: `hanging FOLDER STALENESS` trains in the untrained lab it is run in.
 
 The engine's third call hangs. Checkpoints go to FOLDER.
 """

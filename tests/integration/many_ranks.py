@@ -1,4 +1,4 @@
-"""A script: `many_ranks.py LAYOUT PART FILE` trains in the untrained lab it is run in.
+"""A program: `many_ranks LAYOUT PART FILE` trains in the untrained lab it is run in.
 
 In all the ways of a part, over the processes of a layout. Rank 0 writes what it recorded.
 """

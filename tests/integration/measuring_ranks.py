@@ -1,4 +1,4 @@
-"""A script: `measuring_ranks.py LAYOUT` trains and measures in the folder it is run in.
+"""A program: `measuring_ranks LAYOUT` trains and measures in the folder it is run in.
 
 By `opd` commands, one after the other, in the processes of a layout. Each process writes what it
 said, by command, to LAYOUT-<rank>.json.

@@ -1,7 +1,5 @@
 """Runs that collapse: noticed, undone and gone on with."""
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +25,7 @@ from opd_lightning.types import Prompt, RolloutBatch
 from opd_lightning.verifiers import Verifier
 from tests.integration.test_fit import fit, weights
 from tests.integration.test_interrupted import PARTS, FailingTeacher, Losses, train
+from tests.processes import run_ranks
 
 TOKENS = 24
 
@@ -213,9 +212,6 @@ def test_a_run_ends_where_it_is_told_to(action: str, step: int, told: str, tmp_p
         train(method(), tmp_path, 0, callbacks=[watch_all(action)])
 
 
-SCRIPT = Path(__file__).with_name("collapse_ranks.py")
-
-
 @pytest.mark.parametrize(
     "how",
     [
@@ -228,8 +224,13 @@ def test_ranks_step_back_together(how: str, untrained_lab: Path, tmp_path: Path)
     found = []
     for ranks in (1, 2):
         file = tmp_path / f"{ranks}.pt"
-        command = [sys.executable, str(SCRIPT), str(ranks), how, str(file)]
-        subprocess.run(command, cwd=untrained_lab, check=True, timeout=300)
+        run_ranks(
+            "tests.integration.collapse_ranks",
+            *(str(ranks), how, str(file)),
+            count=ranks,
+            cwd=untrained_lab,
+            timeout=300,
+        )
         found.append(torch.load(file, weights_only=True))
     one, two = found
     assert one["step_backs"] == two["step_backs"] == 1

@@ -1,23 +1,20 @@
 """Two processes, one of which has a fault: they decide alike, or both end."""
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("faulty_ranks.py")
+from tests import processes
 
 
 def run(folder: Path, strategy: str, fault: str, file: Path) -> tuple[int, list[str], float]:
     """Exit code, lines of stderr, and the clock's time at the end."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), strategy, fault, str(file)],
+    done = processes.run(
+        "tests.integration.faulty_ranks",
+        *(strategy, fault, str(file)),
         cwd=folder,
-        stderr=subprocess.PIPE,
-        text=True,
         timeout=280,
     )
     return done.returncode, done.stderr.splitlines(), time.time()

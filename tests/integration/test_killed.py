@@ -22,12 +22,12 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(untrained_lab: Path, tmp_p
         path = settings(folder, steps=STEPS)
         (folder / "lab").symlink_to(untrained_lab / "lab")
     command, random = fit_command(CONFIG, path), Random(0)
-    quiet = run_under_fire(whole, command, kills=0, steps=STEPS, random=random)
+    quiet = run_under_fire(whole, command, kills=0, steps=STEPS, random=random, warm=True)
     logged = scalars(whole / RUN)
     assert [step for step, _ in logged["loss"]] == list(range(STEPS))
     assert [step for step, _ in logged["val/sums/length"]] == [5, 10]
     tale = run_under_fire(
-        killed, command, kills=4, steps=STEPS, random=random, startup=quiet.startup
+        killed, command, kills=4, steps=STEPS, random=random, startup=quiet.startup, warm=True
     )
     assert len(tale.kills) == 4, tale
     assert not compare(killed, whole), tale

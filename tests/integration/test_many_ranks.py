@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,9 @@ from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.conftest import build_tiny_model
 from tests.harness_tasks import write_tasks
 from tests.integration.ways import ways
+from tests.processes import run_ranks
 
-SCRIPT = Path(__file__).with_name("many_ranks.py")
+SCRIPT = "tests.integration.many_ranks"
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHARDED = {"fsdp2": 0.5, "fsdp2, 1": 0.5, "hsdp": 0.5}  # share of the weights in a process
 HELD = {"ddp": 1.0, "ddp, unused": 1.0, **SHARDED}
@@ -44,13 +43,15 @@ class Runs:
             (together,) = (some for some in TOGETHER if layout in some)
             if part in ("resume", "vllm"):
                 together = [layout]
-            command = [sys.executable, str(SCRIPT), ";".join(together), part, "found.pt"]
-            subprocess.run(command, cwd=self.folder, check=True, timeout=500)
+            words = (";".join(together), part, "found.pt")
+            count = RANKS[together[0]]
+            run_ranks(SCRIPT, *words, count=count, cwd=self.folder, timeout=500)
             found = torch.load(self.folder / "found.pt", weights_only=True)
             self._found |= {f"{part} {name}": found[name] for name in together}
         return self._found[f"{part} {layout}"]
 
 
+RANKS = {"one": 1, "ddp": 2, "ddp, unused": 2, "fsdp2": 2, "fsdp2, 1": 2, "hsdp": 4}
 TOGETHER = [["one"], ["ddp", "ddp, unused"], ["fsdp2", "fsdp2, 1"], ["hsdp"]]
 
 
@@ -233,10 +234,5 @@ def test_the_overlay_trains_validates_and_exports(runs: Runs, strategy: str) -> 
         ["validate", *saved],
         ["export", *saved, "--out", f"{strategy}-student"],
     ):
-        subprocess.run(
-            [sys.executable, "-m", "opd_lightning", *command],
-            cwd=runs.folder,
-            check=True,
-            timeout=200,
-        )
+        run("opd_lightning", *command, cwd=runs.folder, check=True, timeout=200)
     assert (runs.folder / f"{strategy}-student" / "model.safetensors").is_file()

@@ -14,10 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from opd_lightning.cli import main
 from tests.integration.measuring_ranks import CONFIGS, LAYOUTS, PROMPTS, STEPS
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.timeout(900)  # who comes first starts the processes
 
-SCRIPT = Path(__file__).with_name("measuring_ranks.py")
+SCRIPT = "tests.integration.measuring_ranks"
 MANY = ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)]
 QUESTIONS = [(i, domain) for i in range(11) for domain in ("sums", "products", "others")]
 
@@ -62,10 +63,9 @@ class Said:
         if layout not in self._said:
             if layout != "one":
                 self("one")
-            command = [sys.executable, str(SCRIPT), layout]
-            subprocess.run(command, cwd=self.folder, check=True, timeout=400)
-            ranks = range(1 if layout == "one" else 2)
-            files = [self.folder / f"{layout}-{rank}.json" for rank in ranks]
+            count = 1 if layout == "one" else 2
+            run_ranks(SCRIPT, layout, count=count, cwd=self.folder, timeout=400)
+            files = [self.folder / f"{layout}-{rank}.json" for rank in range(count)]
             self._said[layout] = [json.loads(file.read_text()) for file in files]
         return self._said[layout]
 

@@ -30,6 +30,7 @@ from opd_lightning.rollouts import (
 )
 from opd_lightning.serving import transfer_client
 from tests.engine_contract import MAX_LENGTH, REQUESTS, assert_scored_by, reference_model
+from tests.processes import call, call_ranks
 from tests.servers import RunningServer
 from tests.transfer_stand_in import StandIn
 
@@ -214,16 +215,15 @@ def test_a_sender_that_dies_or_hangs_leaves_a_server_that_works(
     rollout_server: RunningServer, engine: VLLMServerEngine, models: list[Path], how: signal.Signals
 ) -> None:
     arguments = (rollout_server.url, rollout_server.key_file, models, how)
-    sender = torch.multiprocessing.get_context("spawn").Process(target=_dying, args=arguments)
-    sender.start()
+    sender = call(_dying, *arguments)
     state = Path(f"/proc/{sender.pid}/stat")
-    while sender.is_alive() and state.read_text().rpartition(")")[2].split()[0] != "T":
+    while sender.poll() is None and state.read_text().rpartition(")")[2].split()[0] != "T":
         time.sleep(0.05)
     began = time.monotonic()
     push_and_prove(engine, 1, models[1])
     assert time.monotonic() - began < 30
     sender.kill()
-    sender.join()
+    sender.wait()
 
 
 def _rank(rank: int, rendezvous: str, url: str, key_file: Path, models: list[Path]) -> None:
@@ -254,13 +254,13 @@ def test_sharded_ranks_gather_and_the_first_sends(
     rollout_server: RunningServer, models: list[Path], tmp_path: Path
 ) -> None:
     arguments = (f"file://{tmp_path}/rendezvous", rollout_server.url, rollout_server.key_file)
-    torch.multiprocessing.spawn(_rank, args=(*arguments, models), nprocs=2)
+    call_ranks(_rank, *arguments, models, count=2, timeout=280)
 
 
+@pytest.mark.last
 def test_a_server_that_dies_in_a_push_and_comes_back_is_pushed_to_again(
     rollout_server: RunningServer, models: list[Path]
 ) -> None:
-    """The last test: it costs a start."""
     files = {"key_file": rollout_server.key_file, "model": models[0]}
     engine = engine_of(rollout_server.url, **files)
     push_and_prove(engine, 0, models[0])

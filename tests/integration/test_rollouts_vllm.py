@@ -99,8 +99,9 @@ def test_engines_live_and_die_beside_the_trainers_process_group(
     )
 
 
+@pytest.mark.last
 def test_wrong_names_are_refused(engine: VLLMEngine, tiny_model_dir: Any) -> None:
-    """The last test of the module: a refused push leaves the engine unusable."""
+    """A refused push leaves the engine unusable."""
     weights = reference_model(tiny_model_dir()).named_parameters()
     engine.version = 5
     with pytest.raises(UserError, match="'surprise' is not a parameter"):

@@ -8,8 +8,6 @@ import os
 import pty
 import re
 import select
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
@@ -22,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd_lightning.cli import main
 from opd_lightning.lab.tokenizer import END_OF_TURN
 from opd_lightning.serving.vllm_process import vllm_unavailable
+from tests.processes import Process
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "lab"
 QUICK = ("--trainer.logger=false", "--max_new_tokens=8")
@@ -171,11 +170,16 @@ def test_mistakes_are_one_line(
 def test_a_conversation_on_a_terminal(in_lab: Path) -> None:
     """A real one: colours, a second turn, a refused line, and Ctrl-D."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "opd_lightning", "sample", *QUICK, "--max_length=40",
-               "--config", str(CONFIGS / "opd.yaml")]  # fmt: skip
+    command = ["sample", *QUICK, "--max_length=40", "--config", str(CONFIGS / "opd.yaml")]
     environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
-    process = subprocess.Popen(
-        command, cwd=in_lab, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    process = Process(
+        "opd_lightning",
+        *command,
+        cwd=in_lab,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
     )
     os.close(theirs)
     seen = ""

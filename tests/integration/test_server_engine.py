@@ -29,6 +29,7 @@ from tests.engine_contract import (
     reference_model,
     whole_and_nucleus,
 )
+from tests.processes import call_ranks
 from tests.servers import RunningServer, is_running
 
 pytestmark = pytest.mark.vllm
@@ -266,9 +267,8 @@ def test_ranks_share_a_server_and_one_pushes(
 ) -> None:
     files = (str(server.address_file), str(server.key_file), str(tmp_path / "push"))
     models = (tiny_model_dir(), tiny_model_dir(seed=1))
-    torch.multiprocessing.spawn(
-        _rank, args=(f"file://{tmp_path}/rendezvous", *files, models), nprocs=2
-    )
+    arguments = (f"file://{tmp_path}/rendezvous", *files, models)
+    call_ranks(_rank, *arguments, count=2, timeout=280)
 
 
 # Who may do what ------------------------------------------------------------------------
@@ -343,8 +343,8 @@ def test_fixed_weights_have_no_development_routes(
     assert "/inference/v1/generate" in fixed
 
 
+@pytest.mark.last
 def test_ending_it_ends_its_children(server: RunningServer) -> None:
-    """The last test that has the server."""
     children = server.children()
     assert server.end() == 0
     until = time.monotonic() + 10

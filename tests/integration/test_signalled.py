@@ -34,6 +34,7 @@ from tests.integration.test_interrupted import (
     resume_and_compare,
     train,
 )
+from tests.processes import Process
 from tests.slurm.cluster import until
 from tests.slurm.parts import NoisyOPD
 
@@ -103,10 +104,30 @@ def test_a_run_without_a_folder_to_save_in_is_refused() -> None:
 # As a program ----------------------------------------------------------------------------
 
 
-def begin(
-    lab: Path, folder: Path, callbacks: list[Any], *, ranks: int = 1
-) -> subprocess.Popen[str]:
-    """`opd fit` in a folder and a process group of its own, once it notes signals."""
+def begin(lab: Path, folder: Path, callbacks: list[Any], *, ranks: int = 1) -> Process:
+    """`opd fit` in a folder and a process group of its own."""
+    return Process(
+        "opd_lightning",
+        *command(lab, folder, callbacks, ranks=ranks),
+        cwd=folder,
+        start_new_session=True,
+    )
+
+
+def begin_to_import(lab: Path, folder: Path, callbacks: list[Any]) -> subprocess.Popen[str]:
+    """The same by a real start, once it notes signals."""
+    run = subprocess.Popen(
+        [sys.executable, "-m", "opd_lightning", *command(lab, folder, callbacks)],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until(lambda: is_caught(run.pid, TERM), "the run's start")
+    return run
+
+
+def command(lab: Path, folder: Path, callbacks: list[Any], *, ranks: int = 1) -> list[str]:
     (folder / "lab").symlink_to(lab / "lab")
     saver = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
     changes = {
@@ -120,16 +141,7 @@ def begin(
         },
     }
     (folder / "changes.yaml").write_text(yaml.safe_dump(changes))
-    command = ["fit", "--config", CONFIG, "--config", "changes.yaml", "--ckpt_path", "last"]
-    run = subprocess.Popen(
-        [sys.executable, "-m", "opd_lightning", *command],
-        cwd=folder,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    until(lambda: is_caught(run.pid, TERM), "the run's start")
-    return run
+    return ["fit", "--config", CONFIG, "--config", "changes.yaml", "--ckpt_path", "last"]
 
 
 def is_caught(process: int, number: signal.Signals) -> bool:
@@ -147,7 +159,7 @@ PAUSE: dict[str, Any] = {
 def test_while_libraries_are_imported_with_somebody_who_listens(
     untrained_lab: Path, tmp_path: Path
 ) -> None:
-    run = begin(untrained_lab, tmp_path, [{"class_path": "callbacks.SlurmRequeue"}])
+    run = begin_to_import(untrained_lab, tmp_path, [{"class_path": "callbacks.SlurmRequeue"}])
     run.send_signal(TERM)
     _, said = run.communicate(timeout=240)
     assert run.returncode == 143, said
@@ -158,7 +170,7 @@ def test_while_libraries_are_imported_with_somebody_who_listens(
 def test_while_libraries_are_imported_with_nobody_who_listens(
     untrained_lab: Path, tmp_path: Path
 ) -> None:
-    run = begin(untrained_lab, tmp_path, [])
+    run = begin_to_import(untrained_lab, tmp_path, [])
     run.send_signal(TERM)
     _, said = run.communicate(timeout=240)
     assert run.returncode == -TERM, said

@@ -1,7 +1,5 @@
 """A call that hangs ends the process, in an orderly way if there is one."""
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -9,16 +7,13 @@ import pytest
 import torch
 
 from opd_lightning.rollouts.time_limit import TimeLimit
-
-SCRIPT = Path(__file__).with_name("hanging.py")
+from tests import processes
 
 
 def run(*command: str, cwd: Path | None = None) -> tuple[int, list[str], float]:
-    """Exit code, lines of stderr and seconds of a Python process."""
+    """Exit code, lines of stderr and seconds of a program."""
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=200
-    )
+    done = processes.run(*command, cwd=cwd, timeout=200)
     return done.returncode, done.stderr.splitlines(), time.monotonic() - began
 
 
@@ -27,7 +22,9 @@ def test_an_engine_that_hangs_ends_the_run_at_its_last_step(
     staleness: int, untrained_lab: Path, tmp_path: Path
 ) -> None:
     """In the trainer's thread and in that of the rollouts ahead."""
-    code, lines, _ = run(str(SCRIPT), str(tmp_path), str(staleness), cwd=untrained_lab)
+    code, lines, _ = run(
+        "tests.integration.hanging", str(tmp_path), str(staleness), cwd=untrained_lab
+    )
     assert code == 1, lines
     (line,) = [line for line in lines if line.startswith("opd: error")]
     call = "rank 0, step 2: HangingEngine.generate of 8 responses"
@@ -37,38 +34,9 @@ def test_an_engine_that_hangs_ends_the_run_at_its_last_step(
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
-BARE = """
-import ctypes, signal, sys, time
-from opd_lightning.rollouts.time_limit import TimeLimit
-
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
-def busy():
-    while True:
-        pass
-
-def deaf():
-    ctypes.PyDLL(None).sleep(600)  # with Python's global lock
-
-def stubborn():
-    while True:
-        try:
-            time.sleep(600)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-
-try:
-    with TimeLimit(1.0, lambda: "rank 3, step 4", "the setting").of("the call"):
-        globals()[sys.argv[1]]()
-except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    sys.exit(1)
-"""
-
-
 @pytest.mark.parametrize("way", ["busy", "deaf", "stubborn"])
 def test_whatever_the_main_thread_does(way: str) -> None:
-    code, lines, seconds = run("-c", BARE, way)
+    code, lines, seconds = run("tests.integration.stuck", way)
     assert code == 1
     assert seconds < 60
     assert any(line.endswith(f"in {way}") for line in lines), lines

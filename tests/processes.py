@@ -1,0 +1,390 @@
+"""Python processes of the tests that start in milliseconds: forked from a warm parent.
+
+`start("opd_lightning", "fit", ...)` behaves like `python -m opd_lightning fit ...`, but it is
+forked from a process that has imported PyTorch, Transformers, Lightning and the package, which
+costs a real start about ten CPU seconds. A test process has one such parent, started at the
+first use. What a child may rely on, because the parent does nothing but import:
+
+- one thread, no process group, no random state in use, no signal handler of ours;
+- working directory, arguments, environment, standard streams and session of its own;
+- an ordinary end: exit handlers run, and its exit code is what a shell would see.
+
+Not the same as a real start: libraries have read the environment at import, before the child's
+environment was set; signals that come during import cannot be tested. Start Python itself there.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import pickle
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).parents[1]
+# Everything that an `opd fit` has imported by its end.
+PRELOADED = (
+    "opd_lightning.cli",
+    "opd_lightning.commands.lightning_cli",
+    "opd_lightning.lab.cli",
+    "opd_lightning.methods",
+    "opd_lightning.rollouts",
+    "opd_lightning.run.datamodule",
+    "opd_lightning.teachers",
+    "opd_lightning.verifiers",
+    "callbacks",
+    "transformers.models.qwen3.modeling_qwen3",
+    "transformers.generation",
+    "torch.distributed.fsdp",
+    "torch.utils.tensorboard",
+    "lightning.pytorch.strategies",
+    "matplotlib.figure",
+    "datasets",
+    "peft",
+    "pytest",
+)
+MAX_MESSAGE = 1 << 20
+
+Stream = int | IO[Any] | None
+
+
+class Process:
+    """A process forked from the warm parent, with the interface of `subprocess.Popen`.
+
+    Its process id is real, so that it can be signalled. Streams that are not given go to
+    temporary files, which `communicate` returns.
+
+    Args:
+        module: Run as the main module, as by `python -m`.
+        arguments: Follow on the command line.
+        cwd: Working directory; None for that of the caller.
+        env: The whole environment; None for that of the caller.
+        stdin: A file or descriptor; None for an empty one.
+        stdout: A file or descriptor; None for a temporary file.
+        stderr: The same, or `subprocess.STDOUT`.
+        start_new_session: Whether it leads a session and a process group.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        cwd: Path | str | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: Stream = None,
+        stdout: Stream = None,
+        stderr: Stream = None,
+        start_new_session: bool = False,
+    ) -> None:
+        self.args = [sys.executable, "-m", module, *arguments]
+        self.returncode: int | None = None
+        self._captured: list[IO[bytes] | None] = [
+            tempfile.TemporaryFile() if stream is None else None  # noqa: SIM115
+            for stream in (stdout, stderr)
+        ]
+        request = {
+            "module": module,
+            "arguments": arguments,
+            "cwd": str(cwd or Path.cwd()),
+            "env": dict(os.environ if env is None else env),
+            "session": start_new_session,
+        }
+        self._status, theirs = socket.socketpair()
+        with theirs, open(os.devnull, "rb") as empty:
+            out = self._captured[0] or stdout
+            err = self._captured[1] or (out if stderr == subprocess.STDOUT else stderr)
+            fds = [_descriptor(stream) for stream in (stdin or empty, out, err)]
+            _send(_parent(), request, [theirs.fileno(), *fds])
+        if not (answer := self._status.recv(8)):
+            raise RuntimeError("the warm parent of test processes could not fork")
+        self.pid = int.from_bytes(answer, "little", signed=True)
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self._exit_code(0.0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end; the exit code."""
+        if (code := self._exit_code(timeout)) is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return code
+
+    def _exit_code(self, timeout: float | None) -> int | None:
+        if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
+            answer = self._status.recv(8)
+            self._status.close()
+            if not answer:
+                raise RuntimeError("the warm parent of test processes has ended")
+            self.returncode = int.from_bytes(answer, "little", signed=True)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end; what it wrote to streams that were not given."""
+        self.wait(timeout)
+        written = []
+        for file in self._captured:
+            if file is not None:
+                file.seek(0)
+            written.append("" if file is None else file.read().decode(errors="replace"))
+        return written[0], written[1]
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def run(
+    module: str, *arguments: str, timeout: float, check: bool = False, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Start a `Process` and wait for its end, like `subprocess.run`; it is killed when late."""
+    (done,) = run_together([Process(module, *arguments, **options)], timeout)
+    if check and done.returncode:
+        raise AssertionError(f"{done.args[2:]}: exit code {done.returncode}\n{done.stderr[-5000:]}")
+    return done
+
+
+def ranks(module: str, *arguments: str, count: int, **options: Any) -> list[Process]:
+    """Start all ranks of a run at once, with the environment that torchrun gives them.
+
+    Lightning's own launcher would start the second rank once the first has read its
+    configuration, and that by a real start.
+
+    Args:
+        count: Processes of the run; one gets no such environment.
+        options: Those of `Process`.
+    """
+    environment = dict(options.pop("env", None) or os.environ)
+    if count == 1:
+        return [Process(module, *arguments, env=environment, **options)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "tests",
+    }
+    return [
+        Process(
+            module,
+            *arguments,
+            env=environment | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **options,
+        )
+        for rank in range(count)
+    ]
+
+
+def run_ranks(
+    module: str, *arguments: str, count: int, timeout: float, check: bool = True, **options: Any
+) -> list[subprocess.CompletedProcess[str]]:
+    """Start all ranks of a run and wait for them; the first that fails ends the others."""
+    done = run_together(ranks(module, *arguments, count=count, **options), timeout)
+    if check and any(one.returncode for one in done):
+        told = "\n".join(f"exit code {one.returncode}\n{one.stderr[-5000:]}" for one in done)
+        raise AssertionError(f"{done[0].args[2:]}: {told}")
+    return done
+
+
+def run_together(
+    processes: Sequence[Process], timeout: float
+) -> list[subprocess.CompletedProcess[str]]:
+    """Wait for all; as torchrun does, kill the rest soon after one has failed."""
+    until = time.monotonic() + timeout
+    try:
+        while running := [process for process in processes if process.poll() is None]:
+            if any(process.returncode for process in processes):
+                until = min(until, time.monotonic() + 30)  # they may be about to end by themselves
+            if time.monotonic() > until:
+                break
+            select.select([process._status for process in running], [], [], 1.0)
+    finally:
+        late = [process for process in processes if process.poll() is None]
+        for process in late:
+            process.kill()
+    results = [(process, *process.communicate(60)) for process in processes]
+    if late and not any(p.returncode for p in processes if p not in late):
+        told = "\n".join(err[-5000:] for _, _, err in results)
+        raise AssertionError(f"{processes[0].args[2:]}: not done after {timeout} s\n{told}")
+    return [subprocess.CompletedProcess(p.args, p.wait(), out, err) for p, out, err in results]
+
+
+def call(function: Callable[..., None], *arguments: Any, cwd: Path | None = None) -> Process:
+    """Start a process that calls a function of a module, which pickle can name."""
+    with tempfile.NamedTemporaryFile(delete=False) as file:
+        pickle.dump((function, arguments), file)
+    return Process(__name__, "call", file.name, cwd=cwd)
+
+
+def call_ranks(function: Callable[..., None], *arguments: Any, count: int, timeout: float) -> None:
+    """Call a function in several processes at once, with the rank as its first argument."""
+    done = run_together([call(function, rank, *arguments) for rank in range(count)], timeout)
+    told = "\n".join(f"exit code {one.returncode}\n{one.stderr[-5000:]}" for one in done)
+    assert not any(one.returncode for one in done), told
+
+
+# The warm parent --------------------------------------------------------------------------
+
+
+@cache
+def _parent() -> socket.socket:
+    """The connection to this process's warm parent, which ends with it."""
+    return _parent_of(os.getpid())
+
+
+@cache
+def _parent_of(process: int) -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    # As `quiet_libraries` sets it before libraries are imported, where stderr is no terminal.
+    quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    with theirs:
+        subprocess.Popen(
+            [sys.executable, "-m", __name__, "serve", str(theirs.fileno())],
+            cwd=ROOT,
+            env={**os.environ, **quiet, "PYTHONPATH": path},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+    return ours
+
+
+def _descriptor(stream: Any) -> int:
+    return stream if isinstance(stream, int) else int(stream.fileno())
+
+
+def _send(to: socket.socket, request: dict[str, Any], fds: list[int]) -> None:
+    socket.send_fds(to, [json.dumps(request).encode()], fds)
+
+
+def _serve(control: socket.socket) -> dict[str, Any] | None:
+    """Fork a child for every request, and report its end; in a child, return its request."""
+    for name in PRELOADED:
+        import_module(name)
+    gc.collect()
+    gc.freeze()  # a child's collections do not copy what it shares
+    if len(threads := sorted(_threads())) > 1:
+        raise RuntimeError(f"cannot fork: threads {threads} after importing {PRELOADED}")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    children: dict[int, socket.socket] = {}
+    while True:
+        watched: list[Any] = [control, read]
+        ready = select.select(watched, [], [])[0]
+        if read in ready:
+            os.read(read, 4096)
+            _report(children)
+        if control not in ready:
+            continue
+        message, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, 4)
+        if not message:
+            return None
+        status = socket.socket(fileno=fds[0])
+        if pid := os.fork():
+            children[pid] = status
+            for fd in fds[1:]:
+                os.close(fd)
+            continue
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for file in (control, *children.values()):
+            file.close()
+        os.close(read)
+        os.close(write)
+        request: dict[str, Any] = json.loads(message)
+        _become(request, fds[1:])
+        with status:
+            status.send(os.getpid().to_bytes(8, "little", signed=True))
+        return request
+
+
+def _threads() -> Iterator[str]:
+    """Names of the threads that a forked child would lack."""
+    for task in Path("/proc/self/task").iterdir():
+        name = (task / "comm").read_text().strip()
+        if name != "jemalloc_bg_thd":  # Arrow's allocator starts it again in a child
+            yield name
+
+
+def _report(children: dict[int, socket.socket]) -> None:
+    """Send the exit code of every child that has ended."""
+    while children:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            return
+        with children.pop(pid) as connection:
+            code = os.waitstatus_to_exitcode(status)
+            try:
+                connection.send(code.to_bytes(8, "little", signed=True))
+            except OSError:
+                continue  # nobody waits for it any more
+
+
+def _become(request: dict[str, Any], streams: list[int]) -> None:
+    """Make a forked child what `python -m` would have made of it."""
+    import random
+
+    import numpy as np
+
+    if request["session"]:
+        os.setsid()
+    for target, fd in enumerate(streams):
+        os.dup2(fd, target)
+    for fd in streams:
+        os.close(fd)
+    for stream in (sys.stdout, sys.__stdout__):
+        stream.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    sys.path[0] = request["cwd"]
+    sys.argv[1:] = request["arguments"]
+    random.seed()
+    np.random.seed()
+
+
+def _call(file: str) -> None:
+    path = Path(file)
+    content = path.read_bytes()
+    path.unlink()
+    function, arguments = pickle.loads(content)
+    function(*arguments)
+
+
+def _main() -> None:
+    if sys.argv[1] == "call":
+        _call(sys.argv[2])
+        return
+    with socket.socket(fileno=int(sys.argv[2])) as control:
+        request = _serve(control)
+    if request is not None:
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _main()
