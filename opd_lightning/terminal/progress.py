@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from time import monotonic
 from types import TracebackType
@@ -18,6 +19,7 @@ PAUSE = 10.0  # seconds between two lines of a log
 LONG = 5.0  # seconds that a stage within another takes before its bar shows
 LONG_IN_LOGS = 60.0  # before its first line in a log, and between two
 REDRAW = 0.1  # seconds between two pictures of a bar
+RECENT = 100  # updates that the rate and the time left are measured over
 
 T = TypeVar("T")
 
@@ -48,6 +50,10 @@ class Progress:
     """What is done of a stage, its rate and the time left, on stderr.
 
     Example, of what a log gets: "generate 512/4,096 responses, 38.1 responses/s, 01:34 left".
+    Rate and time left are measured over the last `RECENT` updates, from the end of the first one:
+    it contains the start-up (engines start, kernels compile), which does not come again. They are
+    "?" until the second update. At the end the rate is that of the whole stage.
+
     The first rank alone shows any. Several threads may each have stages; of one stage, a thread may
     tell what is done while another ends it.
 
@@ -82,6 +88,8 @@ class Progress:
         self.done = self._told = self._before = done
         self._every = every
         self._began = monotonic()
+        # (time, done) at the end of each recent update.
+        self._updates: deque[tuple[float, int]] = deque(maxlen=RECENT + 1)
         self._bar: Bar | None = None
         self._lock = threading.Lock()  # of what is shown
         self._in_lines = not is_watched()
@@ -97,7 +105,9 @@ class Progress:
     def update(self, more: int = 1) -> None:
         """So much more is done; costs less than a microsecond where nothing is to be shown."""
         self.done += more
-        if monotonic() >= self._due:
+        now = monotonic()
+        self._updates.append((now, self.done))
+        if now >= self._due:
             self._show()
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
@@ -148,7 +158,7 @@ class Progress:
 
     @property
     def speed(self) -> str:
-        """Of the whole stage, such as "38.1 responses/s" or "5 s a step"."""
+        """Such as "38.1 responses/s" or "5 s a step"."""
         if not (rate := self._rate):
             return f"? {self.units}/s"
         if rate < 1:
@@ -158,15 +168,25 @@ class Progress:
     @property
     def left(self) -> str:
         """Such as "01:34 left", or "02:10 in all" at the end."""
-        if self.total is not None and self.done >= self.total:
+        if self._is_over:
             return f"{clock(self.elapsed)} in all"
-        if self.total is None or not self._rate:
+        if self.total is None or not (rate := self._rate):
             return "? left"
-        return f"{clock((self.total - self.done) / self._rate)} left"
+        return f"{clock((self.total - self.done) / rate)} left"
+
+    @property
+    def _is_over(self) -> bool:
+        return self.total is not None and self.done >= self.total
 
     @property
     def _rate(self) -> float:
-        return (self.done - self._before) / max(self.elapsed, 1e-9)
+        """Units a second; 0 while it is unknown."""
+        if self._is_over:
+            return (self.done - self._before) / max(self.elapsed, 1e-9)
+        if len(self._updates) < 2:
+            return 0.0
+        (began, before), (ended, after) = self._updates[0], self._updates[-1]
+        return (after - before) / max(ended - began, 1e-9)
 
     def _show(self) -> None:
         with self._lock:

@@ -127,8 +127,8 @@ def test_the_demonstration_from_end_to_end(
 ) -> None:
     """On the Hugging Face engine and three steps; vLLM's own run is `make demo`."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    config = tmp_path / "configs" / "lab" / "opd.yaml"
-    text = config.read_text().replace("max_steps: 200", "max_steps: 3")
+    config = tmp_path / "configs" / "lab" / "opd_full_vocabulary.yaml"
+    text = config.read_text().replace("max_steps: 150", "max_steps: 3")
     config.write_text(text.replace("val_check_interval: 25", "val_check_interval: 1"))
     monkeypatch.setattr(demo_module, "ArithmeticRecipe", lambda: SMALL)
     monkeypatch.setattr(demo_module, "vllm_unavailable", lambda: "vLLM is not installed")

@@ -116,9 +116,30 @@ def test_other_ranks_say_nothing(clock: Clock, log: Log, monkeypatch: pytest.Mon
 
 def test_what_was_done_before_has_no_rate(clock: Clock, log: Log) -> None:
     with Progress("step", 2000, "step", done=1500) as stage:
-        clock.now += 20.0
-        stage.update(100)
-    assert log.read() == "step 1,600/2,000, 5 steps/s, 01:20 left\n"
+        for _ in range(2):
+            clock.now += 20.0
+            stage.update(100)
+    assert log.read().splitlines()[-1] == "step 1,700/2,000, 5 steps/s, 01:00 left"
+
+
+def test_start_up_is_no_part_of_the_time_left(clock: Clock, log: Log) -> None:
+    with Progress("step", 200, "step") as stage:
+        for seconds in (44.0, 16.0, 14.0):  # the engine starts within the first step
+            clock.now += seconds
+            stage.update()
+    assert log.read().splitlines() == [
+        "step 1/200, ? steps/s, ? left",
+        "step 2/200, 16 s a step, 52:48 left",
+        "step 3/200, 15 s a step, 49:15 left",
+    ]
+
+
+def test_the_time_left_follows_the_recent_rate(clock: Clock, log: Log) -> None:
+    with Progress("step", 1000, "step") as stage:
+        for seconds in (1.0, *[1.0] * progress.RECENT, *[4.0] * progress.RECENT):
+            clock.now += seconds
+            stage.update()
+    assert log.read().splitlines()[-1] == "step 201/1,000, 4 s a step, 53:16 left"
 
 
 def test_what_is_not_to_be_done_counts_no_more(clock: Clock, log: Log) -> None:
@@ -149,7 +170,7 @@ def test_a_stage_within_another_shows_once_it_is_long(clock: Clock, terminal: Lo
         stage.update()
         shown = terminal.read()
         assert "learn:  50%|" in shown
-        assert "2/4 micro-batches, 4.95 s a micro-batch, 00:10 left" in shown
+        assert "2/4 micro-batches, 5 s a micro-batch, 00:10 left" in shown
     assert re.fullmatch(r"\r +\r", terminal.read())  # wiped out
 
 
@@ -190,9 +211,11 @@ def test_bars_of_vllm_are_ours(clock: Clock, log: Log) -> None:
     prompts = ["a", "b"]
     assert make(prompts, desc="Rendering prompts") is prompts
     bar = make(total=3, desc="Processed prompts", dynamic_ncols=True, postfix="")
-    clock.now += 80.0
-    assert bar.format_dict["elapsed"] == 80.0
-    bar.update(2)
+    clock.now += 40.0
+    assert bar.format_dict["elapsed"] == 40.0
+    bar.update()
+    clock.now += 40.0
+    bar.update()
     bar.close()
     assert log.read() == "generate 2/3 responses, 40 s a response, 00:40 left\n"
 
@@ -208,7 +231,7 @@ def test_no_library_draws_into_a_log(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=own, cwd=tmp_path, capture_output=True, check=True)
-    assert re.fullmatch(rb"step 3/3, [\d,]+ steps/s, 00:00 in all\n", done.stderr)
+    assert re.fullmatch(rb"step 3/3, [\d,.]+ steps/s, 00:00 in all\n", done.stderr)
 
 
 @pytest.mark.parametrize("in_a_job", [False, True])
