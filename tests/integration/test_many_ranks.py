@@ -19,6 +19,7 @@ from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.conftest import build_tiny_model
 from tests.harness_tasks import write_tasks
 from tests.integration.ways import ways
+from tests.processes import run as run_program
 from tests.processes import run_ranks
 
 SCRIPT = "tests.integration.many_ranks"
@@ -234,5 +235,5 @@ def test_the_overlay_trains_validates_and_exports(runs: Runs, strategy: str) -> 
         ["validate", *saved],
         ["export", *saved, "--out", f"{strategy}-student"],
     ):
-        run("opd_lightning", *command, cwd=runs.folder, check=True, timeout=200)
+        run_program("opd_lightning", *command, cwd=runs.folder, check=True, timeout=200)
     assert (runs.folder / f"{strategy}-student" / "model.safetensors").is_file()
