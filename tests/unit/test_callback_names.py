@@ -60,7 +60,9 @@ def test_another_package_keeps_its_name(name: str, tmp_path: Path) -> None:
     code = "import callbacks; assert callbacks.THEIRS and not hasattr(callbacks, 'EMA')\n"
     code += "import opd_lightning_callbacks as b; assert b.EMA.__module__ == b.__name__ + '.ema'\n"
     code += "print(explain_taken_name('class_path \\'callbacks.EMA\\': no attribute'))\n"
-    code += "print(explain_taken_name('callbacks.Other'), explain_taken_name('lightning.callbacks'))"
+    code += (
+        "print(explain_taken_name('callbacks.Other'), explain_taken_name('lightning.callbacks'))"
+    )
     line, others = run(code, tmp_path / "theirs", root).splitlines()
     assert line == (
         "class_path: got 'callbacks.EMA', but 'callbacks' is another package here "
