@@ -41,9 +41,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.docs ## The documentation as a site, in site/
-	HF_HUB_OFFLINE=1 $(BIN)/mkdocs build --strict --quiet
+	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-dist: $(VENV)/.docs ## Wheel and source archive in dist/, installed in an empty environment and used there
+dist: $(VENV)/.dev ## Wheel and source archive in dist/, installed in an empty environment and used there
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist . >/dev/null
 	$(BIN)/twine check --strict dist/*
@@ -86,9 +86,9 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	@$(PIP) $(FROM) -e ".[dev]" "torch==2.13.0"
+	@$(PIP) $(FROM) -e ".[dev,dist]" "torch==2.13.0"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.installed
-	@$(PIP) $(FROM) -e ".[docs,dist]" "torch==2.13.0"
+	@$(PIP) $(FROM) -e ".[docs]" "torch==2.13.0"
 	@touch $@

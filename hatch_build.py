@@ -5,7 +5,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-class InstalledNames(BuildHookInterface):  # type: ignore[type-arg]
+class InstalledNames(BuildHookInterface):
     """Put both folders into the wheel under names that no other distribution uses.
 
     An editable install needs no copies: there, both are read from the checkout.

@@ -20,6 +20,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from opd_lightning.cli import main
 from tests.comparing import scalars, tensors
 from tests.full_run import CONFIG, RUN, settings
+from tests.metrics_page import unlisted
 from tests.tensorboard_server import tensorboard
 
 STEPS, FROM = 8, 3
@@ -152,6 +153,14 @@ def test_every_chart_has_its_figures(whole: Path) -> None:
         assert set(margins) <= logged, chart.title
         for tag in chart.multiline.tag:
             assert any(re.match(tag, name) for name in logged), chart.title
+
+
+def test_the_documentation_lists_every_figure(whole: Path) -> None:
+    events = EventAccumulator(str(whole / RUN))
+    events.Reload()
+    logged = set(events.Tags()["scalars"])
+    assert len(logged) > 50
+    assert not unlisted(logged)
 
 
 def test_starts_are_noted(whole: Path, resumed: Path) -> None:
