@@ -15,9 +15,10 @@ FROM := $(EXTRA_INDEX) $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # On a busy machine tiny models lose more by threads that wait for one another than they gain.
 export OMP_NUM_THREADS ?= 1
 
-# Modules go to the worker that is free, the long ones first (see tests/conftest.py).
+# A module's tests go to the worker that is free (see tests/conftest.py), in an order that is random
+# and told at the start.  Global generators are left alone: workers might choose the same names.
 WORKERS ?= 2
-PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --randomly-dont-reset-seed
 
 .PHONY: demo test test-all lint format docs dist constraints clean
 
