@@ -12,7 +12,7 @@ from opd_lightning.data.views import Renderer
 from opd_lightning.errors import UserError, note
 from opd_lightning.teachers.base import Ask
 from opd_lightning.teachers.cached import CachedTeacher
-from opd_lightning.training.scoring import announce, ask_everybody
+from opd_lightning.training.scoring import prefetch_scores, score_batch
 from opd_lightning.types import Prompt, Rollout, RolloutBatch, StepTotals, Totals
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class TokenOpinions:
         batches = [self._collate(rollout).to(self.module.device) for rollout in rollouts]
         asks = {} if self.ask is None else {TEACHER: self.ask}
         for batch in batches:
-            announce(asks, {}, batch, top_k=0)
+            prefetch_scores(asks, {}, batch, top_k=0)
         found = [self._figures(batch, asks) for batch in batches]
         for ask in asks.values():
             ask.teacher.release()
@@ -111,7 +111,7 @@ class TokenOpinions:
         # A row without the view, such as one that shows a peer's success, has nothing to compare.
         known = {n: ask for n, ask in asks.items() if bool(batch.views[ask.view].available)}
         with self.module.trainer.precision_plugin.forward_context():
-            scored = ask_everybody(
+            scored = score_batch(
                 self.module.student,
                 batch,
                 asks=known,
