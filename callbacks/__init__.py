@@ -1,4 +1,4 @@
-"""Optional parts of a run; take one away and the method is still the same method."""
+"""Optional callbacks of a run; none of them defines the method."""
 
 from callbacks.capability_retention import CapabilityRetention
 from callbacks.collapse_watch import CollapseWatch
