@@ -98,7 +98,7 @@ class CollapseWatch(RunCallback):
         elif lost:
             self._act(trainer, module, lost[0])
         elif self.good is not None:
-            self.good.note(trainer, calm=not outside)
+            self.good.note(trainer, healthy=not outside)
         if self.good is not None:
             figures["collapse/step_backs"] = float(self.step_backs)
         write_step(trainer, figures, self._seen - 1)

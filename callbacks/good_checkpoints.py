@@ -56,14 +56,14 @@ class GoodCheckpoints:
     def __init__(self, every: int) -> None:
         self.every = every
         self.steps: list[int] = []  # steps of the checkpoints, older first
-        self.calm = 0  # consecutive healthy steps since the last checkpoint
+        self.healthy_steps = 0  # consecutive healthy steps since the last checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": list(self.steps), "calm": self.calm}
+        return {"steps": list(self.steps), "calm": self.healthy_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # Integers only: they become names of files that are deleted.
-        self.steps, self.calm = [int(step) for step in state["steps"]], int(state["calm"])
+        self.steps, self.healthy_steps = [int(step) for step in state["steps"]], int(state["calm"])
 
     def check(self, trainer: Trainer) -> None:
         """Raise UserError if the run has no checkpoint folder."""
@@ -80,15 +80,15 @@ class GoodCheckpoints:
         if trainer.global_step == 0 and not isinstance(trainer.strategy, ModelParallelStrategy):
             self._save(trainer)
 
-    def note(self, trainer: Trainer, *, calm: bool) -> None:
-        """Count a step, healthy if `calm`, and save if due. Collective; called after every step."""
-        self.calm = self.calm + 1 if calm else 0
-        if calm and (not self.steps or self.calm >= self.every):
+    def note(self, trainer: Trainer, *, healthy: bool) -> None:
+        """Count a step and save if due. Collective; called after every step."""
+        self.healthy_steps = self.healthy_steps + 1 if healthy else 0
+        if healthy and (not self.steps or self.healthy_steps >= self.every):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         dropped, self.steps = self.steps[:-1], [*self.steps[-1:], trainer.global_step]
-        self.calm = 0  # before saving: the checkpoint contains the counter
+        self.healthy_steps = 0  # before saving: the checkpoint contains the counter
         trainer.save_checkpoint(_path(trainer, self.steps[-1]), weights_only=False)
         _remove(trainer, dropped)
 
@@ -103,7 +103,7 @@ class GoodCheckpoints:
         for callback in run_callbacks(trainer):
             callback.on_step_back(trainer, module, checkpoint)
         trainer.datamodule.engines.prefetch.discard()  # type: ignore[attr-defined]
-        self.steps, self.calm = [step], 0
+        self.steps, self.healthy_steps = [step], 0
         _remove(trainer, later)
         return step
 

@@ -66,10 +66,7 @@ def check_parts(composed: ComposedMethod) -> None:
 
 
 def _check_tokens(composed: ComposedMethod) -> None:
-    """Raise UserError if a cross-tokenizer teacher must score a view or single tokens.
-
-    It scores groups of tokens under the plain prompt only.
-    """
+    """Raise UserError unless cross-tokenizer teachers score groups of tokens of plain prompts."""
     method = type(composed).__name__
     summing = [method] if composed.sums_tokens else []
     summing += [type(rule).__name__ for rule in composed.rules if rule.sums_tokens]

@@ -14,9 +14,7 @@ from opd_lightning.training.scoring import LOSS
 
 
 class DivergenceMethod(ComposedMethod):
-    """Method with the loss `L = aggregate of D(S_t, T_t)` on the prefixes that the student visits.
-
-    The divergence is differentiated directly.
+    """Method with loss `L = aggregate of D(S_t, T_t)` on student prefixes, differentiated directly.
 
     Args:
         student: The model that learns, under the plain prompt.

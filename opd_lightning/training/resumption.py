@@ -14,10 +14,7 @@ OPTIMISER = f"{EPOCH_LOOP}automatic_optimization.optim_progress"
 
 
 def check_whole_steps(trainer: Trainer) -> None:
-    """Raise UserError if an epoch ends inside an optimiser step.
-
-    The number of optimiser steps must determine the position of a run.
-    """
+    """Raise UserError if an epoch ends inside a step: the step number must define the position."""
     batches, parts = trainer.num_training_batches, trainer.accumulate_grad_batches
     if batches % parts:
         raise UserError(

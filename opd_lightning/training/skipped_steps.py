@@ -55,11 +55,10 @@ class SkippedSteps(nn.Module):
     def skip(
         self, step: int, loss: Tensor, gradient_norm: Tensor, parameters: Iterable[nn.Parameter]
     ) -> str | None:
-        """Skip the step if needed; return a message for the user then, else None.
+        """Skip the step if needed; return a message for the user then, else None. Collective.
 
-        Collective. Raises RunStoppedError at `stop_after` consecutive steps, and
-        EngineMismatchError if log-probs of the engine are not finite: its next rollouts would not
-        be better.
+        Raises RunStoppedError at `stop_after` consecutive steps, and EngineMismatchError if
+        log-probs of the engine are not finite: its next rollouts would not be better.
         """
         faulty = {name: float(share) for name, share in self.faulty.compute().items() if share > 0}
         self.reset()
