@@ -13,7 +13,7 @@ from opd_lightning.training.callback import RunCallback
 
 
 class EMATeacherUpdate(RunCallback):
-    """Updates every `EMATeacher` of the method after an optimiser step, at the teacher's rate."""
+    """Updates every `EMATeacher` of the method after each optimiser step."""
 
     moves_ema_teachers = True
 

@@ -78,7 +78,7 @@ class Trainer(Commands):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Train a student. Locks the run folder; a resumed run uses the prompts it began with.
+        """Train in a locked run folder, on the prompts that the run began with.
 
         Args:
             model: The method, with the student.

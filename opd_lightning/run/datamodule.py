@@ -52,9 +52,9 @@ class RolloutDataModule(LightningDataModule):
             privileged text as a system message.
         validation: Suites for `opd fit` and `opd validate`, by name.
         test: Suites for `opd test`, by name.
-        texts: Suites of texts that are scored, not answered, for all three commands, by name.
+        texts: Suites of texts that are scored, for all three commands, by name.
         tasks: Tasks of lm-evaluation-harness, for all three commands, by name.
-        suites: Suites of any other class, for all three commands, by name.
+        suites: Suites of other classes, for all three commands, by name.
         sampling: Sampling of responses.
         prompts_per_step: Prompts per optimiser step, over all ranks.
         samples_per_prompt: Responses of the student per prompt.

@@ -39,13 +39,12 @@ class DistillationModule(Contract, EvaluatedModule):
 
     Args:
         student: The model that learns.
-        optimizer: Function that makes an optimiser from parameters. Published recipes use learning
-            rates of 1e-5 to 1e-6 for all weights and 1e-4 for LoRA.
-        lr_scheduler: Function that makes a scheduler from an optimiser. It is stepped once per
-            optimiser step.
-        aggregation: How token losses are reduced to a scalar; see `losses/reduction.py`.
-        max_logprob_gap: Largest mean gap, in nats per sampled token of a step, between the
-            log-probs of engine and trainer. A larger gap stops the run.
+        optimizer: Optimiser. Published learning rates are 1e-5 to 1e-6 for all weights and 1e-4
+            for LoRA.
+        lr_scheduler: Learning-rate scheduler, stepped once per optimiser step.
+        aggregation: Reduction of token losses; see `losses/reduction.py`.
+        max_logprob_gap: Largest mean gap of a step between log-probs of engine and trainer, in
+            nats per sampled token. A larger gap stops the run.
         stop_after_skips: Number of consecutive skipped steps that stops the run. A step is
             skipped, without an update, if its loss or gradient is not finite.
         overlap_top_k: Size of the top-k sets whose overlap is logged.
