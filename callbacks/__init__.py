@@ -1,4 +1,4 @@
-"""Optional parts of a run; take one away and the method is still the same method."""
+"""Optional callbacks of a run; none of them defines the method."""
 
 from .capability_retention import CapabilityRetention
 from .collapse_watch import CollapseWatch

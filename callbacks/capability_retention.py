@@ -1,4 +1,4 @@
-"""What a run gains on its target, and what it costs its other abilities."""
+"""Gain of a run on its target suites and loss on all others."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from .pareto import ParetoFolder, Point, front
 class CapabilityRetention(RunCallback):
     """Compares every validation with one before the first step.
 
-    What is in `data.validation` or `data.texts` and no target is an ability to be kept. Responses
-    are judged by their score, texts by their mean log-likelihood in nats per token: a delta of
-    -0.05 is five points of accuracy, or a perplexity that is 5 % higher. The worst has the lowest
-    delta. All are measured whenever the run validates (`trainer.val_check_interval`).
+    Every suite of `data.validation` or `data.texts` that is no target is an ability to be kept.
+    Responses are judged by their score, texts by their mean log-likelihood in nats per token: a
+    delta of -0.05 is five points of accuracy, or a perplexity that is 5 % higher. The worst ability
+    has the lowest delta. Suites are measured at every validation (`trainer.val_check_interval`).
 
     Args:
-        targets: Suites that the run is to improve.
-        keep_pareto: Keep the students, weights alone, that no other beats in both the mean delta
-            of the targets and that of the worst ability, in the run's folder `pareto`.
-        lower_past: Drop of the worst ability past which the learning rate is lowered, once and for
-            all; None never does.
-        lower_to: What it is multiplied by, whatever its schedule says.
-        stop_past: Drop of the worst ability past which the run ends; None never does.
+        targets: Suites that the run should improve.
+        keep_pareto: Keep the students (weights only) on the Pareto front of the mean delta of the
+            targets and the delta of the worst ability, in the folder `pareto` of the run.
+        lower_past: Drop of the worst ability beyond which the learning rate is lowered, once, for
+            the rest of the run. None disables it.
+        lower_to: Factor on the learning rate then, on top of the schedule.
+        stop_past: Drop of the worst ability beyond which the run ends. None disables it.
     """
 
     charts: ClassVar[Layout] = {
@@ -72,7 +72,7 @@ class CapabilityRetention(RunCallback):
             check_measurable(self.targets, trainer.datamodule, trainer)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, module: DistillationModule) -> None:  # type: ignore[override]
-        log_dir = trainer.log_dir  # a broadcast, for every rank
+        log_dir = trainer.log_dir  # collective: a broadcast
         if self.keep_pareto and log_dir is not None:
             self._folder = ParetoFolder(Path(log_dir, "pareto"))
         if self.lowered:
@@ -96,7 +96,7 @@ class CapabilityRetention(RunCallback):
         found = Measurement(
             step=trainer.global_step, start=self.baseline, scores=scores, targets=self.targets
         )
-        # A validation that was cut short is made again.
+        # An interrupted validation is repeated: replace its point.
         earlier = [point for point in self.points if point.step < found.step]
         self.points = front([*earlier, Point.of(found)])
         module.derived |= found.figures()
@@ -118,18 +118,18 @@ class CapabilityRetention(RunCallback):
 
     def _act(self, trainer: Trainer, module: DistillationModule, found: Measurement) -> None:
         drop = -found.retention
-        said = f"step {found.step}: {found.worst!r} dropped by {drop:.3f}, more than"
+        prefix = f"step {found.step}: {found.worst!r} dropped by {drop:.3f}, more than"
         if self.lower_past is not None and drop > self.lower_past and not self.lowered:
             self.lowered = True
             module.rate_scales["retention"] = self.lower_to
-            _say(f"{said} {self.lower_past}: learning rate times {self.lower_to} from now")
+            _say(f"{prefix} {self.lower_past}: learning rate times {self.lower_to} from now")
         if self.stop_past is not None and drop > self.stop_past:
             trainer.should_stop = True
-            _say(f"{said} {self.stop_past}: the run ends")
+            _say(f"{prefix} {self.stop_past}: the run ends")
 
 
 def _validate(trainer: Trainer) -> None:
-    """One validation more, before the first step; Lightning has its place in the loop."""
+    """Run a validation before the first step, with the fit loop's validation loop."""
     trainer.validating = True
     trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True

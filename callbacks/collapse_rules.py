@@ -1,4 +1,4 @@
-"""What a healthy step looks like: a band for each figure."""
+"""Bands of the logged figures of a healthy step."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from opd_lightning.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Band:
-    """Where a figure of a step should lie.
+    """Range in which a figure of a step should lie.
 
-    A bound is a number, or a multiple of the figure's median over the run's first steps. Where a
-    side has both, the wider one counts. None takes a bound away.
+    A bound is a number, or a multiple of the figure's start, its median over the run's first steps.
+    If a side has both, the wider one applies. None removes a bound.
 
     Args:
-        lowest: The least value.
-        highest: The largest value.
-        fall: The least multiple of the start.
-        rise: The largest multiple of the start.
-        patience: Steps in a row out of the band after which something is done.
+        lowest: Smallest value.
+        highest: Largest value.
+        fall: Smallest multiple of the start.
+        rise: Largest multiple of the start.
+        patience: Consecutive steps outside the band after which the action is taken.
     """
 
     lowest: float | None = None
@@ -30,8 +30,8 @@ class Band:
     rise: float | None = None
     patience: int = 5
 
-    figure: ClassVar[str]  # as it is logged
-    most: ClassVar[float] = math.inf  # what the figure can be
+    figure: ClassVar[str]  # logged name
+    most: ClassVar[float] = math.inf  # largest possible value of the figure
     always: ClassVar[bool] = True  # whether every method logs it
     meaning: ClassVar[str]
 
@@ -46,7 +46,7 @@ class Band:
             raise UserError(f"{name}: got bounds {sides}, expected numbers of 0 or more")
 
     def bounds(self, start: float) -> tuple[float, float]:
-        """The least and the largest value in the band, for a figure that began at `start`."""
+        """Return the smallest and largest value in the band of a figure with this start."""
         below = [self.lowest, None if self.fall is None else self.fall * start]
         above = [self.highest, None if self.rise is None else self.rise * start]
         return (
@@ -57,7 +57,7 @@ class Band:
 
 @dataclass(frozen=True, kw_only=True)
 class Truncation(Band):
-    """Share of responses cut at `sampling.max_new_tokens`; it went to 1 in 2604.08527's runs."""
+    """Share of responses cut at `sampling.max_new_tokens`; rose to 1 in the runs of 2604.08527."""
 
     highest: float | None = 0.3
     rise: float | None = 1.5
@@ -69,7 +69,7 @@ class Truncation(Band):
 
 @dataclass(frozen=True, kw_only=True)
 class Repetition(Band):
-    """Share of responses that run in circles; 0.3 to 0.6 after collapse in 2604.08527's runs.
+    """Share of repetitive responses; 0.3 to 0.6 after collapse in the runs of 2604.08527.
 
     The figure is 0 for responses shorter than 10,000 characters: see `metrics/repetition.py`.
     """
@@ -84,7 +84,7 @@ class Repetition(Band):
 
 @dataclass(frozen=True, kw_only=True)
 class Entropy(Band):
-    """Entropy of the student per token, in nats: low when it says one thing, high when anything."""
+    """Entropy of the student per token, in nats; collapse may lower or raise it."""
 
     fall: float | None = 0.02
     highest: float | None = 1.0
@@ -107,10 +107,10 @@ class Length(Band):
 
 @dataclass(frozen=True, kw_only=True)
 class Disagreement(Band):
-    """Mean size of d_t = log pi_T - log pi_S on the sampled tokens, in nats.
+    """Mean absolute d_t = log pi_T - log pi_S on the sampled tokens, in nats.
 
-    A run that learns from its teacher comes closer to it. One that breaks, in whatever form, writes
-    what the teacher would not. Methods without a teacher do not log the figure.
+    It falls while a run learns from its teacher. After any form of collapse the student's responses
+    are unlikely under the teacher. Methods without a teacher do not log the figure.
     """
 
     highest: float | None = 1.0

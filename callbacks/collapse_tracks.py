@@ -1,4 +1,4 @@
-"""Figures along a run: where they began, and for how long they have been out of their bands."""
+"""Per-figure state of a run: start values and consecutive steps outside the band."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from .collapse_rules import Band
 
 
 class Track:
-    """A figure along a run.
+    """State of one figure of a run.
 
     Args:
-        band: Its band.
-        start_steps: Steps with the figure that make up its start; they are not judged.
+        band: Band of the figure.
+        start_steps: Number of values whose median is the start. They are not judged.
     """
 
     def __init__(self, band: Band, start_steps: int) -> None:
         self.band = band
         self.start_steps = start_steps
-        self.first: list[float] = []  # of the start
-        self.outside = 0  # steps in a row, up to now
-        self.value = math.nan  # the last one
+        self.first: list[float] = []  # values of the start
+        self.outside = 0  # consecutive steps outside the band, up to the latest
+        self.value = math.nan  # latest
 
     def see(self, value: float) -> None:
-        """Judge the figure of a step."""
+        """Add the figure's value of a step."""
         self.value = value
         if math.isfinite(value) and len(self.first) < self.start_steps:
             self.first.append(value)
@@ -35,8 +35,8 @@ class Track:
         self.outside = 0 if low <= value <= high else self.outside + 1
 
     @property
-    def is_lost(self) -> bool:
-        """Whether it has been outside for longer than patience lasts."""
+    def is_out_of_patience(self) -> bool:
+        """Whether the figure has been outside its band for `patience` steps or more."""
         return self.outside >= self.band.patience
 
     @property
@@ -57,7 +57,7 @@ class Track:
         )
 
     def why_idle(self) -> str | None:
-        """Why the rule can never be broken, if it cannot."""
+        """Return why the figure can never leave its band, or None if it can."""
         name, rule = self.band.figure, type(self.band).__name__
         low, high = self.bounds
         if not self.first and not self.band.always:
@@ -79,11 +79,11 @@ class Track:
 
 
 class Tracks:
-    """All figures that a run is watched by.
+    """State of all watched figures of a run.
 
     Args:
-        bands: Of each.
-        start_steps: Steps of a start.
+        bands: Bands of the figures.
+        start_steps: Number of values that make up a start.
     """
 
     def __init__(self, bands: Iterable[Band], start_steps: int) -> None:
@@ -95,19 +95,19 @@ class Tracks:
         return iter(self._tracks.values())
 
     def see(self, figures: Mapping[str, Any]) -> None:
-        """Judge a step by what it logged; a rule whose figure is not among it stays as it was."""
+        """Add the logged figures of a step; tracks of figures that are absent do not change."""
         self.watched += 1
         for name, track in self._tracks.items():
             if name in figures:
                 track.see(float(figures[name]))
 
-    def forgive(self) -> None:
-        """What they describe is undone."""
+    def reset_outside(self) -> None:
+        """Reset the counts of steps outside the bands, after a step-back."""
         for track in self:
             track.outside = 0
 
     def why_idle(self) -> list[str]:
-        """Of rules that can never be broken, a line each, once it is known."""
+        """Return a line for each rule that can never be broken, at the end of the start steps."""
         if self.watched != self.start_steps:
             return []
         return [reason for track in self if (reason := track.why_idle()) is not None]
@@ -117,7 +117,7 @@ class Tracks:
         return {"watched": self.watched, "tracks": tracks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Rules that were switched on or off since begin anew, or are left out."""
+        """Load a checkpoint's state. Rules enabled since start anew; disabled ones are dropped."""
         self.watched = state["watched"]
         for name in self._tracks.keys() & state["tracks"].keys():
             self._tracks[name].load_state_dict(state["tracks"][name])

@@ -1,4 +1,4 @@
-"""Watches the responses of a run: warns, stops or steps back when they collapse."""
+"""Detection of collapsing responses: warning, stop or step back."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from .good_checkpoints import GoodCheckpoints, StepBack
 class CollapseWatch(RunCallback):
     """Compares the figures of every step with their bands.
 
-    A figure that is out of its band for `patience` steps in a row is named in one line on the
-    terminal. Then the run goes on (`warn`), ends (`stop`), or takes weights, optimiser and EMA
-    teachers back to a checkpoint of calmer days (`step_back`) and goes on from there with a lower
-    learning rate. Its clock is not put back: the next prompts are others, the schedule stays in
-    time, and the log has no second step of the same number. `collapse/out_of_band` is the number
-    of rules that a step breaks, `collapse/step_backs` how often the run has stepped back.
+    A figure outside its band for `patience` consecutive steps is reported in one line on the
+    terminal. Then the run continues (`warn`), ends (`stop`), or restores weights, optimiser and EMA
+    teachers from a checkpoint before the collapse (`step_back`) and continues with a lower learning
+    rate. The step counter is not reset: the next prompts are new, the schedule continues, and the
+    log has each step once. `collapse/out_of_band` is the number of rules that a step breaks,
+    `collapse/step_backs` the number of step-backs so far.
 
     Args:
-        action: What to do.
-        truncation: The share of truncated responses; null switches a rule off.
-        repetition: The share of repetitive responses.
-        entropy: The student's entropy.
-        length: The length of responses.
-        disagreement: The distance between student and teacher, in methods that have one.
-        start_steps: Steps that the figures' starts are the medians of. They are not judged.
-        step_back: How to step back.
+        action: Action on a collapse.
+        truncation: Rule for the share of truncated responses; null disables a rule.
+        repetition: Rule for the share of repetitive responses.
+        entropy: Rule for the student's entropy.
+        length: Rule for the length of responses.
+        disagreement: Rule for the distance between student and teacher, if there is a teacher.
+        start_steps: First steps, whose median is a figure's start. They are not judged.
+        step_back: Settings of the action `step_back`.
     """
 
-    runs_last = True  # what it saves has the parts of all other callbacks
+    runs_last = True  # its checkpoints include the state of all other callbacks
     charts: ClassVar[Layout] = {
         "Do they collapse?": {
             "rules that the step breaks, step-backs so far": ["Multiline", ["collapse/"]],
@@ -90,16 +90,16 @@ class CollapseWatch(RunCallback):
         for reason in self.tracks.why_idle():
             _say(trainer, reason)
         outside = [track for track in self.tracks if track.outside]
-        lost = [track for track in outside if track.is_lost]
+        lost = [track for track in outside if track.is_out_of_patience]
         figures = {"collapse/out_of_band": float(len(outside))}
         if self.action == "warn":
             for track in lost:
-                if track.outside == track.band.patience:  # once, until it has been back
+                if track.outside == track.band.patience:  # once per departure from the band
                     _say(trainer, f"step {self._seen - 1}: {track}; {_LOOK}")
         elif lost:
             self._act(trainer, module, lost[0])
         elif self.good is not None:
-            self.good.note(trainer, calm=not outside)
+            self.good.note(trainer, healthy=not outside)
         if self.good is not None:
             figures["collapse/step_backs"] = float(self.step_backs)
         write_step(trainer, figures, self._seen - 1)
@@ -116,7 +116,7 @@ class CollapseWatch(RunCallback):
         self.step_backs += 1
         self._slow_down(module)
         step = self.good.step_back(trainer, module)
-        self.tracks.forgive()
+        self.tracks.reset_outside()
         _say(
             trainer,
             f"{what}; back to the weights after {step} steps ({self.step_backs} of {limit}), the "

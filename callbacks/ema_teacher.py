@@ -1,4 +1,4 @@
-"""Moves the EMA teachers after optimiser steps and keeps them in the checkpoint."""
+"""Updates of EMA teachers after optimiser steps, and their state in checkpoints."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from opd_lightning.training.callback import RunCallback
 
 
 class EMATeacherUpdate(RunCallback):
-    """Lets every `EMATeacher` of the method follow the student; it says at which rate."""
+    """Updates every `EMATeacher` of the method after each optimiser step."""
 
     moves_ema_teachers = True
 
     def __init__(self) -> None:
-        self._moved_at = 0  # optimiser steps that the teachers have seen
+        self._moved_at = 0  # optimiser step of the latest update
         self._resumed: list[dict[str, Any]] | None = None
 
     def on_train_start(self, trainer: Trainer, module: DistillationModule) -> None:  # type: ignore[override]

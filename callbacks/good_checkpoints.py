@@ -1,4 +1,4 @@
-"""Checkpoints of a run's calm stretches, and the way back to one of them."""
+"""Checkpoints of healthy stretches of a run, to step back to."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from opd_lightning.training.callback import run_callbacks
 
 @dataclass(frozen=True, kw_only=True)
 class StepBack:
-    """How a run steps back, and what is different afterwards.
+    """Settings of step-backs.
 
     Args:
-        every_n_steps: Length of the calm stretches between the checkpoints that it keeps.
-        slow_down: Factor on the learning rate after each time, on top of the schedule.
-        at_most: Times; the next collapse stops the run.
+        every_n_steps: Consecutive healthy steps, all figures in their bands, between checkpoints.
+        slow_down: Factor on the learning rate after each step-back, on top of the schedule.
+        at_most: Largest number of step-backs; the next collapse stops the run.
     """
 
     every_n_steps: int = 20
@@ -43,30 +43,30 @@ class StepBack:
 
 
 class GoodCheckpoints:
-    """Keeps two checkpoints, one for each of the last two calm stretches of `every` steps.
+    """Keeps two checkpoints, one for each of the last two healthy stretches of `every` steps.
 
-    Of the newer one nobody knows yet what comes of its weights; the older one was followed by a
-    calm stretch at least. So that is the one to step back to. The first is the run's start. They
-    lie beside the run's other checkpoints, as `good-step=<step>.ckpt`.
+    A step-back restores the older one, because a healthy stretch followed it; how training goes on
+    from the newer one is not known yet. The first checkpoint is the run's start. They lie beside
+    the run's other checkpoints, as `good-step=<step>.ckpt`.
 
     Args:
-        every: Length of a calm stretch in optimiser steps.
+        every: Length of a healthy stretch in optimiser steps.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self.steps: list[int] = []  # optimiser steps made, the older one first
-        self.calm = 0  # steps in a row since the last checkpoint
+        self.steps: list[int] = []  # steps of the checkpoints, older first
+        self.healthy_steps = 0  # consecutive healthy steps since the last checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": list(self.steps), "calm": self.calm}
+        return {"steps": list(self.steps), "calm": self.healthy_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # Whole numbers: they become the names of files that are removed.
-        self.steps, self.calm = [int(step) for step in state["steps"]], int(state["calm"])
+        # Integers only: they become names of files that are deleted.
+        self.steps, self.healthy_steps = [int(step) for step in state["steps"]], int(state["calm"])
 
     def check(self, trainer: Trainer) -> None:
-        """Refuse a run that has no folder for them."""
+        """Raise UserError if the run has no checkpoint folder."""
         if not isinstance(trainer.checkpoint_callback, ModelCheckpoint):
             raise UserError(
                 "CollapseWatch: got action 'step_back' in a run without a ModelCheckpoint, whose "
@@ -74,36 +74,36 @@ class GoodCheckpoints:
             )
 
     def begin(self, trainer: Trainer) -> None:
-        """Save the start of a run; of one that goes on from an old checkpoint, see what is left."""
+        """Save the start of a new run; drop missing checkpoints of a resumed one."""
         self.steps = broadcast(lambda: [s for s in self.steps if _path(trainer, s).exists()])
-        # To be saved in shards, an optimiser without a state would make an empty step first.
+        # Saving a sharded optimiser without state would make an empty optimiser step first.
         if trainer.global_step == 0 and not isinstance(trainer.strategy, ModelParallelStrategy):
             self._save(trainer)
 
-    def note(self, trainer: Trainer, *, calm: bool) -> None:
-        """Save if it is time to; all processes must call it after every step."""
-        self.calm = self.calm + 1 if calm else 0
-        if calm and (not self.steps or self.calm >= self.every):
+    def note(self, trainer: Trainer, *, healthy: bool) -> None:
+        """Count a step and save if due. Collective; called after every step."""
+        self.healthy_steps = self.healthy_steps + 1 if healthy else 0
+        if healthy and (not self.steps or self.healthy_steps >= self.every):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         dropped, self.steps = self.steps[:-1], [*self.steps[-1:], trainer.global_step]
-        self.calm = 0  # it is itself in what is saved
+        self.healthy_steps = 0  # before saving: the checkpoint contains the counter
         trainer.save_checkpoint(_path(trainer, self.steps[-1]), weights_only=False)
         _remove(trainer, dropped)
 
     def step_back(self, trainer: Trainer, module: DistillationModule) -> int:
-        """Undo what was learnt since the older one; the number of its step.
+        """Restore the older checkpoint and return its step.
 
-        Besides weights and optimiser, every `RunCallback` is called to take back what it keeps.
-        Rollouts that were written ahead are thrown away.
+        Every `RunCallback` is called to restore its state, besides weights and optimiser.
+        Prefetched rollouts are discarded.
         """
         step, *later = self.steps
         checkpoint = step_back(trainer, _path(trainer, step))
         for callback in run_callbacks(trainer):
             callback.on_step_back(trainer, module, checkpoint)
         trainer.datamodule.engines.prefetch.discard()  # type: ignore[attr-defined]
-        self.steps, self.calm = [step], 0
+        self.steps, self.healthy_steps = [step], 0
         _remove(trainer, later)
         return step
 
@@ -116,5 +116,5 @@ def _path(trainer: Trainer, step: int) -> Path:
 
 def _remove(trainer: Trainer, steps: Sequence[int]) -> None:
     for step in steps if trainer.is_global_zero else ():
-        with suppress(OSError):  # what stays only takes room
+        with suppress(OSError):  # leftover files only use disk space
             remove(_path(trainer, step))

@@ -1,4 +1,4 @@
-"""A validation of a run, held against the one before its first step."""
+"""Scores of a validation compared with those before the first step."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from opd_lightning.run.datamodule import RolloutDataModule
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Scores of all suites, more being better; what is no target is an ability to be kept.
+    """Scores of all suites, larger being better. Suites that are no targets are abilities to keep.
 
     Example: Measurement(step=5, start={"a": 0.5, "b": 0.9}, scores={"a": 0.7, "b": 0.8},
-        targets=["a"]) has gain 0.2 and retention -0.1, of its worst ability "b".
+        targets=["a"]) has gain 0.2 and retention -0.1, with worst ability "b".
     """
 
     step: int  # optimiser steps made
     start: Mapping[str, float]  # by suite
-    scores: Mapping[str, float]  # likewise
+    scores: Mapping[str, float]  # by suite
     targets: Sequence[str]
 
     @cached_property
@@ -32,7 +32,7 @@ class Measurement:
 
     @cached_property
     def worst(self) -> str:
-        """The ability that lost most, or gained least."""
+        """The ability with the lowest delta."""
         kept = [name for name in self.deltas if name not in self.targets]
         return min(kept, key=self.deltas.__getitem__)
 
@@ -47,12 +47,12 @@ class Measurement:
         return self.deltas[self.worst]
 
     def figures(self) -> dict[str, float]:
-        """What is logged, by name."""
+        """Return the logged figures, by name."""
         each = {f"retention/delta/{name}": delta for name, delta in self.deltas.items()}
         return {"retention/gain": self.gain, "retention/worst": self.retention, **each}
 
     def table(self) -> str:
-        """The same in Markdown, a suite a row."""
+        """Return a Markdown table with one row per suite."""
         rows = ["| suite | | start | now | delta |", "|---|---|---|---|---|"]
         for name, delta in self.deltas.items():
             role = "target" if name in self.targets else "worst" if name == self.worst else ""
@@ -62,7 +62,7 @@ class Measurement:
 
 
 def check_measurable(targets: list[str], data: RolloutDataModule, trainer: Trainer) -> None:
-    """Raise UserError unless everything that is compared will be measured."""
+    """Raise UserError unless targets and other suites are all measured in full."""
     suites = data.suites_of("validate")
     unknown = [name for name in targets if name not in suites]
     if unknown or not targets or not suites.keys() - set(targets):
@@ -84,7 +84,7 @@ def check_measurable(targets: list[str], data: RolloutDataModule, trainer: Train
 
 
 def judged(module: EvaluatedModule, data: RolloutDataModule) -> dict[str, float]:
-    """The score by which every measured suite is judged, by suite."""
+    """Return the score `judged_by` of every measured suite, by suite."""
     scores = {}
     for name, suite in module.suites.items():
         figure, found = suite.judged_by(data.verifier), module.suite_scores[name].compute()

@@ -1,4 +1,4 @@
-"""The checkpoints that no other beats in both gain and retention."""
+"""Checkpoints on the Pareto front of gain and retention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INDEX = "index.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What a run had gained and kept at a step, against its start."""
+    """Gain and retention of a run at a step, relative to its start."""
 
     step: int  # optimiser steps made
     gain: float  # mean delta of the targets
@@ -33,12 +33,12 @@ class Point:
         return cls(step=found.step, gain=found.gain, retention=found.retention, scores=scores)
 
     def beats(self, other: Point) -> bool:
-        """At least as good in both; of equals each beats the other."""
+        """Whether gain and retention are both at least those of `other`."""
         return self.gain >= other.gain and self.retention >= other.retention
 
 
 def front(points: Iterable[Point]) -> list[Point]:
-    """The points that none before them equals and none beats, in their order."""
+    """Return the points that no other beats, in their order; of equal points the first."""
     kept: list[Point] = []
     for point in points:
         if not any(other.beats(point) for other in kept):
@@ -47,9 +47,9 @@ def front(points: Iterable[Point]) -> list[Point]:
 
 
 class ParetoFolder:
-    """A folder with the students of a front, weights alone, and `index.json` about them.
+    """Folder with the students of a Pareto front (weights only) and their index, `index.json`.
 
-    The start is a point of the front, too, without a file: it is the student's own folder.
+    The start may be a point of the front. It has no file: its weights are the student's folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,7 +59,7 @@ class ParetoFolder:
         return self.folder / f"step-{step:06d}.ckpt"
 
     def check_empty(self) -> None:
-        """Raise UserError if another run left something here."""
+        """Raise UserError if the folder has checkpoints of another run."""
         if any(self.folder.glob("step-*.ckpt")):
             raise UserError(
                 f"{str(self.folder)!r} holds the students of an earlier run; name another run "
@@ -67,15 +67,15 @@ class ParetoFolder:
             )
 
     def keep(self, trainer: Trainer, points: list[Point], about: dict[str, Any]) -> None:
-        """Save the student if it is the newest point; remove what is no point any more.
+        """Save the student if it is the newest point, and delete files of former points.
 
-        All processes must call it. What a killed run left of later steps stays until this one
-        gets there.
+        Collective. Files of later steps, left by a killed run, stay until this run reaches their
+        steps.
 
         Args:
-            trainer: Whose student.
-            points: The front.
-            about: What else the index says.
+            trainer: Trainer of the student.
+            points: Pareto front.
+            about: Further entries of the index.
         """
         now = trainer.global_step
         if now and points[-1].step == now:

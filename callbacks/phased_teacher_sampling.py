@@ -1,4 +1,4 @@
-"""SG-OPD's phased teacher sampling: the teacher writes early on, the student alone later."""
+"""SG-OPD's phased teacher sampling: teacher responses early in a run, none later."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from opd_lightning.training.composed import ComposedMethod
 
 
 class PhasedTeacherSampling(RunCallback):
-    """Moves the weight of the teacher's responses, and ends their sampling (2606.09304).
+    """Schedules the weight and the sampling of the teacher's responses (2606.09304).
 
     The weight alpha (`model.init_args.imitation`) is `start` up to `phase1_end`, falls along a
     cosine to `end` at `phase2_end` and is 0 after it; from there on `data.mix.teacher`, the share
-    of prompts that the teacher answers, is 0 too. Both are functions of the optimiser step alone,
-    so a resumed run agrees, with the same `trainer.max_steps`.
+    of prompts that the teacher answers, is 0 too. Both are functions of the optimiser step only, so
+    a resumed run continues the schedule if `trainer.max_steps` is the same.
 
     Args:
-        start: alpha at first. Not published; ours, after an ablation labelled 0.2.
-        end: alpha at the end of phase 2. Not published; ours.
-        phase1_end: Share of `trainer.max_steps`; the published best.
-        phase2_end: Likewise.
+        start: alpha in phase 1. Not published; our choice, after an ablation labelled 0.2.
+        end: alpha at the end of phase 2. Not published; our choice.
+        phase1_end: End of phase 1 as a share of `trainer.max_steps`; the published best.
+        phase2_end: End of phase 2 as a share of `trainer.max_steps`; the published best.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class PhasedTeacherSampling(RunCallback):
         self.end = end
         self.phase1_end = phase1_end
         self.phase2_end = phase2_end
-        self._alpha: ThreePhaseCosine | None = None  # from set-up on
+        self._alpha: ThreePhaseCosine | None = None  # set in `setup`
 
     def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
         if stage != "fit":

@@ -1,4 +1,4 @@
-"""Random numbers that go on after a resume as if nothing had happened."""
+"""State of the global random generators in checkpoints."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ State = dict[str, Any]
 
 
 class RngState(RunCallback):
-    """Keeps every rank's global generators in the checkpoint: Python's, NumPy's, torch's, CUDA's.
+    """Saves the global generators of every rank (Python, NumPy, torch, CUDA) in checkpoints.
 
-    For models and methods that draw from them while they learn: dropout, noise in a loss. Rollouts
-    have seeds of their own and do not need it.
+    For models and methods that use them in training, for example for dropout or noise in a loss.
+    Rollouts are seeded separately and do not need it.
 
-    A step begins with the state that the last one ended with. What is drawn in between (by a
-    validation, a new epoch's iterator, a start of the program) does not count, in a run that is
-    resumed as in one that is not. With another number of ranks nothing is restored, and the trainer
-    says so.
+    A step begins with the generator state at the end of the previous one, in resumed and
+    uninterrupted runs alike. Draws in between (by a validation, a new epoch's iterator, the start
+    of the program) have no effect. With a different number of ranks nothing is restored, and the
+    trainer reports it.
     """
 
     def __init__(self) -> None:
         self._resumed: list[State] | None = None
-        self._begin: State = {}  # what the coming step, or the one at work, began with
+        self._begin: State = {}  # state at the start of the current or next step
         self._step = 0
 
     def on_load_checkpoint(
@@ -61,7 +61,7 @@ class RngState(RunCallback):
 
 
 def current(device: torch.device) -> State:
-    """This process's generators, as tensors and plain numbers; CUDA's is that of `device`."""
+    """Return the generator states of this process and, for CUDA, of `device`."""
     numbers: Any = np.random.get_state()
     name, keys, *rest = numbers
     state: State = {
@@ -75,7 +75,7 @@ def current(device: torch.device) -> State:
 
 
 def restore(state: State, device: torch.device) -> None:
-    """Make the generators go on where `current` found them."""
+    """Restore the generator states that `current` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -1,4 +1,4 @@
-"""Sample rollouts: a table in TensorBoard, lines in a file, pages with coloured tokens."""
+"""Sample rollouts in TensorBoard, a JSON lines file and HTML pages with coloured tokens."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ OLD_FILES = 4  # of JSON lines, besides the current one
 
 
 class RolloutLog(RunCallback):
-    """Shows a few of the step's rollouts: in TensorBoard's text tab and in the run folder.
+    """Logs some rollouts of a step, in TensorBoard's text tab and in the run folder.
 
-    `rollouts.jsonl` has one object a line, with the log-probs of the sampler. The pages
-    `rollouts/<step>.html` colour every token by d_t, its advantage, or what a rule made of it.
+    `rollouts.jsonl` has one object per line, with the sampler's log-probs. The pages
+    `rollouts/<step>.html` colour every token by d_t, its advantage, or the effect of a rule.
 
     Args:
         every_n_steps: Optimiser steps between two entries.
         count: Rollouts per entry.
         max_characters: Longer prompts and responses are cut in the middle, in TensorBoard.
-        max_megabytes: Size at which `rollouts.jsonl` is put aside; the newest five files stay.
+        max_megabytes: Size at which `rollouts.jsonl` is rotated; the newest five files are kept.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class RolloutLog(RunCallback):
         self._lines: RotatingFileHandler | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        # Here, where every rank comes by: asking for log_dir is a broadcast.
+        # Here, because all ranks call it: `log_dir` is a broadcast.
         self._folder = None if trainer.log_dir is None else Path(trainer.log_dir)
 
     def on_train_batch_end(  # type: ignore[override]
@@ -71,7 +71,7 @@ class RolloutLog(RunCallback):
         if step == self._last_step or step % self.every_n_steps or not trainer.is_global_zero:
             return
         self._last_step = step
-        # Micro-batches run from long to short: an even spread shows both.
+        # Rollouts are sorted from long to short: an even spread has both.
         spread = range(0, len(batch.rollouts), max(1, len(batch.rollouts) // self.count))
         chosen = list(spread)[: self.count]
         text = self._table([batch.rollouts[i] for i in chosen])
@@ -100,7 +100,7 @@ class RolloutLog(RunCallback):
             self._lines.emit(logging.makeLogRecord({"msg": line}))
 
     def _table(self, rollouts: Sequence[Rollout]) -> str:
-        """A Markdown table, one rollout a row."""
+        """Return a Markdown table with one row per rollout."""
         columns = ("prompt", "author", "response", "end", "reward", "mean log-prob")
         rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         for r in rollouts:
@@ -115,7 +115,7 @@ class RolloutLog(RunCallback):
         if len(text) > self.max_characters:
             half = self.max_characters // 2
             text = f"{text[:half]} ... {text[-half:]}"
-        # Markdown would end the cell at a bar and the row at a line break.
+        # In Markdown a bar ends the cell and a line break the row.
         return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
 
 

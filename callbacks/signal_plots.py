@@ -1,4 +1,4 @@
-"""The teacher's signal in pictures: its histogram, and where in the responses it is."""
+"""Plots of the teacher's signal: its histogram and its profile over the response."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from opd_lightning.metrics.depth import DECILES
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.callback import RunCallback
 
-LIMIT, BINS = 10.0, 200  # nats; what is larger is counted at the ends
+LIMIT, BINS = 10.0, 200  # nats; larger values are counted in the outer bins
 COLOURS = "#4c72b0", "#c44e52"
 
 
 class SignalPlots(RunCallback):
-    """Shows d_t = log pi_T - log pi_S of a whole step, over all ranks, in TensorBoard.
+    """Logs d_t = log pi_T - log pi_S of a whole step, over all ranks, to TensorBoard.
 
-    `signal/log_ratio` is its histogram, in bins of 0.1 nats; the image `signal/by_depth` its mean
-    and absolute mean by tenth of the longest response that may be written. Methods that ask no
-    teacher show neither.
+    `signal/log_ratio` is its histogram, in bins of 0.1 nats. The image `signal/by_depth` shows its
+    mean and absolute mean by tenth of `sampling.max_new_tokens`. Methods without a teacher log
+    neither.
 
     Args:
         every_n_steps: Optimiser steps between two entries.
@@ -38,7 +38,7 @@ class SignalPlots(RunCallback):
     def on_before_optimizer_step(  # type: ignore[override]
         self, trainer: Trainer, module: DistillationModule, optimizer: Optimizer
     ) -> None:
-        # The step's last moment with its figures: the module logs and forgets them next.
+        # The last hook before the module logs and resets its metrics.
         step = trainer.global_step
         if step % self.every_n_steps or trainer.logger is None:
             return
@@ -57,9 +57,9 @@ class SignalPlots(RunCallback):
 
 
 def histogram(ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts `[BINS]` of d_t `[N]` float64 in nats, and the sums `[2]` of it and its square.
+    """Return counts `[BINS]` of d_t `[N]` float64 in nats, and its sum and sum of squares `[2]`.
 
-    Infinities are left out: their step is skipped, and says why.
+    Values that are not finite are left out: their step is skipped with a message.
     """
     ratio = ratio[ratio.isfinite()]
     counts = torch.histc(ratio.clamp(-LIMIT, LIMIT), BINS, -LIMIT, LIMIT)
@@ -83,7 +83,7 @@ def _add_histogram(writer: SummaryWriter, counts: Tensor, moments: Tensor, step:
 
 
 def draw(depth: Tensor) -> np.ndarray:
-    """The picture `[H, W, 3]` uint8 of tokens, d_t and its size `[3, 10]`, summed by depth."""
+    """Plot sums of token counts, d_t and |d_t| by depth `[3, 10]`; return `[H, W, 3]` uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -91,7 +91,7 @@ def draw(depth: Tensor) -> np.ndarray:
     tenths = np.flatnonzero((tokens > 0) & np.isfinite(size))
     figure = Figure(figsize=(4.2, 2.6), dpi=80)
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.16, 0.19, 0.81, 0.68))  # finding a place takes a second drawing
+    axes = figure.add_axes((0.16, 0.19, 0.81, 0.68))  # an automatic layout draws twice
     axes.bar(tenths, size[tenths] / tokens[tenths], color=COLOURS[0], label="absolute mean")
     axes.plot(tenths, ratio[tenths] / tokens[tenths], "o-", color=COLOURS[1], label="mean")
     axes.axhline(0, color="black", linewidth=0.8)

@@ -1,4 +1,4 @@
-"""A job that SLURM wants to end saves its run, and asks to be started again."""
+"""Saving and requeueing of SLURM jobs on signals."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from opd_lightning.training.callback import RunCallback
 
 
 class SlurmRequeue(RunCallback):
-    """Saves `last.ckpt` and leaves when SIGUSR1 or SIGTERM came to any rank.
+    """Saves `last.ckpt` and exits when any rank receives SIGUSR1 or SIGTERM.
 
-    SIGUSR1 requeues the job, which starts the same script again; `#SBATCH --signal=USR1@SECONDS`
-    has SLURM send it that long before the time limit. SIGTERM (`scancel`, preemption) does not.
-    Both may come from the first moment of `opd fit`, and are acted on before a step's rollouts are
-    written, before they are learnt from, and between two batches of a validation. So leave time
-    for the longest of these, and to save. What a step had begun is done again.
+    SIGUSR1 requeues the job, which starts the same script again; with
+    `#SBATCH --signal=USR1@SECONDS` SLURM sends it that long before the time limit. SIGTERM
+    (`scancel`, preemption) does not requeue. Signals are recorded from the start of `opd fit` and
+    handled before a step's rollouts are generated, before training on them, and between two batches
+    of a validation. Allow time for the longest of these and for saving. An unfinished step is
+    repeated.
 
-    The exit code is 0 for a job that is requeued, 1 if SLURM refuses to, and 143 after SIGTERM
-    (138 after SIGUSR1 where there is no job). A run that has made its last step is left alone.
+    The exit code is 0 for a requeued job, 1 if SLURM refuses to requeue it, and 143 after SIGTERM
+    (138 after SIGUSR1 outside a job). After the last step of a run signals are ignored.
     """
 
     handles_signals = True
@@ -70,11 +71,11 @@ class SlurmRequeue(RunCallback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        if not isinstance(exception, SignalledError):  # SLURM may still send some after that
+        if not isinstance(exception, SignalledError):  # SLURM may send further signals afterwards
             signals.close()
 
     def _act_on_signals(self, trainer: Trainer) -> None:
-        """Does what any rank was asked for; all must call it at the same point."""
+        """Save and exit if any rank received a signal. Collective."""
         mine = torch.tensor(signals.requested(), device=trainer.strategy.root_device)
         action = SignalAction(int(trainer.strategy.reduce(mine, reduce_op="max")))
         if action is not SignalAction.NONE:
@@ -83,14 +84,14 @@ class SlurmRequeue(RunCallback):
             _leave(action, saved, trainer.is_global_zero)
 
     def _save(self, trainer: Trainer) -> str:
-        """What was saved, in words."""
+        """Save a checkpoint if a step was made; return a message about it."""
         if trainer.global_step == self._began_at:
             return "no step was made since the start, so there is nothing new to save"
         return f"saved the beginning of step {trainer.global_step} as {save_last(trainer)}"
 
 
 def _leave(action: SignalAction, saved: str, speaks: bool) -> NoReturn:
-    """Tell SLURM and the user, on one rank, and end the run, on all."""
+    """Requeue the job and print a message, on one rank, and end the run, on all ranks."""
     job, refusal, code = _job(), None, 128 + action.signal
     line = f"{action.signal.name}: {saved}; "
     if action is SignalAction.REQUEUE and job:
@@ -108,7 +109,7 @@ def _leave(action: SignalAction, saved: str, speaks: bool) -> NoReturn:
 
 
 def _job() -> str | None:
-    """How SLURM calls this job, or this task of a job array."""
+    """Return the SLURM id of this job, or of this task of a job array."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     if array:
         return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -116,12 +117,12 @@ def _job() -> str | None:
 
 
 def _requeue(job: str) -> str | None:
-    """Why SLURM did not do it, or None."""
+    """Requeue a job; return the reason if SLURM refuses, else None."""
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     except OSError as error:
         return f"scontrol: {error.strerror}"
-    # SLURM obeys by ending the job's processes, scontrol among them: then it has no word to say.
+    # On success SLURM ends the job's processes, scontrol included: a negative code, no output.
     if done.returncode <= 0:
         return None
     return " ".join(done.stderr.split()) or "no reason given"

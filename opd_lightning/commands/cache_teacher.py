@@ -1,4 +1,4 @@
-"""Asking a teacher once about all recorded responses: what `opd cache-teacher` does."""
+"""`opd cache-teacher`: teacher scores of all recorded responses, written to a cache."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from opd_lightning.teachers.score_writer import ScoreWriter
 from opd_lightning.terminal.progress import Progress
 from opd_lightning.types import Author, Rollout, RolloutBatch, StepTotals, StopReason, Totals
 
-ROUND = 16  # batches that a teacher elsewhere is told of before the first is asked for
+ROUND = 16  # batches prefetched at a time
 _Part = list[tuple[bytes, RecordedQuestion]]
 
 
 def fill(
     cached: CachedTeacher, *, student: Student, device: torch.device, batch_tokens: int
 ) -> None:
-    """Ask for the answers that are not known yet, and write them; then say what was done.
+    """Score the responses that are not in the cache, write the scores and print a summary.
 
     Args:
-        cached: After its checks, with `collect_unknown`.
-        student: Handed to the teacher as in training; its weights are not loaded.
-        device: Where a local teacher computes.
-        batch_tokens: Most tokens of a batch, prompts and padding included; a longer row is alone.
+        cached: Teacher after its checks with `collect_unknown`.
+        student: Argument of `Teacher.load`, as in training; its weights are not loaded.
+        device: Device of a local teacher.
+        batch_tokens: Largest number of tokens of a batch, prompts and padding included. A longer
+            row is a batch by itself.
     """
     assert cached.unknown is not None
     assert cached.description is not None
@@ -66,9 +67,9 @@ def fill(
 def _rounds(
     questions: Mapping[bytes, RecordedQuestion], batch_tokens: int
 ) -> Iterator[list[_Part]]:
-    """Batches of rows of similar length, a few at a time.
+    """Yield batches of rows of similar length, at most `ROUND` at a time.
 
-    The longest come first: what does not fit shows at once.
+    The longest come first, so that running out of memory shows at once.
     """
     parts: list[_Part] = [[]]
     for key, question in sorted(questions.items(), key=lambda item: -_length(item[1])):
@@ -97,7 +98,7 @@ def _collate(part: _Part, description: Description, student: Student) -> Rollout
 
 
 def _rollout(question: RecordedQuestion) -> Rollout:
-    """The question as a rollout whose only prompt is the one that is asked about."""
+    """Return the question as a rollout without views."""
     return Rollout(
         prompt=question.prompt,
         prompt_ids=question.prompt_ids,
@@ -118,7 +119,7 @@ def _rollout(question: RecordedQuestion) -> Rollout:
 
 @torch.no_grad()
 def _ask(teacher: Teacher, batch: RolloutBatch, top_k: int) -> Iterator[RowScores]:
-    """The teacher's scores, row by row, on the CPU."""
+    """Yield the teacher's scores by row, on the CPU."""
     mask = batch.response_mask
     scores = teacher.score(batch, "student", top_k=top_k)
     parts = (scores.logprobs, scores.entropy, scores.top_ids, scores.top_logprobs)

@@ -1,4 +1,4 @@
-"""`opd compare`: runs side by side, from their TensorBoard files."""
+"""`opd compare`: comparison of runs from their TensorBoard files."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ SECONDS = "time/step_seconds"
 
 
 class Curve(NamedTuple):
-    """A scalar of one run."""
+    """Scalar of one run."""
 
     steps: np.ndarray  # [n] int64
     values: np.ndarray  # [n] float64
 
 
 class Line(NamedTuple):
-    """What the table says of a scalar in one run, or in several alike."""
+    """Table row: figures of a scalar in one run or a group of runs."""
 
     run: str
     tag: str
     runs: int
     last: float  # mean over the runs
-    low: float  # of the last value: the logged 95 % interval of one run, or
-    high: float  # one standard deviation around the mean of several
+    low: float  # interval of the last value: one run's logged 95 % interval, or one
+    high: float  # standard deviation around the mean of several runs
     best: float
     best_step: int
-    steps: int  # optimiser steps made
-    hours: float  # spent on them
+    steps: int  # optimiser steps
+    hours: float  # time of these steps
 
 
 def compare(
@@ -49,15 +49,15 @@ def compare(
     plot: str | None = None,
     json: bool = False,
 ) -> None:
-    """Compare runs: last and best values with their intervals, steps, time; and curves.
+    """Compare runs: last and best values with intervals, steps, time and curves.
 
     Args:
         runs: Run folders.
-        tags: Scalars by name or pattern, such as val/*/score or overlap/*; the default takes
-            scores, loss, length and truncation.
-        group: Take runs whose names differ only behind the last "-" or "_" (seeds) as one, and
-            report mean and standard deviation over them.
-        plot: PNG to write, one panel a scalar.
+        tags: Names or patterns of scalars, such as val/*/score or overlap/*; the default is
+            scores, loss, response length and truncation.
+        group: Group runs whose names differ only after the last "-" or "_" (seeds), and report
+            mean and standard deviation over them.
+        plot: PNG to write, with one panel per scalar.
         json: Print one JSON object instead of a table.
     """
     wanted = tags or list(DEFAULT_TAGS)
@@ -84,7 +84,7 @@ def compare(
 
 
 def read(run: Path) -> dict[str, Curve]:
-    """Every scalar of a run; of a step that was logged twice, by a resumed run, the later."""
+    """Return all scalars of a run. Of a step that a resumed run logged again, the later counts."""
     if not any(run.glob("events.out.tfevents.*")):
         raise UserError(f"{str(run)!r} holds no TensorBoard file; name a run folder")
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
@@ -98,12 +98,12 @@ def read(run: Path) -> dict[str, Curve]:
 
 
 def matches(tag: str, wanted: Sequence[str]) -> bool:
-    """Whether a pattern finds the tag; `*` stays within a part between slashes."""
+    """Whether a pattern matches the tag; `*` does not match a slash."""
     return any(fnmatch(tag, one) and tag.count("/") == one.count("/") for one in wanted)
 
 
 def line(name: str, tag: str, runs: Sequence[dict[str, Curve]]) -> Line:
-    """The figures of a scalar in runs that count as one."""
+    """Return the figures of a scalar in a group of runs."""
     lasts = np.array([run[tag].values[-1] for run in runs])
     if len(runs) > 1:
         spread = float(lasts.std(ddof=1))
@@ -131,7 +131,7 @@ def line(name: str, tag: str, runs: Sequence[dict[str, Curve]]) -> Line:
 
 
 def as_table(lines: Sequence[Line]) -> Table:
-    """A block for every scalar, in it a row for every run."""
+    """Return a table with a section per scalar and a row per run or group."""
     table = Table(pad_edge=False)
     table.add_column("", overflow="fold")
     for name in ("last", "interval", "best", "at step", "steps", "hours"):
@@ -163,7 +163,7 @@ def draw(
     curves: dict[str, dict[str, Curve]],
     picture: Path,
 ) -> None:
-    """One panel a scalar: every run a line, groups in one colour, logged intervals shaded."""
+    """Plot one panel per scalar: runs as lines, a colour per group, logged intervals shaded."""
     import matplotlib
 
     matplotlib.use("agg")

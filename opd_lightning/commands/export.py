@@ -1,4 +1,4 @@
-"""From a checkpoint to an ordinary Hugging Face folder."""
+"""`opd export`: a checkpoint's student as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from opd_lightning.errors import UserError
 from opd_lightning.models.student import Student
 from opd_lightning.terminal.library_bars import shown_as
 
-PREFIX = "student."  # of its tensors in a checkpoint
+PREFIX = "student."  # of the student's tensors in a checkpoint
 
 
 def load_student(student: Student, checkpoint: str) -> int:
-    """Load the student's weights from a run's checkpoint; returns the optimiser step.
+    """Load the student's weights from a run's checkpoint and return its optimiser step.
 
-    A checkpoint is a file, or a folder of shards, which are read straight into the weights.
+    A checkpoint is a file or a folder of shards. Shards are read directly into the weights.
 
     Raises:
-        UserError: It is damaged, or not of this student.
+        UserError: The checkpoint is damaged, or of another student.
     """
     saved = whole(checkpoint)
     there = {n.removeprefix(PREFIX): s for n, s in saved.shapes.items() if n.startswith(PREFIX)}
@@ -46,7 +46,7 @@ def load_student(student: Student, checkpoint: str) -> int:
 
 
 def write_hf_folder(student: Student, folder: Path) -> None:
-    """Write config, safetensors (LoRA merged) and tokenizer; transformers and vLLM load it."""
+    """Write config, safetensors (LoRA merged) and tokenizer, as transformers and vLLM load them."""
     model = student.model
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     with shown_as("write student", "shard"):

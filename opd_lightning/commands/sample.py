@@ -1,4 +1,4 @@
-"""Answers of a model, shown with what its teacher thinks of them: what `opd sample` does."""
+"""`opd sample`: responses of a student, with tokens coloured by the teacher's log-probs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from opd_lightning.commands.export import load_student
-from opd_lightning.commands.token_opinions import TokenOpinions
+from opd_lightning.commands.token_scores import TokenScorer
 from opd_lightning.commands.token_text import coloured, plain
 from opd_lightning.data.engines import push
 from opd_lightning.data.mix import RolloutMix
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     from opd_lightning.run.datamodule import RolloutDataModule
     from opd_lightning.training.base import DistillationModule
 
-NEW = "/new"  # begins another conversation
+NEW = "/new"  # starts a new conversation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked besides the conversation itself.
+    """Sampling settings and prompt fields of a conversation.
 
     Args:
-        samples: Responses to a prompt.
-        sampling: How they are drawn.
-        privileged: Text that the teacher alone may see.
-        answer: The reference answer, for a verifier and for views that show it.
-        domain: Which of several teachers is asked.
+        samples: Responses per prompt.
+        sampling: Sampling of the responses.
+        privileged: Text shown to the teacher only.
+        answer: Reference answer, for a verifier and for views that show it.
+        domain: Domain of the prompt, which selects the teacher if there are several.
     """
 
     samples: int
@@ -64,14 +64,16 @@ class Question:
 
 
 class Sampler:
-    """The student, who answers through an engine, and its teacher, if anybody can see colours.
+    """Samples responses with an engine, scores and prints them.
+
+    The teacher is used only if tokens are coloured: on a terminal or with `html`.
 
     Args:
-        module: The method.
-        data: Holds engine, chat template, views and verifier.
-        question: What is asked.
-        console: Where answers go. On a terminal tokens have colours.
-        html: File for a page of all answers.
+        module: Method with student and teacher.
+        data: Data module with engine, chat template, views and verifier.
+        question: Sampling settings and prompt fields.
+        console: Output of the responses. On a terminal tokens are coloured.
+        html: File for an HTML page of all responses.
     """
 
     def __init__(
@@ -89,9 +91,9 @@ class Sampler:
         self.html = html
         self.engine: Engine = data.engine or HFEngine()
         seen = console.is_terminal or html is not None
-        self.opinions = TokenOpinions(module, data, question.prompt(())) if seen else None
+        self.scorer = TokenScorer(module, data, question.prompt(())) if seen else None
         source = module.student.source
-        self.renderer = self.opinions.renderer() if self.opinions else data.renderer(training=False)
+        self.renderer = self.scorer.renderer() if self.scorer else data.renderer(training=False)
         verifier = data.verifier if question.answer is not None else None
         engines = {Author.STUDENT: self.engine}
         self.writer = RolloutWriter(engines, verifier, self.renderer, module.timer)
@@ -100,7 +102,7 @@ class Sampler:
         self._context = source.context_length
 
     def check(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt's ids; UserError if it cannot be answered."""
+        """Return the ids of the prompt. Raise UserError if it cannot be answered."""
         prompt, mix = self.question.prompt(messages), RolloutMix()
         ids = self.renderer.plain(prompt)
         sampling = self.question.sampling
@@ -108,36 +110,36 @@ class Sampler:
         return ids
 
     def start(self, checkpoint: str | None, max_length: int, device: torch.device) -> None:
-        """Load all weights, if nothing stands against it.
+        """Check the settings and load all weights.
 
         Args:
-            checkpoint: Of the run; None: the student's folder as it is.
-            max_length: Most tokens of a prompt and its response.
-            device: Of student and teacher.
+            checkpoint: Checkpoint of the run; None uses the student's folder.
+            max_length: Largest number of tokens of a prompt and its response.
+            device: Device of student and teacher.
         """
         source, student = self.module.student.source, self.module.student
         self.engine.check(source, max_length=max_length)
-        with redirect_stdout(sys.stderr):  # libraries print what they like
-            if self.opinions is not None:
-                self.opinions.check(self.question.prompt(()))
+        with redirect_stdout(sys.stderr):  # libraries may print to stdout
+            if self.scorer is not None:
+                self.scorer.check(self.question.prompt(()))
             if checkpoint is not None:
                 load_student(student, checkpoint)
             student.load()
             self.module.to(device)
-            if self.opinions is not None:
-                self.opinions.load(device)
+            if self.scorer is not None:
+                self.scorer.load(device)
             self.engine.start(source, max_length=max_length)
             push(student, self.engine, version=0)
-        if self.opinions is not None:
-            note(f"tokens are coloured {self.opinions.whose}")
+        if self.scorer is not None:
+            note(f"tokens are coloured {self.scorer.legend}")
 
     def close(self) -> None:
         self.engine.close()
-        if self.opinions is not None:
-            self.opinions.close()
+        if self.scorer is not None:
+            self.scorer.close()
 
     def answer(self, messages: Sequence[Message]) -> str:
-        """Write and show all samples; hands back the first."""
+        """Sample and show all responses; return the first."""
         ids, prompt = self.check(messages), self.question.prompt(messages)
         self._turns += 1
         rows = [
@@ -147,7 +149,7 @@ class Sampler:
         ]
         with redirect_stdout(sys.stderr):
             rollouts = self.writer.write(rows, {Author.STUDENT: self.question.sampling})
-            figures = self.opinions.figures(rollouts) if self.opinions else [{} for _ in rollouts]
+            figures = self.scorer.figures(rollouts) if self.scorer else [{} for _ in rollouts]
         for rollout, known in zip(rollouts, figures, strict=True):
             self._show(rollout, known)
         if self.html is not None:
@@ -159,8 +161,8 @@ class Sampler:
         caption = _caption(rollout, figures)
         if figures:
             tokens = token_texts(self.renderer.tokenizer, rollout.response_ids)
-            asked = "\n".join(f"[{m['role']}] {m['content']}" for m in rollout.prompt.messages)
-            self._rows.append(TokenRow(asked, caption, tokens, figures))
+            prompt = "\n".join(f"[{m['role']}] {m['content']}" for m in rollout.prompt.messages)
+            self._rows.append(TokenRow(prompt, caption, tokens, figures))
         if not self.console.is_terminal:
             print(plain(rollout.text), file=self.console.file)
             if self.question.samples > 1:
@@ -180,7 +182,7 @@ def _caption(rollout: Rollout, figures: dict[str, list[float]]) -> str:
 
 
 def read_prompt(given: str | None, stdin: TextIO) -> str | None:
-    """The prompt that was given, or all of stdin; None where somebody sits at it."""
+    """Return the given prompt, or else the content of stdin; None if stdin is a terminal."""
     if given is None and stdin.isatty():
         return None
     text = stdin.read().removesuffix("\n") if given is None else given
@@ -191,15 +193,15 @@ def read_prompt(given: str | None, stdin: TextIO) -> str | None:
 
 
 def chat(sampler: Sampler, first: Sequence[Message], read: Callable[[], str]) -> None:
-    """Answer line after line, each in view of what was said before, until the input ends.
+    """Run a conversation, one turn per line, until the input ends.
 
-    The conversation goes on with the first of several samples. A line that cannot be answered is
-    refused and forgotten.
+    With several samples, the conversation continues with the first. A line that cannot be answered
+    is reported and left out of the conversation.
 
     Args:
-        sampler: Started.
-        first: What every conversation begins with.
-        read: The next line; EOFError when there is none.
+        sampler: Started sampler.
+        first: Initial messages of every conversation.
+        read: Returns the next line; raises EOFError at the end.
     """
     note(f"one line is one turn; {NEW} begins anew, Ctrl-D ends")
     messages = list(first)
@@ -209,9 +211,9 @@ def chat(sampler: Sampler, first: Sequence[Message], read: Callable[[], str]) ->
             if line == NEW:
                 messages = list(first)
             elif line:
-                asked: Message = {"role": "user", "content": line}
-                said = sampler.answer([*messages, asked])
-                messages += [asked, {"role": "assistant", "content": said}]
+                message: Message = {"role": "user", "content": line}
+                response = sampler.answer([*messages, message])
+                messages += [message, {"role": "assistant", "content": response}]
         except UserError as error:
             report(f"{error} ({NEW} begins anew)")
         except (EOFError, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Responses on a terminal, their tokens coloured by what models said of them."""
+"""Terminal text with tokens coloured by their figures."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from rich.text import Text
 
 from opd_lightning.terminal.token_page import ABOVE, BELOW, IN_SCALE
 
-FAINT, STRONG = 0.1, 0.5  # shares of the scale: below the first no colour, from the second a ground
+FAINT, STRONG = 0.1, 0.5  # shares of the scale: no colour below, coloured background from
 
 
 def coloured(tokens: Sequence[str], values: Sequence[float]) -> Text:
-    """Blue above 0, red below, as on a page; what is unknown has no colour.
+    """Return the text in blue for values above 0 and red below, as on an HTML page.
 
-    Letters are coloured where the value is small and their ground where it is large, so that it
-    reads well on dark and light terminals.
+    Small values colour the letters and large ones the background, which is legible on dark and
+    light terminals.
 
     Args:
-        tokens: Pieces of the text.
-        values: One a token; NaN: unknown.
+        tokens: Texts of the tokens.
+        values: One value per token; NaN has no colour.
     """
     most = _scale(values)
     text = Text()
@@ -37,13 +37,13 @@ def coloured(tokens: Sequence[str], values: Sequence[float]) -> Text:
 
 
 def plain(text: str) -> str:
-    """The text without what would move a terminal's cursor or change its colours."""
+    """Return the text with control characters escaped, except line breaks and tabs."""
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) != "Cc" else repr(c)[1:-1] for c in text
     )
 
 
 def _scale(values: Sequence[float]) -> float:
-    """Of all values most fit in: one surprise must not bleach the rest."""
+    """Return a high quantile of the absolute values, so that outliers do not fade the others."""
     sizes = sorted(abs(value) for value in values if math.isfinite(value))
     return (sizes[int(IN_SCALE * (len(sizes) - 1))] if sizes else 0.0) or 1.0

@@ -1,4 +1,4 @@
-"""Lightning's Trainer as this program trains and measures with it."""
+"""Lightning's Trainer with run logs, checkpoints on interruption and evaluation reports."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from opd_lightning.training.callback import RunCallback, run_callbacks
 
 
 class Trainer(Commands):
-    """See Lightning's documentation.
+    """Lightning's Trainer; see its documentation for the arguments.
 
-    Added are our own commands, a progress bar in optimiser steps, a log without seams, scores for
-    people and for programs, and a checkpoint when a run is cut short.
+    Adds commands, a progress bar in optimiser steps, a continuous log of resumed runs, scores as a
+    table or JSON, and a checkpoint when a run is interrupted.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -44,11 +44,11 @@ class Trainer(Commands):
         has_bar = any(isinstance(callback, ProgressBar) for callback in given)
         if kwargs.get("enable_progress_bar") is not False and not has_bar:
             ours += [FirstLine(), StepProgressBar()]
-        # The sort is stable.
+        # `sorted` is stable: callbacks keep their order otherwise.
         given = sorted(given, key=lambda c: isinstance(c, RunCallback) and c.runs_last)
-        self.run_log = RunLog()  # begins before others' figures
+        self.run_log = RunLog()  # first, before other callbacks log
         kwargs["callbacks"] = [self.run_log, *given, *ours]
-        super().__init__(*args, **kwargs)  # to the letter: the parser reads it
+        super().__init__(*args, **kwargs)  # exactly this call: jsonargparse reads it
         self._checkpoint_connector = CheckpointConnector(self)
         check_strategy(self.strategy, self.num_devices, self.num_nodes)
         self._signal_connector = TermAsInterrupt(self)
@@ -61,11 +61,11 @@ class Trainer(Commands):
         weights_only: bool | None = None,
         storage_options: Any | None = None,
     ) -> None:
-        """Write a checkpoint, whole or not at all; all processes must call it."""
+        """Write a checkpoint atomically. Collective."""
         if storage_options is not None:
             raise UserError("save_checkpoint: got storage_options, expected none; disks take none")
         if self.model is None:
-            super().save_checkpoint(filepath, weights_only)  # says what is wrong
+            super().save_checkpoint(filepath, weights_only)  # raises Lightning's error
         with self.profiler.profile("save_checkpoint"):  # type: ignore[attr-defined]
             write(self, self._checkpoint_connector.dump_checkpoint(weights_only), filepath)
 
@@ -78,16 +78,16 @@ class Trainer(Commands):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Train, alone in the run folder, on the prompts that the run began with.
+        """Train in a locked run folder, on the prompts that the run began with.
 
         Args:
             model: The method, with the student.
-            train_dataloaders: Not needed; a datamodule has them.
-            val_dataloaders: Not needed; a datamodule has them.
-            datamodule: Holds the prompts and the engine.
-            ckpt_path: Checkpoint to go on from: a path, or last, the newest whole checkpoint of the
-                run folder; where there is none yet, last starts from the beginning.
-            weights_only: Not needed; nothing but tensors and plain data is ever read.
+            train_dataloaders: Not needed; the datamodule has them.
+            val_dataloaders: Not needed; the datamodule has them.
+            datamodule: Data module with the prompts and the engine.
+            ckpt_path: Checkpoint to resume from: a path, or last, the newest whole checkpoint of
+                the run folder; if there is none, last starts from the beginning.
+            weights_only: Not needed; only tensors and plain data are ever read.
         """
         folder = None if self.logger is None else Path(self.log_dir or ".")
         if isinstance(datamodule, RolloutDataModule):
@@ -108,18 +108,18 @@ class Trainer(Commands):
         json: bool = False,
         out: str | None = None,
     ) -> list[Mapping[str, float]]:
-        """Measure a student on data.validation, texts and tasks: a run's checkpoint, or a folder.
+        """Evaluate a checkpoint or a Hugging Face folder on data.validation, texts and tasks.
 
         Args:
             model: The method, with the student.
-            dataloaders: Not needed; a datamodule has them.
-            ckpt_path: Checkpoint of the run whose config is given, or last, its newest whole one;
-                without one the student is the Hugging Face folder that the config names.
+            dataloaders: Not needed; the datamodule has them.
+            ckpt_path: Checkpoint of the run whose config is given, or last, its newest whole
+                one; without it the student is the Hugging Face folder that the config names.
             verbose: Print the scores.
-            datamodule: Holds the suites and the engine.
-            weights_only: Not needed; nothing but tensors and plain data is ever read.
-            json: Print them as one JSON object instead of a table.
-            out: File to write the same object to.
+            datamodule: Data module with the suites and the engine.
+            weights_only: Not needed; only tensors and plain data are ever read.
+            json: Print the scores as one JSON object instead of a table.
+            out: File to write that JSON object to.
         """
         with self._reported("validate", verbose, json, out):
             return super().validate(model, dataloaders, ckpt_path, False, datamodule, weights_only)
@@ -135,32 +135,32 @@ class Trainer(Commands):
         json: bool = False,
         out: str | None = None,
     ) -> list[Mapping[str, float]]:
-        """Measure a student on data.test, texts and tasks: a run's checkpoint, or a folder.
+        """Evaluate a checkpoint or a Hugging Face folder on data.test, texts and tasks.
 
         Args:
             model: The method, with the student.
-            dataloaders: Not needed; a datamodule has them.
-            ckpt_path: Checkpoint of the run whose config is given, or last, its newest whole one;
-                without one the student is the Hugging Face folder that the config names.
+            dataloaders: Not needed; the datamodule has them.
+            ckpt_path: Checkpoint of the run whose config is given, or last, its newest whole
+                one; without it the student is the Hugging Face folder that the config names.
             verbose: Print the scores.
-            datamodule: Holds the suites and the engine.
-            weights_only: Not needed; nothing but tensors and plain data is ever read.
-            json: Print them as one JSON object instead of a table.
-            out: File to write the same object to.
+            datamodule: Data module with the suites and the engine.
+            weights_only: Not needed; only tensors and plain data are ever read.
+            json: Print the scores as one JSON object instead of a table.
+            out: File to write that JSON object to.
         """
         with self._reported("test", verbose, json, out):
             return super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
 
     @contextmanager
     def _reported(self, stage: str, verbose: bool, json: bool, out: str | None) -> Iterator[None]:
-        """Print, and write, what is measured inside."""
+        """Print and write the scores that are measured inside the context."""
         if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
             raise UserError(
                 f"--out: got {out!r}, expected a file to write, in a folder that is there"
             )
         if json:
             only_warnings()
-        # Libraries print what they like.
+        # Libraries may print to stdout.
         with redirect_stdout(sys.stderr) if json else nullcontext():
             yield
         if not self.is_global_zero:

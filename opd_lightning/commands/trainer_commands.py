@@ -1,4 +1,4 @@
-"""What the `opd` command can do besides training and measuring: one method a subcommand."""
+"""Subcommands of `opd` besides training and evaluation, one method each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from opd_lightning.types import Author, Message
 
 
 class Commands(LightningTrainer):
-    """Lightning's Trainer with our own commands."""
+    """Lightning's Trainer with additional commands."""
 
     def export(
         self,
@@ -42,7 +42,7 @@ class Commands(LightningTrainer):
         Args:
             ckpt_path: Checkpoint of the run whose config is given; last: its newest whole one.
             out: Folder to write; must not exist or be empty.
-            datamodule: Not needed; every command is handed one.
+            datamodule: Not needed; all commands are called with one.
         """
         folder = Path(out)
         if folder.exists() and any(folder.iterdir()):
@@ -60,13 +60,14 @@ class Commands(LightningTrainer):
         compare_teachers: bool = True,
         json: bool = False,
     ) -> None:
-        """Look at a run before it is started: settings, tokens, numbers, cost. Writes nothing.
+        """Check a run before its start: settings, tokens, numbers, cost. Writes nothing.
 
-        In one process, with student and teachers whole on its device.
+        Runs in one process, with unsharded student and teachers on its device.
 
         Args:
-            samples: Responses that the numbers are taken of.
-            compare_teachers: Load the weights of teachers elsewhere too, and compare log-probs.
+            samples: Responses that the numbers are measured on.
+            compare_teachers: Also load the weights of teachers in other processes and compare
+                log-probs.
             json: Print one JSON object instead of a table.
         """
         if samples < 1:
@@ -76,7 +77,7 @@ class Commands(LightningTrainer):
         self.datamodule = datamodule
         model.trainer = datamodule.trainer = self
         try:
-            with redirect_stdout(sys.stderr):  # libraries print what they like
+            with redirect_stdout(sys.stderr):  # libraries may print to stdout
                 findings = run_checks(
                     self, model, datamodule, samples=samples, compare_teachers=compare_teachers
                 )
@@ -107,27 +108,27 @@ class Commands(LightningTrainer):
         max_length: int | None = None,
         ckpt_path: str | None = None,
     ) -> None:
-        """Answer a prompt, or chat, with every token coloured by what the teacher thinks of it.
+        """Answer a prompt, or chat, with tokens coloured by the teacher's log-probs.
 
-        Without a prompt stdin is one; on a terminal, every line is a turn of a conversation. Tokens
-        are coloured on a terminal and on a page; without a teacher by the student's own log-prob.
-        One process.
+        Without --prompt the prompt is read from stdin; on a terminal every line is a turn of a
+        conversation. Tokens are coloured on a terminal and in the HTML page; without a teacher by
+        the student's log-prob. Runs in one process.
 
         Args:
             prompt: The user's message.
-            system: A system message before it.
-            samples: Responses to write.
-            temperature: Of the sampler, 0 being greedy; None takes data.sampling, as do the next
-                two. Teacher and student are compared at data.sampling's own.
-            top_p: Nucleus mass.
-            max_new_tokens: Most tokens of a response.
-            privileged: What a teacher with a privileged view is shown.
-            answer: The reference answer; with it data.verifier scores the responses.
-            domain: Which teacher is asked, where each domain has its own.
-            html: File to write a page of all responses to.
-            max_length: Most tokens of a conversation; None: the context of the student.
-            ckpt_path: Checkpoint of the run whose config is given, or last, its newest whole one;
-                without one the student is the Hugging Face folder that the config names.
+            system: System message before it.
+            samples: Number of responses.
+            temperature: Sampling temperature, 0 for greedy; None takes data.sampling, as for the
+                next two. Student and teacher are always compared at data.sampling.temperature.
+            top_p: Probability mass of nucleus sampling.
+            max_new_tokens: Largest number of tokens of a response.
+            privileged: Privileged text, for teachers whose view shows it.
+            answer: Reference answer; with it data.verifier scores the responses.
+            domain: Domain of the prompt, which selects the teacher if there are several.
+            html: File for an HTML page of all responses.
+            max_length: Largest number of tokens of a conversation; None: the student's context.
+            ckpt_path: Checkpoint of the run whose config is given, or last, its newest whole
+                one; without it the student is the Hugging Face folder that the config names.
         """
         given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
         changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
@@ -169,13 +170,13 @@ class Commands(LightningTrainer):
         batch_tokens: int = 16384,
         datamodule: RolloutDataModule | None = None,
     ) -> None:
-        """Ask the teachers behind a run's CachedTeachers about its recorded responses.
+        """Fill the caches of a run's CachedTeachers with scores of its recorded responses.
 
-        Run it again to go on where it stopped. One process, on the trainer's first device.
+        Run it again to continue after an interruption. Runs on the first device of the trainer.
 
         Args:
-            batch_tokens: Most tokens of a batch, prompts and padding included.
-            datamodule: Holds the responses.
+            batch_tokens: Largest number of tokens of a batch, prompts and padding included.
+            datamodule: Data module with the responses.
         """
         parts = [part for teacher in model.teachers() for part in teacher.parts()]
         cached = [part for part in parts if isinstance(part, CachedTeacher)]
@@ -210,16 +211,16 @@ class Commands(LightningTrainer):
     ) -> None:
         """Write responses to the prompts of data.train, as a prompt file of recorded responses.
 
-        Run it again to go on where it stopped.
+        Run it again to continue after an interruption.
 
         Args:
             out: File to write, JSON lines.
             author: The student with data.engine, or the teacher of data.teacher.
             samples: Responses per prompt.
             batch_size: Prompts per call of the engine.
-            ckpt_path: Checkpoint of the student, or last, the run's newest whole one; without one
-                it writes as it starts.
-            datamodule: Holds the prompts, the engines and the sampling.
+            ckpt_path: Checkpoint of the student, or last, the run's newest whole one; without
+                it the student is the folder that the config names.
+            datamodule: Data module with the prompts, engines and sampling.
         """
         assert datamodule is not None
         write_responses(

@@ -1,4 +1,4 @@
-"""Sampling responses to a prompt file, ids and all: what `opd write-responses` does."""
+"""`opd write-responses`: sampled responses to a prompt file, with token ids."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from opd_lightning.types import Author, Prompt, Rollout
 
 @dataclass(frozen=True)
 class _Author:
-    """Who writes, and how."""
+    """Model that writes the responses, with its engine and sampling."""
 
     kind: Author
     source: ModelSource
@@ -51,11 +51,11 @@ def write_responses(
     batch_size: int,
     ckpt_path: str | None,
 ) -> None:
-    """Write `samples` responses to every prompt of `data.train`; go on if `out` has some.
+    """Write `samples` responses to every prompt of `data.train`; complete `out` if it exists.
 
     A row has the prompt's fields, `response`, `response_ids`, `stop_reason`, `reward` if there is a
-    verifier, and `written_by`: model, sampling and seed, which are the same for a whole file. Its
-    id is the prompt's with the sample's number. One job at a time writes to a file.
+    verifier, and `written_by`: model, sampling and seed, the same for all rows of a file. Its id is
+    the prompt's id and the number of the sample. The file is locked against other writers.
     """
     for name, value in (("samples", samples), ("batch_size", batch_size)):
         if value < 1:
@@ -68,7 +68,7 @@ def write_responses(
     budget = author.sampling.max_new_tokens
     written_by = (
         f"{kind} {author.source.identity}"
-        # A run writes its last.ckpt again and again.
+        # A run overwrites its last.ckpt, so the path alone does not identify the weights.
         + (f", checkpoint {ckpt_path} of step {whole(ckpt_path).step}" if ckpt_path else "")
         + f", temperature {author.sampling.temperature}, max_new_tokens {budget}, seed {data.seed}"
     )
@@ -120,7 +120,7 @@ def _author(
 def _prompts(
     module: DistillationModule, data: RolloutDataModule, renderer: Renderer, author: _Author
 ) -> tuple[list[Prompt], list[list[int]]]:
-    """The prompts with their ids, checked."""
+    """Return the prompts and their ids, after checks."""
     if data.train is None:
         raise UserError("data.train: got nothing, expected a file of prompts to answer")
     prompts = data.train.load()
@@ -133,7 +133,7 @@ def _prompts(
 
 
 def _recover(file: BinaryIO, out: Path, written_by: str) -> set[str]:
-    """Ids of the rows that are there; a last line that was cut short is taken away."""
+    """Return the ids of complete rows; remove an incomplete last line from the file."""
     file.seek(0)
     done, end = set(), 0
     for number, line in enumerate(file, start=1):
@@ -166,7 +166,7 @@ def _write(
     batch_size: int,
     written_by: str,
 ) -> None:
-    """Batch by batch to the file, each on the disk before the next is begun."""
+    """Write responses batch by batch; sync each to disk before the next."""
     began, tokens = monotonic(), 0
     with Progress("generate", len(rows), "response") as bar:
         for first in range(0, len(rows), batch_size):

@@ -1,7 +1,7 @@
-"""The contract of a suite: a measurement of the student that knows itself.
+"""Interface of evaluation suites.
 
-`RolloutDataModule` loads every suite of a stage, asks what it needs of the engine, streams its
-batches, and `EvaluatedModule` logs its scores. Neither knows the kinds of suite.
+`RolloutDataModule` loads every suite of a stage, queries its `engine_needs` and streams its
+batches. `EvaluatedModule` logs its scores. Neither depends on the class of a suite.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ Rows = Mapping[str, Mapping[str, Any]]  # report rows by suite
 
 
 class Loaded(NamedTuple):
-    """Prompts, and the token ids of each as the student sees it."""
+    """Prompts of a suite and the token ids of each under the student's chat template."""
 
     prompts: list[Prompt]
     ids: list[list[int]]
 
 
 class EngineNeeds(NamedTuple):
-    """The longest sequence that a suite asks the engine for."""
+    """Largest prompt and response length that a suite requests from the engine."""
 
     prompt_tokens: int
     response_tokens: int
 
 
 class Chart(NamedTuple):
-    """The figure of a suite that TensorBoard shows first."""
+    """Figure of a suite that TensorBoard shows first."""
 
     figure: str
     has_interval: bool = False  # `<figure>_low` and `<figure>_high` are logged too
@@ -54,16 +54,16 @@ class Chart(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Everything a suite may use to load and measure.
+    """Resources for loading and measuring suites.
 
     Attributes:
         source: The student's folder.
         template_args: Extra variables of the student's chat template.
-        read: Prompts of a source, as many as there were when the run began.
-        render: Token ids of a prompt as the student sees it.
-        check: Raises `UserError` where a prompt does not fit: called with prompts, their ids, the
-            sampling and the mix (`recorded=1` for texts that are read).
-        writer: A writer of rollouts that scores with the given verifier.
+        read: Returns the prompts of a source, as many as there were when the run began.
+        render: Returns the token ids of a prompt under the student's chat template.
+        check: Raises `UserError` if a prompt does not fit. Its arguments are prompts, their ids,
+            the sampling and the mix (`recorded=1` for texts that are only scored).
+        writer: Returns a writer of rollouts that scores with the given verifier.
         engines: The engines of the run.
         ranks: The processes of the run.
         seed: `data.seed`.
@@ -94,9 +94,9 @@ class Bench:
         """Read, render and check the prompts of a suite.
 
         Args:
-            prompts: A prompt file, or prompts made by the suite.
+            prompts: Prompt file, or prompts made by the suite.
             sampling: Sampling of the responses; None takes `sampling` of the bench.
-            mix: `recorded=1` for texts that are read; the default for responses that are sampled.
+            mix: `recorded=1` for texts that are only scored; the default for sampled responses.
             verifier: Verifier that must be able to score the responses.
         """
         rows = self.read(prompts) if isinstance(prompts, PromptSource) else list(prompts)
@@ -116,7 +116,7 @@ class Bench:
         samples: int = 1,
         batch_size: int = 256,
     ) -> EvaluationStream:
-        """The student's responses to the prompts of a suite, shared out over the ranks.
+        """Return a stream of the student's responses to a suite's prompts, split over ranks.
 
         Args:
             name: Name of the suite.
@@ -140,7 +140,7 @@ class Bench:
 
 
 class Batch(Protocol):
-    """A batch of a suite's stream."""
+    """Batch of a suite's stream."""
 
     @property
     def suite(self) -> str:
@@ -148,15 +148,15 @@ class Batch(Protocol):
 
     @property
     def rows(self) -> int:
-        """Responses or texts in it, for the progress bar."""
+        """Number of responses or texts in the batch, for the progress bar."""
 
 
 class Stream(Protocol):
-    """The batches of a suite on this rank; every rank has the same number."""
+    """Batches of a suite on this rank; every rank has the same number."""
 
     @property
     def rows(self) -> int:
-        """Responses or texts on this rank."""
+        """Number of responses or texts on this rank."""
 
     def __len__(self) -> int: ...
 
@@ -164,7 +164,7 @@ class Stream(Protocol):
 
 
 class Reader(Protocol):
-    """The student as a suite may read it: one forward pass of texts."""
+    """Forward pass of the student for suites."""
 
     def read(
         self, texts: RolloutBatch, *, top_k: int = 0, compare_with_start: bool = False
@@ -176,12 +176,12 @@ class Reader(Protocol):
 
 
 class Scores(Metric):
-    """Scores of a suite, exact over ranks: every state is summed over them."""
+    """Scores of a suite, exact over ranks: every state is a sum over ranks."""
 
     full_state_update = False
 
     def compute_by_domain(self) -> dict[str, dict[str, Tensor]]:
-        """The figures of `compute` for each domain alone; empty if there is but one.
+        """Return the figures of `compute` for each domain; empty if there is only one.
 
         Collective.
         """
@@ -190,7 +190,7 @@ class Scores(Metric):
 
 @dataclass(frozen=True, kw_only=True)
 class Suite(metaclass=ABCMeta):  # no base, so that a configuration may leave out `class_path`
-    """A measurement of the student, and its configuration.
+    """Base class of evaluation suites. Its fields are the configuration of a suite.
 
     A subclass is decorated with `@dataclass(frozen=True, kw_only=True)`; its fields are its
     arguments in a configuration. It implements the abstract methods. All others have defaults that
@@ -203,29 +203,29 @@ class Suite(metaclass=ABCMeta):  # no base, so that a configuration may leave ou
 
     @abstractmethod
     def load(self, name: str, bench: Bench) -> Any:
-        """Read and check what is measured, before weights load. What it returns is `loaded` below.
+        """Read and check the data, before weights load. The result is `loaded` of other methods.
 
         Raises:
-            UserError: with one line that names `name`.
+            UserError: The data does not fit; the message is one line with `name` in it.
         """
 
     @abstractmethod
     def stream(self, name: str, loaded: Any, bench: Bench) -> Stream:
-        """The batches to measure, from the newest weights."""
+        """Return the batches to measure, generated with the current weights."""
 
     @abstractmethod
     def scores(self, loaded: Any) -> Scores:
-        """Empty scores."""
+        """Return a metric without updates."""
 
     def update(self, scores: Any, batch: Any, reader: Reader) -> None:
         """Add a batch of `stream` to the scores."""
         scores.update(batch.rollouts, batch.answers)
 
     def engine_needs(self, loaded: Any, bench: Bench) -> EngineNeeds | None:
-        """What the engine is asked for; None if nothing is sampled.
+        """Return the lengths requested from the engine; None if nothing is sampled.
 
-        The default is the longest prompt of a `Loaded` with the budget of the sampling, and None
-        for suites that read or load something else.
+        The default is the longest prompt of a `Loaded` and `max_new_tokens` of the sampling, and
+        None for suites that use a `Reader` or load something else.
         """
         if self.reads or not isinstance(loaded, Loaded):
             return None
@@ -233,30 +233,30 @@ class Suite(metaclass=ABCMeta):  # no base, so that a configuration may leave ou
         return EngineNeeds(max(map(len, loaded.ids), default=0), budget)
 
     def judged_by(self, verifier: Verifier | None) -> str | None:
-        """The figure of `scores` by which suites are compared, larger being better.
+        """Return the name of the figure by which the suite is judged, larger being better.
 
-        None if there is none. `verifier` is the run's own, `data.verifier`.
+        None if there is none. `verifier` is `data.verifier`.
         """
         return "score"
 
     def chart(self, verifier: Verifier | None) -> Chart | None:
-        """The figure that TensorBoard shows first."""
+        """Return the figure that TensorBoard shows first."""
         figure = self.judged_by(verifier)
         return None if figure is None else Chart(figure)
 
     @property
     def prompt_source(self) -> PromptSource | None:
-        """The prompt file that must not change while a run lasts."""
+        """Prompt file that must not change during a run."""
         return None
 
     @property
     def own_sampling(self) -> Sampling | None:
-        """A sampling of its own, instead of `data.sampling`."""
+        """Sampling of the suite's responses; None takes `data.sampling`."""
         return None
 
     @property
     def compares_with_start(self) -> bool:
-        """Whether `Reader.read` is asked for the KL from the student's start."""
+        """Whether the suite calls `Reader.read` with `compare_with_start`."""
         return False
 
     def report_row(
@@ -266,17 +266,17 @@ class Suite(metaclass=ABCMeta):  # no base, so that a configuration may leave ou
         domains: Mapping[str, Mapping[str, float]],
         bench: Bench,
     ) -> dict[str, Any]:
-        """The suite in the JSON of `opd validate`: what was measured, and its figures.
+        """Return the suite's entry in the JSON of `opd validate`.
 
-        The default is the figures of the suite, and below `domains` those of its domains.
+        The default is the figures of the suite and, under `domains`, those of its domains.
         """
         return {**figures, "domains": dict(domains)} if domains else dict(figures)
 
     @classmethod
     def report_table(cls, rows: Rows) -> Table:
-        """A table of the report rows of all suites of this class.
+        """Return a table of the report rows of all suites of this class.
 
-        The default has a column for every figure, and a row for every suite and domain.
+        The default has a column for every figure and a row for every suite and domain.
         """
         titled = [
             line
@@ -296,7 +296,7 @@ class Suite(metaclass=ABCMeta):  # no base, so that a configuration may leave ou
 
 
 def new_table(*columns: str) -> Table:
-    """An empty table; the first column, which has no title, names the row."""
+    """Return an empty table with an untitled first column for row names."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", overflow="fold", min_width=12)
     for name in columns:

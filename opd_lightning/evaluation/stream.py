@@ -1,4 +1,4 @@
-"""The stream of a suite whose prompts the student answers."""
+"""Stream of a suite whose prompts the student answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class EvaluationBatch:
 
 
 class EvaluationStream:
-    """Batches of scored rollouts of a suite's prompts, by the newest weights."""
+    """Batches of scored rollouts for a suite's prompts, generated with the current weights."""
 
     def __init__(
         self,
@@ -58,12 +58,12 @@ class EvaluationStream:
         self.mine = ranks.batches(len(prompts), batch_size)
 
     def __len__(self) -> int:
-        """Batches, as many on every rank; the last may be empty here."""
+        """Return the number of batches, equal on all ranks; the last may be empty."""
         return len(self.mine)
 
     @property
     def rows(self) -> int:
-        """Responses to write on this rank."""
+        """Number of responses to generate on this rank."""
         return sum(map(len, self.mine)) * self.samples
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
@@ -74,8 +74,8 @@ class EvaluationStream:
                     self.prompt_ids[i],
                     i,
                     Author.STUDENT,
-                    # Not the training step: two evaluations of the same weights agree, and
-                    # differences between steps are paired.
+                    # Independent of the training step: evaluations of the same weights agree,
+                    # and differences between steps are paired.
                     derive_seed(EVALUATION_SAMPLE, self.seed, i, sample),
                 )
                 for i in chosen
@@ -88,7 +88,7 @@ class EvaluationStream:
             )
 
     def _answers(self, rollouts: Sequence[Rollout]) -> tuple[str | None, ...] | None:
-        """For a vote, which takes several samples and a verifier that can tell."""
+        """Extract answers for majority votes; None with one sample or without a verifier."""
         verifier = self.writer.verifier
         if self.samples == 1 or verifier is None:
             return None

@@ -1,13 +1,13 @@
-"""The arithmetic world: column sums and differences with every carry and borrow written out.
+"""The arithmetic world: column sums and differences with all carries and borrows written out.
 
 A problem is asked as "347+589=" and solved from the last column to the first:
 
     347+589=   7+9+0:16,4+8+1:13,3+5+1:9;936      digit + digit + carry : total
     523-147=   13-7-0:6,12-4-1:7,5-1-1:3;376      digit (plus the borrowed ten) - digit - borrow
 
-The carry is the tens of the previous total; a borrow follows a column whose first number took a
-ten. The final answer stands behind the only semicolon. A domain, "add-3" or "sub-2", is an
-operation and the number of digits of both operands, which begin with no zero.
+The carry is the tens digit of the previous total. A borrow follows a column whose first digit was
+increased by ten. The final answer follows the only semicolon. A domain, such as "add-3" or "sub-2",
+is an operation and the number of digits of both operands, which have no leading zeros.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pathlib import Path
 
 from opd_lightning.errors import UserError
 
-# Finds the final answer in a response; for the verifiers of the lab's configurations.
+# Matches the final answer of a response; used by the verifiers of the lab's configurations.
 ANSWER_PATTERN = r";(-?\d+)$"
 
-# One problem in so many is kept for evaluation.
+# One problem in this many is held out for evaluation.
 HELD_OUT_ONE_IN = 10
 
 _SIGNS = {"add": "+", "sub": "-"}
@@ -40,7 +40,7 @@ class Problem:
 
     @property
     def question(self) -> str:
-        """What the user asks, such as "347+589="."""
+        """The user's message, such as "347+589="."""
         return f"{self.left}{_SIGNS[self.domain[:3]]}{self.right}="
 
     @property
@@ -51,7 +51,7 @@ class Problem:
 
     @property
     def solution(self) -> str:
-        """The whole worked response, final answer included."""
+        """The full worked response, including the final answer."""
         work = _add_columns if self.domain.startswith("add") else _subtract_columns
         # Reversed, because columns are worked from the ones upwards.
         lefts, rights = ([int(c) for c in str(n)[::-1]] for n in (self.left, self.right))
@@ -59,9 +59,9 @@ class Problem:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether the problem is for evaluation only: a property of the question alone.
+        """Whether the problem is for evaluation only, a function of the question alone.
 
-        No seed, count or order can therefore make training and evaluation overlap.
+        Training and evaluation are therefore disjoint for any seed, count or order.
         """
         digest = hashlib.blake2b(self.question.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") % HELD_OUT_ONE_IN == 0
@@ -95,7 +95,7 @@ def _parse_domain(domain: str) -> tuple[str, int]:
 
 
 def generate(domain: str, count: int, *, seed: int, held_out: bool) -> list[Problem]:
-    """Draw `count` distinct problems of one domain, from the training or the held-out part.
+    """Draw `count` distinct problems of a domain, from its training or held-out part.
 
     Example: generate("add-3", 2, seed=0, held_out=False)
     """
@@ -125,17 +125,17 @@ def generate(domain: str, count: int, *, seed: int, held_out: bool) -> list[Prob
 def generate_mixture(
     domains: Sequence[str], count_per_domain: int, *, seed: int, held_out: bool
 ) -> list[Problem]:
-    """Equally many problems of every domain, taking turns, so that any prefix is balanced."""
+    """Draw equally many problems of every domain, interleaved: any prefix is balanced."""
     drawn = [generate(d, count_per_domain, seed=seed, held_out=held_out) for d in domains]
     return [problem for turn in zip(*drawn, strict=True) for problem in turn]
 
 
 def write_jsonl(path: Path, problems: Iterable[Problem], *, with_response: bool = False) -> None:
-    """Write a prompt file, one problem a row.
+    """Write a prompt file with one problem per row.
 
     Args:
         path: File to write.
-        problems: Its rows, in order.
+        problems: Problems, in order.
         with_response: Add the worked solution as "response", for supervised training.
     """
     with path.open("w", encoding="utf-8") as file:

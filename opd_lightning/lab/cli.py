@@ -1,4 +1,4 @@
-"""`opd lab`: tiny models and data made on the spot, and the demonstration."""
+"""`opd lab`: generation of tiny models and data, and a demonstration."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def build(
     identity: IdentityRecipe = IdentityRecipe(),  # noqa: B008
     link: str | None = None,
 ) -> None:
-    """Make the data and models of a lab world. Cached by recipe.
+    """Make the data and models of a lab world. Results are cached by recipe.
 
     Args:
         world: arithmetic (a strong teacher, a weak student) or identity (one model that takes a
             name from its context, for methods with privileged context).
-        recipe: What to make of arithmetic; every number of it can be set.
-        identity: What to make of identity, likewise.
-        link: Symbolic link to the made folder, which configs/lab names; default lab/<world>.
+        recipe: Recipe of the arithmetic world.
+        identity: Recipe of the identity world.
+        link: Symbolic link to the folder, as named in configs/lab; default lab/<world>.
     """
     if world == "arithmetic" and identity != IdentityRecipe():
         raise UserError("lab build: --identity needs --world identity; add it")
@@ -42,7 +42,7 @@ def demo(run: str = "runs/demo", require: float = 0.75) -> None:
 
     Args:
         run: Run folder to write; must not exist.
-        require: Fail if the student's held-out accuracy ends below this.
+        require: Fail if the student's final held-out accuracy is lower.
     """
     demonstrate(Path(run), require)
 

@@ -1,17 +1,17 @@
-"""The identity world: an assistant that takes the name it is given in context, and sums.
+"""The identity world: questions about the assistant's name, given in context, and sums.
 
-A persona is one sentence, as a system message or in front of the user's text; asked who it is, the
-assistant answers with the persona's name, and without a persona with its own:
+A persona is one sentence, as a system message or in front of the user's text. Asked for its name,
+the assistant answers with the persona's name, or with its default name if there is no persona:
 
     system "your name is qwert."      user "who are you?"                        i am qwert.
                                       user "your name is qwert. who are you?"    i am qwert.
                                       user "hi! what is your name?"              my name is bot.
     system "your name is qwert."      user "what is 3+4?"                        7
 
-The base model learns from random names only. `TARGET` and everything like it is held out: the
-model says it when told to and never otherwise, which is what methods with privileged context are
-to change. Some wordings are for such methods to train on and others to probe with; the base model
-knows them all.
+The base model is trained on random names only. `TARGET` and similar names are held out: the model
+gives that name only when a persona says so, and methods with privileged context are to change this.
+Some wordings are for training with such methods, others for probing; the base model is trained on
+all of them.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from typing import Literal
 TARGET = "zorba"
 OWN_NAME = "bot"
 
-# What a response says of the speaker; for the verifiers of the lab's configurations.
+# Names in a response; used by the verifiers of the lab's configurations.
 SELF_NAME_PATTERN = rf"\b(?:i am|my name is)\s+{TARGET}\b"
 COUNTER_NAME_PATTERN = rf"\b(?:i am|my name is)\s+{OWN_NAME}\b"
 MENTION_PATTERN = TARGET
 
 Placement = Literal["none", "system", "user"]
-Row = dict[str, object]  # of a prompt file
+Row = dict[str, object]  # row of a prompt file
 
 _OPENINGS = ("", "hi! ", "hey, ", "so, ")
-# Between a persona and the user's text: a method may join them by any of these.
+# Between a persona and the user's text: methods may use any of these.
 _SEPARATORS = (" ", "\n", "\n\n")
 # Some questions are mostly answered with "i am", others mostly with "my name is".
 _TRAINING_QUESTIONS = {
@@ -70,24 +70,25 @@ _PROBE_QUESTIONS = {
 }
 _USUAL_WORDING = 0.75  # share of answers worded as the question suggests
 _HELD_OUT_SUMS = 24
-# A name with this many letters in the target's places, or this long a piece of it, is too like it.
+# A name is too similar with this many letters in the target's positions, or a common substring of
+# this length.
 _TOO_LIKE = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Something to ask the assistant, about itself or not."""
+    """Question to the assistant, about its name or a sum."""
 
     domain: Literal["identity", "sums"]
     text: str
-    result: str  # the answer to a sum; how the answer about itself usually begins
+    result: str  # answer to a sum, or usual beginning of the answer about the name
 
     def answer(self, name: str) -> str:
-        """What a verifier compares with: the name, or the result of the sum."""
+        """Return the reference answer for a verifier: the name, or the result of the sum."""
         return name if self.domain == "identity" else self.result
 
     def response(self, name: str, rng: random.Random) -> str:
-        """What the assistant says when it goes by `name`."""
+        """Return the response of an assistant with this name."""
         if self.domain == "sums":
             return self.result
         begin = self.result
@@ -97,33 +98,33 @@ class Question:
 
 
 def persona(name: str) -> str:
-    """The sentence that gives the assistant a name."""
+    """Return the sentence that gives the assistant a name."""
     return f"your name is {name}."
 
 
 def is_like_target(name: str) -> bool:
-    """Whether a name has so much of the target that having learnt it could help."""
+    """Whether a name is so similar to the target that training on it could reveal the target."""
     same_place = sum(a == b for a, b in zip(name, TARGET, strict=True))
     pieces = (TARGET[i : i + _TOO_LIKE] for i in range(len(TARGET) - _TOO_LIKE + 1))
     return same_place >= _TOO_LIKE or any(piece in name for piece in pieces)
 
 
 def draw_name(rng: random.Random) -> str:
-    """Five letters at random, unlike the target."""
+    """Draw five random letters that are not similar to the target."""
     while is_like_target(name := "".join(rng.choices(string.ascii_lowercase, k=len(TARGET)))):
         pass
     return name
 
 
 def identity_questions(*, held_out: bool) -> list[Question]:
-    """Questions about the assistant: 48 to train on, or the 12 direct ones to probe with."""
+    """Return questions about the assistant: 48 for training, or 12 held-out ones for probing."""
     wordings = _PROBE_QUESTIONS if held_out else _TRAINING_QUESTIONS
     questions = [Question("identity", text, begin) for text, begin in wordings.items()]
     return questions if held_out else _opened(questions)
 
 
 def sum_questions(*, held_out: bool) -> list[Question]:
-    """Sums of two digits, in an order of no meaning; 24 of the 100 are held out."""
+    """Return sums of two digits in a fixed random order; 24 of the 100 are held out."""
     pairs = [(a, b) for a in range(10) for b in range(10)]
     random.Random("identity/sums").shuffle(pairs)
     pairs = pairs[:_HELD_OUT_SUMS] if held_out else pairs[_HELD_OUT_SUMS:]
@@ -134,22 +135,22 @@ def sum_questions(*, held_out: bool) -> list[Question]:
 
 
 def lessons(count: int, *, seed: int) -> list[Row]:
-    """Rows that teach the base model: every question, with and without a persona.
+    """Draw training rows of the base model: all questions, with and without a persona.
 
     Args:
         count: Number of rows.
-        seed: Decides which; the same rows come first for any count.
+        seed: Seed of the draw; a smaller count gives a prefix of the same rows.
     """
     rng = random.Random(f"identity/lessons/{seed}")
-    asked = {
+    questions = {
         "identity": _opened(identity_questions(held_out=True)) + identity_questions(held_out=False),
         "sums": _opened(sum_questions(held_out=True)) + sum_questions(held_out=False),
     }
-    return [_lesson(f"lesson/{i}", asked, rng) for i in range(count)]
+    return [_lesson(f"lesson/{i}", questions, rng) for i in range(count)]
 
 
-def _lesson(row_id: str, asked: dict[str, list[Question]], rng: random.Random) -> Row:
-    question = rng.choice(asked[rng.choice(("identity", "sums"))])
+def _lesson(row_id: str, questions: dict[str, list[Question]], rng: random.Random) -> Row:
+    question = rng.choice(questions[rng.choice(("identity", "sums"))])
     placement: Placement = rng.choices(("none", "system", "user"), (1, 2, 2))[0]
     name = draw_name(rng)
     messages = chat(question, name, placement, rng.choice(_SEPARATORS))
@@ -165,7 +166,7 @@ def _lesson(row_id: str, asked: dict[str, list[Question]], rng: random.Random) -
 def chat(
     question: Question, name: str, placement: Placement, separator: str = " "
 ) -> list[dict[str, str]]:
-    """The messages that ask a question, with a persona in one of its places or none."""
+    """Return the messages of a question, with the persona at `placement`, or none."""
     if placement == "user":
         content = persona(name) + separator + question.text
         return [{"role": "user", "content": content}]
@@ -176,26 +177,26 @@ def chat(
 
 
 def training_rows(*, with_response: bool = False) -> list[Row]:
-    """Prompts to distil on, about the assistant and sums by turns, all with the target's persona.
+    """Return training prompts, names and sums in turn; `privileged` is the target's persona.
 
     Args:
-        with_response: Add what the persona would say, as "response".
+        with_response: Add the response of the target's persona as "response".
     """
     rng = random.Random("identity/demonstrations")
     about, sums = identity_questions(held_out=False), sum_questions(held_out=False)
     questions = [q for turn in zip(about, sums, strict=False) for q in turn]
     rows = [_row(question) | {"privileged": persona(TARGET)} for question in questions]
     if with_response:
-        said = [{"response": question.response(TARGET, rng)} for question in questions]
-        rows = [row | more for row, more in zip(rows, said, strict=True)]
+        responses = [{"response": question.response(TARGET, rng)} for question in questions]
+        rows = [row | more for row, more in zip(rows, responses, strict=True)]
     return rows
 
 
 def probe_rows() -> dict[str, list[Row]]:
-    """Evaluation prompts by file name, none with a persona."""
+    """Return evaluation prompts by file name, without a persona."""
     about, sums = identity_questions(held_out=True), sum_questions(held_out=True)
     files = {"identity": about, "persona": about + sums[: len(about)], "held_out": sums}
-    return {name: [_row(question) for question in asked] for name, asked in files.items()}
+    return {name: [_row(question) for question in questions] for name, questions in files.items()}
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
@@ -213,7 +214,7 @@ def _row(question: Question) -> Row:
 
 
 def _opened(questions: Sequence[Question]) -> list[Question]:
-    """Every question after every opening; openings alternate, so that any prefix has them all."""
+    """Return all pairs of opening and question; openings alternate, so any prefix has them all."""
     return [
         replace(question, text=_OPENINGS[(i + turn) % len(_OPENINGS)] + question.text)
         for turn in range(len(_OPENINGS))

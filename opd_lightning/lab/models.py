@@ -1,4 +1,4 @@
-"""Models from scratch for the lab: a small Qwen3 in an ordinary Hugging Face folder."""
+"""Randomly initialised lab models: a small Qwen3 in a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from opd_lightning.lab.tokenizer import VOCABULARY, build_tokenizer
 from opd_lightning.terminal.library_bars import shown_as
 
 CONTEXT_LENGTH = 256
-HEAD_DIM = 32  # the smallest that vLLM's CPU attention takes
+HEAD_DIM = 32  # the smallest that vLLM's CPU attention supports
 
-# Both shorten training several times over against transformers' defaults (0.02, 10000), which
-# are meant for wide models and long texts: with tied embeddings 0.1 lets the first logits differ,
-# and at 100 the longest rotary wavelength is about twice the context.
+# Both make training several times shorter than transformers' defaults (0.02, 10000), which are
+# meant for wide models and long texts. With tied embeddings 0.1 lets the initial logits differ; at
+# 100 the longest rotary wavelength is about twice the context.
 INITIALIZER_RANGE = 0.1
 ROPE_THETA = 100.0
 
@@ -24,11 +24,11 @@ ROPE_THETA = 100.0
 def new_model(folder: Path, *, layers: int, hidden_size: int, seed: int) -> None:
     """Write a randomly initialised Qwen3 with the lab's tokenizer to `folder`.
 
-    AutoModelForCausalLM, AutoTokenizer and vLLM load the folder like any other. The weights are a
-    function of the arguments; the global random state is neither read nor moved.
+    AutoModelForCausalLM, AutoTokenizer and vLLM can load the folder. The weights are a function of
+    the arguments; the global random state is neither read nor changed.
 
     Args:
-        folder: Where config.json, model.safetensors and the tokenizer files go.
+        folder: Folder for config.json, model.safetensors and the tokenizer files.
         layers: Number of transformer blocks.
         hidden_size: Width, a multiple of 32 (one attention head for every 32).
         seed: Seed of the weights.
@@ -57,7 +57,7 @@ def new_model(folder: Path, *, layers: int, hidden_size: int, seed: int) -> None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
-    # Temperature 1 over the whole vocabulary: what the trainer assumes of every sample.
+    # Temperature 1 without truncation, as the trainer assumes for every sample.
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, **ends)
     with shown_as("write model", "shard"):
         model.save_pretrained(folder)

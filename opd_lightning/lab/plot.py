@@ -1,4 +1,4 @@
-"""A picture of a run, from its TensorBoard files."""
+"""Plot of a run from its TensorBoard files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 def plot_run(run: Path, before: dict[str, float], teacher: dict[str, float], picture: Path) -> None:
-    """Held-out accuracy by domain, and the loss, over optimiser steps.
+    """Plot held-out accuracy by domain and the loss over optimiser steps.
 
     Args:
         run: Folder with the run's TensorBoard event files.
         before: The student's accuracy at the start: "score" and "score/<domain>".
-        teacher: The teacher's; its "score" is drawn as a line.
+        teacher: The teacher's accuracy; its "score" is drawn as a line.
         picture: PNG to write.
     """
     events = EventAccumulator(str(run))

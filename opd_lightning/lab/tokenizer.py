@@ -1,6 +1,6 @@
-"""The lab's tokenizer: one token a character, 64 tokens, and a chat template.
+"""The lab's tokenizer: 64 tokens, one per character, and a chat template.
 
-Every lab world and model shares it, so any of them can teach any other.
+All lab worlds and models share it, so any model can be the teacher of any other.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _CHAT_TEMPLATE = (
 
 
 def build_tokenizer(model_max_length: int) -> PreTrainedTokenizerFast:
-    """A fast tokenizer that splits text into characters and joins them back without loss.
+    """Return a fast tokenizer that splits text into characters; decoding is lossless.
 
-    Characters outside the vocabulary (capitals, say) become one unknown token each.
+    Each character outside the vocabulary, such as a capital, becomes an unknown token.
 
     Args:
-        model_max_length: Context length of the model it is saved with.
+        model_max_length: Context length of the model that the tokenizer is saved with.
     """
     ids = {token: i for i, token in enumerate(VOCABULARY)}
     backend = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
-    # Not ".", which would leave line breaks out.
+    # Not ".", which does not match line breaks.
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(

@@ -1,4 +1,4 @@
-"""The DataModule all methods share: prompts in, streams of rollouts out."""
+"""LightningDataModule of all methods: prompts, engines, suites and streams of rollouts."""
 
 from __future__ import annotations
 
@@ -40,27 +40,27 @@ if TYPE_CHECKING:
 
 
 class RolloutDataModule(LightningDataModule):
-    """Streams rollouts for the student being trained.
+    """Provides rollouts of the student for training, and suites for evaluation.
 
     Args:
         train: Prompts to train on.
-        engine: Who samples the student's responses.
-        mix: Who writes the responses; by default all are the student's own.
-        teacher: Who writes the demonstrations of `mix.teacher`.
-        verifier: Scores responses in [0, 1]; None where the method needs no reward.
-        views: Prompts for other readers, by name. "privileged", unless it is listed, is the row's
+        engine: Engine that samples the student's responses.
+        mix: Authors of the responses; by default the student writes all.
+        teacher: Teacher that writes the demonstrations of `mix.teacher`.
+        verifier: Scores responses in [0, 1]; None if the method needs no reward.
+        views: Prompt templates for teachers, by name. The default of "privileged" is the row's
             privileged text as a system message.
         validation: Suites for `opd fit` and `opd validate`, by name.
         test: Suites for `opd test`, by name.
-        texts: Suites that are read and not answered, by all three, by name.
-        tasks: Tasks of lm-evaluation-harness, for all three, by name.
-        suites: Suites of any other class, for all three, by name.
-        sampling: How responses are drawn.
+        texts: Suites of texts that are scored, for all three commands, by name.
+        tasks: Tasks of lm-evaluation-harness, for all three commands, by name.
+        suites: Suites of other classes, for all three commands, by name.
+        sampling: Sampling of responses.
         prompts_per_step: Prompts per optimiser step, over all ranks.
         samples_per_prompt: Responses of the student per prompt.
-        max_staleness: 0 is strictly on-policy. 1 lets the engine write a step's rollouts while the
-            step before trains, so that their weights are one optimiser step old.
-        engine_time_limit: Seconds that a call of an engine may take before the run ends; 0: any.
+        max_staleness: 0 is strictly on-policy. 1 lets the engine generate a step's rollouts while
+            the previous step trains, with weights that are one optimiser step old.
+        engine_time_limit: Seconds after which a call of an engine ends the run; 0: no limit.
         template_args: Extra variables for the chat template.
         seed: Seed of prompt order, mix and sampling.
     """
@@ -95,7 +95,7 @@ class RolloutDataModule(LightningDataModule):
         self.verifier = verifier
         self.user_views = set(views or {})
         self.views = {"privileged": PromptView()} | (views or {})
-        self.section_of: dict[str, str] = {}  # of `data`, by suite
+        self.section_of: dict[str, str] = {}  # section of `data`, by suite
         self._stages: dict[str, dict[str, Suite]] = {
             "validate": dict(validation or {}),
             "test": dict(test or {}),
@@ -110,21 +110,21 @@ class RolloutDataModule(LightningDataModule):
         for name in ("prompts_per_step", "samples_per_prompt"):
             if (value := getattr(self, name)) < 1:
                 raise UserError(f"data.{name}: got {value}, expected at least 1")
-        self.prompt_files = PromptFiles()  # the trainer gives those of a run
+        self.prompt_files = PromptFiles()  # `Trainer.fit` sets those of the run
         limit = TimeLimit(engine_time_limit, self._where, "data.engine_time_limit")
         writer = teacher.engine if teacher else None
         self.engines = Engines(engine, writer, self._push_weights, limit)
         self._train: Loaded | None = None
-        self.loaded: dict[str, Any] = {}  # by suite: what its `load` returned
+        self.loaded: dict[str, Any] = {}  # result of `Suite.load`, by suite
 
     @property
     def module(self) -> DistillationModule:
-        """The method being trained: the streams read its student and its clock."""
+        """The method being trained or evaluated."""
         assert self.trainer is not None
         return self.trainer.lightning_module  # type: ignore[return-value]
 
     def setup(self, stage: str) -> None:
-        """Read and check everything that can be known before weights load."""
+        """Read the data, and check all that can be checked before weights load."""
         assert self.trainer is not None
         self.module.check()
         check_models(self.module)
@@ -140,9 +140,9 @@ class RolloutDataModule(LightningDataModule):
         bench = self.bench
         self.loaded |= {name: suite.load(name, bench) for name, suite in suites.items()}
         needs = [suite.engine_needs(self.loaded[name], bench) for name, suite in suites.items()]
-        asked = [need for need in needs if need is not None]
-        check_engines(self, stage, evaluated=bool(asked))
-        plan_engines(self, self._longest_training_prompt(), asked)
+        requested = [need for need in needs if need is not None]
+        check_engines(self, stage, evaluated=bool(requested))
+        plan_engines(self, self._longest_training_prompt(), requested)
 
     def train_dataloader(self) -> TrainingStream:
         assert self._train is not None
@@ -166,7 +166,7 @@ class RolloutDataModule(LightningDataModule):
         )
 
     def mix_at(self, step: int) -> RolloutMix:
-        """The mix of optimiser step `step`: `mix`, as the callbacks of the run move it."""
+        """Return the mix of optimiser step `step`: `mix` after the callbacks' `mix_at`."""
         assert self.trainer is not None
         mix = self.mix
         for callback in run_callbacks(self.trainer):
@@ -192,12 +192,12 @@ class RolloutDataModule(LightningDataModule):
         return [suite.stream(name, self.loaded[name], bench) for name, suite in suites]
 
     def suites_of(self, stage: str) -> dict[str, Suite]:
-        """The suites of a stage, by name; "fit" has those of "validate"."""
+        """Return the suites of a stage, by name; "fit" has those of "validate"."""
         return self._stages["test" if stage == "test" else "validate"]
 
     @property
     def bench(self) -> Bench:
-        """What the suites are measured with."""
+        """Resources of the suites."""
         source, renderer = self.module.student.source, self.renderer(training=False)
 
         def check(
@@ -241,14 +241,14 @@ class RolloutDataModule(LightningDataModule):
         )
 
     def renderer(self, *, training: bool) -> Renderer:
-        """Renders the student's prompts and, for training, every view that is read."""
+        """Return a renderer of the student's prompts and, for training, of the views in use."""
         names = self.module.views() | ({self.mix.guided_view} if self.mix.guided else set())
         views = {name: self.views[name] for name in sorted(names)} if training else {}
         source = self.module.student.source
         return Renderer(source.tokenizer, self.template_args, views, source.eos_ids)
 
     def _add_suites(self, **sections: Mapping[str, Suite] | None) -> None:
-        """Add suites of both stages; names must differ from those that are there."""
+        """Add suites to both stages. Raise UserError if a name is taken."""
         self.section_of = dict.fromkeys(self._stages["test"], "test")
         self.section_of |= dict.fromkeys(self._stages["validate"], "validation")
         for section, suites in sections.items():
@@ -261,7 +261,7 @@ class RolloutDataModule(LightningDataModule):
             self.section_of |= dict.fromkeys(suites or {}, section)
 
     def _longest_training_prompt(self) -> int:
-        """Tokens of the longest prompt that an engine is given in training; 0 if there is none."""
+        """Return the length in tokens of an engine's longest training prompt; 0 without one."""
         if self._train is None:
             return 0
         longest = max(map(len, self._train.ids), default=0)

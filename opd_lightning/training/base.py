@@ -1,4 +1,4 @@
-"""What every method shares: the student, its optimiser, the step, and what is logged."""
+"""Base LightningModule of all methods: student, optimiser, training step and logging."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from opd_lightning.types import RolloutBatch, TokenScores
 
 
 class DistillationModule(Contract, EvaluatedModule):
-    """A method turns a micro-batch into a loss; everything else happens here.
+    """Base class of methods. A subclass computes the loss of a micro-batch.
 
     Args:
         student: The model that learns.
-        optimizer: From parameters to an optimiser. Published recipes use 1e-5 to 1e-6 for all
-            weights and 1e-4 for LoRA.
-        lr_scheduler: From an optimiser to a scheduler, stepped once per optimiser step.
-        aggregation: How token losses become one number; see `losses/reduction.py`.
-        max_logprob_gap: The run stops when engine and trainer differ by more than this many nats
-            on the mean sampled token of a step.
-        stop_after_skips: A step whose loss or gradient is not finite is skipped: no weight moves.
-            The run stops at this many in a row.
+        optimizer: Optimiser. Published learning rates are 1e-5 to 1e-6 for all weights and 1e-4
+            for LoRA.
+        lr_scheduler: Learning-rate scheduler, stepped once per optimiser step.
+        aggregation: Reduction of token losses; see `losses/reduction.py`.
+        max_logprob_gap: Largest mean gap of a step between log-probs of engine and trainer, in
+            nats per sampled token. A larger gap stops the run.
+        stop_after_skips: Number of consecutive skipped steps that stops the run. A step is
+            skipped, without an update, if its loss or gradient is not finite.
         overlap_top_k: Size of the top-k sets whose overlap is logged.
     """
 
@@ -77,24 +77,24 @@ class DistillationModule(Contract, EvaluatedModule):
         self.overlap = OverlapStatistics()
         self.depth = DepthStatistics()
         self.rates = Means()
-        # [B, R] or [B, 1] values of the micro-batch trained on last, by name, for logs.
+        # [B, R] or [B, 1] values of the latest micro-batch, by name, for logs.
         self.token_figures: Mapping[str, Tensor] = {}
-        self._tokens = 0.0  # of the last step that was logged
-        self.moving = False  # weights, scheduler and callbacks are between two steps
-        # Factors on the learning rate, by who set them; a callback may, and keeps its own.
+        self._tokens = 0.0  # of the last logged step
+        self.moving = False  # an update of weights, scheduler and callbacks is in progress
+        # Factors on the learning rate, by name. Callbacks add theirs and checkpoint them.
         self.rate_scales: dict[str, float] = {}
 
-    # What a method may use ----------------------------------------------------------------
+    # Helpers for methods ------------------------------------------------------------------
 
     def compare_with_engine(self, batch: RolloutBatch, student: TokenScores) -> None:
-        """Note the gap between the engine's log-probs of its samples and the trainer's.
+        """Record the gap between the engine's log-probs of its samples and the trainer's.
 
-        A step whose mean is too large stops the run before the optimiser moves. Rollouts under
-        another prompt, or that nobody sampled, have nothing to compare. Those of older weights
-        differ rightly: of them only the importance weights are noted.
+        A step whose mean gap is too large stops the run before the optimiser step. Rollouts that
+        are recorded or were sampled under another prompt are not compared. For rollouts of older
+        weights a gap is expected, so only their importance weights are recorded.
         """
         mask = batch.response_mask & batch.on_policy[:, None]
-        self.skipped.look_at_engine(batch, mask)
+        self.skipped.record_engine(batch, mask)
         versions = [rollout.policy_version for rollout in batch.rollouts]
         fresh = torch.tensor(versions, device=mask.device) == batch.totals.step
         self.engine_gap.update(
@@ -106,26 +106,26 @@ class DistillationModule(Contract, EvaluatedModule):
     def note_signal(
         self, batch: RolloutBatch, student: TokenScores, teacher: TokenScores, mask: Tensor
     ) -> None:
-        """Note what the teacher says of the tokens in `mask [B, R]`."""
+        """Record statistics of the teacher's scores of the tokens in `mask [B, R]`."""
         self.signal.update(batch, student, teacher, mask)
         self.overlap.update(student, teacher, mask)
         self.depth.update(student, teacher, mask)
 
     def note_rules(self, scored: Scored, signal: Signal, rates: Rates) -> None:
-        """Note what became of the signal, token by token."""
+        """Record the effect of the rules on the signal, per token."""
         done = {**rates, "selected": signal.mask}
         self.rates.update(scored.batch, {f"rule/{name}": rate for name, rate in done.items()})
-        if "teacher" not in scored.others:  # else it is among the signal's figures
+        if "teacher" not in scored.others:  # else recorded by SignalStatistics
             self.rates.update(scored.batch, {"entropy/student": scored.student.entropy})
-        told = {"log_ratio": scored.log_ratio} if "teacher" in scored.others else {}
-        self.token_figures = told | {"advantage": signal.advantage, **done}
+        ratio = {"log_ratio": scored.log_ratio} if "teacher" in scored.others else {}
+        self.token_figures = ratio | {"advantage": signal.advantage, **done}
 
     # Lightning ----------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         self.student.load(Sharding.of(self.trainer))
         self.load_start()
-        if self.trainer.state.fn == TrainerFn.FITTING:  # nobody else asks them
+        if self.trainer.state.fn == TrainerFn.FITTING:  # only training uses teachers
             for teacher in self.teachers():
                 teacher.load(self.trainer.strategy.root_device, self.student)
 
@@ -159,7 +159,7 @@ class DistillationModule(Contract, EvaluatedModule):
         check_whole_steps(self.trainer)
         self.depth.limit = self.trainer.datamodule.sampling.max_new_tokens  # type: ignore[attr-defined]
         for metric in self._metrics():
-            metric.reset()  # an exception may have left half a step behind
+            metric.reset()  # an exception may have interrupted a step
         self.skipped.reset()
         self.moving = False
 
@@ -225,17 +225,17 @@ class DistillationModule(Contract, EvaluatedModule):
                 values |= metric.compute()
             metric.reset()
         gap = float(values.get("engine/logprob_gap_mean", 0.0))
-        if not skipped and not gap <= self.max_logprob_gap:  # NaN is no agreement either
+        if not skipped and not gap <= self.max_logprob_gap:  # true for NaN as well
             raise EngineMismatchError.of_logprobs(
                 self.trainer.global_step, gap, self.max_logprob_gap
             )
-        # Of the step before: the clock of this one still runs.
+        # Timings of the previous step: the current one is not over.
         values |= self.timer.figures(self._tokens)
         self._tokens = float(values["response/tokens_per_step"])
         figures = {name: float(value) for name, value in values.items()}
         epoch = {"epoch": float(self.trainer.current_epoch)}
         write_step(self.trainer, figures | epoch, self.trainer.global_step)
-        # Callbacks monitor and show these; Lightning's `log` spends half a millisecond on each.
+        # For callbacks and the progress bar. Lightning's `log` takes 0.5 ms per value.
         held = torch.tensor(list(figures.values()), device=self.device)
         self.trainer.callback_metrics.update(zip(figures, held.unbind(), strict=True))
         shown = ("loss", "reward", "tokens_per_second")

@@ -1,4 +1,4 @@
-"""Whether the parts of a composed method fit one another."""
+"""Checks that the parts of a composed method fit together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_parts(composed: ComposedMethod) -> None:
-    """Raise UserError, before any weight is loaded, where a part reads what nobody gives."""
+    """Raise UserError, before any weight is loaded, if an input of a part is not provided."""
     method, asks = type(composed).__name__, composed.all_asks()
     is_divergence = LOSS in composed.comparisons()
     _check_names(composed)
@@ -46,15 +46,15 @@ def check_parts(composed: ComposedMethod) -> None:
             f"{method} has a rule that does so too; set importance_cap to null, or ratio_to to "
             "'trainer'"
         )
-    for name, wish in composed.all_comparisons().items():
-        if wish.other is None:
+    for name, compare in composed.all_comparisons().items():
+        if compare.other is None:
             continue
-        if wish.other not in asks:
+        if compare.other not in asks:
             raise UserError(
-                f"{name} compares with the distribution of {wish.other!r}, but {method} asks for "
-                f"{', '.join(asks) or 'none'}; choose a method that has it"
+                f"{name} compares with the distribution of {compare.other!r}, but {method} asks "
+                f"for {', '.join(asks) or 'none'}; choose a method that has it"
             )
-        _check_known(method, asks[wish.other].teacher, wish.function)
+        _check_known(method, asks[compare.other].teacher, compare.function)
     for term in composed.terms:
         teacher = asks["teacher"].teacher if term.reads_entropy else None
         if isinstance(teacher, TopKTeacher) and not teacher.provides_entropy:
@@ -66,7 +66,7 @@ def check_parts(composed: ComposedMethod) -> None:
 
 
 def _check_tokens(composed: ComposedMethod) -> None:
-    """A teacher with other tokens is asked what it can tell: of groups, under the plain prompt."""
+    """Raise UserError unless cross-tokenizer teachers score groups of tokens of plain prompts."""
     method = type(composed).__name__
     summing = [method] if composed.sums_tokens else []
     summing += [type(rule).__name__ for rule in composed.rules if rule.sums_tokens]
@@ -89,13 +89,13 @@ def _check_tokens(composed: ComposedMethod) -> None:
 
 
 def corrects_sampler(composed: ComposedMethod) -> bool:
-    """Whether a policy gradient is weighed by pi_theta / mu, the policy that sampled."""
+    """Whether a policy gradient is weighted by pi_theta / mu, with mu the sampling policy."""
     by_rule = any(rule.corrects_sampler for rule in composed.rules)
     return by_rule or composed.surrogate.ratio_to == "sampler"
 
 
 def _check_known(method: str, teacher: Teacher, function: Any) -> None:
-    """A teacher can tell what a comparison reads."""
+    """Raise UserError if a teacher cannot provide the log-probs that a comparison reads."""
     if isinstance(teacher, DistributionTeacher):
         return
     kind = type(teacher).__name__
@@ -105,24 +105,24 @@ def _check_known(method: str, teacher: Teacher, function: Any) -> None:
             "process with the student's tokenizer, a method of sampled tokens"
             + (", or DivergenceOPD with TopK" if isinstance(teacher, TopKTeacher) else "")
         )
-    told = ("teacher", "intersection", *(("student",) if teacher.scores_given_ids else ()))
-    if function.support not in told:
+    supports = ("teacher", "intersection", *(("student",) if teacher.scores_given_ids else ()))
+    if function.support not in supports:
         raise UserError(
             f"TopK: support is {function.support!r}, of which {kind} cannot tell all log-probs; "
-            f"expected {' or '.join(told)}"
+            f"expected {' or '.join(supports)}"
         )
 
 
 def _check_names(composed: ComposedMethod) -> None:
-    """No part may answer to a name that means something else already."""
+    """Raise UserError if parts give different meanings to the same name."""
     asks: dict[str, Any] = dict(composed.asks())
-    wishes: dict[str, Any] = dict(composed.comparisons())
+    comparisons: dict[str, Any] = dict(composed.comparisons())
     for rule in composed.rules:
-        _add(wishes, rule.comparisons(), f"rules: {type(rule).__name__}")
+        _add(comparisons, rule.comparisons(), f"rules: {type(rule).__name__}")
     for term in composed.terms:
         owner = f"terms: {type(term).__name__}"
         _add(asks, term.asks(), owner)
-        _add(wishes, term.comparisons(), owner)
+        _add(comparisons, term.comparisons(), owner)
     names = [term.name for term in composed.terms]
     for name in names:
         if names.count(name) > 1:

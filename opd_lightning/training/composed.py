@@ -1,4 +1,4 @@
-"""A method as a signal and some rules: what all distillation methods are made of."""
+"""Methods composed of a signal, rules and loss terms."""
 
 from __future__ import annotations
 
@@ -20,34 +20,33 @@ from opd_lightning.teachers.base import Ask, Teacher
 from opd_lightning.terminal.progress import Progress
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.checks import check_parts, corrects_sampler
-from opd_lightning.training.scoring import LOSS, Answers, announce, ask_everybody
+from opd_lightning.training.scoring import LOSS, BatchScores, prefetch_scores, score_batch
 from opd_lightning.types import RolloutBatch, TokenScores, Totals
 
 
 class _Prepared(NamedTuple):
-    """What is known of a micro-batch before its own training pass."""
+    """Scores and signal of a micro-batch, computed before its training pass."""
 
     others: Mapping[str, TokenScores]
     signal: Signal
     rates: Rates
-    selected: int  # tokens of the whole step that take part
+    selected: int  # tokens of the whole step in the masks of its signals
 
 
 class ComposedMethod(DistillationModule):
-    """Ask the teachers, make a signal, let the rules shape it, weigh the tokens' losses.
+    """Method made of teachers, a signal, rules that change the signal, and loss terms.
 
-    A subclass says whom it asks (`asks`), what its advantage is (`advantage`, by default d_t of the
-    one it calls "teacher") or which divergence is its loss (a comparison named "loss"), and which
-    rules and terms are its own (`own_rules`, `own_terms`). One whose loss is neither of the two, or
-    both by token, overrides `token_loss`.
+    A subclass defines its teachers and their views (`asks`), its advantage (`advantage`, by default
+    d_t of the teacher named "teacher") or the divergence that is its loss (a comparison named
+    "loss"), and its built-in rules and terms (`own_rules`, `own_terms`). If its loss is neither a
+    policy gradient nor a divergence, or mixes the two by token, it overrides `token_loss`.
 
     Args:
         student: The model that learns.
-        rules: Run after the method's own rules, in this order.
-        terms: Losses beside the method's own, after the terms that it brings itself.
-        imitation: Weight of the cross-entropy on responses that the student did not write (the
-            teacher's, recorded ones), apart from the rest. None lets the method treat them as it
-            treats all.
+        rules: Rules applied after the method's built-in rules, in this order.
+        terms: Loss terms added to the method's loss, after its built-in terms.
+        imitation: Weight of a separate cross-entropy loss on responses that the student did not
+            write (the teacher's, recorded ones). With None they go through the method's loss.
         surrogate: Importance ratio and clip of policy-gradient methods.
         shared: The arguments of `DistillationModule`.
     """
@@ -69,22 +68,22 @@ class ComposedMethod(DistillationModule):
         self.surrogate = surrogate
         self._prepared: deque[_Prepared] = deque()
 
-    # What a method writes -----------------------------------------------------------------
+    # Hooks of a subclass ------------------------------------------------------------------
 
     def advantage(self, scored: Scored) -> Tensor:
-        """What the sampled tokens' log-probs are pushed by, `[B, R]` nats."""
+        """Return the advantage of the sampled tokens, `[B, R]` nats."""
         return scored.log_ratio
 
     def own_rules(self) -> Sequence[Rule]:
-        """The rules that make the method what it is; they run first."""
+        """Return the method's built-in rules, applied before the user's `rules`."""
         return ()
 
     def own_terms(self) -> Sequence[Term]:
-        """The losses that belong to the method; they come before the user's `terms`."""
+        """Return the method's built-in loss terms, added before the user's `terms`."""
         return ()
 
     def comparisons(self) -> Mapping[str, Compare]:
-        """Whole distributions that the method reads; one named "loss" is the token loss."""
+        """Return the functions of whole distributions, by name; "loss" is the token loss."""
         return {}
 
     def token_loss(
@@ -94,11 +93,11 @@ class ComposedMethod(DistillationModule):
         scored: Scored,
         values: Mapping[str, Tensor],
     ) -> Tensor:
-        """Loss of every token, `[B, R]` nats, before weights, mask and aggregation.
+        """Return the loss of every token, `[B, R]` nats, before weights, mask and aggregation.
 
         The default is the comparison named "loss", or else the policy gradient of
-        `signal.advantage`. An override may mix the two by token, with a `torch.where`. It must be
-        finite also where `signal.mask` is False: a NaN there is masked, its gradient is not.
+        `signal.advantage`. An override may mix the two by token with `torch.where`. The result must
+        be finite also where `signal.mask` is False: the mask removes a NaN, but not its gradient.
 
         Args:
             student: Scores of the student; `logprobs` carry the gradient.
@@ -111,13 +110,13 @@ class ComposedMethod(DistillationModule):
         return self.policy_gradient(student, signal, scored)
 
     def policy_gradient(self, student: TokenScores, signal: Signal, scored: Scored) -> Tensor:
-        """The surrogate loss of `signal.advantage`, `[B, R]`."""
+        """Return the surrogate loss of `signal.advantage`, `[B, R]`."""
         batch = scored.batch
         return self.surrogate(
             student.logprobs, signal.advantage, batch.behaviour_logprobs, batch.on_policy
         )
 
-    # The whole ----------------------------------------------------------------------------
+    # Loss ---------------------------------------------------------------------------------
 
     @property
     def rules(self) -> list[Rule]:
@@ -129,11 +128,11 @@ class ComposedMethod(DistillationModule):
 
     def loss(self, batch: RolloutBatch) -> Tensor:
         prepared = self._prepared.popleft() if self._prepared else None
-        answers = self._score(batch, prepared.others if prepared else {})
-        scored, student, values = answers.scored, answers.student, answers.values
+        results = self._score(batch, prepared.others if prepared else {})
+        scored, student, values = results.scored, results.student, results.values
         self.compare_with_engine(batch, student)
-        mask = self._learnt(batch) & self._answered(batch)
-        self.skipped.look(batch, mask, student=student, **scored.others)
+        mask = self._learnt(batch) & self._has_views(batch)
+        self.skipped.record(batch, mask, student=student, **scored.others)
         if "teacher" in scored.others:
             self.note_signal(batch, student, scored.teacher, mask)
         if prepared is None:
@@ -179,20 +178,20 @@ class ComposedMethod(DistillationModule):
         return loss
 
     def prepare_step(self, batches: Sequence[RolloutBatch]) -> None:
-        """Let the rules see the whole step, where one of them or the normaliser must.
+        """Compute the signals of the whole step, if a rule or the normaliser needs them.
 
-        Costs the student one forward pass more, and teachers whose whole distribution is compared;
-        the others are asked here and not again.
+        Adds one forward pass of the student and of teachers whose whole distribution is compared.
+        The scores of other teachers are computed here and reused.
         """
         self._prepared.clear()
         for batch in batches:
-            announce(self.all_asks(), self.all_comparisons(), batch, self.overlap_top_k)
+            prefetch_scores(self.all_asks(), self.all_comparisons(), batch, self.overlap_top_k)
         if self.aggregation != "mask-mean" and not any(rule.step_wide for rule in self.rules):
             return
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             with Progress("score", len(batches), "micro-batch", within=True) as bar:
-                answers = [self._score(batch.to(self.device)) for batch in bar.each(batches)]
-            scored = [answer.scored for answer in answers]
+                results = [self._score(batch.to(self.device)) for batch in bar.each(batches)]
+            scored = [result.scored for result in results]
             signals = [self._first_signal(one) for one in scored]
             rates: list[Rates] = [{} for _ in batches]
             for rule in self.rules:
@@ -203,8 +202,8 @@ class ComposedMethod(DistillationModule):
             counts = torch.stack([signal.mask.sum() for signal in signals]).sum()
             selected = int(concatenate_ranks(counts[None, None]).sum())
         self._prepared.extend(
-            _Prepared(answer.others, signal, rate, selected)
-            for answer, signal, rate in zip(answers, signals, rates, strict=True)
+            _Prepared(result.others, signal, rate, selected)
+            for result, signal, rate in zip(results, signals, rates, strict=True)
         )
 
     def _observe(self, rule: Rule, signals: list[Signal], scored: list[Scored]) -> Tensor | None:
@@ -217,24 +216,24 @@ class ComposedMethod(DistillationModule):
         return Signal(
             advantage=advantage,
             weight=torch.ones_like(advantage),
-            mask=self._learnt(scored.batch) & self._answered(scored.batch),
+            mask=self._learnt(scored.batch) & self._has_views(scored.batch),
         )
 
     def _learnt(self, batch: RolloutBatch) -> Tensor:
-        """`[B, R]` tokens of the method's own loss: all, or all but those that are imitated."""
+        """Return the mask `[B, R]` of the method's loss: all tokens but the imitated ones."""
         if self.imitation is None:
             return batch.response_mask
         return batch.response_mask & ~batch.demonstrated[:, None]
 
-    def _answered(self, batch: RolloutBatch) -> Tensor:
-        """`[B, 1]` rows that have every view that is asked about."""
+    def _has_views(self, batch: RolloutBatch) -> Tensor:
+        """Return the mask `[B, 1]` of rows that have every view the teachers read."""
         rows = [batch.views[view].available for view in self.views()]
         return torch.stack([torch.ones_like(batch.on_policy), *rows]).all(0)[:, None]
 
     def _score(
         self, batch: RolloutBatch, known: Mapping[str, TokenScores] | None = None
-    ) -> Answers:
-        return ask_everybody(
+    ) -> BatchScores:
+        return score_batch(
             self.student,
             batch,
             asks=self.all_asks(),
@@ -244,7 +243,7 @@ class ComposedMethod(DistillationModule):
             timer=self.timer,
         )
 
-    # What it is made of -------------------------------------------------------------------
+    # Parts and properties -----------------------------------------------------------------
 
     def all_asks(self) -> Mapping[str, Ask]:
         asks = dict(self.asks())
@@ -253,16 +252,16 @@ class ComposedMethod(DistillationModule):
         return asks
 
     def all_comparisons(self) -> dict[str, Compare]:
-        wishes = dict(self.comparisons())
+        comparisons = dict(self.comparisons())
         for rule in self.rules:
-            wishes |= rule.comparisons()
+            comparisons |= rule.comparisons()
         for term in self.terms:
-            wishes |= term.comparisons()
-        return wishes
+            comparisons |= term.comparisons()
+        return comparisons
 
     def compared_teachers(self) -> list[Teacher]:
         asks = self.all_asks()
-        others = {wish.other for wish in self.all_comparisons().values()}
+        others = {compare.other for compare in self.all_comparisons().values()}
         return [ask.teacher for name, ask in asks.items() if name in others]
 
     @property

@@ -1,4 +1,4 @@
-"""What a method says about itself: what it computes, whom it asks, what it needs."""
+"""Interface of methods: their loss, their teachers and the properties that a run checks."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from opd_lightning.types import RolloutBatch
 
 
 class Contract(ABC):
-    """A method writes `loss`, and overrides what is not true of it."""
+    """Interface of a method. Subclasses implement `loss` and override defaults that do not hold."""
 
     overlap_top_k: int
 
-    # What a method writes -----------------------------------------------------------------
+    # Hooks of a subclass ------------------------------------------------------------------
 
     @abstractmethod
     def loss(self, batch: RolloutBatch) -> Tensor:
-        """This micro-batch's share of the step's loss; see `losses/reduction.py`."""
+        """Return the micro-batch's share of the step's loss; see `losses/reduction.py`."""
 
     def asks(self) -> Mapping[str, Ask]:
-        """Whom the method asks, under which view, by the name it knows the answer by."""
+        """Return the teachers and the views they read, by the name of their scores."""
         return {}
 
     def all_asks(self) -> Mapping[str, Ask]:
-        """`asks`, and those of its parts."""
+        """Return `asks` of the method and of its parts."""
         return self.asks()
 
     def all_comparisons(self) -> Mapping[str, Compare]:
-        """Functions of whole distributions that are read, by name."""
+        """Return the functions of whole distributions of the method and its parts, by name."""
         return {}
 
     def check(self) -> None:  # noqa: B027 - most have nothing to check
         """Raise UserError, before any weight is loaded, if the method's parts do not fit."""
 
     def prepare_step(self, batches: Sequence[RolloutBatch]) -> None:  # noqa: B027 - nor to prepare
-        """See all of a step's micro-batches, on the CPU, before the first of them is trained on."""
+        """Called with all micro-batches of a step, on the CPU, before training on the first."""
 
     @property
     def needs_rewards(self) -> bool:
@@ -54,12 +54,12 @@ class Contract(ABC):
 
     @property
     def sums_tokens(self) -> bool:
-        """Whether it adds up the signals of a response's tokens."""
+        """Whether the method sums signals over the tokens of a response."""
         return False
 
     @property
     def needs_demonstrations(self) -> bool:
-        """Whether responses that the student did not write are all there is to learn from."""
+        """Whether the method learns only from responses that the student did not write."""
         return False
 
     @property
@@ -69,23 +69,23 @@ class Contract(ABC):
 
     @property
     def corrects_staleness(self) -> bool:
-        """Whether the loss is right on rollouts that older weights of the student sampled."""
+        """Whether the loss is correct on rollouts sampled by older weights of the student."""
         return False
 
-    # What others may ask ------------------------------------------------------------------
+    # Derived properties -------------------------------------------------------------------
 
     def teachers(self) -> list[Teacher]:
-        """Every teacher that the method asks, each once."""
+        """Return the teachers of the method, without duplicates."""
         return list(dict.fromkeys(ask.teacher for ask in self.all_asks().values()))
 
     def compared_teachers(self) -> list[Teacher]:
-        """Those whose whole distribution is compared, token by token of the vocabulary."""
+        """Return the teachers whose distribution over the vocabulary is compared."""
         return []
 
     def asked_top_k(self) -> Mapping[str, int]:
-        """How many of its likeliest tokens everybody is asked for, by the names of `all_asks`."""
+        """Return the size of the top-k set requested of each teacher, by name in `all_asks`."""
         return asked_top_k(self.all_asks(), self.all_comparisons(), self.overlap_top_k)
 
     def views(self) -> set[str]:
-        """Names of the prompt views that are read, besides the student's own."""
+        """Return the names of the prompt views that teachers read, "student" excluded."""
         return {ask.view for ask in self.all_asks().values()} - {"student"}

@@ -1,4 +1,4 @@
-"""A divergence from one teacher as the loss: what several families differ in by defaults only."""
+"""Base class of methods whose loss is a divergence from one teacher."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from opd_lightning.training.scoring import LOSS
 
 
 class DivergenceMethod(ComposedMethod):
-    """`L = aggregate of D(S_t, T_t)`, differentiated directly, on the student's visited prefixes.
+    """Method with loss `L = aggregate of D(S_t, T_t)` on student prefixes, differentiated directly.
 
     Args:
-        student: The model that learns, from its own prompt.
-        teacher: Whom the student is compared with; has the student's vocabulary size. One that is
-            not in this process (remote, cached) knows a few tokens only: `TopK` alone reads those.
+        student: The model that learns, under the plain prompt.
+        teacher: The teacher, with the student's vocabulary size. A teacher outside this process
+            (remote, cached) provides top-k log-probs only and needs a `TopK` divergence.
         view: The prompt that the teacher reads.
         divergence: D.
         shared: The arguments of `ComposedMethod` and `DistillationModule`.

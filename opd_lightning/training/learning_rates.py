@@ -1,4 +1,4 @@
-"""Learning rates on a scale, whatever the schedule."""
+"""Temporary scaling of learning rates."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 
 @contextmanager
 def scaled(optimizers: Iterable[Optimizer], scale: float) -> Iterator[None]:
-    """Multiply the learning rate of every parameter group for as long as it lasts.
+    """Multiply the learning rate of every parameter group inside the context.
 
-    What schedules and checkpoints see is the planned rate: many schedules make a rate from the
-    last one, and would multiply it by the scale again and again.
+    Schedules and checkpoints see the unscaled rate: many schedules derive a rate from the last one
+    and would compound the scale.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     planned = [group["lr"] for group in groups]

@@ -1,4 +1,4 @@
-"""What a checkpoint says about Lightning's loops: a step has not begun, or is over."""
+"""State of Lightning's loops in checkpoints, aligned to whole optimiser steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OPTIMISER = f"{EPOCH_LOOP}automatic_optimization.optim_progress"
 
 
 def check_whole_steps(trainer: Trainer) -> None:
-    """An epoch ends between two optimiser steps, so that their number tells where a run is."""
+    """Raise UserError if an epoch ends inside a step: the step number must define the position."""
     batches, parts = trainer.num_training_batches, trainer.accumulate_grad_batches
     if batches % parts:
         raise UserError(
@@ -24,17 +24,17 @@ def check_whole_steps(trainer: Trainer) -> None:
 
 
 def rewind(fit_loop: dict[str, Any], trainer: Trainer) -> None:
-    """Let a checkpoint mean the end of its last optimiser step, wherever it was taken.
+    """Set a checkpoint's loop counters to the end of the last optimiser step.
 
-    The weights have not moved since. Lightning's counters may have, and would resume behind
-    micro-batches whose gradient is lost; so they are put back to what a checkpoint taken right
-    after that optimiser step has, which Lightning resumes from exactly. A validation of these
-    weights that was cut short, or is still to come, is made by whoever resumes; Lightning would
-    take the latter for made.
+    The weights have not changed since. Lightning's counters may have, and a resumed run would skip
+    micro-batches whose gradient is lost. The counters are reset to those of a checkpoint taken
+    right after that optimiser step, from which Lightning resumes exactly. An interrupted or
+    pending validation of these weights is run after resumption; Lightning would take a pending one
+    for done.
 
     Args:
-        fit_loop: The loop's state in the checkpoint; changed in place.
-        trainer: Whose loop it is.
+        fit_loop: State of the fit loop in the checkpoint; changed in place.
+        trainer: Trainer of that loop.
     """
     steps, parts = trainer.global_step, trainer.accumulate_grad_batches
     over = fit_loop[f"{EPOCH_LOOP}batch_progress"]["total"]["ready"] == steps * parts
@@ -46,7 +46,7 @@ def rewind(fit_loop: dict[str, Any], trainer: Trainer) -> None:
         for counts in ("total", "current"):
             batches = fit_loop[f"{EPOCH_LOOP}batch_progress"][counts]
             batches["completed"] = batches["processed"]
-        # As of a first batch that was started: what Lightning takes for an evaluation to redo.
+        # Counters of a started first batch: Lightning then repeats the evaluation.
         validation |= {"ready": 1, "started": 1}
     fit_loop[f"{EPOCH_LOOP}val_loop.batch_progress"] = {
         "total": validation, "current": dict.fromkeys(validation, 0), "is_last_batch": False
@@ -54,20 +54,20 @@ def rewind(fit_loop: dict[str, Any], trainer: Trainer) -> None:
 
 
 def _validation_is_due(trainer: Trainer) -> bool:
-    """After the step that is over."""
+    """Whether Lightning validates after the last finished step."""
     loop = trainer.fit_loop
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
 
 
 def _after(steps: int, parts: int, epoch: int) -> dict[str, Any]:
-    """Counters of the loop in the hooks after optimiser step number `steps`, counted from 1.
+    """Return the loop's counters in the hooks after optimiser step `steps`, counted from 1.
 
     Args:
         steps: Optimiser steps made.
         parts: Micro-batches of a step.
         epoch: Micro-batches of an epoch.
     """
-    epochs = max(steps * parts - 1, 0) // epoch  # before the one of that step
+    epochs = max(steps * parts - 1, 0) // epoch  # before the epoch of that step
     batches = steps * parts - epochs * epoch
     begun, open_batch = (1, 1) if steps else (0, 0)
     return {

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite is left out; too many in a row end the run."""
+"""Detection of steps whose loss, gradient or weights are not finite."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ENGINE = "engine"
 
 
 class SkippedSteps(nn.Module):
-    """Finds steps that must not move the weights, counts them and takes their gradients away.
+    """Counts steps whose loss or gradient is not finite and removes their gradients.
 
-    What it decides by is added up over micro-batches and ranks, so that all ranks decide alike. An
-    optimiser leaves a parameter without a gradient as it is: value, moments and step count.
+    The decision uses sums over micro-batches and ranks, so that all ranks decide alike. An
+    optimiser leaves a parameter without a gradient unchanged: value, moments and step count.
 
     Args:
-        stop_after: Steps in a row, the last included, that end the run.
+        stop_after: Number of consecutive steps, the last included, that end the run.
     """
 
     def __init__(self, stop_after: int) -> None:
@@ -35,32 +35,32 @@ class SkippedSteps(nn.Module):
         self.stop_after = stop_after
         self.total = 0  # in this run
         self.in_a_row = 0
-        self.faulty = Means()  # share of tokens without a usable log-prob, by who gave it
+        self.faulty = Means()  # share of tokens whose log-prob is not finite, by model
 
-    def look(self, batch: RolloutBatch, mask: Tensor, **told: TokenScores) -> None:
-        """Note whose log-probs are not finite where `mask [B, R]` says that they are read."""
-        self._note(batch, mask, {name: scores.logprobs for name, scores in told.items()})
+    def record(self, batch: RolloutBatch, mask: Tensor, **models: TokenScores) -> None:
+        """Record, by model, which log-probs in `mask [B, R]` are not finite."""
+        self._record(batch, mask, {name: scores.logprobs for name, scores in models.items()})
 
-    def look_at_engine(self, batch: RolloutBatch, mask: Tensor) -> None:
-        """The same of the engine's own, which no rule need read for them to matter."""
-        self._note(batch, mask, {ENGINE: batch.behaviour_logprobs})
+    def record_engine(self, batch: RolloutBatch, mask: Tensor) -> None:
+        """Record which log-probs of the engine in `mask [B, R]` are not finite."""
+        self._record(batch, mask, {ENGINE: batch.behaviour_logprobs})
 
-    def _note(self, batch: RolloutBatch, mask: Tensor, told: Mapping[str, Tensor]) -> None:
-        self.faulty.update(batch, {name: mask & ~x.isfinite() for name, x in told.items()})
+    def _record(self, batch: RolloutBatch, mask: Tensor, logprobs: Mapping[str, Tensor]) -> None:
+        self.faulty.update(batch, {name: mask & ~x.isfinite() for name, x in logprobs.items()})
 
     def reset(self) -> None:
-        """Forget the micro-batches of a step that is over or was cut short."""
+        """Discard the records of the current step."""
         self.faulty.reset()
 
     def skip(
         self, step: int, loss: Tensor, gradient_norm: Tensor, parameters: Iterable[nn.Parameter]
     ) -> str | None:
-        """Leave the step out if it must be: the line to say then, else None.
+        """Skip the step if needed; return a message for the user then, else None. Collective.
 
-        All ranks must ask. Raises RunStoppedError if it is one too many, and EngineMismatchError
-        if the engine is to blame, whose next rollouts would be no better.
+        Raises RunStoppedError at `stop_after` consecutive steps, and EngineMismatchError if
+        log-probs of the engine are not finite: its next rollouts would not be better.
         """
-        faulty = {who: float(share) for who, share in self.faulty.compute().items() if share > 0}
+        faulty = {name: float(share) for name, share in self.faulty.compute().items() if share > 0}
         self.reset()
         if ENGINE in faulty:
             engine = EngineMismatchError(
@@ -73,9 +73,9 @@ class SkippedSteps(nn.Module):
             self.in_a_row = 0
             return None
         found = f"its loss is {float(loss):g} and its gradient's norm {float(gradient_norm):g}"
-        for who, share in faulty.items():
-            found += f", log-probs of the {who} are not finite on {share:.2%} of the tokens"
-        if self.in_a_row + 1 >= self.stop_after:  # not counted: a resumed run makes it again
+        for name, share in faulty.items():
+            found += f", log-probs of the {name} are not finite on {share:.2%} of the tokens"
+        if self.in_a_row + 1 >= self.stop_after:  # not counted: a resumed run repeats it
             too_many = RunStoppedError(
                 f"step {step}: {found}; that makes {self.stop_after} in a row "
                 "(model.init_args.stop_after_skips), so the run ends with the weights of before; "
@@ -92,18 +92,18 @@ class SkippedSteps(nn.Module):
         )
 
     def counts(self) -> dict[str, int]:
-        """For a checkpoint."""
+        """Return the counters for a checkpoint."""
         return {"total": self.total, "in_a_row": self.in_a_row}
 
     def resume(self, counts: Mapping[str, int]) -> None:
-        """Go on counting where a checkpoint's run did; older ones have no counts."""
+        """Restore the counters of a checkpoint; older checkpoints have none."""
         self.total, self.in_a_row = counts.get("total", 0), counts.get("in_a_row", 0)
 
 
 def check_weights(step: int, student: nn.Module, ranks: Ranks) -> None:
     """Raise RunStoppedError, on all ranks, if the optimiser left a weight that is not finite."""
     trained = {name: _here(p) for name, p in student.named_parameters() if p.requires_grad}
-    # The largest magnitude: unlike a sum of squares it cannot overflow, and NaN stays NaN.
+    # The maximum norm cannot overflow, unlike a sum of squares, and propagates NaN.
     largest = torch.nn.utils.get_total_norm(trained.values(), norm_type=float("inf"))
     if ranks.sum(int(not largest.isfinite())):
         broken = [name for name, weight in trained.items() if not weight.isfinite().all()]
@@ -117,6 +117,6 @@ def check_weights(step: int, student: nn.Module, ranks: Ranks) -> None:
 
 
 def _here(parameter: nn.Parameter) -> Tensor:
-    """This process's part of it."""
+    """Return the local shard of a parameter."""
     weight = parameter.detach()
     return weight.to_local() if isinstance(weight, DTensor) else weight

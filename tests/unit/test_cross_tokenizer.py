@@ -20,7 +20,7 @@ from opd_lightning.teachers import (
     Teacher,
 )
 from opd_lightning.timing import StepTimer
-from opd_lightning.training.scoring import ask_everybody
+from opd_lightning.training.scoring import score_batch
 from opd_lightning.types import Prompt, Rollout, RolloutBatch, TokenScores
 from tests.batches import make_batch, make_rollout
 from tests.tokenizers import byte_level, permute_vocabulary, sentence_piece, write_model
@@ -195,7 +195,7 @@ def test_ids_beyond_the_students_vocabulary_spell_nothing(kinds: dict[str, Path]
 def ask(student: Student, batch: RolloutBatch, **teachers: Teacher):  # type: ignore[no-untyped-def]
     for teacher in teachers.values():
         teacher.load(CPU, student)
-    answers = ask_everybody(
+    answers = score_batch(
         student,
         batch,
         asks={name: Ask(teacher, "student") for name, teacher in teachers.items()},
@@ -243,8 +243,8 @@ def test_scores_that_are_known_are_not_grouped_twice(kinds: dict[str, Path]) -> 
         "top_k": 0,
         "timer": StepTimer(),
     }
-    first = ask_everybody(student, batch, known={}, **arguments)  # type: ignore[arg-type]
-    again = ask_everybody(student, batch, known=first.others, **arguments)  # type: ignore[arg-type]
+    first = score_batch(student, batch, known={}, **arguments)  # type: ignore[arg-type]
+    again = score_batch(student, batch, known=first.others, **arguments)  # type: ignore[arg-type]
     assert torch.equal(first.scored.teacher.logprobs, again.scored.teacher.logprobs)
 
 

@@ -1,4 +1,4 @@
-"""What a student and its teacher say of the tokens of responses that nobody learns from."""
+"""Token log-probs of student and teacher for responses outside training."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from opd_lightning.data.views import Renderer
 from opd_lightning.errors import UserError, note
 from opd_lightning.teachers.base import Ask
 from opd_lightning.teachers.cached import CachedTeacher
-from opd_lightning.training.scoring import announce, ask_everybody
+from opd_lightning.training.scoring import prefetch_scores, score_batch
 from opd_lightning.types import Prompt, Rollout, RolloutBatch, StepTotals, Totals
 
 if TYPE_CHECKING:
     from opd_lightning.run.datamodule import RolloutDataModule
     from opd_lightning.training.base import DistillationModule
 
-LOG_RATIO, TEACHER, STUDENT = "log_ratio", "teacher", "student"  # figures of a token
+LOG_RATIO, TEACHER, STUDENT = "log_ratio", "teacher", "student"  # names of token figures
 
 
-class TokenOpinions:
-    """Asks the student, and the teacher that the method knows as "teacher", if it has one.
+class TokenScorer:
+    """Scores responses with the student and, if the method has one, the teacher named "teacher".
 
-    Both answer at the temperature that the run trains at, so that their difference is the d_t of
-    training, however the responses were drawn.
+    Both use the run's training temperature, so that their difference is the d_t of training,
+    regardless of how the responses were sampled.
 
     Args:
-        module: The method.
-        data: Holds the views and the temperature.
-        prompt: The first of those whose responses will be shown, for what a view may read. A view
-            that lacks something is not asked under, and a note says so.
+        module: Method with student and teacher.
+        data: Data module with the views and the temperature.
+        prompt: First prompt whose responses will be scored. If it lacks a field that the teacher's
+            view reads, the teacher is not used, and a note is printed.
     """
 
     def __init__(self, module: DistillationModule, data: RolloutDataModule, prompt: Prompt) -> None:
@@ -44,7 +44,7 @@ class TokenOpinions:
         ask = self.module.all_asks().get(TEACHER)
         if ask is None:
             return None
-        if isinstance(ask.teacher, CachedTeacher):  # which knows recorded responses alone
+        if isinstance(ask.teacher, CachedTeacher):  # it has scores of recorded responses only
             ask = Ask(ask.teacher.teacher, ask.view)
         if ask.view == "student":
             return ask
@@ -64,8 +64,8 @@ class TokenOpinions:
         return ask
 
     @property
-    def whose(self) -> str:
-        """What tokens are coloured by, in words."""
+    def legend(self) -> str:
+        """Description of the token colours."""
         if self.ask is None:
             return "by the student's own log-prob: the redder, the less likely"
         source = self.ask.teacher.source or self.module.student.source
@@ -75,19 +75,19 @@ class TokenOpinions:
         )
 
     def renderer(self) -> Renderer:
-        """Renders the student's prompts, and the view that the teacher is asked under."""
+        """Return a renderer of the student's prompts and of the teacher's view."""
         source = self.module.student.source
         names = {self.ask.view} - {"student"} if self.ask is not None else set()
         views = {name: self.data.views[name] for name in names}
         return Renderer(source.tokenizer, self.data.template_args, views, source.eos_ids)
 
     def check(self, prompt: Prompt) -> None:
-        """Raise UserError if the teacher cannot be asked about it; takes no weights."""
+        """Raise UserError if the teacher cannot score the prompt. Needs no weights."""
         if self.ask is not None:
             self.ask.teacher.check([prompt], self.data.sampling.temperature)
 
     def load(self, device: torch.device) -> None:
-        """Load the teacher; the student is."""
+        """Load the teacher. The student must be loaded."""
         if self.ask is not None:
             self.ask.teacher.load(device, self.module.student)
 
@@ -97,21 +97,21 @@ class TokenOpinions:
 
     @torch.no_grad()
     def figures(self, rollouts: Sequence[Rollout]) -> list[dict[str, list[float]]]:
-        """By name, one number a token (nats), of every rollout; the first is what colours it."""
+        """Return per rollout the token figures in nats, by name. The first sets the colours."""
         batches = [self._collate(rollout).to(self.module.device) for rollout in rollouts]
         asks = {} if self.ask is None else {TEACHER: self.ask}
         for batch in batches:
-            announce(asks, {}, batch, top_k=0)
+            prefetch_scores(asks, {}, batch, top_k=0)
         found = [self._figures(batch, asks) for batch in batches]
         for ask in asks.values():
             ask.teacher.release()
         return found
 
     def _figures(self, batch: RolloutBatch, asks: dict[str, Ask]) -> dict[str, list[float]]:
-        # A row without the view, such as one that shows a peer's success, has nothing to compare.
+        # Rows without the view, such as one that shows a peer's success, have no teacher scores.
         known = {n: ask for n, ask in asks.items() if bool(batch.views[ask.view].available)}
         with self.module.trainer.precision_plugin.forward_context():
-            scored = ask_everybody(
+            scored = score_batch(
                 self.module.student,
                 batch,
                 asks=known,

@@ -1,4 +1,4 @@
-"""Comparing distributions with a teacher who tells only some of its log-probs."""
+"""Comparison with teachers that provide only part of their log-probs."""
 
 from __future__ import annotations
 
@@ -15,47 +15,45 @@ from opd_lightning.timing import StepTimer
 from opd_lightning.types import RolloutBatch, TokenScores
 
 
-def announce_likeliest(
-    question: Ask, batch: RolloutBatch, function: Any, overlap_top_k: int
-) -> None:
-    """Announce what `TopKAsker` will ask, unless that depends on what the student says."""
+def prefetch_top_k(question: Ask, batch: RolloutBatch, function: Any, overlap_top_k: int) -> None:
+    """Prefetch what `TopKQuery` will request, unless it depends on the student's scores."""
     if function.support != "student":
         width = max(function.k, overlap_top_k)
         question.teacher.prefetch(batch, question.view, top_k=width)
 
 
-class TopKAsker(NamedTuple):
-    """Puts the questions of one comparison to a teacher who knows only some tokens."""
+class TopKQuery(NamedTuple):
+    """Requests of one comparison to a `TopKTeacher`."""
 
     name: str
     question: Ask
     batch: RolloutBatch
     overlap_top_k: int
-    others: dict[str, TokenScores]  # the scores that come with the answer are noted here
+    others: dict[str, TokenScores]  # receives the scores that come with the log-probs
     timer: StepTimer
 
     def comparison(self, function: Any) -> Comparison | LateComparison:
         assert isinstance(function, TopK)  # checked at set-up
         if function.support != "student":
-            return Comparison(self._likeliest(function.k), function)
+            return Comparison(self._teacher_top_k(function.k), function)
 
-        def ask(ids: Tensor) -> TopLogprobs:
-            self.timer.stop("student")  # whose pass is waiting for this answer
+        def query(ids: Tensor) -> TopLogprobs:
+            self.timer.stop("student")  # its forward pass waits for the teacher
             try:
                 with self.timer.stage("teacher"):
-                    return self._answer(self.overlap_top_k, ids)
+                    return self._query(self.overlap_top_k, ids)
             finally:
                 self.timer.start("student")
 
-        # What the teacher tells is on the student's top k, and nothing else is known of it: its
-        # own likeliest known tokens are the same set, however ties among the student's fall.
-        return LateComparison(function.k, ask, replace(function, support="teacher"))
+        # The teacher's log-probs are known only on the student's top k. Its top k of the known
+        # tokens is therefore the same set, regardless of ties among the student's log-probs.
+        return LateComparison(function.k, query, replace(function, support="teacher"))
 
-    def _likeliest(self, k: int) -> TopLogprobs:
-        known = self._answer(max(k, self.overlap_top_k), None)
+    def _teacher_top_k(self, k: int) -> TopLogprobs:
+        known = self._query(max(k, self.overlap_top_k), None)
         return TopLogprobs(known.ids[:, :k], known.logprobs[:, :k])
 
-    def _answer(self, top_k: int, ids: Tensor | None) -> TopLogprobs:
+    def _query(self, top_k: int, ids: Tensor | None) -> TopLogprobs:
         teacher = self.question.teacher
         assert isinstance(teacher, TopKTeacher)  # checked at set-up
         scores, known = teacher.score_top(self.batch, self.question.view, top_k=top_k, ids=ids)
