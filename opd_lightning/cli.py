@@ -89,6 +89,9 @@ def one_line_errors() -> Iterator[None]:
     except SignalledError as end:
         _part()
         sys.exit(end.code)
+    except BrokenPipeError:  # `opd configs list | head`: nothing reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would flush
+        sys.exit(128 + signal.SIGPIPE)
     except RuntimeError as error:
         from opd_lightning.processes import describe_lost_rank
 
