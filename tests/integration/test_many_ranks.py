@@ -16,11 +16,10 @@ from opd_lightning.models.student import Student
 from opd_lightning.rollouts import Sampling, VLLMEngine
 from opd_lightning.rollouts.base import Request
 from opd_lightning.serving.vllm_process import vllm_unavailable
+from tests import processes
 from tests.conftest import build_tiny_model
 from tests.harness_tasks import write_tasks
 from tests.integration.ways import ways
-from tests.processes import run as run_program
-from tests.processes import run_ranks
 
 SCRIPT = "tests.integration.many_ranks"
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -46,7 +45,7 @@ class Runs:
                 together = [layout]
             words = (";".join(together), part, "found.pt")
             count = RANKS[together[0]]
-            run_ranks(SCRIPT, *words, count=count, cwd=self.folder, timeout=500)
+            processes.run_ranks(SCRIPT, *words, count=count, cwd=self.folder, timeout=500)
             found = torch.load(self.folder / "found.pt", weights_only=True)
             self._found |= {f"{part} {name}": found[name] for name in together}
         return self._found[f"{part} {layout}"]
@@ -235,5 +234,5 @@ def test_the_overlay_trains_validates_and_exports(runs: Runs, strategy: str) -> 
         ["validate", *saved],
         ["export", *saved, "--out", f"{strategy}-student"],
     ):
-        run_program("opd_lightning", *command, cwd=runs.folder, check=True, timeout=200)
+        processes.run("opd_lightning", *command, cwd=runs.folder, check=True, timeout=200)
     assert (runs.folder / f"{strategy}-student" / "model.safetensors").is_file()
