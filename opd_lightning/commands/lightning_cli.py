@@ -101,6 +101,11 @@ class OPDCLI(LightningCLI):
         args = [word.replace("-", "_") if word in DASHED else word for word in args[:1]] + args[1:]
         # A bare flag; jsonargparse wants a value.
         args = ["--json=true" if word == "--json" else word for word in args]
+        commands = self.subcommands()
+        if args and args[0] in commands:
+            # The parser of a command takes a second to build: build the one that is asked for.
+            only = {args[0]: commands[args[0]]}
+            self.subcommands = lambda: only  # type: ignore[method-assign]
         super().__init__(
             DistillationModule,
             RolloutDataModule,
