@@ -39,7 +39,7 @@ def finish(user: User, job: Job, *, restarts: int) -> None:
     ("strategy", "engine"),
     [
         ("ddp", "HFEngine"),
-        ("fsdp2", "HFEngine"),
+        pytest.param("fsdp2", "HFEngine", marks=pytest.mark.slow),  # 22 starts, as the one above
         pytest.param("ddp", "VLLMEngine", marks=VLLM),
         pytest.param("fsdp2", "VLLMEngine", marks=VLLM),
     ],
