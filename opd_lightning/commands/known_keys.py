@@ -55,6 +55,8 @@ def _given(words: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         option, equals, value = word.partition("=")
         if option in ("-c", "--config"):
             value = value if equals else next(rest, "")
+            if value.endswith((".yaml", ".yml")) and not Path(value).exists():
+                raise UserError(f"--config: got {value!r}, but no such file exists")
             try:
                 tree = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
             except (OSError, ValueError, yaml.YAMLError):
@@ -121,9 +123,8 @@ class _Checker:
     def object(self, place: str, tree: Mapping[Any, Any], default: Class | None) -> None:
         """Check the arguments of a class, named by the tree, an earlier one or the annotation."""
         if isinstance(path := tree.get("class_path"), str):
-            # Another class may have others inside: forget what was there.
-            kept = {k: v for k, v in self.classes.items() if not k.startswith(f"{place}.")}
-            self.classes = kept | {place: find(path)}
+            self.forget(place)  # another class may have others inside
+            self.classes[place] = find(path)
         owner = self.classes.get(place, default)
         known = owner.options() if owner else None
         if known is None:
@@ -136,12 +137,21 @@ class _Checker:
             if key in known:
                 self.value(f"{place}.{key}", value, known[key])
 
+    def forget(self, place: str) -> None:
+        """Drop the classes of a place and of all places inside it."""
+        self.classes = {
+            k: v for k, v in self.classes.items() if k != place and not k.startswith(f"{place}.")
+        }
+
     def value(self, place: str, value: Any, parameter: Parameter) -> None:
         """Check the trees in the value of a parameter, as far as its annotation tells."""
         if isinstance(value, list):
+            # What comes later by this place's name belongs to the last item.
+            self.forget(place)
             for i, item in enumerate(value):
                 if isinstance(item, Mapping) and "class_path" in item:
                     self.object(f"{place}.{i}", item, None)
+                    self.classes[place] = self.classes.get(f"{place}.{i}")
         elif isinstance(value, Mapping) and "class_path" in value:
             self.object(place, value, None)
         elif isinstance(value, Mapping):

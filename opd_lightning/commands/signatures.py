@@ -94,7 +94,7 @@ class Class:
         if node.args.kwarg is None:
             return own
         keywords = node.args.kwarg.arg
-        if "super().__init__(" not in ast.unparse(node) or owner.bases is None:
+        if not _hands_on(node, keywords) or owner.bases is None:
             return None
         own |= {name: Parameter(None, None, "", owner.home) for name in _taken(node, keywords)}
         for base in owner.bases:
@@ -175,6 +175,27 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _statements(node.body)
         else:
             yield node
+
+
+def _hands_on(node: Function, keywords: str) -> bool:
+    """Whether keyword arguments go to the base class, and to nothing else that might name them.
+
+    Lightning's DDPStrategy keeps them for another class, whose arguments are then its own too.
+    """
+    handed = taken = 0
+    for call in (word for word in ast.walk(node) if isinstance(word, ast.Call)):
+        name = ast.unparse(call.func)
+        handed += name == "super().__init__" and any(
+            word.arg is None and ast.unparse(word.value) == keywords for word in call.keywords
+        )
+        taken += name in (f"{keywords}.get", f"{keywords}.pop")
+    stored = [
+        word
+        for word in ast.walk(node)
+        if isinstance(word, ast.Subscript) and ast.unparse(word.value) == keywords
+    ]
+    uses = [word for word in ast.walk(node) if isinstance(word, ast.Name) and word.id == keywords]
+    return handed > 0 and len(uses) == handed + taken + len(stored)
 
 
 def _taken(node: Function, keywords: str) -> set[str]:
