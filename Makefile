@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 # A module's tests go to the worker that is free (see tests/conftest.py), in an order that is random
 # and told at the start.  Global generators are left alone: workers might choose the same names.
 WORKERS ?= 2
-PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --randomly-dont-reset-seed
+PARALLEL := -n $(WORKERS) --dist loadscope --no-loadscope-reorder --randomly-dont-reset-seed
 
 .PHONY: demo test test-all lint format docs dist constraints clean
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 # Read when the libraries are imported, so set before any test module is.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
@@ -140,16 +141,39 @@ def in_lab(untrained_lab: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return untrained_lab
 
 
-# Session fixtures that cost half a minute and more: the tests that share one run in one process.
-SHARED = {"_teacher_server": "servers", "_rollout_server": "servers", "cluster": "slurm"}
+# Modules that share servers or a cluster, whose start costs half a minute: one process runs them.
+SHARED = {
+    "test_check.py": "servers",
+    "test_offline_remote.py": "servers",
+    "test_pushes.py": "servers",
+    "test_remote_teacher.py": "servers",
+    "test_server_engine.py": "servers",
+    "test_requeue.py": "slurm",
+    "test_scripts.py": "slurm",
+    "test_servers.py": "slurm",
+}
+
+
+class ByModule(LoadScopeScheduling):
+    """Give whole modules to workers, so that module fixtures are made once; see `SHARED`.
+
+    xdist's own groups do not work: it renames tests, which pytest 9.2 does not let it.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.split("::")[0]
+        return SHARED.get(Path(module).name, module)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    return ByModule(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Complete what pytest-randomly shuffled, and say which tests run in the same process.
+    """Complete what pytest-randomly shuffled.
 
     Tests marked `last` go to the end of their module. The directories with long tests go first,
-    so that no worker is left with one at the end. Module fixtures are made once: a module runs in
-    one process, except for the tests that belong to a group of `SHARED`.
+    so that no worker is left with one at the end.
     """
     modules: dict[Path, int] = {}
     for item in items:
@@ -161,10 +185,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return (*(room not in item.path.parents for room in rooms), modules[item.path], last)
 
     items.sort(key=place)
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        groups = [group for name, group in SHARED.items() if name in fixtures]
-        item.add_marker(pytest.mark.xdist_group(groups[0] if groups else item.path.stem))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
