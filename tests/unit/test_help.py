@@ -166,11 +166,37 @@ def test_misspelt_key_of_a_file(tmp_path: Path) -> None:
         ["--data.template_args.enable_thinking=false"],
         ["--model.help", "opd_lightning.methods.OPD"],
         ["--data.engine=a.class.that.is.Nowhere", "--data.engine.anything=1"],
-        ["--config=nowhere.yaml"],
+        # Lightning gives these to a class that the source does not name.
+        [
+            "--trainer.strategy=lightning.pytorch.strategies.DDPStrategy",
+            "--trainer.strategy.find_unused_parameters=true",
+        ],
+        [
+            "--trainer.profiler=lightning.pytorch.profilers.PyTorchProfiler",
+            "--trainer.profiler.profile_memory=true",
+        ],
     ],
 )
 def test_left_to_the_parser(words: list[str]) -> None:
     check_keys("fit", ["--config", CONFIG, *words])
+
+
+def test_no_such_file() -> None:
+    with pytest.raises(UserError, match=r"^--config: got 'nowhere.yaml', but no such file exists$"):
+        check_keys("fit", ["--config", "nowhere.yaml"])
+
+
+def test_a_list_replaces_what_was_appended(tmp_path: Path) -> None:
+    path = tmp_path / "more.yaml"
+    path.write_text(
+        "trainer:\n  callbacks:\n"
+        "    - class_path: lightning.pytorch.callbacks.EarlyStopping\n"
+        "      init_args: {monitor: loss}\n"
+    )
+    words = ["--trainer.callbacks+=callbacks.RolloutLog", "--config", str(path)]
+    check_keys("fit", [*words, "--trainer.callbacks.patience=3"])
+    with pytest.raises(UserError, match="'every_n_steps' is not accepted"):
+        check_keys("fit", [*words, "--trainer.callbacks.every_n_steps=3"])
 
 
 def test_a_class_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def test_full_tensors_come_and_go_one_at_a_time(
     student = Student(str(tiny_model_dir()), lora=config if lora else None)
     student.load()
     # A gathered shard is a new tensor.
-    monkeypatch.setattr("opd_lightning.models.weights.whole", lambda tensor: tensor.clone())
+    monkeypatch.setattr("opd_lightning.models.weights.full_tensor", lambda tensor: tensor.clone())
     engine = HFEngine()
     engine.start(student.source, max_length=8)
     largest = max(p.nbytes for p in student.parameters())

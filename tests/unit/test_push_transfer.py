@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
     [
         # The servers' address file is not there: who waited for it would not end.
         ("vllm_server_transfer", "nccl", "engine.push: got nccl, but this machine has no GPU"),
-        ("vllm", "nccl", "Option 'push' is not accepted"),
+        ("vllm", "nccl", "'push' is not accepted"),
         ("vllm_server", "gloo", "engine.push_folder: got one with push: gloo; leave it out"),
     ],
 )
