@@ -133,6 +133,7 @@ class _Checker:
         for key, value in given.items() if isinstance(given, Mapping) else ():
             if key in _SUBCLASS:
                 continue
+            key = str(key).removesuffix("+")  # which appends to a list, in files too
             self.expect(place, key, [*known])
             if key in known:
                 self.value(f"{place}.{key}", value, known[key])

@@ -186,6 +186,12 @@ def test_no_such_file() -> None:
         check_keys("fit", ["--config", "nowhere.yaml"])
 
 
+def test_a_file_may_append(tmp_path: Path) -> None:
+    path = tmp_path / "more.yaml"
+    path.write_text("trainer:\n  callbacks+:\n    - class_path: callbacks.RolloutLog\n")
+    check_keys("fit", ["--config", CONFIG, "--config", str(path)])
+
+
 def test_a_list_replaces_what_was_appended(tmp_path: Path) -> None:
     path = tmp_path / "more.yaml"
     path.write_text(
