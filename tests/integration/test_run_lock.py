@@ -1,6 +1,7 @@
 """A run folder belongs to one job at a time, and to nobody once that job is dead."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -13,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pytest
 
 from opd_lightning.cli import main
@@ -110,8 +110,7 @@ def test_a_file_system_without_locks(
     def flock(*_: Any) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    unix: Any = filelock._unix
-    monkeypatch.setattr(unix.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with held(tmp_path):
         pass
     (line,) = capsys.readouterr().err.splitlines()
