@@ -1,4 +1,4 @@
-"""Progress of a run, counted in what a run is measured in: optimiser steps."""
+"""Progress of a run in optimiser steps."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class StepProgressBar(ProgressBar):
-    """One bar for the whole run, with the loss, the reward and tokens per second.
+    """Show one bar for the whole run, with the loss, the reward and tokens per second.
 
-    A long step has a bar of its own, in micro-batches, and so has a validation, in responses, which
-    leaves a line with its scores. In a log
-    there are lines instead, on rank 0: one every `log_every_n_steps`, and not too many a minute.
+    A long step has a bar of its own, in micro-batches. A validation has one in responses, and
+    leaves a line with its scores. In a log there are lines instead, on rank 0, at most one every
+    `log_every_n_steps` and a few per minute.
 
     Args:
-        label: What the bar is called.
+        label: Name of the bar.
     """
 
     def __init__(self, label: str = "step") -> None:
@@ -39,7 +39,7 @@ class StepProgressBar(ProgressBar):
         self._suites: Progress | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Which cannot be sent elsewhere.
+        # Progress holds a lock, which cannot be pickled.
         return {**vars(self), "_steps": None, "_parts": None, "_suites": None}
 
     def disable(self) -> None:
@@ -49,7 +49,7 @@ class StepProgressBar(ProgressBar):
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """What a module prints, above the bars."""
+        """Print above the bars."""
         if self._enabled:
             say(" ".join(map(str, args)))
 
@@ -152,7 +152,7 @@ class StepProgressBar(ProgressBar):
 
 
 def _figures(shown: Mapping[str, Any]) -> list[str]:
-    """The loss first, the speed last."""
+    """Format metrics, the loss first and the speed last."""
     names = sorted(shown.keys() - {"v_num", "tokens_per_second"}, key=lambda n: (n != "loss", n))
     figures = [f"{name} {float(shown[name]):.3g}" for name in names]
     rate = shown.get("tokens_per_second")
@@ -160,7 +160,7 @@ def _figures(shown: Mapping[str, Any]) -> list[str]:
 
 
 def _scores(suite: str, scores: Mapping[str, float]) -> str:
-    """A suite's scores in a line."""
+    """Format the scores of a suite in a line."""
     known = {key.removeprefix(f"val/{suite}/"): value for key, value in scores.items()}
     parts = []
     if "score" in known:
@@ -179,7 +179,7 @@ def _scores(suite: str, scores: Mapping[str, float]) -> str:
 
 
 class FirstLine(RunCallback):
-    """One line instead of Lightning's table of modules, on rank 0."""
+    """Print one line instead of Lightning's table of modules, on rank 0."""
 
     def on_train_start(  # type: ignore[override]
         self, trainer: Trainer, module: DistillationModule

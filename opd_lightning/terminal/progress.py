@@ -1,4 +1,4 @@
-"""How far a long stage is: a bar where somebody watches, a line now and then in a log."""
+"""Progress of a long stage: a bar on a terminal, a line from time to time in a log."""
 
 from __future__ import annotations
 
@@ -16,55 +16,55 @@ if TYPE_CHECKING:
     from opd_lightning.terminal.progress_bar import Bar
 
 PAUSE = 10.0  # seconds between two lines of a log
-LONG = 5.0  # seconds that a stage within another takes before its bar shows
-LONG_IN_LOGS = 60.0  # before its first line in a log, and between two
-REDRAW = 0.1  # seconds between two pictures of a bar
+LONG = 5.0  # seconds before the bar of a stage within another is shown
+LONG_IN_LOGS = 60.0  # seconds before its first line in a log, and between two
+REDRAW = 0.1  # seconds between two updates of a bar on the screen
 RECENT = 100  # updates that the rate and the time left are measured over
 
 T = TypeVar("T")
 
 
 def is_watched() -> bool:
-    """Whether stderr is a terminal; a task of srun writes to a log in any case."""
+    """Return whether stderr is a terminal and not the log of a SLURM job step."""
     return sys.stderr.isatty() and "SLURM_STEP_ID" not in os.environ
 
 
 def _is_first() -> bool:
-    """Whether this is the first process of a run; others have nothing to add."""
-    dist = sys.modules.get("torch.distributed")  # which the first to speak need not import
+    """Return whether this is the first rank of a run, the only one that shows progress."""
+    dist = sys.modules.get("torch.distributed")  # not imported for this alone
     return dist is None or not dist.is_initialized() or dist.get_rank() == 0
 
 
 def say(line: str) -> None:
-    """A line on stderr, above the bars."""
+    """Write a line to stderr, above the bars."""
     if is_watched():
         from opd_lightning.terminal.progress_bar import Bar
 
         Bar.write(line, file=sys.stderr)
     else:
-        sys.stderr.write(f"{line}\n")  # at once, for threads may talk at a time
+        sys.stderr.write(f"{line}\n")  # in one call: several threads may write
         sys.stderr.flush()
 
 
 class Progress:
-    """What is done of a stage, its rate and the time left, on stderr.
+    """Show what is done of a stage, its rate and the time left on stderr.
 
-    Example, of what a log gets: "generate 512/4,096 responses, 38.1 responses/s, 01:34 left".
-    Rate and time left are measured over the last `RECENT` updates, from the end of the first one:
-    it contains the start-up (engines start, kernels compile), which does not come again. They are
-    "?" until the second update. At the end the rate is that of the whole stage.
+    Example of a line in a log: "generate 512/4,096 responses, 38.1 responses/s, 01:34 left".
+    Rate and time left are measured over the last `RECENT` updates, from the end of the first one,
+    which contains the start-up (engines start, kernels compile). They are "?" until the second
+    update. At the end the rate is that of the whole stage.
 
-    The first rank alone shows any. Several threads may each have stages; of one stage, a thread may
-    tell what is done while another ends it.
+    Only the first rank shows progress. Threads may have stages of their own; one thread may update
+    a stage while another closes it.
 
     Args:
-        label: What the stage is called.
-        total: How much there is to do, at most; None: nobody knows.
-        unit: Of what, in the singular.
-        done: How much was done before.
-        every: Least difference between two lines of a log; they are `PAUSE` apart in any case.
-        within: Another stage, or a step, of which this is a part: shown once it is long, and
-            never at its end.
+        label: Name of the stage.
+        total: Number of units to do, at most; None if it is not known.
+        unit: Name of a unit, in the singular.
+        done: Number of units done before.
+        every: Least number of units between two lines of a log, which are at least `PAUSE` apart.
+        within: Whether this is part of another stage or step: shown only after `LONG` seconds, and
+            removed at its end.
         disable: Show nothing.
     """
 
@@ -84,7 +84,7 @@ class Progress:
         self.unit = unit
         self.units = unit + ("es" if unit.endswith("ch") else "s")
         self.within = within
-        self.figures = ""  # told beside, such as "loss 0.3"
+        self.figures = ""  # shown beside the amount, such as "loss 0.3"
         self.done = self._told = self._before = done
         self._every = every
         self._began = monotonic()
@@ -103,7 +103,7 @@ class Progress:
             self._show()
 
     def update(self, more: int = 1) -> None:
-        """So much more is done; costs less than a microsecond where nothing is to be shown."""
+        """Add units that are done; takes less than a microsecond if nothing is shown."""
         self.done += more
         now = monotonic()
         self._updates.append((now, self.done))
@@ -111,18 +111,18 @@ class Progress:
             self._show()
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
-        """One after the other; each is done when the next is asked for."""
+        """Yield the items; each counts as done when the next is requested."""
         for item in items:
             yield item
             self.update()
 
     def shorten(self, less: int) -> None:
-        """So much is not to be done after all."""
+        """Reduce the total by `less` units."""
         if self.total is not None:
             self.total -= less
 
     def close(self) -> None:
-        """Say what was done, or leave no trace of what was within another stage."""
+        """Show the final state; remove a stage within another from the screen."""
         if not self.within:
             self._every = 1
             self._show()
@@ -147,18 +147,18 @@ class Progress:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the stage began."""
+        """Return the seconds since the stage began."""
         return monotonic() - self._began
 
     @property
     def amount(self) -> str:
-        """Such as "512/4,096 responses"; steps of a stage that is called "step" are but numbers."""
+        """Return such as "512/4,096 responses"; the unit is left out if it is also the label."""
         total = "?" if self.total is None else f"{self.total:,}"
         return f"{self.done:,}/{total}" + (f" {self.units}" if self.unit != self.label else "")
 
     @property
     def speed(self) -> str:
-        """Such as "38.1 responses/s" or "5 s a step"."""
+        """Return such as "38.1 responses/s" or "5 s a step"."""
         if not (rate := self._rate):
             return f"? {self.units}/s"
         if rate < 1:
@@ -167,7 +167,7 @@ class Progress:
 
     @property
     def left(self) -> str:
-        """Such as "01:34 left", or "02:10 in all" at the end."""
+        """Return such as "01:34 left", or "02:10 in all" at the end."""
         if self._is_over:
             return f"{clock(self.elapsed)} in all"
         if self.total is None or not (rate := self._rate):
@@ -180,7 +180,7 @@ class Progress:
 
     @property
     def _rate(self) -> float:
-        """Units a second; 0 while it is unknown."""
+        """Return units per second; 0 while it is unknown."""
         if self._is_over:
             return (self.done - self._before) / max(self.elapsed, 1e-9)
         if len(self._updates) < 2:
@@ -199,7 +199,7 @@ class Progress:
 
     def _add_line(self) -> None:
         if self.done - self._told < self._every:
-            return  # no line without news
+            return  # nothing new
         told = (f"{self.label} {self.amount}", self.figures, self.speed, self.left)
         say(", ".join(part for part in told if part))
         self._told = self.done
@@ -216,7 +216,7 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, such as 01:34, and hours where there are any."""
+    """Format seconds as minutes and seconds, such as 01:34, with hours if there are any."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute:02}:{second:02}"

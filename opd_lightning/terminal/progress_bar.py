@@ -1,4 +1,4 @@
-"""A terminal's picture of a `Progress`."""
+"""The bar of a `Progress` on a terminal."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ PICTURE = "{desc}: {percentage:3.0f}%|{bar}| {amount}{postfix}, {speed}, {left}"
 
 
 class Bar(tqdm):
-    """Drawn by tqdm, which keeps several apart and lines above them, from whatever thread."""
+    """A bar drawn by tqdm, which places several bars, and lines above them, from any thread."""
 
-    monitor_interval = 0  # no thread of its own: who works on the stage draws it
+    monitor_interval = 0  # no thread of its own: the thread that updates the stage draws it
 
     def __init__(self, stage: Progress) -> None:
         self.stage = stage
@@ -28,12 +28,12 @@ class Bar(tqdm):
             file=sys.stderr,
             dynamic_ncols=True,
             leave=not stage.within,
-            disable=False,  # `quiet.py` may have told all of tqdm otherwise
+            disable=False,  # even where `quiet.py` disables the bars of libraries
         )
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """Everything that the picture names."""
+        """Return the values of the placeholders in `PICTURE`."""
         stage = self.stage
         told = {"n": stage.done, "total": stage.total, "postfix": stage.figures or None}
         told |= {"amount": stage.amount, "speed": stage.speed, "left": stage.left}

@@ -8,15 +8,19 @@ import torch
 
 from tests import processes
 
+SCRIPT = "tests.integration.faulty_ranks"
 
-def run(folder: Path, strategy: str, fault: str, file: Path) -> tuple[int, list[str], float]:
-    """Exit code, lines of stderr, and the clock's time at the end."""
-    done = processes.run(
-        "tests.integration.faulty_ranks",
-        *(strategy, fault, str(file)),
-        cwd=folder,
-        timeout=280,
-    )
+
+def run(folder: Path, strategy: str, fault: str, file: Path) -> tuple[int, list[str]]:
+    """Exit code and lines of stderr of two ranks."""
+    words = (strategy, fault, str(file))
+    done = processes.run_ranks(SCRIPT, *words, count=2, cwd=folder, timeout=280, check=False)
+    return done[0].returncode, [line for one in done for line in one.stderr.splitlines()]
+
+
+def launch(folder: Path, strategy: str, fault: str, file: Path) -> tuple[int, list[str], float]:
+    """The same by Lightning's launcher, which watches the second rank; and the clock at the end."""
+    done = processes.run(SCRIPT, strategy, fault, str(file), cwd=folder, timeout=280)
     return done.returncode, done.stderr.splitlines(), time.time()
 
 
@@ -24,7 +28,7 @@ def run(folder: Path, strategy: str, fault: str, file: Path) -> tuple[int, list[
 def test_nan_on_one_rank_skips_the_step_on_all(
     strategy: str, untrained_lab: Path, tmp_path: Path
 ) -> None:
-    code, lines, _ = run(untrained_lab, strategy, "nan", tmp_path / "seen")
+    code, lines = run(untrained_lab, strategy, "nan", tmp_path / "seen")
     assert code == 0, lines
     assert len([line for line in lines if line.startswith("opd: step 1 skipped: ")]) == 1
     for rank in (0, 1):
@@ -34,7 +38,7 @@ def test_nan_on_one_rank_skips_the_step_on_all(
 
 @pytest.mark.slow
 def test_too_many_skips_are_told_once(untrained_lab: Path, tmp_path: Path) -> None:
-    code, lines, _ = run(untrained_lab, "ddp", "nan for good", tmp_path / "seen")
+    code, lines = run(untrained_lab, "ddp", "nan for good", tmp_path / "seen")
     assert code == 1, lines
     (line,) = [line for line in lines if line.startswith("opd: error: ")]
     assert "step 2: " in line
@@ -46,7 +50,7 @@ def test_too_many_skips_are_told_once(untrained_lab: Path, tmp_path: Path) -> No
 )
 def test_a_killed_rank_ends_the_run_soon(fault: str, untrained_lab: Path, tmp_path: Path) -> None:
     """By the broken connection, or by Lightning's launcher, which looks every 5 seconds."""
-    code, lines, ended = run(untrained_lab, "ddp", fault, tmp_path / "seen")
+    code, lines, ended = launch(untrained_lab, "ddp", fault, tmp_path / "seen")
     (killed,) = [line for line in lines if line.startswith("killed at ")]
     assert ended - float(killed.split()[-1]) < 120  # on a machine that is busy otherwise
     said = [line for line in lines if "opd: error: rank 0: another process of the run is" in line]
@@ -61,7 +65,7 @@ def test_a_killed_rank_ends_the_run_soon(fault: str, untrained_lab: Path, tmp_pa
 
 @pytest.mark.slow
 def test_an_engine_that_hangs_on_one_rank_ends_both(untrained_lab: Path, tmp_path: Path) -> None:
-    code, lines, _ = run(untrained_lab, "ddp", "hangs", tmp_path / "seen")
+    code, lines, _ = launch(untrained_lab, "ddp", "hangs", tmp_path / "seen")
     assert code in (1, -9)
     said = [
         line for line in lines if line.startswith("opd: error: rank 1, step 1: Engine.generate")

@@ -1,6 +1,6 @@
 """SIGKILL at random moments, and the same command again: the run ends as if nothing had happened.
 
-`benchmarks/kills.py` does the same thirty times, on a trained lab, with other engines and ranks.
+`benchmarks/kills.py` does the same hundreds of times, with other engines and ranks.
 """
 
 from pathlib import Path
@@ -12,10 +12,11 @@ from tests.comparing import compare, scalars
 from tests.full_run import CONFIG, RUN, fit_command, settings
 from tests.killing import run_under_fire
 
-STEPS = 12
+STEPS = 8
+KILLS = 2
 
 
-@pytest.mark.timeout(900)  # seven starts of the program
+@pytest.mark.timeout(900)
 def test_a_run_that_is_killed_ends_as_one_that_is_not(untrained_lab: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
@@ -25,9 +26,9 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(untrained_lab: Path, tmp_p
     quiet = run_under_fire(whole, command, kills=0, steps=STEPS, random=random, warm=True)
     logged = scalars(whole / RUN)
     assert [step for step, _ in logged["loss"]] == list(range(STEPS))
-    assert [step for step, _ in logged["val/sums/length"]] == [5, 10]
+    assert [step for step, _ in logged["val/sums/length"]] == [5]
     tale = run_under_fire(
-        killed, command, kills=4, steps=STEPS, random=random, startup=quiet.startup, warm=True
+        killed, command, kills=KILLS, steps=STEPS, random=random, startup=quiet.startup, warm=True
     )
-    assert len(tale.kills) == 4, tale
+    assert len(tale.kills) == KILLS, tale
     assert not compare(killed, whole), tale

@@ -14,7 +14,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def log_of(command: list[str], folder: Path, log: Path) -> tuple[str, bytes]:
-    """A command's stderr, which is a file without anything that moves a cursor; its stdout."""
+    """A real start's stderr, a file without anything that moves a cursor, and its stdout."""
     set_here = ("SLURM_", "HF_HUB_DISABLE", "TQDM_")
     own = {k: v for k, v in os.environ.items() if not k.startswith(set_here)}
     with log.open("w") as file:
@@ -55,6 +55,7 @@ def test_a_run_of_two_ranks_is_told_once_and_in_lines(in_lab: Path, tmp_path: Pa
         assert noise not in lines
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_a_measurement_by_vllm_draws_nothing(in_lab: Path, tmp_path: Path) -> None:
     command = [

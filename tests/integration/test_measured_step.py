@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from benchmarks.measured_step import MALLOC, QUIET
+from tests.processes import run_ranks
+
 # Rows of the adapters do not divide by the number of processes: one holds more than the other.
 TINY = "--hidden 128 --layers 2 --vocabulary 511 --rows 2 --tokens 8 --steps 2"
 
@@ -20,27 +20,22 @@ TINY = "--hidden 128 --layers 2 --vocabulary 511 --rows 2 --tokens 8 --steps 2"
         ("fsdp2", "--precision bf16-mixed --checkpointing --lora"),
         pytest.param("fsdp2", "--lora --adapter_off", marks=pytest.mark.slow),
         pytest.param("fsdp2", "--precision bf16-mixed", marks=pytest.mark.slow),
-        pytest.param("hsdp", "--ranks 4", marks=pytest.mark.slow),
+        pytest.param("hsdp", "", marks=pytest.mark.slow),
     ],
     ids=["ddp", "fsdp2", "fsdp2 read by itself", "fsdp2 of all weights", "hsdp in groups of two"],
 )
 def test_processes_hold_and_send_what_is_predicted(
     strategy: str, more: str, tmp_path: Path
 ) -> None:
-    words = ["--strategy", strategy, "--ranks", "2", "--out", str(tmp_path / "found.json")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.measured_step",
-        *words,
-        *TINY.split(),
-        *more.split(),
-    ]
-    subprocess.run(command, check=True, timeout=600, env=environment, cwd=tmp_path)
+    ranks = 4 if strategy == "hsdp" else 2
+    words = ["--strategy", strategy, "--ranks", str(ranks), "--out", "found.json"]
+    run_ranks(
+        "benchmarks.measured_step", *words, *TINY.split(), *more.split(),
+        count=ranks, timeout=300, cwd=tmp_path, env={**os.environ, **QUIET, **MALLOC},
+    )  # fmt: skip
     every = json.loads((tmp_path / "found.json").read_text())
     predicted = every[0]["predicted"]
-    assert len(every) == (4 if strategy == "hsdp" else 2)
+    assert len(every) == ranks
     for name, size in predicted["held"].items():
         assert size == max(found["held"][name] for found in every)
     half = 1 if strategy == "ddp" else 2  # the embedding has an odd row

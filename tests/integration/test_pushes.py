@@ -257,6 +257,7 @@ def test_sharded_ranks_gather_and_the_first_sends(
     call_ranks(_rank, *arguments, models, count=2, timeout=280)
 
 
+@pytest.mark.slow  # starts another server
 @pytest.mark.last
 def test_a_server_that_dies_in_a_push_and_comes_back_is_pushed_to_again(
     rollout_server: RunningServer, models: list[Path]

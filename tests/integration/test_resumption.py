@@ -22,11 +22,13 @@ PHASES: dict[str, Any] = {
 
 # How runs differ from the settings, which have an EMA teacher, a one-cycle schedule, early
 # stopping, and checkpoints of best loss and best score; and which checkpoints are tried.
+ON_VLLM = [pytest.mark.vllm, pytest.mark.slow]
 WAYS = [
-    pytest.param(CONFIG, {}, slice(None), id="plain"),
-    pytest.param(CONFIG, {"data__max_staleness": 1}, slice(None, None, 2), id="stale"),
-    pytest.param(SG_OPD, PHASES, slice(None, None, 2), id="phases"),
-    pytest.param(CONFIG, {"data__engine": VLLM}, slice(3, 6, 2), id="vllm", marks=pytest.mark.vllm),
+    pytest.param(CONFIG, {}, slice(0, None, 3), id="plain"),
+    pytest.param(CONFIG, {}, slice(None), id="plain, all", marks=pytest.mark.slow),
+    pytest.param(CONFIG, {"data__max_staleness": 1}, slice(3, 6, 2), id="stale"),
+    pytest.param(SG_OPD, PHASES, slice(3, 6, 2), id="phases"),
+    pytest.param(CONFIG, {"data__engine": VLLM}, slice(3, 6, 2), id="vllm", marks=ON_VLLM),
 ]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import yaml
 
+from tests.processes import run_ranks
 from tests.slurm.cluster import Job
 from tests.slurm.scripts import User
 
@@ -23,7 +24,7 @@ def submit(
     pause: dict[str, Any] | None = None,
     engine: str = "HFEngine",
 ) -> Job:
-    """Hand in a run on two nodes, whose method draws from the global generators.
+    """Submit a run on two nodes, whose method draws from the global generators.
 
     Args:
         user: Whose folder it runs in, alone.
@@ -32,6 +33,21 @@ def submit(
         pause: Arguments of a `Pause`.
         engine: Class that writes the rollouts.
     """
+    write_changes(user, engine, pause)
+    options = ("--nodes=2", *options)
+    return user.submit("train.sbatch", sbatch=options, CONFIG=CONFIG.format(strategy), RUN="run")
+
+
+def run_here(user: User, strategy: str, *, engine: str = "HFEngine") -> None:
+    """Run the same in two processes without SLURM."""
+    write_changes(user, engine, None)
+    words = [word for file in CONFIG.format(strategy).split() for word in ("--config", file)]
+    words += ["--trainer.callbacks+=callbacks.RngState", "--trainer.devices=2"]
+    words += ["--trainer.logger.init_args.save_dir", "run"]
+    run_ranks("opd_lightning", "fit", *words, count=2, timeout=300, cwd=user.folder)
+
+
+def write_changes(user: User, engine: str, pause: dict[str, Any] | None) -> None:
     saver = {"every_n_train_steps": 2, "save_last": True, "save_top_k": 1}
     callbacks: list[dict[str, Any]] = [
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver}
@@ -56,8 +72,6 @@ def submit(
         },
     }
     (user.folder / "changes.yaml").write_text(yaml.safe_dump(changes))
-    options = ("--nodes=2", *options)
-    return user.submit("train.sbatch", sbatch=options, CONFIG=CONFIG.format(strategy), RUN="run")
 
 
 def assert_alike(user: User, other: User) -> None:

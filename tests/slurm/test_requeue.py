@@ -9,7 +9,7 @@ import pytest
 
 from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.slurm.cluster import Cluster, Job, until
-from tests.slurm.runs import LAST, assert_alike, submit
+from tests.slurm.runs import LAST, assert_alike, run_here, submit
 from tests.slurm.scripts import User
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -35,39 +35,51 @@ def finish(user: User, job: Job, *, restarts: int) -> None:
     assert job["Restarts"] == str(restarts)
 
 
-@pytest.mark.parametrize(
+ENGINES = pytest.mark.parametrize(
     ("strategy", "engine"),
     [
         ("ddp", "HFEngine"),
-        pytest.param("fsdp2", "HFEngine", marks=pytest.mark.slow),  # 22 starts, as the one above
+        pytest.param("fsdp2", "HFEngine", marks=pytest.mark.slow),
         pytest.param("ddp", "VLLMEngine", marks=VLLM),
         pytest.param("fsdp2", "VLLMEngine", marks=VLLM),
     ],
 )
-def test_a_job_that_is_started_again_ends_like_one_left_alone(
+
+
+@ENGINES
+def test_a_job_that_is_signalled_ends_like_a_run_without_slurm(
+    new_user: NewUser, strategy: str, engine: str
+) -> None:
+    alone, asked = new_user("alone"), new_user("asked")
+    pause = {"hook": "on_after_backward", "step": 3, "seconds": 5}
+    job = submit(asked, strategy, engine=engine, pause=pause)
+    asked.await_pause(ranks=2)
+    job.signal("USR1")
+    run_here(alone, strategy, engine=engine)
+    finish(asked, job, restarts=1)
+
+    said = f"opd: SIGUSR1: saved the beginning of step 4 as {LAST}; job {job.number} is requeued"
+    assert asked.log(job).count(said) == 1, asked.log(job)
+    for restart in (0, 1):
+        told = f"job {job.number}, nodes n[1-2] with 1 tasks each, run folder run, restart"
+        assert asked.log(job).count(f"opd: {told} {restart}\n") == 1
+    assert_alike(asked, alone)
+
+
+@pytest.mark.slow
+@ENGINES
+def test_a_job_whose_node_breaks_ends_like_a_run_without_slurm(
     cluster: Cluster, new_user: NewUser, strategy: str, engine: str
 ) -> None:
-    """After SIGUSR1, and after a node went down: killed at once, from the checkpoint of step 2."""
-    alone, asked, killed = new_user("alone"), new_user("asked"), new_user("killed")
-    within = {"hook": "on_after_backward", "step": 3}
-    first = submit(alone, strategy, engine=engine)
-    second = submit(asked, strategy, engine=engine, pause={**within, "seconds": 5})
-    asked.await_pause(ranks=2)
-    second.signal("USR1")
-    finish(alone, first, restarts=0)
-    third = submit(killed, strategy, engine=engine, pause={**within, "seconds": 1200})
-    finish(asked, second, restarts=1)
+    """Killed at once; it goes on from the checkpoint of step 2."""
+    alone, killed = new_user("alone"), new_user("killed")
+    pause = {"hook": "on_after_backward", "step": 3, "seconds": 1200}
+    job = submit(killed, strategy, engine=engine, pause=pause)
     killed.await_pause(ranks=2)
     cluster.break_node("n2")
-    finish(killed, third, restarts=1)
-
-    said = f"opd: SIGUSR1: saved the beginning of step 4 as {LAST}; job {second.number} is requeued"
-    assert asked.log(second).count(said) == 1, asked.log(second)
-    assert "SIGUSR1" not in killed.log(third)
-    for restart in (0, 1):
-        told = f"job {second.number}, nodes n[1-2] with 1 tasks each, run folder run, restart"
-        assert asked.log(second).count(f"opd: {told} {restart}\n") == 1
-    assert_alike(asked, alone)
+    run_here(alone, strategy, engine=engine)
+    finish(killed, job, restarts=1)
+    assert "SIGUSR1" not in killed.log(job)
     assert_alike(killed, alone)
 
 
