@@ -53,31 +53,3 @@ def count(rollouts: Sequence[Rollout], *, demonstrated: bool) -> tuple[int, int]
     """Return (response tokens, rollouts) that are not dropped, of one kind of author."""
     kept = [r for r in rollouts if not r.dropped and r.author.is_demonstrator() is demonstrated]
     return sum(len(r.response_ids) for r in kept), len(kept)
-
-
-def split_balanced(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollout]]:
-    """Split rollouts into `parts` non-empty micro-batches with nearly equal token counts.
-
-    In rounds, the longest remaining rollouts go to the parts with the fewest tokens, one each.
-    Row counts differ by at most one, so padding and activation memory are even too.
-
-    Raises:
-        ValueError: If there are fewer rollouts than parts.
-    """
-    if len(rollouts) < parts:
-        raise ValueError(f"{len(rollouts)} rollouts cannot fill {parts} micro-batches")
-    result: list[list[Rollout]] = [[] for _ in range(parts)]
-    loads = [0] * parts
-    longest_first = sorted(rollouts, key=_tokens, reverse=True)
-    for start in range(0, len(rollouts), parts):
-        lightest_first = sorted(range(parts), key=loads.__getitem__)
-        for part, rollout in zip(
-            lightest_first, longest_first[start : start + parts], strict=False
-        ):
-            result[part].append(rollout)
-            loads[part] += _tokens(rollout)
-    return result
-
-
-def _tokens(rollout: Rollout) -> int:
-    return len(rollout.prompt_ids) + len(rollout.response_ids)

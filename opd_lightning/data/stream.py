@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from opd_lightning.data.collate import collate, count, split_balanced
+from opd_lightning.data.collate import collate, count
 from opd_lightning.data.engines import Engines
+from opd_lightning.data.micro_batches import split_by_cost
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prefetch import from_plain, to_plain
 from opd_lightning.data.writer import RolloutWriter, Row
@@ -193,7 +194,7 @@ class TrainingStream:
                 temperature=self.samplings[Author.STUDENT].temperature,
                 pad_id=self.pad_id,
             )
-            for part in split_balanced(rollouts, self.micro_batches)
+            for part in split_by_cost(rollouts, self.micro_batches)
         ]
 
     def _positions(self, step: int) -> range:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from opd_lightning.data.collate import collate, count, split_balanced
+from opd_lightning.data.collate import collate, count
+from opd_lightning.data.micro_batches import split_by_cost
 from opd_lightning.data.stream import TrainingStream
 from opd_lightning.data.writer import Row
 from opd_lightning.rollouts.base import Engine, Request, Sampling
@@ -123,7 +124,7 @@ class Probe:
                 temperature=self.sampling.temperature,
                 pad_id=self.stream.pad_id,
             ).to(self.module.device)
-            for part in split_balanced(rollouts, parts)
+            for part in split_by_cost(rollouts, parts)
         ]
 
     def logprobs(self, batch: RolloutBatch) -> Tensor:

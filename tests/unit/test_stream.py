@@ -8,7 +8,6 @@ from typing import cast
 import pytest
 from torch import Tensor
 
-from opd_lightning.data.collate import split_balanced
 from opd_lightning.data.engines import Engines
 from opd_lightning.data.stream import PromptOrder, check_versions
 from opd_lightning.data.views import Renderer
@@ -148,22 +147,6 @@ def test_what_slept_is_pushed_to_again() -> None:
         run.engines.prepare([Author.STUDENT])
         run.engines.sleep()
     assert run.engine.log == ["start", "push 0", "sleep", "wake", "push 0", "sleep"]
-
-
-def test_micro_batches_are_balanced_and_complete() -> None:
-    lengths = [(i * 37) % 101 + 1 for i in range(50)]
-    rollouts = [make_rollout([7] * n) for n in lengths]
-    for parts in (1, 2, 7, 50):
-        split = split_balanced(rollouts, parts)
-        assert len(split) == parts
-        assert sorted(len(r.response_ids) for p in split for r in p) == sorted(lengths)
-        sizes = [len(p) for p in split]
-        assert max(sizes) - min(sizes) <= 1
-        assert min(sizes) >= 1
-    loads = [sum(len(r.response_ids) for r in part) for part in split_balanced(rollouts, 5)]
-    assert max(loads) / min(loads) < 1.1
-    with pytest.raises(ValueError, match="cannot fill"):
-        split_balanced(rollouts[:2], 3)
 
 
 def test_evaluation_is_split_over_ranks_and_paired_between_steps() -> None:

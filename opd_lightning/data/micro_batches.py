@@ -1,0 +1,64 @@
+"""Split of a step's rollouts into micro-batches of equal cost with little padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from opd_lightning.types import Rollout
+
+Lengths = tuple[int, ...]  # tokens of a rollout under each view, the student's first
+
+
+def split_by_cost(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollout]]:
+    """Split rollouts into `parts` non-empty micro-batches, longest rollouts first.
+
+    The cost of a micro-batch is its number of positions, padding included, over all views. In order
+    of length the rollouts of a micro-batch need little padding; of all splits in that order this
+    one has the smallest maximum cost, so that a short micro-batch has more rows. All ranks use the
+    same order: micro-batches that are computed at the same time have similar lengths.
+
+    Raises:
+        ValueError: If there are fewer rollouts than parts.
+    """
+    if len(rollouts) < parts:
+        raise ValueError(f"{len(rollouts)} rollouts cannot fill {parts} micro-batches")
+    longest_first = sorted(rollouts, key=lambda rollout: sum(_lengths(rollout)), reverse=True)
+    lengths = [_lengths(rollout) for rollout in longest_first]
+    # The smallest limit of the cost under which `parts` micro-batches suffice.
+    low, high = sum(lengths[0]), _cost(lengths)
+    while low < high:
+        limit = (low + high) // 2
+        if sum(1 for _ in _ends(lengths, limit)) <= parts:
+            high = limit
+        else:
+            low = limit + 1
+    ends = [0, *_ends(lengths, high)]
+    while len(ends) <= parts:
+        bounds = [(start, end) for start, end in pairwise(ends) if end - start > 1]
+        start, end = max(bounds, key=lambda bound: _cost(lengths[slice(*bound)]))
+        ends = sorted([*ends, (start + end) // 2])
+    return [longest_first[start:end] for start, end in pairwise(ends)]
+
+
+def _lengths(rollout: Rollout) -> Lengths:
+    student, response = len(rollout.prompt_ids), len(rollout.response_ids)
+    others = (student if ids is None else len(ids) for ids in rollout.views.values())
+    return tuple(prompt + response for prompt in (student, *others))
+
+
+def _cost(lengths: Sequence[Lengths]) -> int:
+    """Return the number of positions of one micro-batch, padding included."""
+    return len(lengths) * sum(map(max, zip(*lengths, strict=True)))
+
+
+def _ends(lengths: Sequence[Lengths], limit: int) -> Iterator[int]:
+    """Yield where each micro-batch ends if it takes as many rows as cost at most `limit`."""
+    rows, longest = 0, lengths[0]
+    for place, row in enumerate(lengths):
+        together = tuple(map(max, longest, row))
+        if rows and (rows + 1) * sum(together) > limit:
+            yield place
+            rows, together = 0, row
+        rows, longest = rows + 1, together
+    yield len(lengths)
