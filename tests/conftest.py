@@ -154,6 +154,7 @@ SHARED = {
     "test_pushes.py": "servers",
     "test_remote_teacher.py": "servers",
     "test_server_engine.py": "servers",
+    "test_siege.py": "servers",
     "test_requeue.py": "slurm",
     "test_scripts.py": "slurm",
     "test_servers.py": "slurm",
