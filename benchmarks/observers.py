@@ -14,8 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd_lightning.data.engines import push
+from opd_lightning.models.folder_format import FolderFormat
 from opd_lightning.rollouts import HFEngine
 from opd_lightning.rollouts.push_folder import PushFolder
+from opd_lightning.serving.client import Servers
 
 COLLECTIVES = {
     "all_reduce": ("c10d.allreduce_.", "_c10d_functional.all_reduce."),
@@ -84,7 +86,9 @@ class Pushes(Callback):
     def on_train_end(self, trainer: Any, module: Any) -> None:
         engine, student = HFEngine(), module.student
         engine.start(student.source, max_length=128)
-        shared = PushFolder(self._folder, torch.float32)
+        shared = PushFolder(self._folder)
+        layout = FolderFormat.of(student.source, torch.float32)
+        shared.start(Servers(["http://127.0.0.1:1"]), layout.tensors)
 
         def gather() -> None:
             for _ in student.weights():

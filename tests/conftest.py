@@ -69,25 +69,11 @@ def build_tiny_model(folder: Path, *, hidden_size: int, layers: int, seed: int, 
         tie: Whether the head is the embedding.
     """
     import torch
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    vocabulary = (*SPECIAL, *CHARACTERS)
-    backend = Tokenizer(
-        models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>")
-    )
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    backend.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
-
+    write_tokenizer(folder)
     config = Qwen3Config(
-        vocab_size=len(vocabulary),
+        vocab_size=len(SPECIAL) + len(CHARACTERS),
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
         num_hidden_layers=layers,
@@ -104,6 +90,26 @@ def build_tiny_model(folder: Path, *, hidden_size: int, layers: int, seed: int, 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of single characters, with a chat template, to `folder`."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = (*SPECIAL, *CHARACTERS)
+    backend = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -148,6 +154,7 @@ SHARED = {
     "test_pushes.py": "servers",
     "test_remote_teacher.py": "servers",
     "test_server_engine.py": "servers",
+    "test_siege.py": "servers",
     "test_requeue.py": "slurm",
     "test_scripts.py": "slurm",
     "test_servers.py": "slurm",

@@ -77,7 +77,9 @@ class StandIn:
             case "/init_weight_transfer_engine":
                 self._join(asked["init_info"])
             case "/update_weights":
-                info = asked["update_info"]
+                if asked["update_info"].get("names"):  # vLLM 0.33 leaves out what it told before
+                    self._info = asked["update_info"]
+                info = self._info
                 list(self._pool.map(lambda i: self._receive(i, info), range(len(self.received))))
             case "/reset_prefix_cache":
                 return {"success": True}

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from opd_lightning.errors import UserError
 from opd_lightning.models.causal_lm import Dtype, load_causal_lm, response_states
+from opd_lightning.models.folder_format import stored_tensors
 from opd_lightning.models.head import (
     Comparison,
     Divergence,
@@ -81,6 +82,7 @@ class Student(nn.Module):
             return
         self.sharding = sharding
         self.model = self.build(empty=sharding is not None and not sharding.reads)
+        list(stored_tensors(self.model))  # refuses a state that an export would lack
         if sharding is not None:
             sharding.shard(self, compute_dtype=sharding.compute_dtype)
             register_fsdp_forward_method(self, "states")
@@ -153,6 +155,6 @@ def _without_dropout(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif hasattr(module, "attention_dropout"):
+        elif isinstance(getattr(module, "attention_dropout", None), float):  # a module in some
             module.attention_dropout = 0.0
     return model

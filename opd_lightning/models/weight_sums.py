@@ -28,7 +28,8 @@ class WeightSum(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
-        parts = tensor.detach().reshape(-1).split(PART)
+        flat = tensor.detach().reshape(-1)
+        parts = (flat if flat.is_floating_point() else flat.double()).split(PART)
         totals = [part.sum(dtype=torch.float64) for part in parts]
         norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
         total, norm = torch.stack(totals).sum(), torch.linalg.vector_norm(torch.stack(norms))
@@ -59,27 +60,20 @@ class EngineSum(NamedTuple):
 
 
 def engine_sums(
-    parameters: Iterable[tuple[str, Tensor]], fused: Mapping[str, Sequence[str]]
+    parameters: Iterable[tuple[str, Tensor]], parts: Mapping[str, Sequence[str]] | None = None
 ) -> list[EngineSum]:
     """Sum an engine's parameters, except empty ones, whose weights are stored elsewhere.
 
     Args:
         parameters: Named as in the engine.
-        fused: Names of Hugging Face modules by the engine's module that fuses them.
+        parts: Names of the pushed tensors in each of the engine's parameters; others are left out.
+            None if the engine's names are those of the pushed tensors.
     """
     return [
-        EngineSum(_unfused(name, fused), str(tensor.dtype), WeightSum.of(tensor))
-        for name, tensor in parameters
-        if tensor.numel()
+        EngineSum((name,) if parts is None else tuple(parts[name]), str(t.dtype), WeightSum.of(t))
+        for name, t in parameters
+        if t.numel() and (parts is None or name in parts)
     ]
-
-
-def _unfused(name: str, fused: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    for whole, parts in fused.items():
-        before, found, after = name.partition(f".{whole}.")
-        if found:
-            return tuple(f"{before}.{part}.{after}" for part in parts)
-    return (name,)
 
 
 class PushedWeights:

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
+from opd_lightning.models.folder_format import stored_tensors
 from opd_lightning.models.sharding import full_tensor
+
+PLAIN_VARIANTS = ("MiCALinearVariant",)  # of peft's: only their training differs from LoRA's
+TOKEN_ROWS = "trainable_tokens_delta"  # peft's name of the rows of `trainable_token_indices`
 
 
 def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, full detached tensor), one at a time, tied weights once.
+    """Yield (Hugging Face name, full detached tensor), one at a time; see `stored_tensors`.
 
     LoRA is merged on the fly, weight by weight. Shards are gathered, so all ranks must iterate
     together. At most one full tensor exists beside the model, two while LoRA is merged, provided
@@ -21,24 +25,42 @@ def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     have their names in the model without peft.
     """
     if not hasattr(model, "peft_config"):
-        for name, parameter in model.named_parameters():
-            yield name, full_tensor(parameter.detach())
+        for name, tensor in stored_tensors(model):
+            yield name, full_tensor(tensor.detach())
         return
 
     modules = dict(model.named_modules())
     (adapter,) = model.active_adapters
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".original_module." in name:
+    for name, tensor in stored_tensors(model):
+        plain = _without_peft(name, adapter)
+        if plain is None:
             continue
         owner, found, _ = name.partition(".base_layer.weight")
         if found and adapter in getattr(modules[owner], "lora_A", {}):
-            weight = _delta(modules[owner], adapter).to(parameter.dtype)
-            weight += full_tensor(parameter.detach())
+            weight = _delta(modules[owner], adapter).to(tensor.dtype)
+            weight += full_tensor(tensor.detach())
+        elif found and adapter in getattr(modules[owner], TOKEN_ROWS, {}):
+            weight = _with_rows(full_tensor(tensor.detach()), modules[owner], adapter)
         else:
-            weight = full_tensor(parameter.detach())
-        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        yield plain.replace(f".modules_to_save.{adapter}.", "."), weight
+            weight = full_tensor(tensor.detach())
+        yield plain, weight
         del weight  # before the next is gathered
+
+
+def _without_peft(name: str, adapter: str) -> str | None:
+    """Return a tensor's name in the model without peft; None for the adapter's own tensors."""
+    if ".lora_" in name or ".original_module." in name or TOKEN_ROWS in name:
+        return None
+    plain = name.removeprefix("base_model.model.").replace(f".modules_to_save.{adapter}.", ".")
+    return plain.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
+
+
+@torch.no_grad()
+def _with_rows(weight: Tensor, layer: Any, adapter: str) -> Tensor:
+    """Return a copy of an embedding's weight with the rows that peft trains."""
+    index = torch.tensor(layer.token_indices[adapter], device=weight.device)
+    rows = full_tensor(layer.trainable_tokens_delta[adapter].detach())
+    return weight.index_copy(0, index, rows.to(weight))
 
 
 @torch.no_grad()
@@ -50,22 +72,29 @@ def _delta(layer: Any, adapter: str) -> Tensor:
 
 
 def check_mergeable(model: Any) -> None:
-    """Refuse LoRA variants that `full_weights` would not merge exactly."""
+    """Raise UserError for adapters that `full_weights` would not merge exactly."""
     head = model.get_base_model().get_output_embeddings()
     if model.config.tie_word_embeddings and hasattr(head, "modules_to_save"):
         raise UserError(
             "student.lora.modules_to_save: got the head, which this model shares with its "
             "embedding, so training a copy would untie them; leave it out"
         )
+    for name, module in model.named_modules():
+        for variant in getattr(module, "lora_variant", {}).values():
+            if (kind := type(variant).__name__) not in PLAIN_VARIANTS:
+                raise UserError(
+                    f"student.lora: cannot merge {kind} of {name!r} into the weights an engine "
+                    "needs; use plain LoRA (no DoRA, no alora_invocation_tokens)"
+                )
     parameters = dict(model.named_parameters())
     (adapter,) = model.active_adapters
     for name in parameters:
         if ".lora_" not in name:
             continue
         owner, _, kind = name.partition(".lora_")
-        plain = kind in (f"A.{adapter}.weight", f"B.{adapter}.weight")
+        is_plain = kind in (f"A.{adapter}.weight", f"B.{adapter}.weight")
         # A tied weight is listed under its first name only, so its LoRA could not be merged.
-        if not plain or f"{owner}.base_layer.weight" not in parameters:
+        if not is_plain or f"{owner}.base_layer.weight" not in parameters:
             raise UserError(
                 f"student.lora: cannot merge {name!r} into the weights an engine needs; use plain "
                 "LoRA on linear layers (no DoRA, no lora_bias, not on embeddings or a tied head)"

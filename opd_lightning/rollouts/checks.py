@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
+from opd_lightning.models.causal_lm import load_causal_lm
+from opd_lightning.models.folder_format import stored_tensors
 from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts.base import Request, Sampling
 
 
 def parameter_shapes(source: ModelSource) -> dict[str, torch.Size]:
-    """Return the shapes of the model's parameters by name, tied ones once; allocates no memory."""
-    from transformers import AutoModelForCausalLM
+    """Return the shapes of all weights by name, as they are pushed; allocates no memory."""
+    return shapes(load_causal_lm(source, dtype="float32", empty=True))
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            source.config, trust_remote_code=source.trust_remote_code
-        )
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+def shapes(model: Any) -> dict[str, torch.Size]:
+    """Return the shapes of a model's weights by name, as they are pushed."""
+    return {name: tensor.shape for name, tensor in stored_tensors(model)}
 
 
 def checked_weights(

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from opd_lightning.errors import UserError
 from opd_lightning.models.causal_lm import Dtype, load_causal_lm
+from opd_lightning.models.folder_format import stored_tensors
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.weight_sums import EngineSum, engine_sums
 from opd_lightning.rollouts.base import Engine, Request, Sampling
-from opd_lightning.rollouts.checks import check_lengths, checked_weights
+from opd_lightning.rollouts.checks import check_lengths, checked_weights, shapes
 from opd_lightning.terminal.progress import Progress
 from opd_lightning.types import Completion, StopReason
 
@@ -67,15 +68,14 @@ class HFEngine(Engine):
 
         A name or shape that does not fit raises `UserError` and leaves the copy partly updated.
         """
-        parameters = dict(self._model.named_parameters())
-        shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        for name, tensor in checked_weights(weights, shapes):
-            parameters[name].copy_(tensor)
+        own = dict(stored_tensors(self._model))
+        for name, tensor in checked_weights(weights, shapes(self._model)):
+            own[name].copy_(tensor)
             del tensor  # before the next is gathered
         self.version = version
 
     def weight_sums(self) -> list[EngineSum]:
-        return engine_sums(self._model.named_parameters(), fused={})
+        return engine_sums(stored_tensors(self._model))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """Return one completion per request, in the order of the requests."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from opd_lightning.serving.client import Servers
@@ -21,8 +20,11 @@ class Push(ABC):
         """Raise UserError if pushes cannot work with these servers, before any weights load."""
 
     @abstractmethod
-    def start(self, servers: Servers, shapes: Mapping[str, torch.Size]) -> None:
-        """Prepare to push tensors of these names and shapes, in this order."""
+    def start(self, servers: Servers, tensors: Mapping[str, Tensor]) -> None:
+        """Prepare to push tensors of these names, shapes and dtypes (meta device), in this order.
+
+        `send` converts tensors of another dtype.
+        """
 
     @abstractmethod
     def send(self, label: str, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,16 +24,15 @@ class PushFolder(Push):
 
     Args:
         folder: The same path for the trainer and every server; no other run may push through it.
-        dtype: Dtype of the tensors written.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder.absolute()
-        self._dtype = dtype
 
-    def start(self, servers: Servers, shapes: Mapping[str, torch.Size]) -> None:
+    def start(self, servers: Servers, tensors: Mapping[str, Tensor]) -> None:
         """Delete what an earlier run has left."""
         self._servers = servers
+        self._tensors = tensors
         self.clear()
 
     def send(self, label: str, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -74,7 +72,7 @@ class PushFolder(Push):
         shard: dict[str, Tensor] = {}
         count = size = 0
         for name, tensor in weights:
-            shard[name] = tensor.to("cpu", self._dtype).contiguous()
+            shard[name] = tensor.to("cpu", self._tensors[name].dtype).contiguous()
             size += shard[name].nbytes
             if size >= SHARD_BYTES:
                 save_file(shard, draft / f"{count:05}.safetensors")

@@ -38,17 +38,13 @@ class PushTransfer(Push):
 
     Args:
         transport: Library that carries the tensors.
-        dtype: Dtype of the tensors sent.
         host: Address of this machine at which servers join the group; None takes the local address
             of the route to them.
         timeout: Seconds that a push may take; after that its members stop waiting.
     """
 
-    def __init__(
-        self, transport: Transport, dtype: torch.dtype, *, host: str | None, timeout: float
-    ) -> None:
+    def __init__(self, transport: Transport, *, host: str | None, timeout: float) -> None:
         self._transport: Transport = transport
-        self._dtype = dtype
         self._host = host
         self._timeout = timeout
         self._group = ""
@@ -91,7 +87,7 @@ class PushTransfer(Push):
                         "refuses; give the server another one, or use push: gloo, or folder"
                     )
 
-    def start(self, servers: Servers, shapes: Mapping[str, torch.Size]) -> None:
+    def start(self, servers: Servers, tensors: Mapping[str, Tensor]) -> None:
         """Prepare the source of the tensors; the group is formed at the first push."""
         from opd_lightning.rollouts.transfer_sender import Source
 
@@ -100,7 +96,7 @@ class PushTransfer(Push):
             torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         )
         self._servers = servers
-        self._source: Source = Source(shapes, self._dtype, device)
+        self._source: Source = Source(tensors, device)
 
     def send(self, label: str, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Broadcast the weights in chunks; see `transfer_sender`."""

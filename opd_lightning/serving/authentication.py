@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import json
 import os
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -22,11 +23,15 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
+BODY_BYTES = 2**27  # of one request; vLLM holds a body several times while it parses it
+
+
 class KeyMiddleware:
     """ASGI middleware for vLLM's `--middleware`, which takes its import path.
 
     vLLM's own `--api-key` leaves the development routes open, through which any client could
-    replace the weights or call methods of the workers.
+    replace the weights or call methods of the workers. A request without the key ends its
+    connection, GET /health included, and its body is not read.
     """
 
     def __init__(self, app: Application) -> None:
@@ -35,20 +40,52 @@ class KeyMiddleware:
         self._expected = f"Bearer {key}".encode()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer 401 with an empty body."""
+        """Pass the request on, or answer 401, 411 or 413."""
         kind = scope["type"]
-        if kind == "lifespan" or _is_health(scope) or self._is_authorised(scope):
+        if kind == "lifespan":
             await self._app(scope, receive, send)
-        elif kind == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
+        elif _is_health(scope):
+            await self._app(scope, receive, _ending(send))
+        elif not self._is_authorised(scope):
+            if kind == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+            else:
+                await _refuse(send, 401)
+        elif kind == "http" and b"transfer-encoding" in (names := _named(scope)):
+            await _refuse(send, 411, "give the body's Content-Length")
+        elif kind == "http" and int(names.get(b"content-length", b"0")) > BODY_BYTES:
+            await _refuse(send, 413, f"the body is larger than {BODY_BYTES} bytes")
         else:
-            await send({"type": "http.response.start", "status": 401, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
+            await self._app(scope, receive, send)
 
     def _is_authorised(self, scope: Message) -> bool:
         given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
         # In constant time, so that the delay does not reveal how many characters matched.
         return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+
+
+def _named(scope: Message) -> dict[bytes, bytes]:
+    """Return the headers by lower-case name."""
+    return {name.lower(): value for name, value in scope["headers"]}
+
+
+def _ending(send: Send) -> Send:
+    """Return `send` with a header that makes the server end the connection after the response."""
+
+    async def wrapped(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = [*message.get("headers", ()), (b"connection", b"close")]
+            message = {**message, "headers": headers}
+        await send(message)
+
+    return wrapped
+
+
+async def _refuse(send: Send, status: int, reason: str = "") -> None:
+    body = json.dumps({"error": reason}).encode() if reason else b""
+    headers = [(b"connection", b"close"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _is_health(scope: Message) -> bool:

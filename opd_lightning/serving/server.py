@@ -9,20 +9,33 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.request import urlopen
 
 from opd_lightning.errors import ServerAwayError, UserError
-from opd_lightning.serving.addresses import write_address
+from opd_lightning.serving.addresses import is_every_interface, write_address
 
 ENDINGS = (signal.SIGTERM, signal.SIGINT)
 HEALTH_SECONDS = 0.5  # polling interval while the server starts
 
 
+def check_address(host: str, port: int) -> None:
+    """Raise UserError unless `host` is one address, which is not every interface, and a port."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"port: got {port}, expected 0 (any free one) to 65535")
+    if is_every_interface(host):
+        raise UserError(
+            f"host: got {host!r}, every interface of this machine; give the one address that the "
+            "trainer reaches, such as 127.0.0.1"
+        )
+
+
 def bind(host: str, port: int) -> socket.socket:
     """Bind the server's socket before anything is loaded, which reserves its port."""
+    check_address(host, port)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM
@@ -70,7 +83,10 @@ def run(arguments: dict[str, Any], sock: socket.socket, address_file: Path | Non
 
 def _parse(arguments: dict[str, Any]) -> Any:
     """Parse the arguments with vLLM's own parser."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    try:  # vLLM 0.33
+        from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
+    except ImportError:  # vLLM 0.32
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     class Parser(FlexibleArgumentParser):
@@ -99,8 +115,13 @@ async def _run(arguments: Any, sock: socket.socket, address_file: Path | None) -
     host, port = sock.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     asked = asyncio.Event()
+    from opd_lightning.serving.http_protocol import BACKLOG, BoundedProtocol, raise_file_limit
+
+    raise_file_limit()
+    http = {"http": BoundedProtocol, "backlog": BACKLOG}  # passed on to uvicorn
     async with build_async_engine_client(arguments) as engine:
-        server = asyncio.ensure_future(build_and_serve(engine, url, sock, arguments))
+        validate_token_ids(engine)
+        server = asyncio.ensure_future(build_and_serve(engine, url, sock, arguments, **http))
         healthy = asyncio.ensure_future(_until_healthy(url))
         await asyncio.wait([server, healthy], return_when=asyncio.FIRST_COMPLETED)
         healthy.cancel()
@@ -120,6 +141,25 @@ async def _run(arguments: Any, sock: socket.socket, address_file: Path | None) -
     await closing
     if not asked.is_set():
         raise ServerAwayError(f"the vLLM server at {url} died; its log says why")
+
+
+def validate_token_ids(engine: Any) -> None:
+    """Make vLLM answer 400 to token ids that are not in the vocabulary.
+
+    Without a tokenizer it does not look at them, and its process ends at the embedding.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    vocabulary = engine.model_config.get_vocab_size()
+
+    def validate(token_ids: Sequence[int], *, parameter: str | None = None) -> None:
+        for found in (min(token_ids, default=0), max(token_ids, default=0)):
+            if not 0 <= found < vocabulary:
+                raise VLLMValidationError(
+                    f"got token id {found}, expected 0 to {vocabulary - 1}", parameter=parameter
+                )
+
+    engine.renderer.validate_token_ids = validate
 
 
 async def _until_healthy(url: str) -> None:

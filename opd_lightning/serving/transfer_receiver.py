@@ -22,7 +22,7 @@ from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
 from opd_lightning.serving.gloo_group import GlooGroup
-from opd_lightning.serving.vllm_process import repack_heads, undo_reload
+from opd_lightning.serving.vllm_process import repack, undo_reload
 
 Described = tuple[str, Sequence[int], torch.dtype]  # a tensor: its name, shape and dtype
 
@@ -70,6 +70,7 @@ class TransferEngine(NCCLWeightTransferEngine):
                 timeout=init_info.timeout,
             )
         self.group = init_info.group
+        self._described: list[Described] = []
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive all weights. After a failure the model runs, with some old and some new ones."""
@@ -88,10 +89,11 @@ class TransferEngine(NCCLWeightTransferEngine):
         if not isinstance(self.model_update_group, GlooGroup):
             super().receive_weights(update_info)
             return
-        dtypes = [getattr(torch, name) for name in update_info.dtype_names]
-        described = list(zip(update_info.names, update_info.shapes, dtypes, strict=True))
+        if update_info.names:  # vLLM 0.33 leaves them out where they are those of the last push
+            dtypes = [getattr(torch, name) for name in update_info.dtype_names]
+            self._described = list(zip(update_info.names, update_info.shapes, dtypes, strict=True))
         with disable_mtp_completeness_check():
-            for chunk in chunks(described, self.packed_buffer_size_bytes):
+            for chunk in chunks(self._described, self.packed_buffer_size_bytes):
                 names, shapes, kinds = zip(*chunk, strict=True)
                 sizes = [_size(one) for one in chunk]
                 packed = torch.empty(sum(sizes), dtype=torch.uint8)
@@ -102,7 +104,7 @@ class TransferEngine(NCCLWeightTransferEngine):
         """Finish the update, once every layer has its weights."""
         super().finish_weight_update()
         if not torch.cuda.is_available():
-            repack_heads(self.model)
+            repack(self.model)
 
     def shutdown(self) -> None:
         """Leave the group."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,12 +13,12 @@ from opd_lightning.errors import RunStoppedError, UserError
 
 @contextmanager
 def start_errors() -> Iterator[None]:
-    """Translate errors while vLLM starts: refused settings and lack of memory.
+    """Translate errors while vLLM starts: refused settings, unknown models and lack of memory.
 
     Any other exception is a bug and keeps its traceback.
     """
     try:
-        with run_errors():
+        with run_errors(), model_errors("load"):
             yield
     except (ValueError, TypeError) as error:
         if isinstance(error, TypeError) and "unexpected keyword argument" not in str(error):
@@ -26,6 +27,33 @@ def start_errors() -> Iterator[None]:
             f"engine VLLMEngine: vLLM does not start: {_one_line(error)}; change the engine's "
             "arguments or engine_args"
         ) from error
+
+
+@contextmanager
+def model_errors(what: str) -> Iterator[None]:
+    """Translate what vLLM's own code raises for models that it lacks parts of.
+
+    Args:
+        what: What vLLM is asked to do, a verb.
+    """
+    try:
+        yield
+    except (LookupError, AttributeError, AssertionError, NotImplementedError) as error:
+        if not _is_vllms(error):
+            raise
+        raise UserError(
+            f"engine VLLMEngine: vLLM cannot {what} this model: {type(error).__name__}: "
+            f"{_one_line(error)}; use opd_lightning.rollouts.HFEngine"
+        ) from error
+
+
+def _is_vllms(error: Exception) -> bool:
+    """Return whether vLLM called what failed, and not this program."""
+    frames = (
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+    names = [name.split(".")[0] for name in frames]
+    return [name for name in names if name in ("vllm", "opd_lightning")][-1:] == ["vllm"]
 
 
 @contextmanager

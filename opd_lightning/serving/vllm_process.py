@@ -1,6 +1,6 @@
 """Workarounds for vLLM in the same process: environment, process groups, CPU head.
 
-They hold for vLLM 0.32. Each function documents what would happen without it.
+They hold for vLLM 0.32 and 0.33. Each function documents what would happen without it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
-from opd_lightning.models.weight_sums import EngineSum, engine_sums
 
 # Chunked prefill crashes vLLM's CPU engine if the request has a seed: "CPU Generator does not use
 # offset".
@@ -80,39 +77,20 @@ def destroy_vllm_groups() -> None:
     parallel_state._WORLD = None
 
 
-def sums_in_vllm(model: Any) -> list[EngineSum]:
-    """Return weight sums of vLLM's model, which fuses parameters that Hugging Face separates.
+def repack(model: Any) -> None:
+    """Rebuild the packed copies of weights that vLLM's CPU build multiplies by.
 
-    Runs in vLLM's worker.
+    After a reload, the copy of a head tied to the embedding still holds the old weight, and experts
+    hold the new weights in the order of the folder instead of the packed one.
     """
-    return engine_sums(_weights(model), getattr(model, "packed_modules_mapping", {}))
-
-
-@torch.no_grad()
-def _weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters by vLLM's names.
-
-    On the CPU a linear layer keeps only oneDNN's packed copy of its weight. Its product with the
-    identity is the weight, exactly.
-    """
-    for prefix, module in model.named_modules():
-        for name, weight in module.named_parameters(recurse=False):
-            if name == "weight" and weight.numel() == 0 and hasattr(module, "cpu_linear"):
-                identity = torch.eye(module.input_size_per_partition, dtype=weight.dtype)
-                weight = module.cpu_linear(identity, weight, None)
-            yield f"{prefix}.{name}", weight
-
-
-def repack_heads(model: Any) -> None:
-    """Rebuild the packed copy of the weight that vLLM 0.32's CPU head multiplies by.
-
-    After a reload, the copy of a head tied to the embedding still holds the old weight.
-    """
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
+        elif isinstance(module, RoutedExperts):
+            module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
 
 
 def undo_reload(model: Any) -> None:

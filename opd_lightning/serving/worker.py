@@ -13,7 +13,8 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
 from opd_lightning.serving.serve import TRANSFER_BACKEND
 from opd_lightning.serving.transfer_client import gpu_in_use
-from opd_lightning.serving.vllm_process import repack_heads, sums_in_vllm, undo_reload
+from opd_lightning.serving.vllm_process import repack, undo_reload
+from opd_lightning.serving.vllm_sums import sums_in_vllm
 
 # `opd serve` selects this backend; vLLM imports this module once the worker has its model.
 WeightTransferEngineFactory.register_engine(
@@ -40,7 +41,7 @@ class PushWorker:
             undo_reload(self.get_model())
             raise
         if not torch.cuda.is_available():
-            repack_heads(self.get_model())
+            repack(self.get_model())
 
     def transfer_state(self) -> list[Any]:
         """Return this worker's transfer group and the UUID of its GPU; None where it has none."""
@@ -52,9 +53,12 @@ class PushWorker:
         self.weight_transfer_engine.shutdown()
         undo_reload(self.get_model())
 
-    def pushed_sums(self) -> list[Any]:
-        """Return the sums of this worker's weights, in types that JSON can hold."""
-        return [[*one[:2], list(one.value)] for one in sums_in_vllm(self.get_model())]
+    def pushed_sums(self, stored: Sequence[str]) -> list[Any]:
+        """Return the sums of this worker's weights, in types that JSON can hold.
+
+        `stored` are the names of all pushed tensors.
+        """
+        return [[*one[:2], list(one.value)] for one in sums_in_vllm(self.get_model(), stored)]
 
 
 def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:

@@ -42,6 +42,12 @@ def test_a_run_ends_in_one_line_before_weights_load(
     assert refusal in line
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "0", "::"])
+def test_a_sender_that_would_listen_everywhere_is_refused(host: str) -> None:
+    with pytest.raises(UserError, match=r"engine\.push_host: got .*every interface"):
+        VLLMServerEngine(["http://127.0.0.1:1"], push="gloo", push_host=host)
+
+
 def test_an_address_without_a_transfer_is_refused() -> None:
     with pytest.raises(UserError, match=r"engine\.push_host: got one with push: folder"):
         VLLMServerEngine(["http://127.0.0.1:1"], push_host="127.0.0.1")

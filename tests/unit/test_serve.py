@@ -19,7 +19,12 @@ from opd_lightning.serving.server import bind
     ("words", "told"),
     [
         (["--host", "0.0.0.0"], "host: got '0.0.0.0', every interface"),
-        (["--host", "::"], "host: got '::', every interface"),
+        *(
+            (["--host", host], f"host: got {host!r}, every interface")
+            for host in ("::", "0", "0x0", "00.0", "::ffff:0.0.0.0", "0:0:0:0:0:0:0:0", "", "*")
+        ),
+        (["--port", "1000000"], "port: got 1000000, expected 0"),
+        (["--port=-1"], "port: got -1, expected 0"),
         (["--engine_args", '{"middleware": "mine.Guard"}'], "engine_args: middleware"),
         (["--engine_args", '{"api-key": "x"}'], "engine_args: api_key"),
         (["--model", "./nowhere"], "'./nowhere': neither a folder"),

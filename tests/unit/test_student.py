@@ -81,14 +81,16 @@ def test_weights_have_hugging_face_names_and_come_once(folder: Path) -> None:
         lora(init_lora_weights=False),
         lora(init_lora_weights=False, use_rslora=True, lora_alpha=3),
         lora(init_lora_weights=False, modules_to_save=["input_layernorm"]),
+        lora(init_lora_weights=False, trainable_token_indices=[3, 5]),
+        lora(init_lora_weights="mica"),
     ],
-    ids=["plain", "rslora", "modules_to_save"],
+    ids=["plain", "rslora", "modules_to_save", "token rows", "mica"],
 )
 def test_lora_is_merged_on_the_fly(folder: Path, config: LoraConfig) -> None:
     student = loaded(folder, config)
     with torch.no_grad():  # trained modules differ from the base
         for name, parameter in student.model.named_parameters():
-            if "modules_to_save" in name:
+            if any(part in name for part in ("modules_to_save", "trainable_tokens", "lora_A")):
                 parameter.add_(0.5)
     streamed = dict(student.weights())
     merged = dict(student.model.merge_and_unload().named_parameters())
@@ -106,8 +108,10 @@ def test_lora_is_merged_on_the_fly(folder: Path, config: LoraConfig) -> None:
         lora(lora_bias=True),
         lora(target_modules=["q_proj", "embed_tokens"]),
         lora(target_modules=["lm_head"]),  # tied to the embedding
+        lora(alora_invocation_tokens=[3, 4], task_type="CAUSAL_LM"),
+        lora(layer_replication=[[0, 2], [1, 2]]),
     ],
-    ids=["dora", "lora_bias", "embedding", "tied head"],
+    ids=["dora", "lora_bias", "embedding", "tied head", "alora", "more layers"],
 )
 def test_lora_that_cannot_be_merged_is_refused(folder: Path, config: LoraConfig) -> None:
     with pytest.raises(UserError, match="cannot merge"):
@@ -122,8 +126,15 @@ def test_lora_trains_only_adapters(folder: Path) -> None:
     assert all("lora_" in name for name in touched)
 
 
-def test_exported_folder_is_the_merged_student(folder: Path, tmp_path: Path) -> None:
-    student = loaded(folder, lora(init_lora_weights=False))
+@pytest.mark.parametrize("rows", [None, [3, 5, 40]], ids=["", "token rows"])
+def test_exported_folder_is_the_merged_student(
+    folder: Path, tmp_path: Path, rows: list[int] | None
+) -> None:
+    student = loaded(folder, lora(init_lora_weights=False, trainable_token_indices=rows))
+    with torch.no_grad():
+        for name, parameter in student.model.named_parameters():
+            if "trainable_tokens" in name:
+                parameter.add_(0.5)
     write_hf_folder(student, tmp_path)
     again = loaded(tmp_path)
     torch.testing.assert_close(

@@ -10,6 +10,7 @@ from opd_lightning.models import weight_sums
 from opd_lightning.models.weight_sums import PushedWeights, engine_sums
 
 NAMES = ("layers.0.q_proj.weight", "layers.0.k_proj.weight", "norm.weight")
+PARTS = {"layers.0.qk_proj.weight": NAMES[:2], "norm.weight": NAMES[2:]}
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -30,16 +31,16 @@ def push(own: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> Pu
 
 
 def test_fused_and_padded_parameters_agree() -> None:
-    found = engine_sums(fused(weights()), {"qk_proj": ["q_proj", "k_proj"]})
+    found = engine_sums(fused(weights()), PARTS)
     assert push(weights()).check(3, found) == 1.0
 
 
 def test_parameters_in_another_layout_or_precision_prove_nothing() -> None:
     own = weights()
     empty = [*fused(own)[:1], ("norm.weight", torch.empty(0))]
-    assert push(own).check(3, engine_sums(empty, {"qk_proj": ["q_proj", "k_proj"]})) == 2 / 3
-    assert push(own).check(3, engine_sums(fused(own), {})) == 1 / 3
-    assert push(own, torch.bfloat16).check(3, engine_sums(fused(own), {})) == 0
+    assert push(own).check(3, engine_sums(empty, PARTS)) == 2 / 3
+    assert push(own).check(3, engine_sums(fused(own))) == 1 / 3
+    assert push(own, torch.bfloat16).check(3, engine_sums(fused(own))) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,22 +53,22 @@ def test_a_small_step_shows(dtype: torch.dtype, size: float) -> None:
     moved = any((own[n].to(dtype) != old[n].to(dtype)).any() for n in own)
     assert moved  # even in bfloat16, where most elements round back
     with pytest.raises(EngineMismatchError, match=r"step 7: .*'layers.0.q_proj.weight' has norm"):
-        push(own, dtype).check(7, engine_sums(held, {}))
+        push(own, dtype).check(7, engine_sums(held))
     held = [(name, value.to(dtype)) for name, value in own.items()]
-    assert push(own, dtype).check(7, engine_sums(held, {})) == 1.0
+    assert push(own, dtype).check(7, engine_sums(held)) == 1.0
 
 
 def test_large_parameters_are_summed_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     pushed = push(weights())
     monkeypatch.setattr(weight_sums, "PART", 1000)
-    assert pushed.check(3, engine_sums(weights().items(), {})) == 1.0
+    assert pushed.check(3, engine_sums(weights().items())) == 1.0
 
 
 def test_nan_is_no_agreement() -> None:
     own = weights()
     held = dict(own, **{"norm.weight": own["norm.weight"] * torch.nan})
     with pytest.raises(EngineMismatchError, match=r"'norm.weight'"):
-        push(own).check(1, engine_sums(held.items(), {}))
+        push(own).check(1, engine_sums(held.items()))
 
 
 def test_weights_that_nobody_took_are_noticed() -> None:
