@@ -9,13 +9,13 @@ from statistics import mean
 import torch
 from torch.optim import Optimizer
 
-from opd_lightning.preflight.activations import Widths
 from opd_lightning.preflight.finding import Finding
 from opd_lightning.preflight.layout import Layout
 from opd_lightning.preflight.memory import process_memory
 from opd_lightning.preflight.plan import Plan, TeacherModel
 from opd_lightning.preflight.probe import Probe
 from opd_lightning.preflight.traffic import push_traffic, step_traffic
+from opd_lightning.preflight.widths import Widths
 from opd_lightning.rollouts import HFEngine, VLLMEngine
 from opd_lightning.rollouts.checks import parameter_shapes
 from opd_lightning.teachers import AdapterOffTeacher, CrossTokenizerTeacher
@@ -132,6 +132,8 @@ def memory(probe: Probe, plan: Plan) -> Finding:
     if predicted.host:
         values["host_bytes"] = float(predicted.host * plan.layout.per_node)
         found += f"; CPU memory of a node {_size(values['host_bytes'])}"
+    if plan.widths.assumed:
+        found += f"; config.json does not say all, assumed {' and '.join(plan.widths.assumed)}"
     device = probe.module.device
     if device.type != "cuda":
         return Finding("ok", "memory (estimate)", found, values=values)
