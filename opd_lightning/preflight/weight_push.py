@@ -29,7 +29,7 @@ EXACT = 1e-4  # nats; float32 on both sides differs by less
 SHOWS = 10  # a move of fewer times the rounding cannot tell old weights from new ones
 ROUNDING = 4  # gaps up to so many times the rounding before the push are rounding, too
 # Gap to the pushed weights as a share of that to the old ones: 1 / MOVE if all weights arrive,
-# 0.4 to 1.5 if half of them do, above 1 if none does.
+# 0.3 to 1.6 if half of the layers do, above 1 if none does.
 NEAR, FAR = 0.25, 0.5
 
 # The noise is a share of each tensor's standard deviation.

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from opd_lightning.cli import main
 from opd_lightning.commands.trainer import Trainer
@@ -162,6 +162,28 @@ def test_methods_with_other_authors_and_views(name: str, check: Check) -> None:
     # Random models solve nothing, and find one another's text unlikely.
     assert not_ok(printed).keys() <= {"precision", "teacher", "rewards", "demonstrations"}
     assert by_subject(printed)["alignment"]["level"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}),
+        ("gemma4_text", {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2,
+                         "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 32,
+                         "intermediate_size": 64, "hidden_size_per_layer_input": 0}),
+    ],
+)  # fmt: skip
+def test_families_that_name_their_sizes_otherwise(
+    kind: str, settings: dict[str, Any], check: Check, tmp_path: Path
+) -> None:
+    folder = tmp_path / kind
+    shutil.copytree("lab/arithmetic/student", folder)
+    ids = {"vocab_size": 64, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
+    config = CONFIG_MAPPING[kind](**settings, **ids, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    printed = check(*both(folder, folder))
+    assert not_ok(printed) == {"teacher": "warning"}, "there is nothing to learn from itself"
+    assert by_subject(printed)["memory (estimate)"]["values"]["activations_bytes"] > 0
 
 
 # Planted faults --------------------------------------------------------------------------

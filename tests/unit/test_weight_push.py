@@ -123,6 +123,6 @@ def test_noise_is_a_share_of_each_spread_and_leaves_no_trace() -> None:
         assert float(model.bias.detach().float().std()) == pytest.approx(5 * 0.1, rel=0.3)
         set_noise(0.5)
         assert torch.equal(model.weight, first)
-        assert torch.equal(model.frozen, before["frozen"])
+        assert torch.equal(frozen, before["frozen"])
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
