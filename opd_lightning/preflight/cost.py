@@ -183,8 +183,8 @@ def time(probe: Probe, counts: dict[str, float]) -> Finding:
         name: seconds * per_token * passes for name, seconds in probe.seconds.items()
     }
     total = sum(parts.values())
-    found = f"about {total:.2g} s a step: " + ", ".join(
-        f"{name} {seconds:.2g} s" for name, seconds in parts.items() if seconds
+    found = f"about {in_seconds(total)} a step: " + ", ".join(
+        f"{name} {in_seconds(seconds)}" for name, seconds in parts.items() if seconds
     )
     values = {f"{name}_seconds": seconds for name, seconds in parts.items()}
     return Finding("ok", "time (estimate)", found, values={**values, "step_seconds": total})
@@ -203,6 +203,11 @@ def _generate_seconds(probe: Probe, rows: float) -> float:
     step = decoding[many] + slope * (at_once - many)
     longest = max(g.longest for g in probe.generations if g.rows == many)
     return longest * step * rows / at_once
+
+
+def in_seconds(number: float) -> str:
+    """Format seconds with two digits, or in full from 100 on."""
+    return f"{number:.2g} s" if number < 99.5 else f"{number:,.0f} s"
 
 
 def _size(number: float) -> str:
