@@ -7,6 +7,7 @@ the log-probs of the samples with those of both students.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,6 +36,7 @@ NEAR, FAR = 0.25, 0.5
 # The noise is a share of each tensor's standard deviation.
 FIRST_NOISE, TRIES = 0.01, 10
 LARGEST_STEP = 30.0  # from one try to the next
+TOO_FAR = 3
 MAX_TOKENS = 64  # of a response; a model with noisy weights never ends it
 
 
@@ -154,23 +156,30 @@ def report(gaps: PushGaps, noise: float) -> Finding:
 def least_noise(move_by: Callable[[float], float], target: float) -> tuple[float, float]:
     """Find about the least noise that moves log-probs by `target` nats.
 
-    The move grows at least in proportion to the noise, so each try extrapolates from the last.
+    Each try extrapolates linearly from the last. The move may grow faster, as where both matrices
+    of a LoRA get noise; a noise that moves too much is reduced.
 
     Args:
-        move_by: Returns the move of a noise.
-        target: Move to reach.
+        move_by: Sets a noise and returns its move.
+        target: Move to reach, by no more than `TOO_FAR` times if few tries can tell.
 
     Returns:
-        The last noise tried, and its move; less than `target` if no noise is enough.
+        The noise that was set last, and its move; less than `target` if no noise is enough.
     """
-    noise = FIRST_NOISE
-    move = move_by(noise)
-    for _ in range(TRIES - 1):
-        if not move < target:
-            break
-        noise *= min(max(1.1 * target / max(move, 1e-12), 1.5), LARGEST_STEP)
+    noise, below, above = FIRST_NOISE, 0.0, 0.0
+    for _ in range(TRIES):
         move = move_by(noise)
-    return noise, move
+        if move < target:
+            below = noise
+            step = min(max(1.1 * target / max(move, 1e-12), 1.5), LARGEST_STEP)
+            noise = math.sqrt(below * above) if above else below * step
+        elif move <= TOO_FAR * target or not below:
+            return noise, move
+        else:  # also NaN
+            above = noise
+            noise = math.sqrt(below * above)
+    last = above or below
+    return last, move_by(last)
 
 
 def _cut(rollout: Rollout) -> Rollout:

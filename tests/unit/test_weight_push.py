@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from opd_lightning.preflight.weight_push import (
+    FIRST_NOISE,
     MOVE,
+    TOO_FAR,
     TRIES,
     PushGaps,
     Verdict,
@@ -80,10 +82,12 @@ def test_nan_never_arrives(proved: float) -> None:
     [
         (lambda noise: 3 * noise, 2),
         (lambda noise: 1e-3 * noise, 5),
-        (lambda noise: noise + 20 * noise**2, 2),
-        (lambda noise: 40 * noise**3, 6),
+        (lambda noise: noise + 20 * noise**2, 5),
+        (lambda noise: 1.2 * noise**2, 5),  # LoRA: noise in both matrices
+        (lambda noise: 40 * noise**3, 3),
+        (lambda noise: 0.1 * noise if noise < 1 else math.nan if noise > 4 else 0.6, 7),
     ],
-    ids=["linear", "small", "quadratic", "cubic"],
+    ids=["linear", "small", "quadratic", "square", "cubic", "breaks"],
 )
 def test_the_least_noise(move_by: Callable[[float], float], most: int) -> None:
     tried: list[float] = []
@@ -93,16 +97,26 @@ def test_the_least_noise(move_by: Callable[[float], float], most: int) -> None:
         return move_by(noise)
 
     noise, move = least_noise(count, 0.5)
-    assert move == move_by(noise) >= 0.5
+    assert 0.5 <= move <= TOO_FAR * 0.5
+    assert (noise, move) == (tried[-1], move_by(noise))
     assert len(tried) <= most
-    assert move_by(tried[-2]) < 0.5
+
+
+def test_a_model_that_moves_far_at_once() -> None:
+    assert least_noise(lambda noise: 500 * noise, 0.5) == (FIRST_NOISE, 500 * FIRST_NOISE)
 
 
 @pytest.mark.parametrize("move", [0.0, 0.49])
 def test_no_noise_is_enough(move: float) -> None:
     tried: list[float] = []
-    noise, found = least_noise(lambda noise: tried.append(noise) or move, 0.5)  # type: ignore[func-returns-value]
-    assert (noise, found, len(tried)) == (tried[-1], move, TRIES)
+
+    def count(noise: float) -> float:
+        tried.append(noise)
+        return move
+
+    noise, found = least_noise(count, 0.5)
+    assert (noise, found) == (tried[-1], move)
+    assert len(tried) == TRIES + 1
 
 
 def test_noise_is_a_share_of_each_spread_and_leaves_no_trace() -> None:
