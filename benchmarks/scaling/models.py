@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opd_lightning.preflight.activations import Widths
 from opd_lightning.preflight.plan import nbytes
+from opd_lightning.preflight.widths import Widths
 
 VOCABULARY = 151_936
 

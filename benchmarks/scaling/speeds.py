@@ -13,7 +13,7 @@ from benchmarks.scaling.models import (
     model,
     weight_bytes,
 )
-from opd_lightning.preflight.activations import Widths
+from opd_lightning.preflight.widths import Widths
 
 GB = 1e9
 

@@ -45,6 +45,7 @@ def load_causal_lm(
                 source.path,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
+                local_files_only=source.local_files_only,
                 **how,
             )
         _check_complete(source, found)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_lightning.errors import UserError
+from opd_lightning.models.hub import hub_unavailable
 from opd_lightning.models.identity import model_identity
 
 
@@ -47,7 +48,9 @@ class ModelSource:
 
         ids = {self.tokenizer.eos_token_id}
         try:
-            listed = GenerationConfig.from_pretrained(self.path).eos_token_id
+            listed = GenerationConfig.from_pretrained(
+                self.path, local_files_only=self.local_files_only
+            ).eos_token_id
         except OSError:  # the model has no generation_config.json
             listed = None
         ids |= set(listed if isinstance(listed, list) else [listed])
@@ -69,6 +72,11 @@ class ModelSource:
         """Maximum number of tokens, prompt and response, that the model supports."""
         return int(self.config.get_text_config().max_position_embeddings)
 
+    @property
+    def local_files_only(self) -> bool:
+        """Whether a hub name has to be read from the cache, since the hub does not answer."""
+        return not Path(self.path).is_dir() and hub_unavailable() is not None
+
     def _load(self, auto_class: Any) -> Any:
         folder = Path(self.path)
         is_local = folder.exists() or self.path.startswith((".", "~", "/"))
@@ -79,7 +87,17 @@ class ModelSource:
                 "folder or a hub name"
             )
         try:
-            return auto_class.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+            return auto_class.from_pretrained(
+                self.path,
+                trust_remote_code=self.trust_remote_code,
+                local_files_only=self.local_files_only,
+            )
         except (OSError, ValueError) as error:
+            if self.local_files_only:
+                raise UserError(
+                    f"{self.role} model: {self.path!r} is neither a folder here nor in the model "
+                    f"hub's cache, and {hub_unavailable()}; give the path of a model folder, or "
+                    "download the model first"
+                ) from error
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{self.role} model: cannot read {self.path!r}: {reason}") from error

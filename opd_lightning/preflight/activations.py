@@ -2,39 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from opd_lightning.models.head import MAX_BLOCK_ELEMENTS, MAX_CHUNK_ELEMENTS
-
-
-class Widths(NamedTuple):
-    """Sizes of a decoder, in elements per token."""
-
-    hidden: int
-    queries: int  # heads x head size
-    keys: int  # key and value heads x head size
-    intermediate: int
-    layers: int
-    vocabulary: int
-
-    @classmethod
-    def of(cls, config: Any) -> Widths:
-        text = config.get_text_config()
-        heads = text.num_attention_heads
-        size = getattr(text, "head_dim", None) or text.hidden_size // heads
-        return cls(
-            text.hidden_size,
-            heads * size,
-            getattr(text, "num_key_value_heads", heads) * size,
-            text.intermediate_size,
-            text.num_hidden_layers,
-            text.vocab_size,
-        )
-
-    @property
-    def cache(self) -> int:
-        """Elements of one token's keys and values in all layers."""
-        return 2 * self.layers * self.keys
+from opd_lightning.preflight.widths import Widths
 
 
 class Arithmetic(NamedTuple):

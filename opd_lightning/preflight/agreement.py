@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-
 import torch
-from torch import Tensor
 
-from opd_lightning.data.engines import push
 from opd_lightning.losses.reduction import aggregate
 from opd_lightning.losses.surrogate import Surrogate
 from opd_lightning.models.head import TokenStates
@@ -23,9 +17,6 @@ from opd_lightning.types import Rollout, RolloutBatch
 ZERO = 1e-4  # nats
 # A mean |d_t| above rounding: bfloat16 keeps 8 bits of a logit.
 ROUNDING = 0.1  # nats
-# Noise on each weight, as a share of its tensor's standard deviation: its gap exceeds rounding.
-NOISE = 0.5
-NOISY_TOKENS = 64  # a model with noisy weights never ends its responses
 
 
 def check_alignment(probe: Probe, rollouts: list[Rollout]) -> Finding:
@@ -52,7 +43,7 @@ def check_alignment(probe: Probe, rollouts: list[Rollout]) -> Finding:
 
 def check_engine(probe: Probe) -> Finding:
     """Compare the engine's log-probs of its samples with the trainer's."""
-    gaps = _gaps(probe, probe.own)
+    gaps = probe.gaps(probe.own)
     mean, largest, bound = float(gaps.mean()), float(gaps.max()), probe.module.max_logprob_gap
     values = {"gap_mean": mean, "gap_max": largest, "max_logprob_gap": bound}
     found = f"gap {mean:.2g} nats (mean), {largest:.2g} (largest), bound {bound:g}"
@@ -66,52 +57,6 @@ def check_engine(probe: Probe) -> Finding:
         "at its first step",
         "check the engine's model and dtype; raise model.init_args.max_logprob_gap only if the "
         "gap is rounding",
-        values,
-    )
-
-
-def check_push(probe: Probe) -> Finding:
-    """Check that the engine samples from pushed weights, not from its previous ones."""
-    engine, student = probe.engine, probe.module.student
-    assert engine is not None
-    usual, before = float(_gaps(probe, probe.own).mean()), engine.version
-    with _perturbed(student):
-        share = push(student, engine, version=before + 1)
-        completions = probe.generate(probe.requests, at_most=NOISY_TOKENS)
-        rollouts = [
-            replace(rollout, response_ids=completion[0], behaviour_logprobs=completion[1])
-            for rollout, completion in zip(probe.own, completions, strict=True)
-        ]
-        to_new = float(_gaps(probe, rollouts).mean())
-    to_old = float(_gaps(probe, rollouts).mean())
-    push(student, engine, version=before)
-    values = {"gap_to_pushed": to_new, "gap_to_old": to_old, "proved": share}
-    found = (
-        f"gap {to_new:.2g} nats to weights just pushed, {to_old:.2g} to the old; sums prove "
-        f"{share:.0%} of them"
-    )
-    if not to_new <= to_old / 10:
-        meaning = "the engine goes on with old weights: training would leave the policy that writes"
-    elif to_new > 20 * max(usual, ZERO):
-        meaning = "more than the usual gap: perhaps some of the weights do not arrive"
-    elif not share:
-        return Finding(
-            "info",
-            "weight push",
-            found,
-            "the engine keeps its weights in parts, or in another precision than its dtype says: "
-            "one push that misses it would show in the gap alone",
-            "give a server's own precision in engine.dtype",
-            values,
-        )
-    else:
-        return Finding("ok", "weight push", found, values=values)
-    return Finding(
-        "warning" if to_new <= to_old / 10 else "error",
-        "weight push",
-        found,
-        meaning,
-        "check that the engine is this run's alone, and that its server reads what is pushed",
         values,
     )
 
@@ -198,33 +143,3 @@ class _StudentAsTeacher(LocalTeacher):
             return self._student.states(batch, view)
         finally:
             self._student.model.train()
-
-
-@torch.no_grad()
-def _gaps(probe: Probe, rollouts: list[Rollout]) -> Tensor:
-    """Return |engine - trainer| of every response token, `[N]` nats."""
-    gaps = [
-        (probe.logprobs(batch) - batch.behaviour_logprobs)[batch.response_mask].abs()
-        for batch in probe.batches(rollouts)
-    ]
-    return torch.cat(gaps)
-
-
-@contextmanager
-def _perturbed(student: Student) -> Iterator[None]:
-    """Add deterministic noise to the trainable weights, and restore them on exit."""
-    generator = torch.Generator().manual_seed(0)
-    trained = [p for p in student.parameters() if p.requires_grad]
-    kept = [p.detach().to("cpu", copy=True) for p in trained]
-    with torch.no_grad():
-        for parameter, before in zip(trained, kept, strict=True):
-            spread = float(before.float().std()) if before.numel() > 1 else 0.0
-            noise = torch.randn(before.shape, generator=generator)
-            # LoRA's B and constant norms have no spread.
-            parameter.add_((NOISE * (spread or 0.1) * noise).to(parameter))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, before in zip(trained, kept, strict=True):
-                parameter.copy_(before)

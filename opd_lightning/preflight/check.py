@@ -10,7 +10,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from torch.optim import Optimizer
 
-from opd_lightning.preflight import agreement, cost, teacher_scores
+from opd_lightning.errors import UserError
+from opd_lightning.preflight import agreement, cost, teacher_scores, weight_push
 from opd_lightning.preflight.finding import Finding, attempt, gather
 from opd_lightning.preflight.probe import Probe
 from opd_lightning.preflight.rewards import check_rewards
@@ -42,7 +43,7 @@ def run_checks(
     """
     errors = _configuration(trainer, module, data)
     if errors:
-        readable = not attempt("", lambda: configuration.check_models(module))
+        readable = all(error.subject != "models" for error in errors)
         later = Finding("info", "numbers", "not looked at: correct the errors and check again")
         tokens = gather("tokens", check_tokens(module, data)) if readable else []
         return [*errors, *tokens, later]
@@ -106,14 +107,22 @@ def _numbers(probe: Probe, compare_teachers: bool) -> Iterator[Finding]:
     yield agreement.check_self_distillation(probe, learnt)
     yield from teacher_scores.check_teachers(probe, learnt, compare=compare_teachers)
     if own:
-        yield agreement.check_push(probe)
+        yield from gather("weight push", weight_push.check_push(probe))
     tokens = cost.step_tokens(probe)
     yield cost.tokens(tokens)
     for optimizer in optimizers:
+        yield from _cost(probe, optimizer)
+    yield cost.time(probe, tokens)
+
+
+def _cost(probe: Probe, optimizer: Optimizer) -> Iterator[Finding]:
+    """Estimate memory and traffic; an architecture of unknown sizes is no reason not to train."""
+    try:
         plan = cost.plan(probe, optimizer)
         yield cost.memory(probe, plan)
         yield cost.traffic(probe, plan)
-    yield cost.time(probe, tokens)
+    except UserError as error:
+        yield Finding("info", "memory (estimate)", str(error))
 
 
 def _optimizer(probe: Probe) -> Optimizer:

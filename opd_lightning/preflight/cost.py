@@ -9,13 +9,13 @@ from statistics import mean
 import torch
 from torch.optim import Optimizer
 
-from opd_lightning.preflight.activations import Widths
 from opd_lightning.preflight.finding import Finding
 from opd_lightning.preflight.layout import Layout
 from opd_lightning.preflight.memory import process_memory
 from opd_lightning.preflight.plan import Plan, TeacherModel
 from opd_lightning.preflight.probe import Probe
 from opd_lightning.preflight.traffic import push_traffic, step_traffic
+from opd_lightning.preflight.widths import Widths
 from opd_lightning.rollouts import HFEngine, VLLMEngine
 from opd_lightning.rollouts.checks import parameter_shapes
 from opd_lightning.teachers import AdapterOffTeacher, CrossTokenizerTeacher
@@ -132,6 +132,8 @@ def memory(probe: Probe, plan: Plan) -> Finding:
     if predicted.host:
         values["host_bytes"] = float(predicted.host * plan.layout.per_node)
         found += f"; CPU memory of a node {_size(values['host_bytes'])}"
+    if plan.widths.assumed:
+        found += f"; config.json does not say all, assumed {' and '.join(plan.widths.assumed)}"
     device = probe.module.device
     if device.type != "cuda":
         return Finding("ok", "memory (estimate)", found, values=values)
@@ -181,8 +183,8 @@ def time(probe: Probe, counts: dict[str, float]) -> Finding:
         name: seconds * per_token * passes for name, seconds in probe.seconds.items()
     }
     total = sum(parts.values())
-    found = f"about {total:.2g} s a step: " + ", ".join(
-        f"{name} {seconds:.2g} s" for name, seconds in parts.items() if seconds
+    found = f"about {in_seconds(total)} a step: " + ", ".join(
+        f"{name} {in_seconds(seconds)}" for name, seconds in parts.items() if seconds
     )
     values = {f"{name}_seconds": seconds for name, seconds in parts.items()}
     return Finding("ok", "time (estimate)", found, values={**values, "step_seconds": total})
@@ -201,6 +203,11 @@ def _generate_seconds(probe: Probe, rows: float) -> float:
     step = decoding[many] + slope * (at_once - many)
     longest = max(g.longest for g in probe.generations if g.rows == many)
     return longest * step * rows / at_once
+
+
+def in_seconds(number: float) -> str:
+    """Format seconds with two digits, or in full from 100 on."""
+    return f"{number:.2g} s" if number < 99.5 else f"{number:,.0f} s"
 
 
 def _size(number: float) -> str:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from opd_lightning.models.sharding import shard_units
-from opd_lightning.preflight.activations import Arithmetic, Widths
+from opd_lightning.preflight.activations import Arithmetic
 from opd_lightning.preflight.layout import Layout
+from opd_lightning.preflight.widths import Widths
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 

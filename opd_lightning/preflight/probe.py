@@ -132,6 +132,15 @@ class Probe:
         with self.module.trainer.precision_plugin.forward_context():
             return self.module.student.score(batch).logprobs
 
+    @torch.no_grad()
+    def gaps(self, rollouts: list[Rollout]) -> Tensor:
+        """Compute |engine - trainer| of the log-probs of every response token, `[N]` nats."""
+        gaps = [
+            (self.logprobs(batch) - batch.behaviour_logprobs)[batch.response_mask].abs()
+            for batch in self.batches(rollouts)
+        ]
+        return torch.cat(gaps)
+
     def _write(self, author: Author) -> list[Rollout]:
         samplings: Mapping[Author, Sampling] = {
             **self.stream.samplings,

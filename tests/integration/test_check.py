@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from opd_lightning.cli import main
 from opd_lightning.commands.trainer import Trainer
@@ -164,30 +164,119 @@ def test_methods_with_other_authors_and_views(name: str, check: Check) -> None:
     assert by_subject(printed)["alignment"]["level"] == "ok"
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}),
+        ("gemma4_text", {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2,
+                         "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 32,
+                         "intermediate_size": 64, "hidden_size_per_layer_input": 0}),
+    ],
+)  # fmt: skip
+def test_families_that_name_their_sizes_otherwise(
+    kind: str, settings: dict[str, Any], check: Check, tmp_path: Path
+) -> None:
+    folder = tmp_path / kind
+    shutil.copytree("lab/arithmetic/student", folder)
+    ids = {"vocab_size": 64, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
+    config = CONFIG_MAPPING[kind](**settings, **ids, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    printed = check(*both(folder, folder))
+    assert not_ok(printed) == {"teacher": "warning"}, "there is nothing to learn from itself"
+    assert by_subject(printed)["memory (estimate)"]["values"]["activations_bytes"] > 0
+
+
 # Planted faults --------------------------------------------------------------------------
 
 
-def test_an_engine_that_keeps_its_weights(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_takes_no_weights(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     def forget(engine: HFEngine, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         engine.version = version
 
     monkeypatch.setattr(HFEngine, "load_weights", forget)
-    printed = check()
-    assert not_ok(printed) == {"weight push": "error"}
+    assert not_ok(check()) == {"weight push": "error"}
 
 
-def test_an_engine_that_misses_some_weights(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    @torch.no_grad()
-    def half(engine: HFEngine, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        parameters = dict(engine._model.named_parameters())
-        for name, weight in weights:
-            if "layers.1.mlp" not in name:
-                parameters[name].copy_(weight)
-        engine.version = version
+Weights = Iterable[tuple[str, Tensor]]
 
-    monkeypatch.setattr(HFEngine, "weight_sums", lambda engine: [])
-    monkeypatch.setattr(HFEngine, "load_weights", half)
-    assert not_ok(check()).keys() == {"weight push"}
+
+def suppressed(engine: HFEngine, weights: Weights) -> None:
+    for _ in weights:
+        pass
+
+
+def half_done(engine: HFEngine, weights: Weights) -> None:
+    for name, weight in weights:
+        if "layers.0" not in name:
+            engine._model.get_parameter(name).copy_(weight)
+
+
+def foreign(engine: HFEngine, weights: Weights) -> None:
+    for name, weight in weights:
+        engine._model.get_parameter(name).copy_(1.2 * weight)
+
+
+def permuted(engine: HFEngine, weights: Weights) -> None:
+    """The one fault that sums cannot see."""
+    for name, weight in weights:
+        engine._model.get_parameter(name).copy_(weight.roll(1, 0))
+
+
+BF16 = (
+    "--trainer.precision=bf16-mixed",
+    "--data.engine.init_args.dtype=bfloat16",
+    "--model.init_args.max_logprob_gap=0.1",
+)
+LORA = "--model.init_args.student.lora={r: 4, target_modules: [q_proj, v_proj, down_proj]}"
+
+
+@pytest.mark.parametrize(
+    ("sums", "lora", "faults"),
+    [
+        (True, (), (suppressed, permuted)),
+        (False, (), (half_done, foreign)),
+        (False, (LORA,), (suppressed, half_done)),
+    ],
+    ids=["sums", "no sums", "lora without sums"],
+)
+def test_pushes_in_bfloat16(
+    sums: bool,
+    lora: tuple[str, ...],
+    faults: Sequence[Callable[[HFEngine, Weights], None]],
+    check: Check,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first push, of the initial weights, is right; the next one is of the noisy student."""
+    if not sums:
+        monkeypatch.setattr(HFEngine, "weight_sums", lambda engine: [])
+    sound = by_subject(check(*BF16, *lora))["weight push"]
+    assert sound["level"] == ("ok" if sums else "info")
+    assert sound["values"]["gap_to_pushed"] < sound["values"]["gap_to_old"] / 10
+
+    load = HFEngine.load_weights
+    for wrong in faults:
+
+        @torch.no_grad()
+        def load_wrong(
+            engine: HFEngine,
+            version: int,
+            weights: Weights,
+            wrong: Callable[[HFEngine, Weights], None] = wrong,
+        ) -> None:
+            if version:
+                wrong(engine, weights)
+                engine.version = version
+            else:
+                load(engine, version, weights)
+
+        monkeypatch.setattr(HFEngine, "load_weights", load_wrong)
+        found = by_subject(check(*BF16, *lora))
+        push = found["weight push"]
+        assert push["level"] in ("error", "warning"), wrong
+        assert push["level"] == "error" or wrong is half_done, wrong
+        proved = sums and wrong is not permuted
+        assert ("the engine holds other weights" in push["found"]) == proved, wrong
+        assert "time (estimate)" in found, "a push that fails does not end the check"
 
 
 def test_an_engine_of_another_model(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opd_lightning.preflight.activations import Arithmetic, Widths, activation_bytes
+from opd_lightning.preflight.activations import Arithmetic, activation_bytes
+from opd_lightning.preflight.widths import Widths
 
 ROWS, LENGTH = 4, 96
 CONFIG = Qwen3Config(

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from opd_lightning.preflight.cost import in_seconds
 from opd_lightning.preflight.layout import Layout
 from opd_lightning.preflight.memory import process_memory
 from opd_lightning.preflight.plan import Plan
@@ -139,3 +140,10 @@ def test_an_engine_that_sleeps_is_not_there_while_a_step_trains(sleeps: bool) ->
         working = max(trains, sum(memory.moving.values()))
         expected = max(working, awake) if sleeps else engine + max(working, push)
         assert sum(memory.fullest().values()) == always + expected
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0.0123, "0.012 s"), (99.4, "99 s"), (99.6, "100 s"), (2517.0, "2,517 s")]
+)
+def test_seconds_are_never_powers_of_ten(number: float, text: str) -> None:
+    assert in_seconds(number) == text
