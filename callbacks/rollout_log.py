@@ -19,13 +19,15 @@ from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.callback import RunCallback
 from opd_lightning.types import Rollout, RolloutBatch
 
+LINES = "rollouts.jsonl"
 OLD_FILES = 4  # of JSON lines, besides the current one
 
 
 class RolloutLog(RunCallback):
     """Logs some rollouts of a step, in TensorBoard's text tab and in the run folder.
 
-    `rollouts.jsonl` has one object per line, with the sampler's log-probs. The pages
+    `rollouts.jsonl` has one object per line, with the sampler's log-probs. A run that goes on from
+    step n removes what an earlier process wrote for n and later. The pages
     `rollouts/<step>.html` colour every token by d_t, its advantage, or the effect of a rule.
 
     Args:
@@ -58,6 +60,8 @@ class RolloutLog(RunCallback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         # Here, because all ranks call it: `log_dir` is a broadcast.
         self._folder = None if trainer.log_dir is None else Path(trainer.log_dir)
+        if self._folder is not None and trainer.is_global_zero:
+            _drop_from(self._folder / LINES, trainer.global_step)
 
     def on_train_batch_end(  # type: ignore[override]
         self,
@@ -93,7 +97,7 @@ class RolloutLog(RunCallback):
     def _write_lines(self, folder: Path, step: int, rollouts: Sequence[Rollout]) -> None:
         if self._lines is None:
             size = self.max_megabytes * 2**20
-            path = folder / "rollouts.jsonl"
+            path = folder / LINES
             self._lines = RotatingFileHandler(path, maxBytes=size, backupCount=OLD_FILES)
         for rollout in rollouts:
             line = json.dumps({"step": step, **_plain(rollout)}, ensure_ascii=False)
@@ -117,6 +121,30 @@ class RolloutLog(RunCallback):
             text = f"{text[:half]} ... {text[-half:]}"
         # In Markdown a bar ends the cell and a line break the row.
         return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
+
+
+def _drop_from(path: Path, step: int) -> None:
+    """Remove the lines of `step` and later, and an incomplete last one, from rotated files too."""
+    for file in (path, *(path.with_name(f"{path.name}.{i + 1}") for i in range(OLD_FILES))):
+        if not file.is_file():
+            continue
+        kept = 0  # bytes
+        with file.open("r+b") as lines:
+            for line in lines:
+                if not line.endswith(b"\n") or _step_of(line) >= step:
+                    break
+                kept += len(line)
+            lines.truncate(kept)
+        if kept:  # older files hold earlier steps
+            return
+
+
+def _step_of(line: bytes) -> int:
+    """Return the step of a line; -1 for a line of something else."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 def _question(rollout: Rollout) -> str:

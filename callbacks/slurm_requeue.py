@@ -18,14 +18,14 @@ from opd_lightning.training.callback import RunCallback
 
 
 class SlurmRequeue(RunCallback):
-    """Saves `last.ckpt` and exits when any rank receives SIGUSR1 or SIGTERM.
+    """Saves `last.ckpt` and exits when any rank receives SIGUSR1, SIGTERM or SIGHUP.
 
     SIGUSR1 requeues the job, which starts the same script again; with
     `#SBATCH --signal=USR1@SECONDS` SLURM sends it that long before the time limit. SIGTERM
-    (`scancel`, preemption) does not requeue. Signals are recorded from the start of `opd fit` and
-    handled before a step's rollouts are generated, before training on them, and between two batches
-    of a validation. Allow time for the longest of these and for saving. An unfinished step is
-    repeated.
+    (`scancel`, preemption) and SIGHUP do not requeue. Signals are handled before a step's rollouts
+    are generated, before training on them, and between two batches of a validation. Allow time for
+    the longest of these and for saving. An unfinished step is repeated. Before training begins,
+    SIGUSR1 is recorded and the others end the run at once.
 
     The exit code is 0 for a requeued job, 1 if SLURM refuses to requeue it, and 143 after SIGTERM
     (138 after SIGUSR1 outside a job). After the last step of a run signals are ignored.
@@ -51,6 +51,7 @@ class SlurmRequeue(RunCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began_at = trainer.global_step
+        signals.defer()  # before, there is nothing to save
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -3,10 +3,15 @@
 Worker processes import the main script again: nothing heavy may be imported at its top.
 """
 
+import signal
+import sys
+
 
 def main() -> None:
-    from opd_lightning.cli import main as run
-
+    try:
+        from opd_lightning.cli import main as run
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     run()
 
 

@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from opd_lightning import __version__
 from opd_lightning.commands.callback_names import install_callback_names
-from opd_lightning.commands.command_table import check_command, overview
-from opd_lightning.errors import RunStoppedError, UserError, report
+from opd_lightning.commands.command_table import check_command, check_configs, overview
+from opd_lightning.errors import RunStoppedError, UserError, note, report
 from opd_lightning.run import signals
-from opd_lightning.run.signals import SignalledError
+from opd_lightning.run.signals import SignalledError, signal_of
 from opd_lightning.terminal.quiet import quiet_libraries
+
+# What a disk or its owner refuses, wherever it is found: no bug of ours.
+REFUSALS = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE,
+    errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP,
+}  # fmt: skip
 
 
 def main(args: list[str] | None = None) -> None:
     """Console entry point. Exit codes: 2 for a mistake in the input, 1 for a run stopped or
-    not ready to start, 143 for one that SIGTERM ended."""
+    not ready to start, 128 + n for one that signal n ended (130 Ctrl-C, 143 SIGTERM)."""
     args = sys.argv[1:] if args is None else args
-    if args[:1] == ["fit"]:
-        signals.listen()  # before the imports, which take their time
-    # A user's own methods, next to the YAML that names them; last, so that they hide nothing.
-    sys.path.append(os.getcwd())
-    install_callback_names()
-    quiet_libraries()
     with one_line_errors():
+        # Before the imports, which take their time.
+        if args[:1] != ["serve"]:  # vLLM's server ends in its own way
+            signals.interrupt_on_stops()
+        if args[:1] == ["fit"]:
+            signals.listen()
+        # A user's own methods, next to the YAML that names them; last, so that they hide nothing.
+        sys.path.append(os.getcwd())
+        install_callback_names()
+        quiet_libraries()
         _dispatch(args)
 
 
 def _dispatch(args: list[str]) -> None:
     """Answer at once what needs no library; import the program of a command, and run it."""
+    check_configs(args)
     command, rest = (args[0].replace("_", "-"), args[1:]) if args else ("", [])
     if command in ("--help", "-h"):
         print(overview())
@@ -89,9 +101,21 @@ def one_line_errors() -> Iterator[None]:
     except SignalledError as end:
         _part()
         sys.exit(end.code)
+    except KeyboardInterrupt as interrupt:
+        _end_interrupted(interrupt)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning exits with 1
+            _end_interrupted(end.__context__)
+        raise
     except BrokenPipeError:  # `opd configs list | head`: nothing reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would flush
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        place = f"{str(error.filename)!r}: " if error.filename else ""
+        _end(RunStoppedError(f"{place}{error.strerror}; mend it, or name another place"))
+        sys.exit(1)
     except RuntimeError as error:
         from opd_lightning.processes import describe_lost_rank
 
@@ -122,10 +146,24 @@ def _end(error: Exception) -> None:
         _part()
 
 
-def _rank() -> int:
-    import torch.distributed as dist
+def _end_interrupted(interrupt: KeyboardInterrupt) -> NoReturn:
+    """Exit as shells expect after a signal; in one line, unless the run has said what it saved."""
+    number = signal_of(interrupt)
+    if not getattr(interrupt, "told", False) and _rank() == 0:
+        note(f"{number.name}: ended before it was done")
+    sys.exit(128 + number)
 
-    return dist.get_rank() if dist.is_initialized() else 0
+
+def _rank() -> int:
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            return dist.get_rank()
+    # As launchers set it for processes that are not connected yet.
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    found = next((os.environ[name] for name in names if name in os.environ), "0")
+    return int(found) if found.isdigit() else 0
 
 
 def _part() -> None:

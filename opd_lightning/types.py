@@ -85,12 +85,15 @@ class Rollout:
     behaviour_logprobs: list[float]  # [T] the sampler's log-probs; NaN if not sampled
     stop_reason: StopReason
     text: str  # response decoded without special tokens
-    reward: float  # verifier's score in [0, 1]; NaN without a verifier
-    group_mean: float  # mean reward over the samples of this prompt; NaN for a group of one
-    group_std: float  # their population standard deviation; NaN for a group of one
+    reward: float  # verifier's score in [0, 1]; NaN without one
+    group_mean: float  # mean known reward of this prompt's samples; NaN for fewer than two
+    group_std: float  # their population standard deviation; NaN for fewer than two
     author: Author
     dropped: bool  # generated and verified, but excluded from training
     policy_version: int  # number of optimiser steps that made the weights it was sampled with
+    # With defaults, because checkpoints of earlier versions hold rollouts without them.
+    unverified: bool = False  # there is a verifier, but it gave no score
+    long_views: tuple[str, ...] = ()  # late views left out because they exceed the context
 
 
 class Totals(NamedTuple):
@@ -170,8 +173,8 @@ class RolloutBatch(_Movable):
     response_ids: Tensor  # [B, R] int64, pad id where the mask is False
     response_mask: Tensor  # [B, R] bool, True on response tokens, EOS included
     behaviour_logprobs: Tensor  # [B, R] float32 nats, 0 where the mask is False, NaN if unknown
-    rewards: Tensor  # [B] float32 in [0, 1], NaN without a verifier
-    group_mean: Tensor  # [B] float32, mean reward of the row's prompt group, NaN for one sample
+    rewards: Tensor  # [B] float32 in [0, 1], NaN without a score
+    group_mean: Tensor  # [B] float32, mean of the group's known rewards, NaN for fewer than two
     group_std: Tensor  # [B] float32, population standard deviation of the same, likewise
     truncated: Tensor  # [B] bool, True where the response reached the token limit
     groups: Tensor  # [B] int64, equal for rows of one prompt

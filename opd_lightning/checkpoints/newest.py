@@ -5,6 +5,7 @@ All processes of a run must call these functions, and get the same result.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,20 @@ def settle_folders(trainer: Trainer) -> None:
     """Fix the callbacks' folders, which would otherwise depend on the logger."""
     for keeper in keepers(trainer):
         keeper.dirpath = keeper.dirpath or str(Path(trainer.log_dir or ".", "checkpoints"))
+
+
+def check_found_again(run: Path) -> None:
+    """Raise UserError if a restart looks in another folder, since loggers number their versions."""
+    number = re.fullmatch(r"version_(\d+)", run.name)
+    if number is None or run.exists():
+        return
+    earlier = run.with_name(f"version_{int(number[1]) - 1}")
+    if any((earlier / "checkpoints").glob(f"*{ModelCheckpoint.FILE_EXTENSION}")):
+        raise UserError(
+            f"--ckpt_path: got {LAST!r}, but the logger names a new folder at every start "
+            f"({str(run)!r} now), and the checkpoints are in {str(earlier)!r}; set the logger's "
+            "name and version to '', or name a file"
+        )
 
 
 def folders(trainer: Trainer) -> list[Path]:

@@ -54,6 +54,8 @@ def describe(path: Path) -> Saved:
         OSError: If the disk cannot be read.
     """
     with _as_damaged_error(path):
+        if not path.is_dir():
+            _check_file(path)
         return _describe_folder(path) if path.is_dir() else _describe_file(path)
 
 
@@ -176,7 +178,14 @@ def _describe_folder(path: Path) -> Saved:
     )
 
 
+def _check_file(path: Path) -> None:
+    """Raise DamagedError for a pipe or a device, whose end a reader might never come to."""
+    if path.exists() and not path.is_file():
+        raise DamagedError(f"{path.name!r} is a pipe or a device")
+
+
 def _manifest(folder: Path) -> dict[str, list[int]]:
+    _check_file(folder / MANIFEST)
     files: dict[str, list[int]] = json.loads((folder / MANIFEST).read_text())["files"]
     return files
 

@@ -62,8 +62,7 @@ def write(trainer: Trainer, checkpoint: dict[str, Any], path: str | Path) -> Non
     Raises:
         CheckpointError: If it could not be written on any process.
     """
-    if "://" in str(path):
-        raise UserError(f"checkpoints: got {str(path)!r}, expected a folder of this machine's")
+    check_place(str(path))
     target = Path(os.path.abspath(trainer.strategy.broadcast(str(path))))
     attempt = _Attempt(trainer.global_step, target)
     new = staging_path(target)
@@ -76,6 +75,12 @@ def write(trainer: Trainer, checkpoint: dict[str, Any], path: str | Path) -> Non
         sums = attempt(lambda: _sums(new))
         attempt(lambda: _finish_folder(new, sums) if rank() == 0 else None)
     attempt(lambda: commit(target) if rank() == 0 else None)
+
+
+def check_place(path: str) -> None:
+    """Raise UserError for a place that is not on a file system of this machine."""
+    if "://" in path:
+        raise UserError(f"checkpoints: got {path!r}, expected a folder of this machine's")
 
 
 class _Attempt:

@@ -22,6 +22,7 @@ from opd_lightning.data.writer import RolloutWriter, Row
 from opd_lightning.errors import UserError, note, report
 from opd_lightning.models.tokenization import token_texts
 from opd_lightning.rollouts import Engine, HFEngine, Sampling
+from opd_lightning.run.outputs import write_text
 from opd_lightning.run.prompt_checks import check_prompts
 from opd_lightning.seeding import SHOWN_SAMPLE, derive_seed
 from opd_lightning.terminal.token_page import TokenRow, token_page
@@ -154,7 +155,7 @@ class Sampler:
             self._show(rollout, known)
         if self.html is not None:
             page = token_page(f"opd sample {self.module.student.source.path}", self._rows)
-            self.html.write_text(page)
+            write_text("--html", self.html, page)
         return rollouts[0].text
 
     def _show(self, rollout: Rollout, figures: dict[str, list[float]]) -> None:

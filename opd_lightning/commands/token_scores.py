@@ -10,6 +10,7 @@ import torch
 from opd_lightning.data.collate import collate
 from opd_lightning.data.views import Renderer
 from opd_lightning.errors import UserError, note
+from opd_lightning.run.configuration import context_of
 from opd_lightning.teachers.base import Ask
 from opd_lightning.teachers.cached import CachedTeacher
 from opd_lightning.training.scoring import prefetch_scores, score_batch
@@ -79,7 +80,8 @@ class TokenScorer:
         source = self.module.student.source
         names = {self.ask.view} - {"student"} if self.ask is not None else set()
         views = {name: self.data.views[name] for name in names}
-        return Renderer(source.tokenizer, self.data.template_args, views, source.eos_ids)
+        bound = context_of(self.module) if views else None
+        return Renderer(source.tokenizer, self.data.template_args, views, source.eos_ids, bound)
 
     def check(self, prompt: Prompt) -> None:
         """Raise UserError if the teacher cannot score the prompt. Needs no weights."""

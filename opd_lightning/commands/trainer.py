@@ -12,14 +12,17 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 
-from opd_lightning.checkpoints import CheckpointConnector, write
+from opd_lightning.checkpoints import LAST, CheckpointConnector, settle_folders, write
+from opd_lightning.checkpoints.newest import check_found_again, keepers
 from opd_lightning.checkpoints.savers import RememberSavers
+from opd_lightning.checkpoints.writing import check_place
 from opd_lightning.commands.trainer_commands import Commands
 from opd_lightning.data.prompt_files import PromptFiles
 from opd_lightning.errors import UserError
 from opd_lightning.evaluation import report
 from opd_lightning.models.sharding import check_strategy
-from opd_lightning.run import signals
+from opd_lightning.run import outputs, signals
+from opd_lightning.run.csv_log import set_aside
 from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.run.interruption import SaveOnInterruption, TermAsInterrupt
 from opd_lightning.run.lock import held
@@ -66,7 +69,8 @@ class Trainer(Commands):
             raise UserError("save_checkpoint: got storage_options, expected none; disks take none")
         if self.model is None:
             super().save_checkpoint(filepath, weights_only)  # raises Lightning's error
-        with self.profiler.profile("save_checkpoint"):  # type: ignore[attr-defined]
+        profiled = self.profiler.profile("save_checkpoint")  # type: ignore[attr-defined]
+        with signals.finishing(), profiled:
             write(self, self._checkpoint_connector.dump_checkpoint(weights_only), filepath)
 
     def fit(
@@ -90,9 +94,17 @@ class Trainer(Commands):
             weights_only: Not needed; only tensors and plain data are ever read.
         """
         folder = None if self.logger is None else Path(self.log_dir or ".")
+        settle_folders(self)  # Lightning's name for one may be another at every start
+        for keeper in keepers(self):
+            check_place(str(keeper.dirpath))
+            outputs.check_folder("ModelCheckpoint.dirpath", Path(str(keeper.dirpath)))
+        if ckpt_path == LAST and folder is not None:
+            check_found_again(folder)
         if isinstance(datamodule, RolloutDataModule):
             datamodule.prompt_files = PromptFiles(folder, resumes=bool(ckpt_path))
         with held(folder) if folder is not None and self.is_global_zero else nullcontext():
+            if self.is_global_zero:
+                set_aside(self)
             super().fit(
                 model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
             )
@@ -154,10 +166,8 @@ class Trainer(Commands):
     @contextmanager
     def _reported(self, stage: str, verbose: bool, json: bool, out: str | None) -> Iterator[None]:
         """Print and write the scores that are measured inside the context."""
-        if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
-            raise UserError(
-                f"--out: got {out!r}, expected a file to write, in a folder that is there"
-            )
+        if out is not None:
+            outputs.check_file("--out", Path(out))
         if json:
             only_warnings()
         # Libraries may print to stdout.
@@ -170,9 +180,9 @@ class Trainer(Commands):
         data: RolloutDataModule = self.datamodule
         suites = data.suites_of(stage)
         found = report.measured(module, suites, data.loaded, data.bench, stage, saved)
-        if out is not None:
-            Path(out).write_text(report.as_json(found) + "\n")
         if json:
             print(report.as_json(found))
         elif verbose:
             report.as_table(found, suites, Console())
+        if out is not None:  # last, for it may fail
+            outputs.write_text("--out", Path(out), report.as_json(found) + "\n")

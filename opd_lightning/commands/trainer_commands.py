@@ -19,6 +19,7 @@ from opd_lightning.commands.write_responses import write_responses
 from opd_lightning.errors import NotReadyError, UserError
 from opd_lightning.preflight import report
 from opd_lightning.preflight.check import run_checks
+from opd_lightning.run import outputs
 from opd_lightning.run.configuration import check_models, check_usable
 from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.teachers.cached import CachedTeacher
@@ -45,11 +46,13 @@ class Commands(LightningTrainer):
             datamodule: Not needed; all commands are called with one.
         """
         folder = Path(out)
+        outputs.check_folder("--out", folder)
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"--out: {out!r} is not empty; name a new folder")
         check_usable(model.student.source)
         step = load_student(model.student, ckpt_path)
-        write_hf_folder(model.student, folder)
+        with outputs.writing_folder("--out", folder):
+            write_hf_folder(model.student, folder)
         print(f"wrote the student of step {step} to {folder}")
 
     def check(
@@ -134,8 +137,8 @@ class Commands(LightningTrainer):
         changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         if samples < 1:
             raise UserError(f"--samples: got {samples}, expected at least 1")
-        if html is not None and (Path(html).is_dir() or not Path(html).parent.is_dir()):
-            raise UserError(f"--html: got {html!r}, expected a file, in a folder that is there")
+        if html is not None:
+            outputs.check_file("--html", Path(html))
         question = Question(
             samples=samples,
             sampling=replace(datamodule.sampling, **changes),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -17,18 +19,21 @@ from opd_lightning.data.engines import push
 from opd_lightning.data.mix import RolloutMix, samplings_by_author
 from opd_lightning.data.views import Renderer
 from opd_lightning.data.writer import RolloutWriter, Row
-from opd_lightning.errors import UserError
+from opd_lightning.errors import RunStoppedError, UserError
 from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts.base import Engine, Sampling
 from opd_lightning.run.configuration import check_same_tokens, check_usable
 from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.run.lock import held_file
+from opd_lightning.run.outputs import check_file, check_folder
 from opd_lightning.run.prompt_checks import check_prompts
 from opd_lightning.seeding import WRITTEN_SAMPLE, derive_seed
 from opd_lightning.terminal.progress import Progress
 from opd_lightning.timing import StepTimer
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.types import Author, Prompt, Rollout
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,11 @@ def write_responses(
     for name, value in (("samples", samples), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"--{name}: got {value}, expected at least 1")
-    if out.is_dir():
-        raise UserError(f"--out: got {str(out)!r}, which is a folder, expected a file to write")
+    if out.is_dir() or (out.exists() and not out.is_file()):
+        raise UserError(f"--out: got {str(out)!r}, expected a file to write")
+    check_folder("--out", out.parent)
+    if out.exists():
+        check_file("--out", out)
     author = _author(module, data, kind, ckpt_path)
     renderer = Renderer(author.source.tokenizer, data.template_args, {}, author.source.eos_ids)
     prompts, ids = _prompts(module, data, renderer, author)
@@ -78,8 +86,8 @@ def write_responses(
         for sample in range(samples)
         for seed in [derive_seed(WRITTEN_SAMPLE, data.seed, i, sample)]
     ]
-    with held_file(out), out.open("a+b") as file:
-        done = _recover(file, out, written_by)
+    with _full_in_one_line(out), held_file(out), out.open("a+b") as file:
+        done = _recover(file, out, written_by, _beginning(*rows[0]))
         rows = [(name, row) for name, row in rows if name not in done]
         print(f"{out}: {len(done)} rows are there, {len(rows)} are to be written")
         if rows:
@@ -132,12 +140,39 @@ def _prompts(
     return prompts, ids
 
 
-def _recover(file: BinaryIO, out: Path, written_by: str) -> set[str]:
-    """Return the ids of complete rows; remove an incomplete last line from the file."""
+@contextmanager
+def _full_in_one_line(out: Path) -> Iterator[None]:
+    """Say that the disk is full, which may also be found when the file is closed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise RunStoppedError(
+            f"--out: could not write {str(out)!r}: {error.strerror}; make room and run the same "
+            "again: complete rows are kept"
+        ) from error
+
+
+def _beginning(name: str, row: Row) -> bytes:
+    """Return what the file begins with, up to the first response."""
+    return json.dumps(_given(name, row.prompt), ensure_ascii=False).encode()[:-1]
+
+
+def _recover(file: BinaryIO, out: Path, written_by: str, beginning: bytes) -> set[str]:
+    """Return the ids of complete rows; remove an incomplete last line from the file.
+
+    An incomplete first line is removed only if it is that of the first row, `beginning`.
+    """
     file.seek(0)
     done, end = set(), 0
     for number, line in enumerate(file, start=1):
         if not line.endswith(b"\n"):
+            if number == 1 and not (line.startswith(beginning) or beginning.startswith(line)):
+                raise UserError(
+                    f"--out: {out}:1 is incomplete and was not written by this command for these "
+                    "prompts; name another file"
+                )
             break
         end += len(line)
         row: Any = None
@@ -184,17 +219,24 @@ def _write(
 
 
 def _row(name: str, rollout: Rollout, written_by: str) -> dict[str, Any]:
-    prompt = rollout.prompt
+    fields = {
+        "response": rollout.text,
+        "response_ids": rollout.response_ids,
+        "stop_reason": rollout.stop_reason,
+        "reward": None if math.isnan(rollout.reward) else rollout.reward,
+        "written_by": written_by,
+    }
+    known = {field: value for field, value in fields.items() if value is not None}
+    return _given(name, rollout.prompt) | known
+
+
+def _given(name: str, prompt: Prompt) -> dict[str, Any]:
+    """Return the fields of a row that its prompt decides, in order."""
     fields = {
         "id": name,
         "messages": list(prompt.messages),
         "answer": prompt.answer,
         "privileged": prompt.privileged,
         "domain": prompt.domain,
-        "response": rollout.text,
-        "response_ids": rollout.response_ids,
-        "stop_reason": rollout.stop_reason,
-        "reward": None if math.isnan(rollout.reward) else rollout.reward,
-        "written_by": written_by,
     }
     return {field: value for field, value in fields.items() if value is not None}

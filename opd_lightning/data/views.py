@@ -32,8 +32,8 @@ class PromptView:
         template: Jinja text over `question` (the last user message), `privileged`, `answer` and
             `response` (columns of the row), `peer` (another response to the prompt that the
             verifier accepted) and `feedback` (the verifier's, on this response). If a template
-            reads `peer` or `feedback` and none of those it reads is known, the row has no such
-            view.
+            reads `peer` or `feedback` and none of those it reads is known, or the text is too long
+            for the models' context, the row has no such view.
         place: "system" makes the text a system message, after an existing one; "user" replaces
             the last user message, which the template may quote as `{{ question }}`. An empty
             text leaves the prompt unchanged.
@@ -112,6 +112,7 @@ class Renderer:
         template_args: Extra template variables, e.g. {"enable_thinking": False}.
         views: Views to render, by name.
         eos_ids: Token ids that end a recorded response.
+        context_length: Largest number of tokens of a late view and its response; None: no limit.
     """
 
     def __init__(
@@ -120,8 +121,10 @@ class Renderer:
         template_args: dict[str, Any],
         views: Mapping[str, PromptView],
         eos_ids: Sequence[int],
+        context_length: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.context_length = context_length
         self.eos_ids = eos_ids
         self.template_args = template_args
         self.views = views
@@ -145,6 +148,15 @@ class Renderer:
         if not view.is_late:
             self._early[name, prompt.id] = ids
         return ids
+
+    def is_too_long(self, name: str, ids: Sequence[int], response_ids: Sequence[int]) -> bool:
+        """Return whether a late view with its response is longer than the context.
+
+        The lengths of other views are checked before training.
+        """
+        if self.context_length is None or not self.views[name].is_late:
+            return False
+        return len(ids) + len(response_ids) > self.context_length
 
 
 def recorded_response_ids(prompt: Prompt, tokenizer: Any) -> list[int]:

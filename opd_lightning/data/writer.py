@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import NamedTuple
@@ -14,6 +16,8 @@ from opd_lightning.rollouts.time_limit import TimeLimit
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Completion, Prompt, Rollout, StopReason
 from opd_lightning.verifiers.base import Verifier
+
+log = logging.getLogger(__name__)
 
 # A response with at least this reward is shown to the others of its group as a `peer`.
 PEER_REWARD = 0.5
@@ -59,6 +63,7 @@ class RolloutWriter:
         self.guided_view = guided_view
         self.only_correct = only_correct
         self.limit = limit or TimeLimit()
+        self._warned: set[str] = set()  # of views that were too long
 
     def with_timer(self, timer: StepTimer) -> RolloutWriter:
         """Return a copy of the writer with another timer."""
@@ -81,14 +86,15 @@ class RolloutWriter:
                 feedback = self.verifier.feedback(prompts, texts)
             groups = _groups(rows, rewards)
             peers = [self._peer(i, rows, groups, rewards, texts) for i in range(len(rows))]
+            views = [
+                self._views(row.prompt, peers[i], feedback[i], completions[i].response_ids)
+                for i, row in enumerate(rows)
+            ]
             return [
                 Rollout(
                     prompt=row.prompt,
                     prompt_ids=row.prompt_ids,
-                    views={
-                        name: self.renderer.view(name, row.prompt, peers[i], feedback[i])
-                        for name in self.renderer.views
-                    },
+                    views=views[i].ids,
                     group=row.group,
                     response_ids=completions[i].response_ids,
                     behaviour_logprobs=completions[i].logprobs,
@@ -100,6 +106,8 @@ class RolloutWriter:
                     author=row.author,
                     dropped=self._drops(row.author, rewards[i]),
                     policy_version=self._version(row.author),
+                    unverified=self.verifier is not None and math.isnan(rewards[i]),
+                    long_views=views[i].too_long,
                 )
                 for i, row in enumerate(rows)
             ]
@@ -139,6 +147,32 @@ class RolloutWriter:
         stop_reason = StopReason.EOS if ended else StopReason.LENGTH
         return Completion(ids, [float("nan")] * len(ids), stop_reason)
 
+    def _views(
+        self, prompt: Prompt, peer: str | None, feedback: str | None, response_ids: Sequence[int]
+    ) -> _Views:
+        """Render the views of a response, without those that exceed the models' context."""
+        ids = {
+            name: self.renderer.view(name, prompt, peer, feedback) for name in self.renderer.views
+        }
+        too_long = tuple(
+            name
+            for name, seen in ids.items()
+            if seen is not None and self.renderer.is_too_long(name, seen, response_ids)
+        )
+        if new := set(too_long) - self._warned:
+            self._warned |= new
+            name = min(new)
+            log.warning(
+                "%s: view %r of %d tokens + a response of %d exceed the context of %d, so this "
+                "response has no such view; further ones are counted as response/views_too_long",
+                prompt.origin or prompt.id,
+                name,
+                len(ids[name] or ()),
+                len(response_ids),
+                self.renderer.context_length,
+            )
+        return _Views(ids | dict.fromkeys(too_long), too_long)
+
     def _peer(
         self,
         mine: int,
@@ -158,6 +192,11 @@ class RolloutWriter:
         return self.engines[author].version if author in self.engines else 0
 
 
+class _Views(NamedTuple):
+    ids: Mapping[str, list[int] | None]  # by name; None: the response has no such view
+    too_long: tuple[str, ...]  # names of views left out because of their length
+
+
 class _Group(NamedTuple):
     members: list[int]  # indices of the student's responses
     mean: float
@@ -165,14 +204,14 @@ class _Group(NamedTuple):
 
 
 def _groups(rows: Sequence[Row], rewards: Sequence[float]) -> dict[int, _Group]:
-    """Compute reward statistics of the student's responses per prompt; NaN for fewer than two."""
+    """Compute statistics of the student's known rewards per prompt; NaN for fewer than two."""
     members: dict[int, list[int]] = {row.group: [] for row in rows}
     for i, row in enumerate(rows):
         if not row.author.is_demonstrator():
             members[row.group].append(i)
     groups = {}
     for group, indices in members.items():
-        own = np.array([rewards[i] for i in indices])
+        own = np.array([rewards[i] for i in indices if not math.isnan(rewards[i])])
         comparable = len(own) > 1
         mean, std = (own.mean(), own.std()) if comparable else (np.nan, np.nan)
         groups[group] = _Group(indices, float(mean), float(std))

@@ -114,7 +114,8 @@ def _table(suites: Rows) -> Table:
     rows = [row for suite in suites.values() for row in (suite, *_domains(suite).values())]
     keys = {key for row in rows for key in row}
     passes = sorted((key for key in keys if key.startswith("pass_at_")), key=_k)
-    shown = [key for key in ("score", *passes, "majority", "length", "truncated") if key in keys]
+    figures = ("score", *passes, "majority", "unverified", "length", "truncated")
+    shown = [key for key in figures if key in keys]
     titles = {"score": ["score", "95 %"], **{key: [f"pass@{_k(key)}"] for key in passes}}
     table = new_table("prompts", *(title for key in shown for title in titles.get(key, [key])))
     for name, suite in suites.items():

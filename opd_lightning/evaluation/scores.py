@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 class SuiteScores(Scores):
     """avg@n, pass@k and majority vote over a suite's prompts, all with `samples` responses.
 
-    For pass@k, a response is correct if its score is 1. States have an entry for every prompt (a
-    rollout's `group`), which is zero on ranks that do not measure it: a sum over ranks completes
-    them, and results do not depend on the number of ranks.
+    For pass@k, a response is correct if its score is 1. A response that the verifier could not
+    check counts as 0, and in `unverified`. States have an entry for every prompt (a rollout's
+    `group`), which is zero on ranks that do not measure it: a sum over ranks completes them, and
+    results do not depend on the number of ranks.
 
     Args:
         domains: Domain of each prompt, in the suite's order.
@@ -31,9 +32,10 @@ class SuiteScores(Scores):
         pass_at: Values of k for pass@k, from 1 to `samples`.
     """
 
-    score: Tensor  # [P, samples] float64, as are the two below
+    score: Tensor  # [P, samples] float64, as are the three below
     length: Tensor
     truncated: Tensor
+    unverified: Tensor
     vote: Tensor  # [P] float64, as is `votes`
     votes: Tensor
 
@@ -45,7 +47,7 @@ class SuiteScores(Scores):
         self.pass_at = list(pass_at)
         by_sample, by_prompt = (len(domains), samples), (len(domains),)
         for name, shape in [
-            *((name, by_sample) for name in ("score", "length", "truncated")),
+            *((name, by_sample) for name in ("score", "length", "truncated", "unverified")),
             *((name, by_prompt) for name in ("vote", "votes")),
         ]:
             zeros = torch.zeros(shape, dtype=torch.float64)
@@ -60,11 +62,12 @@ class SuiteScores(Scores):
             groups.setdefault(rollout.group, []).append(i)
         for prompt, rows in groups.items():
             for sample, i in enumerate(rows):
-                self.score[prompt, sample] = rollouts[i].reward
+                self.score[prompt, sample] = _score(rollouts[i])
+                self.unverified[prompt, sample] = rollouts[i].unverified
                 self.length[prompt, sample] = len(rollouts[i].response_ids)
                 self.truncated[prompt, sample] = rollouts[i].stop_reason.is_truncated()
             if answers is not None:
-                voters = [(answers[i], rollouts[i].reward) for i in rows]
+                voters = [(answers[i], _score(rollouts[i])) for i in rows]
                 self.vote[prompt] = majority_score(voters)
                 self.votes[prompt] = 1
 
@@ -73,6 +76,7 @@ class SuiteScores(Scores):
 
         `score` is avg@n, with its 95 % interval from `score_low` to `score_high`; `score/<domain>`
         is added if there are several; pass@k is `pass_at_<k>`, the majority vote `majority`.
+        `unverified`, the share of responses that could not be checked, is there only if there are.
         """
         result = self._figures(range(len(self.domains)))
         if "score" in result:
@@ -103,12 +107,19 @@ class SuiteScores(Scores):
             return result
         average = score.mean(dim=1)
         result["score"] = average.mean()
-        result["score_low"], result["score_high"] = interval(average)
+        result["score_low"], result["score_high"] = interval(score)
+        if self.unverified[rows].any():
+            result["unverified"] = self.unverified[rows].mean()
         for k in self.pass_at:
             result[f"pass_at_{k}"] = pass_at_k(score >= 1, k).mean()
         if votes.any():
             result["majority"] = self.vote[rows][votes > 0].mean()
         return result
+
+
+def _score(rollout: Rollout) -> float:
+    """Return the reward; 0 if the verifier could not check the response, NaN without one."""
+    return 0.0 if rollout.unverified else rollout.reward
 
 
 def majority_score(voters: Sequence[tuple[str | None, float]]) -> float:

@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 from math import comb
+from statistics import NormalDist
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
 
-RESAMPLES = 2000
 COVERAGE = 0.95
-_BLOCK = 2**22  # draws at a time, to bound memory
 
 
-def interval(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the 95 % percentile bootstrap interval of the mean of `values [P]`.
+def wilson(mean: Tensor, count: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return Wilson's 95 % interval of a mean in [0, 1] over `count` independent trials."""
+    z = NormalDist().inv_cdf((1 + COVERAGE) / 2)
+    centre = mean + z**2 / (2 * count)
+    margin = z * torch.sqrt(mean * (1 - mean) / count + (z / (2 * count)) ** 2)
+    low, high = ((centre + side * margin) / (1 + z**2 / count) for side in (-1, 1))
+    return low.clamp(min=0).minimum(mean), high.clamp(max=1).maximum(mean)  # despite rounding
 
-    The resamples are the same for equal P: ranks and resumed runs agree, and steps of a run are
-    compared on the same resamples.
+
+def interval(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the 95 % interval of the mean of `scores [P, samples]` in [0, 1], over all prompts.
+
+    It is Wilson's, which holds near 0 and 1, for an effective number of independent responses:
+
+        n = mean (1 - mean) / (variance of the prompts' averages / P)
+
+    since samples of a prompt are alike. n is at least P, which it also is where all averages are
+    equal, and, for scores that are all 0 or 1, at most the number of responses. With one sample per
+    prompt and such scores it is Wilson's interval for P trials.
     """
-    pool = values.double().cpu().numpy()
-    draw = np.random.default_rng(0)
-    rows = max(1, _BLOCK // len(pool))
-    means = np.concatenate(
-        [
-            pool[draw.integers(len(pool), size=(min(rows, RESAMPLES - done), len(pool)))].mean(1)
-            for done in range(0, RESAMPLES, rows)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    return torch.tensor(low), torch.tensor(high)
+    scores = scores.double().cpu()
+    averages = scores.mean(dim=1)
+    count, mean = len(averages), averages.mean()
+    is_binary = bool(((scores == 0) | (scores == 1)).all())
+    n = torch.tensor(count, dtype=torch.float64)
+    if averages.min() < averages.max():
+        n = (mean * (1 - mean) * count / averages.var()).clamp(min=count)
+    return wilson(mean, n.clamp(max=scores.numel()) if is_binary else n)
 
 
 def pass_at_k(correct: Tensor, k: int) -> Tensor:

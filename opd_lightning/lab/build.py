@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +22,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from opd_lightning.commands.export import write_hf_folder
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
+from opd_lightning.errors import UserError
 from opd_lightning.lab import arithmetic, identity
 from opd_lightning.lab.models import new_model
 from opd_lightning.methods import SFT
 from opd_lightning.models.student import Student
 from opd_lightning.run.datamodule import RolloutDataModule
+from opd_lightning.run.lock import LOCK, made_by_one
+from opd_lightning.run.outputs import check_folder
 from opd_lightning.run.step_progress import StepProgressBar
 
 
@@ -38,6 +43,21 @@ class ModelRecipe:
     batch_size: int
     learning_rate: float
     seed: int
+
+    def __post_init__(self) -> None:
+        least = {"layers": 1, "hidden_size": 1, "steps": 1, "batch_size": 1, "seed": 0}
+        _check_numbers(self, least)
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(
+                f"lab build: learning_rate: got {self.learning_rate}, expected a number above 0"
+            )
+
+
+def _check_numbers(recipe: object, least: Mapping[str, int]) -> None:
+    """Raise UserError if a field of a recipe is less than it must be."""
+    for name, smallest in least.items():
+        if (value := getattr(recipe, name)) < smallest:
+            raise UserError(f"lab build: {name}: got {value}, expected at least {smallest}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +97,9 @@ class ArithmeticRecipe(Recipe):
         layers=2, hidden_size=128, steps=200, batch_size=32, learning_rate=5e-3, seed=0
     )
 
+    def __post_init__(self) -> None:
+        _check_numbers(self, {"prompts_per_domain": 1, "held_out_per_domain": 1})
+
     def make(self, folder: Path) -> None:
         train = arithmetic.generate_mixture(
             self.domains, self.prompts_per_domain, seed=0, held_out=False
@@ -110,6 +133,9 @@ class IdentityRecipe(Recipe):
         layers=3, hidden_size=128, steps=400, batch_size=64, learning_rate=4e-3, seed=0
     )
 
+    def __post_init__(self) -> None:
+        _check_numbers(self, {"lessons": 1})
+
     def make(self, folder: Path) -> None:
         files = {
             "lessons": identity.lessons(self.lessons, seed=0),
@@ -138,21 +164,44 @@ def build(recipe: Recipe, link: Path | None = None) -> Path:
         link: Symbolic link to the folder, for configurations to name; replaced if it is a link.
     """
     folder = cache_folder() / f"{recipe.world}-{recipe.digest()}"
+    if link is not None:
+        check_folder("--link", link.parent)
+        if link.exists() and not link.is_symlink():
+            raise UserError(f"--link: got {str(link)!r}, which is no link; name another")
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
-        try:
-            recipe.make(unfinished)
-            text = json.dumps(asdict(recipe), indent=2) + "\n"
-            (unfinished / "recipe.json").write_text(text)
-            unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        _make(recipe, folder)
     if link is not None:
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(folder, target_is_directory=True)
+        draft = Path(tempfile.mkdtemp(prefix=".link-", dir=link.parent))
+        try:
+            (draft / "link").symlink_to(folder, target_is_directory=True)
+            (draft / "link").replace(link)  # at once: others may do the same
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def _make(recipe: Recipe, folder: Path) -> None:
+    """Make a lab that is not in the cache; one process makes it, others wait for it."""
+    cache = folder.parent
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with made_by_one(cache / f".{folder.name}{LOCK}", f"lab {folder.name}"):
+            if folder.exists():
+                return
+            unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=cache))
+            try:
+                recipe.make(unfinished)
+                text = json.dumps(asdict(recipe), indent=2) + "\n"
+                (unfinished / "recipe.json").write_text(text)
+                unfinished.rename(folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"lab build: {str(cache)!r}: {error.strerror or error}; set XDG_CACHE_HOME to a folder "
+            "that can be written"
+        ) from error
 
 
 def train_model(recipe: ModelRecipe, demonstrations: Path, folder: Path, label: str) -> None:

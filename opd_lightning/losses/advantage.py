@@ -46,13 +46,14 @@ def group_advantage(
     """Return GRPO's `(R - mean) / (std + epsilon)` per prompt, `[B] -> [B, 1]` (2402.03300).
 
     Exactly 0 where all samples have the same reward, up to the resolution of float32 for rewards in
-    [0, 1], and for a group of one (NaN statistics). `normalise=False` omits the division (Dr. GRPO,
-    2503.20783). Epsilon is verl's default.
+    [0, 1], for a group of one (NaN statistics), and where the reward is not known (NaN).
+    `normalise=False` omits the division (Dr. GRPO, 2503.20783). Epsilon is verl's default.
     """
     advantage = rewards - group_mean
     if normalise:
         advantage = advantage / (group_std + epsilon)
-    return torch.where(group_std > RESOLUTION, advantage, 0.0)[:, None]
+    known = (group_std > RESOLUTION) & ~rewards.isnan()
+    return torch.where(known, advantage, 0.0)[:, None]
 
 
 def return_to_go(signal: Tensor, mask: Tensor, discount: float) -> Tensor:

@@ -25,7 +25,7 @@ def write_figures(trainer: Trainer, figures: Mapping[str, float], step: int) -> 
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             _write_event(logger, figures, step)
-        else:
+        elif figures:  # a CSVLogger would write an empty row
             logger.log_metrics(dict(figures), step)
         logger.save()
 

@@ -14,7 +14,7 @@ class ResponseStatistics(Sums):
     """Rewards, lengths and stop reasons of rollouts, separate for demonstrations."""
 
     names = ("tokens", "rollouts", "length", "truncated", "repetitive", "rewarded", "reward",
-             "grouped", "degenerate",
+             "unverified", "long_views", "grouped", "degenerate",
              "demonstrations", "demonstrated", "kept", "right")  # fmt: skip
 
     def update(self, batch: RolloutBatch) -> None:
@@ -30,6 +30,8 @@ class ResponseStatistics(Sums):
             repetitive=sum(is_repetitive(r.text) for r in written),
             rewarded=rewarded,
             reward=batch.rewards[rewarded],
+            unverified=sum(r.unverified for r in written),
+            long_views=sum(bool(r.long_views) for r in batch.rollouts),
             grouped=~batch.group_std.isnan() & own,
             degenerate=(batch.group_std == 0) & own,
             demonstrations=len(given),
@@ -39,7 +41,10 @@ class ResponseStatistics(Sums):
         )
 
     def compute(self) -> dict[str, Tensor]:
-        """Return means over rollouts; of rewards, groups and demonstrations if there are any."""
+        """Return means over rollouts; of rewards, groups and demonstrations if there are any.
+
+        `response/unverified` and `response/views_too_long` are there only if they are not 0.
+        """
         sums = self._totals()
         result = {"response/tokens_per_step": sums["tokens"]}
         if sums["rollouts"] > 0:
@@ -47,6 +52,11 @@ class ResponseStatistics(Sums):
                 result[f"response/{name}"] = sums[name] / sums["rollouts"]
         if sums["rewarded"] > 0:
             result["reward"] = sums["reward"] / sums["rewarded"]
+        if sums["unverified"] > 0:
+            result["response/unverified"] = sums["unverified"] / sums["rollouts"]
+        if sums["long_views"] > 0:
+            everything = sums["rollouts"] + sums["demonstrations"]
+            result["response/views_too_long"] = sums["long_views"] / everything
         if sums["grouped"] > 0:
             result["response/degenerate_groups"] = sums["degenerate"] / sums["grouped"]
         if sums["demonstrations"] > 0:

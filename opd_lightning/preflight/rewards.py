@@ -22,7 +22,15 @@ def check_rewards(probe: Probe) -> list[Finding]:
 
 
 def _own(probe: Probe) -> Finding:
-    rewards = [rollout.reward for rollout in probe.own]
+    rewards = [rollout.reward for rollout in probe.own if not rollout.unverified]
+    if not rewards:
+        return Finding(
+            "error",
+            "rewards",
+            f"none of {len(probe.own)} responses could be checked",
+            "the verifier gives no scores",
+            "its warnings above say why",
+        )
     found = f"{fmean(rewards):.2f} on average, over {len(rewards)} of the student's responses"
     values = {"reward_mean": fmean(rewards)}
     if not probe.module.needs_rewards or len(set(rewards)) > 1:

@@ -40,6 +40,11 @@ class Compare(NamedTuple):
     function: Callable[..., Tensor]
 
 
+def names_compared(comparisons: Mapping[str, Compare]) -> set[str]:
+    """Return the names of the other models that are compared with the student."""
+    return {compare.other for compare in comparisons.values() if compare.other is not None}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
     """A micro-batch with the scores of all models, detached.
@@ -114,6 +119,10 @@ class Rule(ABC):
     def comparisons(self) -> Mapping[str, Compare]:
         """Return the comparisons that the rule reads from `Scored.values`, by name."""
         return {}
+
+    def names_read(self) -> set[str]:
+        """Return the names of the models whose scores or distributions the rule reads."""
+        return {*self.needs, *names_compared(self.comparisons())}
 
     def observe(self, signal: Signal, scored: Scored) -> Tensor | None:
         """Return what a step-wide rule needs from each micro-batch, `[M, C]` float.

@@ -14,14 +14,15 @@ from opd_lightning.losses.divergence import ReverseKL
 from opd_lightning.losses.estimators import estimate_kl
 from opd_lightning.losses.schedule import Schedule, value_at
 from opd_lightning.losses.top_k import TopK
-from opd_lightning.rules.base import Compare, Scored
+from opd_lightning.rules.base import Compare, Scored, names_compared
 from opd_lightning.teachers.base import Ask, Teacher
 from opd_lightning.types import TokenScores
 
 
 class Term(ABC):
-    """Additional loss on the response tokens of the method's own loss, masked or not.
+    """Additional loss on the response tokens of the method's own loss, masked by rules or not.
 
+    A row without a view that the term reads is left out of the term, and of nothing else.
     `name`, unique among a run's terms, is the key of its asks, comparisons and logged metrics.
     """
 
@@ -35,6 +36,11 @@ class Term(ABC):
     def comparisons(self) -> Mapping[str, Compare]:
         """Return the comparisons of full distributions that the term reads, by name."""
         return {}
+
+    def names_read(self) -> set[str]:
+        """Return the names of the models whose scores or distributions the term reads."""
+        teacher = {"teacher"} if self.reads_entropy else set()
+        return {*self.asks(), *names_compared(self.comparisons()), *teacher}
 
     @abstractmethod
     def token_loss(

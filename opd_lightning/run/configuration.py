@@ -174,6 +174,12 @@ def teacher_sources(module: DistillationModule, *, foreign: bool = False) -> lis
     return [part.source for part in parts if part.source is not None]
 
 
+def context_of(module: DistillationModule) -> int:
+    """Return the largest number of tokens that the student and all its teachers can read."""
+    sources = [module.student.source, *teacher_sources(module)]
+    return min(source.context_length for source in sources)
+
+
 def check_trainer(trainer: Trainer) -> None:
     """Check settings of Lightning's Trainer that would break the loss or the checkpoints."""
     if trainer.precision not in PRECISIONS:

@@ -27,6 +27,7 @@ from opd_lightning.run.configuration import (
     check_models,
     check_step_size,
     check_trainer,
+    context_of,
 )
 from opd_lightning.run.engines import check_engines, plan_engines
 from opd_lightning.run.loading import load_training
@@ -245,7 +246,8 @@ class RolloutDataModule(LightningDataModule):
         names = self.module.views() | ({self.mix.guided_view} if self.mix.guided else set())
         views = {name: self.views[name] for name in sorted(names)} if training else {}
         source = self.module.student.source
-        return Renderer(source.tokenizer, self.template_args, views, source.eos_ids)
+        bound = context_of(self.module) if views else None
+        return Renderer(source.tokenizer, self.template_args, views, source.eos_ids, bound)
 
     def _add_suites(self, **sections: Mapping[str, Suite] | None) -> None:
         """Add suites to both stages. Raise UserError if a name is taken."""

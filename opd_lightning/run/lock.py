@@ -34,6 +34,32 @@ def held_file(file: Path, *, patience: float = PATIENCE) -> AbstractContextManag
 
 
 @contextmanager
+def made_by_one(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock while something is made once for all; others wait, however long it takes.
+
+    Where files cannot be locked, several may make it.
+
+    Args:
+        path: Lock file, which is not deleted.
+        what: What is made, for the note of those that wait.
+    """
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            note(f"{what}: another process makes it; waiting")
+            lock.acquire()
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def _held(path: Path, what: str, elsewhere: str, patience: float) -> Iterator[None]:
     """Hold a lock, or raise UserError naming its holder before anything is written.
 

@@ -14,6 +14,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
 from opd_lightning.metrics.log import write_validation
+from opd_lightning.run.csv_log import put_back
 from opd_lightning.run.dashboard import write_dashboard
 from opd_lightning.run.starts import note_start
 from opd_lightning.training.callback import RunCallback
@@ -28,8 +29,8 @@ class RunLog(RunCallback):
 
     Everything logged for steps before n is on disk before the checkpoint of step n is. If an
     earlier process died after step n, a run resumed from n marks its entries for n and later as
-    void, with the event that TensorBoard defines for this. Scores and tables of a validation at n
-    are not computed again, since the checkpoint contains them.
+    void, with the event that TensorBoard defines for this; a CSV file loses them. Scores and tables
+    of a validation at n are not computed again, since the checkpoint contains them.
 
     The checkpoint also keeps the monitored values (`trainer.callback_metrics`). If a validation
     of the last step was interrupted, starting the finished run again runs it.
@@ -75,6 +76,7 @@ class RunLog(RunCallback):
     def _resume(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         if trainer.is_global_zero:
             _void_from(trainer, trainer.global_step)
+            put_back(trainer, trainer.global_step)
         monitored = self._resumed.get("monitored", {})
         device = trainer.strategy.root_device
         trainer.callback_metrics.update(

@@ -1,25 +1,31 @@
-"""Record SIGUSR1 and SIGTERM and act on them between optimiser steps.
+"""Signals: SIGTERM and SIGHUP end a program as Ctrl-C does, or are acted on between two steps.
 
-SLURM sends them to every process of a job step at any time, during imports or inside a collective.
-So the handler only records the signal, and the training loop polls `requested`.
+A run with a callback that saves on signals records them from its first step on, and polls
+`requested`: SLURM sends them to every process of a job step at any time, inside a collective too.
 
-SIGUSR1 is blocked as well, and child processes inherit that: its default action would kill workers
-of engines, data loaders and verifiers. SIGTERM is not blocked, because it is used to end them.
+SIGUSR1 is recorded from the start, since it must requeue the job. It is blocked as well, and child
+processes inherit that: its default action would kill workers of engines, data loaders and
+verifiers. The others are not blocked, because SIGTERM is used to end children.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
+
+STOPS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class SignalAction(IntEnum):
     """Action requested by signals; the larger one has priority."""
 
     NONE = 0
-    STOP = 1  # SIGTERM
+    STOP = 1  # SIGTERM, SIGHUP
     REQUEUE = 2  # SIGUSR1; takes priority over the SIGTERM that the time limit may send after it
 
     @property
@@ -39,20 +45,59 @@ class SignalledError(RuntimeError):
         self.code = code
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the program at whatever it was doing, as Ctrl-C does.
+
+    Args:
+        number: The signal.
+    """
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.number = number
+
+
+def signal_of(interrupt: KeyboardInterrupt) -> signal.Signals:
+    """Return the signal behind an exception; SIGINT is Ctrl-C."""
+    return interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
+
+
 _received: set[int] = set()
-_handlers: dict[int, Any] = {}  # displaced handlers, while signals are recorded
-_recorder = 0  # id of the process that records
+_handlers: dict[int, Any] = {}  # displaced handlers
+_listener = 0  # id of the process that handles signals
+_deferring = False  # stops are recorded instead of raised
+
+
+def interrupt_on_stops() -> dict[int, Any]:
+    """Raise `Interrupted` on SIGTERM and SIGHUP from now on, unless they are ignored or handled.
+
+    Only the main thread can; in another nothing changes. Returns the displaced handlers by signal.
+    """
+    global _listener
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    _listener = os.getpid()
+    free = [n for n in STOPS if signal.getsignal(n) == signal.SIG_DFL]  # `nohup` ignores SIGHUP
+    displaced: dict[int, Any] = {number: signal.signal(number, _stop) for number in free}
+    _handlers.update(displaced)
+    return displaced
 
 
 def listen() -> None:
-    """Record both signals from now on. Call it in the main thread, before other threads start."""
-    global _recorder
-    if _handlers:
+    """Record SIGUSR1 from now on. Call it in the main thread, before other threads start."""
+    global _listener
+    if signal.SIGUSR1 in _handlers:
         return
-    _recorder = os.getpid()
+    _listener = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        _handlers[number] = signal.signal(number, _record)
+    _handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, _record)
+
+
+def defer() -> None:
+    """Record SIGTERM and SIGHUP from now on, for `requested`, instead of raising."""
+    global _deferring
+    interrupt_on_stops()
+    _deferring = True
 
 
 def requested() -> SignalAction:
@@ -70,35 +115,82 @@ def clear() -> None:
     _received.clear()
 
 
+@contextmanager
+def finishing() -> Iterator[None]:
+    """Let the work inside, such as a save, end before the first of SIGINT, SIGTERM or SIGHUP acts.
+
+    A second one acts at once. In other threads than the main one, which get no signals, nothing
+    changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    before: dict[int, Any] = {}
+
+    def hold(number: int, frame: Any) -> None:
+        came.append((number, frame))
+        signal.signal(number, before[number])
+
+    for kind in (signal.SIGINT, *STOPS):
+        handler = signal.getsignal(kind)
+        if callable(handler):  # the default action is not ours to delay
+            before[kind] = handler
+            signal.signal(kind, hold)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number, frame in came:
+        before[number](number, frame)
+
+
 def restore() -> None:
-    """Restore the previous handlers, and send the recorded signals to this process again."""
-    requested()
-    received = set(_received)
-    _restore_handlers()
-    for number in received:
-        os.kill(os.getpid(), number)
+    """Restore the handler of SIGUSR1, and send it to this process again if it was recorded."""
+    if signal.SIGUSR1 in _handlers:
+        requested()
+        came = signal.SIGUSR1 in _received
+        _restore_handlers(signal.SIGUSR1)
+        if came:
+            os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def close() -> None:
-    """Restore the previous handlers at the end of the program; ignore SIGUSR1 from now on."""
-    if _handlers:
+    """Restore all handlers at the end of the program; ignore SIGUSR1 from now on."""
+    global _deferring
+    _deferring = False
+    if signal.SIGUSR1 in _handlers:
         requested()
         _handlers[signal.SIGUSR1] = signal.SIG_IGN
-        _restore_handlers()
+    _restore_handlers(*_handlers)
 
 
-def _restore_handlers() -> None:
-    _received.clear()
-    if _handlers:
-        for number, handler in _handlers.items():
-            signal.signal(number, handler)
-        _handlers.clear()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+def _restore_handlers(*numbers: int) -> None:
+    for number in numbers:
+        _received.discard(number)
+        signal.signal(number, _handlers.pop(number))
+        if number == signal.SIGUSR1:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
 def _record(number: int, frame: object) -> None:
-    if os.getpid() == _recorder:
+    if os.getpid() == _listener:
         _received.add(number)
-    else:  # a forked process, which does not poll
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+    else:
+        _default(number)
+
+
+def _stop(number: int, frame: object) -> None:
+    if os.getpid() != _listener:
+        _default(number)
+    elif _deferring or requested() is SignalAction.REQUEUE:  # which ends the job in order
+        _received.add(number)
+    else:
+        raise Interrupted(signal.Signals(number))
+
+
+def _default(number: int) -> None:
+    """Do what the signal does by default, in a forked process, which polls nothing."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

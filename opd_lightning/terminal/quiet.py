@@ -18,6 +18,7 @@ _SUPPRESSED_WARNINGS = (
     "was deprecated in v4",  # Lightning against this jsonargparse
     "assuming the intent is to load in a single process",  # true of export, which reads shards
     "The dirpath has changed from",  # ModelCheckpoint, when a checkpoint is only evaluated
+    "Previous log files in this directory will be deleted",  # run/csv_log.py keeps them
     "but have no logger configured",  # an evaluation has none and prints its results
     "which exceeds buffer_size_bytes",  # vLLM, about a tensor that is sent alone, as intended
     "`torch.distributed.reduce_op` is deprecated",  # vLLM against this torch
@@ -33,6 +34,7 @@ _SUPPRESSED_LOGS = (
     "TPU available: False",
     "HPU available: False",
     "`Trainer.fit` stopped: `max_steps=",
+    "Detected KeyboardInterrupt, attempting graceful shutdown",  # one line says what is saved
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -131,7 +131,7 @@ class ComposedMethod(DistillationModule):
         results = self._score(batch, prepared.others if prepared else {})
         scored, student, values = results.scored, results.student, results.values
         self.compare_with_engine(batch, student)
-        mask = self._learnt(batch) & self._has_views(batch)
+        mask = self._learnt(batch) & self._has_views(batch, self._names_read())
         self.skipped.record(batch, mask, student=student, **scored.others)
         if "teacher" in scored.others:
             self.note_signal(batch, student, scored.teacher, mask)
@@ -166,8 +166,9 @@ class ComposedMethod(DistillationModule):
         loss = student.logprobs.new_zeros(())
         for term in self.terms:
             token_loss = term.token_loss(student, scored, values)
-            loss = loss + aggregate(token_loss, self._learnt(batch), totals, mode)
-            self.rates.update(batch, {f"term/{term.name}": token_loss})
+            mask = self._learnt(batch) & self._has_views(batch, term.names_read())
+            loss = loss + aggregate(token_loss, mask, totals, mode)
+            self.rates.update(batch, {f"term/{term.name}": torch.where(mask, token_loss, 0.0)})
         if self.imitation is not None:
             weight = value_at(self.imitation, batch.totals.step)
             self.rates.update(batch, {"imitation": loss.new_full((1, 1), weight)})
@@ -216,7 +217,7 @@ class ComposedMethod(DistillationModule):
         return Signal(
             advantage=advantage,
             weight=torch.ones_like(advantage),
-            mask=self._learnt(scored.batch) & self._has_views(scored.batch),
+            mask=self._learnt(scored.batch) & self._has_views(scored.batch, self._names_read()),
         )
 
     def _learnt(self, batch: RolloutBatch) -> Tensor:
@@ -225,9 +226,17 @@ class ComposedMethod(DistillationModule):
             return batch.response_mask
         return batch.response_mask & ~batch.demonstrated[:, None]
 
-    def _has_views(self, batch: RolloutBatch) -> Tensor:
-        """Return the mask `[B, 1]` of rows that have every view the teachers read."""
-        rows = [batch.views[view].available for view in self.views()]
+    def _names_read(self) -> set[str]:
+        """Return the names in `all_asks` that the method's own loss and its rules read."""
+        names = set(self.asks())
+        for rule in self.rules:
+            names |= rule.names_read()
+        return names
+
+    def _has_views(self, batch: RolloutBatch, names: Set[str]) -> Tensor:
+        """Return the mask `[B, 1]` of rows that have the views of the asks called `names`."""
+        asks = self.all_asks()
+        rows = [batch.views[asks[name].view].available for name in names]
         return torch.stack([torch.ones_like(batch.on_policy), *rows]).all(0)[:, None]
 
     def _score(

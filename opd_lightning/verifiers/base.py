@@ -18,7 +18,11 @@ class Verifier(ABC):
 
     @abstractmethod
     def verify(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """Return a score in [0, 1] per (prompt, response text without special tokens) pair."""
+        """Return a score in [0, 1] per (prompt, response text without special tokens) pair.
+
+        NaN for a response that could not be checked for a reason that is not in the response; it
+        then has no reward.
+        """
 
     def feedback(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[str | None]:
         """Return a feedback text for each response, as SDPO uses it; None for no feedback."""

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
-import signal
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any, TypeVar
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from opd_lightning.errors import UserError
 from opd_lightning.verifiers.base import Verifier
+from opd_lightning.verifiers.workers import Unfinished, Workers, as_score
 
 if TYPE_CHECKING:
     # Not at run time: the workers import this module and need neither torch nor its memory.
-    from pebble import ProcessPool
-
     from opd_lightning.types import Prompt
 
-Result = TypeVar("Result")
 
-log = logging.getLogger(__name__)
+# Above these, parsing takes more than seconds: brackets are read with backtracking, digits and
+# lists in quadratic time. What is below may take too long as well, so there are time limits too.
+MOST_DIGITS = 100_000  # of one number
+MOST_BOXES = 5_000
+MOST_ITEMS = 2_000  # in the final answer, as are the next two
+MOST_OPEN = 150  # brackets inside of one another
+MOST_OPENED = 15  # brackets, one directly after the other
 
-# SLURM signals every process of a job step; the default action of these two kills a worker.
-JOB_SIGNALS = {signal.SIGUSR1, signal.SIGUSR2}
-# A pool breaks if a worker is killed from outside while idle; twice means a broken set-up.
-MAX_POOLS = 2
+_FORMULA = re.compile(r"\$([^$]*)\$|\\\[(.*?)\\\]|\\\((.*?)\\\)", re.DOTALL)
 
 
 class MathVerifier(Verifier):
@@ -36,144 +32,58 @@ class MathVerifier(Verifier):
 
     Args:
         max_workers: Number of worker processes that check answers in parallel.
-        timeout_seconds: Time limit for one response. A response that takes longer scores 0 and
-            its worker is killed.
+        timeout_seconds: Time limit for one response. A response that takes longer, or crashes its
+            worker, scores 0.
+        step_seconds: Time limit for all responses of a call, which are those of a step. Those that
+            are not checked by then have no reward.
 
     `timeouts` counts the responses that took too long or crashed a worker.
-
-    The time limits do not use SIGALRM, as those of math-verify do, so the verifier works in any
-    thread and does not replace signal handlers of SLURM and Lightning. The workers start on the
-    first `verify`. A copy or pickle of a verifier keeps its settings but has no workers.
     """
 
-    def __init__(self, *, max_workers: int = 2, timeout_seconds: float = 5.0) -> None:
-        if max_workers < 1:
-            raise UserError(f"MathVerifier: 'max_workers' must be at least 1, got {max_workers}")
-        if timeout_seconds <= 0:
-            raise UserError(
-                f"MathVerifier: 'timeout_seconds' must be above 0, got {timeout_seconds}"
-            )
-        self.max_workers = max_workers
-        self.timeout_seconds = timeout_seconds
-        self.timeouts = 0
-        self._pool: ProcessPool | None = None
-        self._lock = threading.Lock()
-        self._exiting = False
+    def __init__(
+        self, *, max_workers: int = 2, timeout_seconds: float = 5.0, step_seconds: float = 300.0
+    ) -> None:
+        self.workers = Workers(
+            "MathVerifier",
+            prepare_worker,
+            count=max_workers,
+            timeout_seconds=timeout_seconds,
+            step_seconds=step_seconds,
+        )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.max_workers, self.timeout_seconds)
+    @property
+    def timeouts(self) -> int:
+        return self.workers.timeouts
 
     def verify(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """Return 1.0 for each response with a correct answer, else 0.0."""
+        """Return 1.0 for each response with a correct answer, else 0.0; NaN if not checked."""
         pairs = zip(prompts, responses, strict=True)
         items = [(prompt.answer or "", text) for prompt, text in pairs]
-        return [float(right or False) for right in self._map(is_right, items)]
+        return [as_score(right) for right in self.workers.map(is_right, items)]
 
     def answers(self, responses: Sequence[str]) -> list[str | None]:
         """Return final answers as expressions; those equal only after algebra differ."""
-        return self._map(final_answer, [(text,) for text in responses])
+        found = self.workers.map(final_answer, [(text,) for text in responses])
+        return [None if isinstance(answer, Unfinished) else answer for answer in found]
 
-    def _map(
-        self, function: Callable[..., Result], items: Sequence[tuple[str, ...]]
-    ) -> list[Result | None]:
-        """Call `function` on each item in a worker; None where it took too long or crashed."""
-        waiting = dict(enumerate(items))
-        found: dict[int, Result | None] = {}
-        with self._lock:
-            for _ in range(MAX_POOLS):
-                done = self._run(function, waiting)
-                found |= done
-                waiting = {i: item for i, item in waiting.items() if i not in done}
-                if not waiting:
-                    return [found[i] for i in range(len(items))]
-                if self._exiting:
-                    # This is a daemon thread at interpreter exit; new workers would be orphans.
-                    # SystemExit is the only exception that ends a thread without a traceback.
-                    raise SystemExit
-        raise RuntimeError(
-            "MathVerifier: the worker processes die before they check anything; their standard "
-            "error says why"
-        )
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise UserError, before training, unless every prompt has an answer to parse."""
+        super().check(prompts)
+        for prompt in prompts:
+            if not is_parsable(f"\\boxed{{{prompt.answer}}}"):
+                raise UserError(
+                    f"{prompt.origin or prompt.id}: MathVerifier cannot parse an 'answer' of "
+                    f"{len(prompt.answer or '')} characters, so long a number or list or so deeply "
+                    "nested; correct the row"
+                )
 
     def close(self) -> None:
         """Stop the workers; the next `verify` starts new ones."""
-        if self._pool is not None:
-            atexit.unregister(self._close_at_exit)
-            pool, self._pool = self._pool, None
-            pool.stop()
-            pool.join()
-
-    def _close_at_exit(self) -> None:
-        self._exiting = True
-        self.close()
-
-    def _run(
-        self, function: Callable[..., Result], items: dict[int, tuple[str, ...]]
-    ) -> dict[int, Result | None]:
-        """Return results by index, without those of items that a broken pool did not finish."""
-        pool = self._running_pool()
-        futures: dict[int, Future[Result]] = {
-            index: pool.schedule(function, args=item, timeout=self.timeout_seconds)
-            for index, item in items.items()
-        }
-        # Futures that a broken pool had not yet sent to a worker never finish, so the pool is
-        # checked as well.
-        while wait(futures.values(), timeout=1.0).not_done and pool.active:
-            pass
-        return {
-            index: self._result(future)
-            for index, future in futures.items()
-            if future.done() and not isinstance(future.exception(), BrokenProcessPool)
-        }
-
-    def _result(self, future: Future[Result]) -> Result | None:
-        error = future.exception()
-        if error is None:
-            return future.result()
-        self.timeouts += 1
-        if self.timeouts == 1:
-            log.warning(
-                "MathVerifier: gave up on a response after %.1f s or a crash (%s); it scores 0, "
-                "and further ones are only counted",
-                self.timeout_seconds,
-                type(error).__name__,
-            )
-        return None
-
-    def _running_pool(self) -> ProcessPool:
-        if self._pool is not None and not self._pool.active:
-            self.close()
-        if self._pool is None:
-            self._pool = start_pool(self.max_workers)
-            # pebble also ends its workers at exit, but may start new ones while it does so.
-            # Handlers run last in, first out, so this one stops the pool before pebble's runs.
-            atexit.register(self._close_at_exit)
-        return self._pool
-
-
-def start_pool(max_workers: int) -> ProcessPool:
-    """Start a pool whose workers block SLURM's signals from their start."""
-    from pebble import ProcessPool
-
-    pool = ProcessPool(
-        max_workers=max_workers, initializer=prepare_worker, context=get_context("spawn")
-    )
-    # Threads and processes inherit the mask of the thread that starts them. It thus also covers
-    # workers that pebble's threads start later, and their start-up before any Python code.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
-    try:
-        if not pool.active:  # reading the property starts the pool
-            raise RuntimeError("MathVerifier: the worker pool did not start")
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return pool
+        self.workers.close()
 
 
 def prepare_worker() -> None:
-    """Restore SIGTERM and warm up a worker before the time limit of its first task starts."""
-    # pebble's Python handler cannot run while C code hangs: the kill would take 3 s longer and
-    # delay the other workers.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Warm up a worker before the time limit of its first response starts."""
     # math-verify warns that its time limits are off, which is intended.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     # Many imports and compilations happen only at the first check of an answer.
@@ -184,7 +94,10 @@ def is_right(answer: str, response: str) -> bool:
     """Return whether the final answer in the response equals the reference; runs in a worker."""
     from math_verify import parse, verify
 
-    gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+    reference = f"\\boxed{{{answer}}}"
+    if not (is_parsable(reference) and is_parsable(response)):
+        return False
+    gold = parse(reference, parsing_timeout=None)
     found = parse(response, parsing_timeout=None)
     return bool(verify(gold, found, timeout_seconds=None))
 
@@ -193,9 +106,32 @@ def final_answer(response: str) -> str | None:
     """Return the final answer in the response, as sympy prints it; runs in a worker."""
     from math_verify import parse
 
+    if not is_parsable(response):
+        return None
     found = parse(response, parsing_timeout=None)
     return str(found[0]) if found else None
 
 
-def _rebuild(kind: type[MathVerifier], max_workers: int, timeout_seconds: float) -> MathVerifier:
-    return kind(max_workers=max_workers, timeout_seconds=timeout_seconds)
+def is_parsable(response: str) -> bool:
+    """Return whether parsing may end in time, by the lengths of what would be parsed."""
+    if max((len(run) for run in re.findall(r"\d+", response)), default=0) > MOST_DIGITS:
+        return False
+    if response.count("\\boxed") > MOST_BOXES:
+        return False
+    answer = _last_formula(response)
+    if answer.count(",") > MOST_ITEMS or re.search(rf"(?:[({{[]\s*){{{MOST_OPENED + 1}}}", answer):
+        return False
+    depth = deepest = 0
+    for bracket in re.findall(r"[(){}\[\]]", answer):
+        depth = depth + 1 if bracket in "({[" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest <= MOST_OPEN
+
+
+def _last_formula(response: str) -> str:
+    """Return the text from the last box on, or else the last formula; empty without either."""
+    box = response.rfind("\\boxed")
+    if box >= 0:
+        return response[box:]
+    formulas: list[tuple[str, ...]] = _FORMULA.findall(response)
+    return "".join(formulas[-1]) if formulas else ""

@@ -193,7 +193,8 @@ def test_ctrl_c(
     press = Break("on_after_backward", 2 * PARTS + 2, ctrl_c)
     with pytest.raises(SystemExit):
         train(method(), tmp_path, 0, callbacks=[press])
-    assert f"opd: saved the beginning of step 2: --ckpt_path {tmp_path}" in capsys.readouterr().err
+    line = f"opd: SIGINT: saved the beginning of step 2: --ckpt_path {tmp_path}"
+    assert line in capsys.readouterr().err
     resume_and_compare(tmp_path, whole, 0, 2)
 
 

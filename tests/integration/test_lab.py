@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from opd_lightning.cli import main
+from opd_lightning.errors import UserError
 from opd_lightning.lab import build as build_module
 from opd_lightning.lab import demo as demo_module
 from opd_lightning.lab.build import ArithmeticRecipe, IdentityRecipe, ModelRecipe, Recipe, build
@@ -116,7 +120,75 @@ def test_an_interrupted_build_leaves_nothing(
     monkeypatch.setattr(build_module, "train_model", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(recipe)
-    assert list(cache.iterdir()) == []
+    assert not [path for path in cache.iterdir() if not path.name.endswith(".lock")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlowRecipe(Recipe):
+    world = "slow"
+
+    def make(self, folder: Path) -> None:
+        time.sleep(0.5)
+        (folder / "made").touch()
+        MADE.append(folder)
+
+
+MADE: list[Path] = []
+
+
+def test_three_at_once_make_one(cache: Path, tmp_path: Path) -> None:
+    MADE.clear()
+    link = tmp_path / "lab" / "slow"
+    with ThreadPoolExecutor(3) as pool:
+        folders = set(pool.map(lambda _: build(SlowRecipe(), link), range(3)))
+    assert len(MADE) == len(folders) == 1
+    assert link.resolve() == folders.pop()
+    assert {path.name for path in link.iterdir()} == {"made", "recipe.json"}
+    assert [path.name for path in link.parent.iterdir()] == ["slow"]
+
+
+def test_what_is_at_the_link_s_place_is_not_removed(cache: Path, tmp_path: Path) -> None:
+    place = tmp_path / "mine"
+    place.write_text("kept")
+    for link in (place, place / "below"):
+        with pytest.raises(UserError, match="--link"):
+            build(SlowRecipe(), link)
+    assert place.read_text() == "kept"
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
+        build(SlowRecipe())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("layers", 0),
+        ("hidden_size", -32),
+        ("steps", -1),
+        ("steps", 0),
+        ("batch_size", 0),
+        ("seed", -1),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+    ],
+)
+def test_numbers_of_a_recipe_are_checked(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=name):
+        replace(model(1, 2), **{name: value})  # type: ignore[arg-type]
+
+
+def test_counts_of_a_recipe_are_checked() -> None:
+    with pytest.raises(UserError, match="lessons"):
+        IdentityRecipe(lessons=0)
+    with pytest.raises(UserError, match="held_out_per_domain"):
+        ArithmeticRecipe(held_out_per_domain=0)
 
 
 def test_the_demonstration_from_end_to_end(

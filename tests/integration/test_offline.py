@@ -1,6 +1,8 @@
 """Responses written once, scored once, trained on without a sampler or a teacher at hand."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,49 @@ def test_writing_goes_on_where_it_was_cut(folder: Path, tmp_path: Path) -> None:
     out.write_bytes(whole[: len(whole) // 2])
     write(out, "--samples=2")
     assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize("length", [1, 10, -1])
+def test_a_first_row_that_was_cut_is_written_again(
+    folder: Path, tmp_path: Path, length: int
+) -> None:
+    first, *_ = (folder / "responses.jsonl").read_bytes().split(b"\n")
+    out = tmp_path / "responses.jsonl"
+    out.write_bytes(first[:length])
+    write(out, "--samples=2", "--data.train.limit=1")
+    assert rows(out) == rows(folder / "responses.jsonl")[:2]
+
+
+@pytest.mark.parametrize(
+    "content", ["notes", '{"id": "1", "prompt": "2+2="}', '{"id": "1", "prompt": "2+2="}\n']
+)
+def test_a_foreign_file_is_left_as_it_is(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine.jsonl"
+    out.write_text(content)
+    assert "not written by this command" in refusal(capsys, lambda: write(out))
+    assert out.read_text() == content
+
+
+def test_a_full_disk_keeps_what_is_complete(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "responses.jsonl"
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(SystemExit) as ended:
+            write(out, "--data.train.limit=2")
+    assert ended.value.code == 1
+    assert "--out: could not write" in capsys.readouterr().err
+    before = rows(out)
+    write(out, "--data.train.limit=3")
+    assert rows(out)[: len(before)] == before
+    assert len(rows(out)) == 3
 
 
 @pytest.mark.parametrize(

@@ -156,33 +156,40 @@ PAUSE: dict[str, Any] = {
 }
 
 
-def test_while_libraries_are_imported_with_somebody_who_listens(
+def test_while_libraries_are_imported_the_answer_is_immediate(
     untrained_lab: Path, tmp_path: Path
 ) -> None:
     run = begin_to_import(untrained_lab, tmp_path, [{"class_path": "callbacks.SlurmRequeue"}])
     run.send_signal(TERM)
     _, said = run.communicate(timeout=240)
     assert run.returncode == 143, said
-    assert "opd: SIGTERM: no step was made since the start" in said
-    assert "Traceback" not in said
+    assert said.splitlines() == ["opd: SIGTERM: ended before it was done"]
 
 
-def test_while_libraries_are_imported_with_nobody_who_listens(
-    untrained_lab: Path, tmp_path: Path
+NOTHING = "no step was finished since the start, so there is nothing to save"
+SAVED = "saved the beginning of step 2: --ckpt_path "
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "number", "line"),
+    [
+        ("setup", 0, signal.SIGINT, NOTHING),
+        ("on_after_backward", 2, TERM, SAVED),
+        ("on_after_backward", 2, signal.SIGHUP, SAVED),
+    ],
+)
+def test_without_the_callback_one_line_says_what_is_saved(
+    hook: str, step: int, number: signal.Signals, line: str, untrained_lab: Path, tmp_path: Path
 ) -> None:
-    run = begin_to_import(untrained_lab, tmp_path, [])
-    run.send_signal(TERM)
-    _, said = run.communicate(timeout=240)
-    assert run.returncode == -TERM, said
-
-
-def test_without_the_callback_term_is_ctrl_c(untrained_lab: Path, tmp_path: Path) -> None:
-    run = begin(untrained_lab, tmp_path, [PAUSE])
+    pause = {**PAUSE, "init_args": {"hook": hook, "step": step, "seconds": 60}}
+    run = begin(untrained_lab, tmp_path, [pause])
     until((tmp_path / "waits-0").exists, "the pause")
-    run.send_signal(TERM)
-    _, said = run.communicate(timeout=60)
-    assert run.returncode == 1, said
-    assert "opd: saved the beginning of step 2" in said
+    run.send_signal(number)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 128 + number, said
+    assert f"\nopd: {number.name}: {line}" in "\n" + said
+    assert "Traceback" not in said
+    assert "KeyboardInterrupt" not in said
 
 
 def paused(folder: Path) -> bool:
@@ -195,8 +202,9 @@ def test_several_processes_save_nothing_on_their_own(untrained_lab: Path, tmp_pa
     until(lambda: paused(tmp_path), "the pause")
     os.killpg(run.pid, signal.SIGINT)
     _, said = run.communicate(timeout=120)
-    assert run.returncode == 1, said
-    assert said.count("opd: nothing saved: of several processes, one alone cannot; go on") == 1
+    assert run.returncode == 130, said
+    line = "opd: SIGINT: nothing saved: of several processes, one alone cannot; go on"
+    assert said.count(line) == 1
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 

@@ -203,8 +203,10 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
-    with pytest.raises(CheckpointError, match=r"Not a directory|File exists"):
-        train(tmp_path / "runs" / "checkpoints", 1)
+    module = Toy()
+    with pytest.raises(UserError, match=r"ModelCheckpoint\.dirpath: .* is no folder"):
+        train(tmp_path / "runs" / "checkpoints", 1, module=module)
+    assert not module.losses  # it is found before the first step
 
 
 # Read again -------------------------------------------------------------------------------

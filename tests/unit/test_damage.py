@@ -1,5 +1,6 @@
 """Whatever happened to a checkpoint's bytes, one line says so, and not in a library's words."""
 
+import os
 import pickle
 import re
 import shutil
@@ -100,6 +101,18 @@ def test_a_file(
     path = tmp_path / "copy.ckpt"
     damage((saved / "last.ckpt").read_bytes(), path)
     assert re.search(reason, refusal(path))
+
+
+def test_what_has_no_end_is_not_read(saved: Path, tmp_path: Path) -> None:
+    device, pipe = tmp_path / "device.ckpt", tmp_path / "pipe.ckpt"
+    device.symlink_to("/dev/zero")
+    os.mkfifo(pipe)
+    shards = tmp_path / "shards.ckpt"
+    shutil.copytree(saved / "shards" / "last.ckpt", shards)
+    (shards / "manifest.json").unlink()
+    (shards / "manifest.json").symlink_to("/dev/zero")
+    for path in (device, pipe, shards):
+        assert "is a pipe or a device" in refusal(path)
 
 
 def test_any_flipped_bits(saved: Path, tmp_path: Path) -> None:

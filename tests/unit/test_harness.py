@@ -20,6 +20,7 @@ from opd_lightning.evaluation.harness.figures import Figures
 from opd_lightning.evaluation.harness.loaded_task import LoadedTask
 from opd_lightning.evaluation.harness.requests import RequestEncoder
 from opd_lightning.evaluation.scores import TaskScores
+from opd_lightning.evaluation.statistics import wilson
 from opd_lightning.evaluation.tasks import HarnessTask
 from opd_lightning.methods import SFT
 from opd_lightning.models.source import ModelSource
@@ -233,7 +234,8 @@ def test_a_score_is_better_the_higher_it_is() -> None:
     assert found.choose(None) == "acc"
     assert found.documents == 7
     acc = found.judged_by("acc")
-    assert (acc["score"], acc["score_low"], acc["score_high"]) == pytest.approx((0.5, 0.304, 0.696))
+    assert acc["score"] == 0.5
+    assert 0.304 < acc["score_low"] < 0.5 < acc["score_high"] < 0.696  # narrower than 1.96 errors
     assert acc["brier_score"] == 0.25
     assert found.judged_by("brier_score")["score"] == -0.25
     assert "score_low" not in found.judged_by("brier_score")
@@ -244,10 +246,17 @@ def test_a_score_is_better_the_higher_it_is() -> None:
     assert perplexity["score_high"] == pytest.approx(-1 + reach)
 
 
-def test_no_share_is_more_than_all() -> None:
-    found = Figures.of(results(**{"acc,none": 0.98, "acc_stderr,none": 0.02}), "t").judged_by("acc")
-    assert found["score_low"] == pytest.approx(0.9408)
-    assert found["score_high"] == 1.0
+@pytest.mark.parametrize(
+    ("share", "error", "trials"), [(0.98, 0.02, 49), (1.0, 0.0, 7), (0.0, 0.0, 7)]
+)
+def test_the_interval_of_a_share_is_wilson_s(share: float, error: float, trials: int) -> None:
+    """Where all documents are right the error is 0, and the number of documents counts."""
+    given = results(**{"acc,none": share, "acc_stderr,none": error})
+    found = Figures.of(given, "t").judged_by("acc")
+    expected = [float(bound) for bound in wilson(torch.tensor(share).double(), trials)]
+    assert [found["score_low"], found["score_high"]] == pytest.approx(expected)
+    assert 0 <= found["score_low"] <= share <= found["score_high"] <= 1
+    assert found["score_low"] < found["score_high"]
 
 
 def test_of_several_metrics(prepare: Prepare) -> None:

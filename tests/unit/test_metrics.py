@@ -1,11 +1,13 @@
 """Step metrics against hand-made fixtures (U23), and exact over micro-batches."""
 
+import math
 import random
 import string
 from dataclasses import replace
 from itertools import combinations
 from math import exp, log
 
+import numpy as np
 import pytest
 import torch
 
@@ -166,6 +168,21 @@ def test_responses_by_hand_and_over_micro_batches() -> None:
         "reward": 0.5,
         "response/degenerate_groups": 0.5,
     }
+    whole.update(make_batch([replace(rows[2], unverified=True, long_views=("peer",))]))
+    more = whole.compute()
+    assert more["response/unverified"] == more["response/views_too_long"] == 0.25
+    assert more["reward"] == 0.5
+
+
+def test_what_could_not_be_checked_counts_as_wrong_where_it_is_measured() -> None:
+    metric = SuiteScores(["a", "a"], 2, [2])
+    nan = float("nan")
+    unknown = replace(make_rollout([5], reward=nan, group=1), unverified=True)
+    right = [make_rollout([5], reward=1.0, group=group) for group in (0, 0, 1)]
+    metric.update([*right, unknown], ["7", "7", "8", None])
+    got = metric.compute()
+    found = [got[name].item() for name in ("score", "unverified", "majority")]
+    assert found == [0.75, 0.25, 1.0]
 
 
 def test_engine_gap_by_hand() -> None:
@@ -270,14 +287,48 @@ def test_ranks_with_different_prompts_add_up_to_the_whole() -> None:
     assert ranks[0].compute() == whole.compute()
 
 
-def test_an_interval_covers_as_often_as_it_says() -> None:
-    draw = torch.Generator().manual_seed(0)
-    hits = 0
-    for _ in range(200):
-        low, high = interval((torch.rand(300, generator=draw) < 0.3).double())
-        hits += bool(low <= 0.3 <= high)
-    assert 180 <= hits <= 199  # 95 % of 200 is 190; sd 3.1
-    assert [bound.item() for bound in interval(torch.full((5,), 0.25))] == [0.25, 0.25]
+@pytest.mark.parametrize(
+    ("prompts", "samples", "rate", "alike"),
+    [
+        (300, 1, 0.3, 0.0),
+        (30, 1, 0.95, 0.0),
+        (24, 5, 0.98, 0.0),
+        (24, 5, 0.98, 0.6),
+        (24, 5, 0.5, 0.2),
+        (100, 4, 0.9, 0.6),
+    ],
+)
+def test_an_interval_covers_as_often_as_it_says(
+    prompts: int, samples: int, rate: float, alike: float
+) -> None:
+    """Samples of a prompt are alike: beta-distributed rates with an intra-class correlation."""
+    draw, hits, trials = np.random.default_rng(0), 0, 1000
+    for _ in range(trials):
+        size = (1 - alike) / alike if alike else None
+        rates = draw.beta(rate * size, (1 - rate) * size, prompts) if size else [rate] * prompts
+        scores = draw.random((prompts, samples)) < np.array(rates)[:, None]
+        low, high = interval(torch.from_numpy(scores))
+        hits += bool(low <= rate <= high)
+    assert 0.93 <= hits / trials <= 0.985  # standard error 0.007; Wilson's is coarse
+
+
+@pytest.mark.parametrize("right", [0, 1, 15, 30])
+def test_the_interval_of_single_samples_is_wilson_s(right: int) -> None:
+    scores = (torch.arange(30) < right).double()[:, None]
+    z, share = 1.959963984540054, right / 30
+    root = math.sqrt(share * (1 - share) * 30 + z * z / 4)
+    expected = [(right + z * z / 2 + sign * z * root) / (30 + z * z) for sign in (-1, 1)]
+    assert [bound.item() for bound in interval(scores)] == pytest.approx(expected, abs=1e-12)
+
+
+def test_an_interval_knows_what_samples_say() -> None:
+    """Samples that always agree say no more than one; scores between 0 and 1 vary less."""
+    single = torch.tensor([[1.0], [0.0], [1.0], [1.0]])
+    assert interval(single.expand(4, 5)) == interval(single)
+    assert interval(torch.ones(4, 5)) == interval(torch.ones(4, 1))
+    assert interval(torch.ones(1, 1))[0] < 0.3
+    low, high = interval(torch.tensor([[0.4], [0.5], [0.6], [0.5]]))
+    assert 0.38 < low < 0.5 < high < 0.62
 
 
 @pytest.mark.parametrize("samples", [1, 2, 6])

@@ -3,9 +3,11 @@
 import copy
 import functools
 import logging
+import math
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -14,13 +16,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
-from opd_lightning.errors import UserError
+from opd_lightning.errors import RunStoppedError, UserError
 from opd_lightning.types import Prompt
 from opd_lightning.verifiers import ExactMatch, MathVerifier, RegexMatch, Verifier
-from opd_lightning.verifiers import math as math_module
+from opd_lightning.verifiers.math import final_answer, is_parsable, is_right
+from opd_lightning.verifiers.patterns import most_steps
 
 HANGS = r"So it is \boxed{9^{9^{9^{9}}}}."  # sympy works it out, in C code, for longer than we live
 LIMIT = 1.0
@@ -145,7 +149,7 @@ WRONG = [
 
 
 def test_math_equality(checker: MathVerifier) -> None:
-    checker.timeout_seconds = 60  # a busy machine is no wrong answer
+    checker.workers.timeout_seconds = 60  # a busy machine is no wrong answer
     assert score(checker, *RIGHT, *WRONG) == [1] * len(RIGHT) + [0] * len(WRONG)
     assert score(checker) == []
     assert checker.timeouts == 0
@@ -154,8 +158,12 @@ def test_math_equality(checker: MathVerifier) -> None:
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(UserError, match=r"^MathVerifier: 'max_workers' must be at least 1, got 0$"):
         MathVerifier(max_workers=0)
-    with pytest.raises(UserError, match=r"^MathVerifier: 'timeout_seconds' must be above 0, got 0"):
-        MathVerifier(timeout_seconds=0)
+    kinds: list[Any] = [MathVerifier, ExactMatch, functools.partial(RegexMatch, "x")]
+    for verifier in kinds:
+        for limit in ("timeout_seconds", "step_seconds"):
+            for value in (0, -1, math.nan, math.inf):
+                with pytest.raises(UserError, match=limit):
+                    verifier(**{limit: value})
 
 
 def test_a_hanging_response_is_killed_and_the_others_are_scored(
@@ -180,7 +188,7 @@ def test_a_hanging_response_is_killed_and_the_others_are_scored(
 
 
 def test_a_crash_costs_one_response(checker: MathVerifier) -> None:
-    checker.timeout_seconds = 60
+    checker.workers.timeout_seconds = 60
     score(checker, ("1", "1"))
     scores: list[float] = []
     batch = [("2", HANGS), ("2", HANGS), ("2", "2"), ("2", "3")]
@@ -200,6 +208,101 @@ def test_idle_workers_may_be_killed(checker: MathVerifier) -> None:
         os.kill(pid, signal.SIGKILL)
     assert score(checker, ("2", "2"), ("2", "3")) == [1, 0]
     assert checker.timeouts == 0
+
+
+def test_workers_that_are_killed_again_and_again_leave_responses_without_a_score(
+    checker: MathVerifier, caplog: pytest.LogCaptureFixture
+) -> None:
+    score(checker, ("1", "1"))
+    checker.workers.prepare = functools.partial(os._exit, 3)  # of those that come after
+    for pid in worker_pids():
+        os.kill(pid, signal.SIGKILL)
+    with caplog.at_level(logging.WARNING, logger="opd_lightning"):
+        scores = score(checker, ("2", "2"), ("2", "3"))
+        assert checker.answers(["2"]) == [None]
+    assert [math.isnan(value) for value in scores] == [True, True]
+    assert (checker.timeouts, checker.workers.not_called) == (0, 3)
+    (record,) = caplog.records
+    assert "2 of 2 responses are not verified" in record.getMessage()
+
+
+def test_a_step_s_verification_is_bounded(checker: MathVerifier) -> None:
+    """Responses that nobody came to are not called wrong."""
+    checker.workers.timeout_seconds = 60
+    score(checker, ("1", "1"))
+    checker.workers.step_seconds = 2 * LIMIT
+    start = time.monotonic()
+    scores = score(checker, ("2", "2"), *[("2", HANGS)] * 4, ("2", "2"))
+    assert time.monotonic() - start < 2 * LIMIT + 3
+    assert scores[0] == 1
+    assert all(map(math.isnan, scores[1:]))
+    assert (checker.timeouts, checker.workers.not_called) == (0, 5)
+    checker.workers.step_seconds = 60
+    assert score(checker, ("2", "2")) == [1]  # by new workers
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        r"\boxed{" + r"\frac{1}{" * 500 + "1" + "}" * 500 + "}",
+        "$" + "(" * 30 + "1" + ")" * 30 + "$",
+        r"\boxed{" + "1" * 10**6 + "}",
+        r"\boxed{" + ",".join(["1"] * 3000) + "}",
+        r"\boxed{" * 10**4,
+    ],
+    ids=["fractions", "parentheses", "digits", "list", "boxes"],
+)
+def test_what_would_take_too_long_is_not_parsed(response: str) -> None:
+    assert not is_parsable(response)
+    assert not is_right("1", response)
+    assert final_answer(response) is None
+    assert not is_right(response, "1")
+    with pytest.raises(UserError, match=r"train\.jsonl:3: MathVerifier cannot parse"):
+        MathVerifier().check([prompt("1"), prompt(response)])
+
+
+def test_what_takes_no_time_is_parsed_whatever_its_length() -> None:
+    prose = "We have (12) apples, 1,000 pears and $x = {3}$. " * 2000
+    assert is_parsable(prose + r"\boxed{12}")
+    for answer, response in RIGHT:
+        assert is_parsable(answer)
+        assert is_parsable(response)
+
+
+EXPONENTIAL = r"(?:a+)+b"
+
+
+def test_patterns_have_a_time_limit() -> None:
+    found = RegexMatch(EXPONENTIAL, timeout_seconds=LIMIT)
+    exact = ExactMatch(EXPONENTIAL, timeout_seconds=LIMIT)
+    try:
+        score(found, ("", "b"))  # start the workers
+        start = time.monotonic()
+        assert score(found, ("", "aab"), ("", "a" * 60), ("", "b")) == [1, 0, 0]
+        assert time.monotonic() - start < LIMIT + 2
+        assert score(exact, ("aab", "so aab"), ("aab", "a" * 60)) == [1, 0]
+        assert exact.answers(["aab", "a" * 60]) == ["aab", None]
+    finally:
+        found.pattern.workers.close()
+        exact.pattern.workers.close()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "exponent"),
+    [
+        (r"(?s)\A.*\Z", 1),
+        (r"\bi am\s+bot", 2),
+        (r"[(*+]x{3}\+\*", 1),
+        (r"<a>(.*?)</a>", 2),
+        (r"(?P<x>.+)=(?P=x)", 3),
+        (r"a{2,}b*+c", 3),
+        (r"(?:a|b)*", math.inf),
+        (r"(a){9}", math.inf),
+    ],
+)
+def test_the_steps_of_a_search_are_bounded(pattern: str, exponent: float) -> None:
+    steps = most_steps(re.compile(pattern), 1000)
+    assert steps == (math.inf if math.isinf(exponent) else pytest.approx(1000**exponent))
 
 
 def test_the_signals_of_a_job_reach_only_our_own_handlers(checker: MathVerifier) -> None:
@@ -265,18 +368,19 @@ def test_a_copy_has_the_settings_and_no_workers(checker: MathVerifier) -> None:
     score(checker, ("1", "1"))
     before = worker_pids()
     for twin in (copy.deepcopy(checker), pickle.loads(pickle.dumps(checker))):
-        assert (twin.max_workers, twin.timeout_seconds, twin.timeouts) == (2, LIMIT, 0)
+        workers = twin.workers
+        assert (workers.count, workers.timeout_seconds, twin.timeouts) == (2, LIMIT, 0)
         twin.close()
     assert worker_pids() == before
 
 
 @pytest.mark.parametrize("size", [1, 100_000])
 def test_workers_that_cannot_start_are_an_error_and_not_a_hang(
-    checker: MathVerifier, monkeypatch: pytest.MonkeyPatch, size: int
+    checker: MathVerifier, size: int
 ) -> None:
     # The large batch does not fit in the pipe to the workers, so pebble's thread is stuck in it.
-    monkeypatch.setattr(math_module, "prepare_worker", functools.partial(os._exit, 3))
-    with pytest.raises(RuntimeError, match="the worker processes die before they check anything"):
+    checker.workers.prepare = functools.partial(os._exit, 3)
+    with pytest.raises(RunStoppedError, match="worker processes die before they check anything"):
         score(checker, *[("1", "1" * size)] * 8)
     checker.close()
     assert worker_pids() == []

@@ -11,6 +11,7 @@ from opd_lightning.data.collate import collate
 from opd_lightning.data.views import PromptView, Renderer
 from opd_lightning.data.writer import RolloutWriter, Row
 from opd_lightning.errors import UserError
+from opd_lightning.losses.advantage import group_advantage
 from opd_lightning.rollouts.base import Sampling
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Prompt, Rollout, StepTotals, StopReason, Totals
@@ -155,6 +156,58 @@ def test_peers_are_other_successes_of_the_students(tokenizer: Any) -> None:
             return_dict=False,
         )
         assert rollout.views["peer"] == ids
+
+
+class Verbose(Lengths):
+    """Its feedback is longer than anything that the prompt or the responses tell."""
+
+    def feedback(self, prompts: Any, responses: Any) -> list[str | None]:
+        return ["x" * 50 * i for i in range(len(responses))]
+
+
+def test_a_late_view_that_exceeds_the_context_is_left_out(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    views = {"privileged": PromptView(), "told": PromptView(template="see {{ feedback }}")}
+    plain = Renderer(tokenizer, {}, views, ())
+    rows = [Row(PROMPT, plain.plain(PROMPT), 0, Author.STUDENT, seed) for seed in range(4)]
+
+    def write(context: int | None) -> list[Rollout]:
+        renderer = Renderer(tokenizer, {}, views, (tokenizer.eos_token_id,), context)
+        writer = RolloutWriter({Author.STUDENT: FakeEngine()}, Verbose(), renderer, StepTimer())
+        writer = writer.with_timer(StepTimer())  # as every prefetch does
+        return writer.write(rows, dict.fromkeys(Author, Sampling()))
+
+    unbounded = write(None)
+    needed = [len(r.views["told"] or ()) + len(r.response_ids) for r in unbounded]
+    assert needed == sorted(needed)
+    assert not any(r.long_views for r in unbounded)
+    bounded = write(needed[2])
+    assert [r.views["told"] is not None for r in bounded] == [False, True, True, False]
+    assert [r.long_views for r in bounded] == [(), (), (), ("told",)]  # the first has no feedback
+    assert all(r.views["privileged"] for r in bounded)  # checked before training
+    (record,) = caplog.records
+    length = len(unbounded[3].views["told"] or ())
+    assert record.getMessage().startswith(f"f:1: view 'told' of {length} tokens")
+
+
+def test_a_response_that_could_not_be_checked_has_no_reward(tokenizer: Any) -> None:
+    class Fails(Verifier):
+        def verify(self, prompts: Any, responses: Any) -> list[float]:
+            return [1.0, float("nan"), 0.0, 1.0][: len(responses)]
+
+    renderer = Renderer(tokenizer, {}, {}, (tokenizer.eos_token_id,))
+    writer = RolloutWriter({Author.STUDENT: FakeEngine()}, Fails(), renderer, StepTimer())
+    ids = renderer.plain(PROMPT)
+    rows = [Row(PROMPT, ids, 0, Author.STUDENT, seed) for seed in range(4)]
+    rollouts = writer.write(rows, dict.fromkeys(Author, Sampling()))
+    assert [r.unverified for r in rollouts] == [False, True, False, False]
+    assert all(r.group_mean == pytest.approx(2 / 3) for r in rollouts)
+    batch = make_batch(rollouts)
+    advantage = group_advantage(batch.rewards, batch.group_mean, batch.group_std)[:, 0]
+    assert advantage[1] == 0
+    assert advantage.sum().item() == pytest.approx(0, abs=1e-5)
+    assert (advantage[[0, 3]] > 0).all()
 
 
 def test_a_group_without_success_has_no_peer_view(tokenizer: Any) -> None:

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
+
 from opd_lightning.errors import UserError
+from opd_lightning.evaluation.statistics import wilson
 
 WIDTH = 1.96  # half a 95 % interval in standard errors
 SHARES = ("acc", "exact_match")  # prefixes of metrics that are shares of the documents
@@ -68,15 +71,21 @@ class Figures:
         value = self.values[metric]
         score = found["score"] = self._score(metric, value)
         if metric in self.errors:
-            reach = WIDTH * self.errors[metric] / (value if self._is_perplexity(metric) else 1)
-            found["score_low"], found["score_high"] = score - reach, score + reach
-            if metric.startswith(SHARES):
-                found["score_low"] = max(found["score_low"], 0.0)
-                found["score_high"] = min(found["score_high"], 1.0)
+            found["score_low"], found["score_high"] = self._interval(metric, value, score)
         for name, values in self.members.items():
             if metric in values:
                 found[f"score/{name}"] = self._score(metric, values[metric])
         return found
+
+    def _interval(self, metric: str, value: float, score: float) -> tuple[float, float]:
+        """Return the 95 % interval; of a share Wilson's, for the n that has its standard error."""
+        error = self.errors[metric]
+        n = value * (1 - value) / error**2 if error else self.documents
+        if metric.startswith(SHARES) and 0 <= value <= 1 and n:
+            low, high = wilson(torch.tensor(value, dtype=torch.float64), n)
+            return float(low), float(high)
+        reach = WIDTH * error / (value if self._is_perplexity(metric) else 1)
+        return score - reach, score + reach
 
     def _score(self, metric: str, value: float) -> float:
         """Return a value where higher is better; for a perplexity, the log-likelihood."""

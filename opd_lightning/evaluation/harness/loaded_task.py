@@ -13,11 +13,12 @@ from opd_lightning.evaluation.harness.requests import (
     LikelihoodRequest,
     RequestEncoder,
 )
-from opd_lightning.evaluation.statistics import RESAMPLES
 
 if TYPE_CHECKING:
     from opd_lightning.evaluation.harness.models import Likelihood, RecordingModel
     from opd_lightning.evaluation.tasks import HarnessTask
+
+BOOTSTRAPS = 2000  # resamples of metrics whose standard error lm-eval has no formula for
 
 
 class LoadedTask:
@@ -98,7 +99,7 @@ class LoadedTask:
                 lm=model,
                 task_dict=self._loaded,
                 limit=self.task.limit,
-                bootstrap_iters=RESAMPLES,
+                bootstrap_iters=BOOTSTRAPS,
                 log_samples=False,
                 apply_chat_template=self.task.apply_chat_template,
                 fewshot_as_multiturn=True,

@@ -1,0 +1,118 @@
+"""Loss terms with views of their own, beside a loss that reads others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from opd_lightning.models.student import Student
+from opd_lightning.rules import EntropyGatedForwardKL, Rule, Term
+from opd_lightning.rules.base import Compare, Scored
+from opd_lightning.teachers import Teacher
+from opd_lightning.teachers.base import Ask
+from opd_lightning.training.composed import ComposedMethod
+from opd_lightning.training.scoring import BatchScores
+from opd_lightning.types import RolloutBatch, TokenScores
+from tests.batches import make_batch, make_rollout
+from tests.toy import score_of
+
+
+class Unasked(Teacher):
+    def load(self, device: Any, student: Any) -> None: ...
+    def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
+        raise AssertionError("the scores are given")
+
+
+TEACHER, OTHER = Unasked(), Unasked()
+
+
+class Hint(Term):
+    """Reads `OTHER` under a view that some rows lack."""
+
+    name = "hint"
+
+    def asks(self) -> Mapping[str, Ask]:
+        return {"hint": Ask(OTHER, "hint")}
+
+    def token_loss(
+        self, student: TokenScores, scored: Scored, values: Mapping[str, Tensor]
+    ) -> Tensor:
+        return 2 * student.logprobs
+
+
+class ReadsHint(Rule):
+    needs = ("hint",)
+
+    def apply(self, signal: Any, scored: Any, observed: Any = None) -> Any:
+        return signal, {}
+
+
+class Given(ComposedMethod):
+    """Method whose log-probs `[B, R]` are given; its teacher reads the view `teacher_view`."""
+
+    def __init__(self, logprobs: Tensor, teacher_view: str = "student", **parts: Any) -> None:
+        super().__init__(Student("nowhere"), **parts)
+        self.logprobs = logprobs
+        self.teacher_view = teacher_view
+
+    def asks(self) -> Mapping[str, Ask]:
+        return {"teacher": Ask(TEACHER, self.teacher_view)}
+
+    def _score(self, batch: RolloutBatch, known: Any = None) -> BatchScores:
+        student = replace(score_of(self.logprobs), logprobs=self.logprobs)
+        others = {name: score_of(torch.zeros_like(self.logprobs)) for name in self.all_asks()}
+        scored = Scored(batch=batch, student=student.detach(), others=others, values={})
+        values = dict.fromkeys(self.all_comparisons(), self.logprobs)
+        return BatchScores(scored, student, values, others)
+
+
+def gradient(**more: Any) -> tuple[Tensor, dict[str, float]]:
+    """The loss's gradient by log-probs, where the second row lacks the view; logged rates."""
+    rows = [
+        make_rollout([5, 6], views={"hint": [8, 9]}, group=0),
+        make_rollout([5, 6], views={"hint": None}, group=1),
+    ]
+    batch = make_batch(rows)
+    logprobs = torch.full((2, 2), -1.0, requires_grad=True)
+    method = Given(logprobs, **more)
+    loss = method.loss(batch)
+    (found,) = torch.autograd.grad(loss, logprobs)
+    return found, {name: float(value) for name, value in method.rates.compute().items()}
+
+
+def test_a_term_leaves_the_loss_of_the_method_alone() -> None:
+    alone, rates = gradient()
+    both, with_term = gradient(terms=[Hint()])
+    assert (alone != 0).all()
+    torch.testing.assert_close(both[1], alone[1])  # not in the term
+    torch.testing.assert_close(both[0], alone[0] + 2 / 4)  # in both, of four tokens
+    assert with_term.pop("term/hint") == -1.0  # mean of -2, -2 and two tokens that it does not read
+    assert with_term == rates
+    assert rates["rule/selected"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "more", [{"teacher_view": "hint"}, {"terms": [Hint()], "rules": [ReadsHint()]}]
+)
+def test_a_row_without_what_the_signal_reads_has_no_signal(more: dict[str, Any]) -> None:
+    found, rates = gradient(**more)
+    assert (found[0] != 0).all()
+    assert (found[1] == 0).all()
+    assert rates["rule/selected"] == 0.5
+
+
+def test_what_parts_read_is_known() -> None:
+    assert Hint().names_read() == {"hint"}
+    assert EntropyGatedForwardKL().names_read() == {"teacher"}
+    assert ReadsHint().names_read() == {"hint"}
+
+    class Compares(ReadsHint):
+        def comparisons(self) -> Mapping[str, Compare]:
+            return {"x": Compare("other", max), "y": Compare(None, min)}
+
+    assert Compares().names_read() == {"hint", "other"}
