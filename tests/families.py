@@ -203,9 +203,9 @@ def randomize(model: nn.Module) -> None:
             tensor.normal_(0, 0.15)
         else:
             tensor.add_(torch.randn_like(tensor), alpha=0.1)
-    for name, tensor in model.named_buffers():
-        if name in saved and tensor.is_floating_point():
-            tensor.add_(torch.randn_like(tensor), alpha=0.1)
+    for name, buffer in model.named_buffers():
+        if name in saved and buffer.is_floating_point():
+            buffer.add_(torch.randn_like(buffer), alpha=0.1)
 
 
 def write_family(folder: Path, name: str, *, seed: int = 0, **settings: Any) -> Path:

@@ -11,8 +11,16 @@ import torch
 from torch import nn
 
 from opd_lightning.errors import UserError
-from opd_lightning.models.head import Head, TokenStates
-from opd_lightning.models.source import ModelSource
+from opd_lightning.models.folder import Shapes, check_weights
+from opd_lightning.models.head import TokenStates
+from opd_lightning.models.readout import (
+    UnknownReadoutError,
+    check_logits,
+    measure,
+    readout_of,
+    train_without_noise,
+)
+from opd_lightning.models.source import ModelSource, one_line
 from opd_lightning.terminal.library_bars import shown_as
 from opd_lightning.types import RolloutBatch
 
@@ -24,34 +32,127 @@ def load_causal_lm(
     *,
     dtype: Dtype,
     attn_implementation: str | None = None,
-    empty: bool = False,
+    training: bool = False,
 ) -> Any:
-    """Load the model of `source` in eval mode; an `empty` one has no weights (meta device).
+    """Load the model of `source`.
+
+    It is in eval mode or, with `training`, in training mode without dropout: the policy that is
+    trained must be the one that sampled.
 
     Raises:
-        UserError: The weights in the folder are not exactly those of the architecture, so that
-            some would stay random or unused.
+        UserError: The architecture or the folder cannot be used; or its weights are not exactly
+            those of the architecture, so that some would stay random or unused; or log-probs
+            would not be the model's own.
     """
     from transformers import AutoModelForCausalLM
 
-    how = {
+    _check_files(source)
+    with (
+        shown_as(f"load {source.role}", "tensor"),
+        _without_report(),
+        _explained(source, "cannot load its weights"),
+    ):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            local_files_only=source.local_files_only,
+            **_settings(source, dtype, attn_implementation),
+        )
+    _check_complete(source, found)
+    with _explained(source, "cannot use it"):
+        model.opd_readout = measure(model)
+        check_logits(model, attention=attn_implementation, training=training)
+    if training:
+        train_without_noise(model)
+    return model
+
+
+def empty_causal_lm(
+    source: ModelSource,
+    *,
+    dtype: Dtype,
+    attn_implementation: str | None = None,
+    training: bool = False,
+) -> Any:
+    """Build what `load_causal_lm` loads without its weights, on the meta device.
+
+    Raises:
+        UserError: What can be known before weights load: the architecture or the folder cannot be
+            used, or tensors in safetensors files have other shapes.
+    """
+    from transformers import AutoModelForCausalLM
+
+    shapes = _check_files(source)
+    with _explained(source, "cannot build what config.json describes"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            source.config, **_settings(source, dtype, attn_implementation)
+        ).eval()
+    _check_shapes(source, model, shapes)
+    with _explained(source, "cannot use it"):
+        model.opd_readout = measure(model)
+    if training:
+        train_without_noise(model)
+    return model
+
+
+def _settings(source: ModelSource, dtype: Dtype, attention: str | None) -> dict[str, Any]:
+    return {
         "dtype": getattr(torch, dtype),
-        "attn_implementation": attn_implementation,
+        "attn_implementation": attention,
         "trust_remote_code": source.trust_remote_code,
     }
-    if not empty:
-        with shown_as(f"load {source.role}", "tensor"), _without_report():
-            model, found = AutoModelForCausalLM.from_pretrained(
-                source.path,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                local_files_only=source.local_files_only,
-                **how,
+
+
+def _check_files(source: ModelSource) -> Shapes:
+    """Check architecture and weight files; return the shapes of tensors as far as known."""
+    _check_kind(source)
+    return check_weights(source.folder, source.role) if source.folder else {}
+
+
+def _check_kind(source: ModelSource) -> None:
+    """Raise UserError for architectures that are no causal language models of text."""
+    config = source.config
+    kind = (getattr(config, "architectures", None) or [config.model_type])[0]
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{source.role} {source.path!r}: {kind} has an encoder, but prompts are read by the "
+            "decoder alone; use a causal language model"
+        )
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    has_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_code:
+        raise UserError(
+            f"{source.role} {source.path!r}: transformers has no causal language model of text "
+            f"for {kind} (model_type {config.model_type}); use another model"
+        )
+
+
+@contextmanager
+def _explained(source: ModelSource, what: str) -> Iterator[None]:
+    """Raise UserError, in one line, for any error of the libraries except lack of memory."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except UnknownReadoutError as error:
+        raise UserError(f"{source.role} {source.path!r}: {error}") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{source.role} {source.path!r}: {what} ({reason})") from error
+
+
+def _check_shapes(source: ModelSource, model: Any, shapes: Shapes) -> None:
+    """Raise UserError if a tensor in the folder has another shape than in the model."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(shapes.keys() & expected.keys()):
+        if shapes[name] != expected[name]:
+            raise UserError(
+                f"{source.role} {source.path!r}: its weights do not fit config.json: {name!r} has "
+                f"shape {list(shapes[name])}, expected {list(expected[name])}; set vocab_size and "
+                "the like to those that the weights were saved with"
             )
-        _check_complete(source, found)
-        return model
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(source.config, **how).eval()
 
 
 @contextmanager
@@ -114,23 +215,10 @@ def response_states(model: Any, batch: RolloutBatch, view: str) -> TokenStates:
     """
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     seen = batch.views[view]
-    backbone: nn.Module = getattr(lm, lm.base_model_prefix)
+    readout = readout_of(lm)
+    backbone: nn.Module = lm.get_submodule(readout.backbone)
     hidden = backbone(
         input_ids=seen.input_ids, attention_mask=seen.attention_mask, use_cache=False
     ).last_hidden_state
     kept = hidden.flatten(0, 1)[seen.predicting_positions(batch.response_mask)]
-    return TokenStates(kept, _head_of(lm, batch.temperature))
-
-
-def _head_of(lm: Any, temperature: float) -> Head:
-    """Return the head with the logit transforms that transformers applies after projecting."""
-    config = lm.config.get_text_config()
-    scale = getattr(config, "logit_scale", None)  # Cohere multiplies
-    divisor = getattr(config, "logits_scaling", None)  # Granite divides
-    return Head(
-        project=lm.get_output_embeddings(),
-        vocab_size=config.vocab_size,
-        temperature=temperature,
-        scale=scale if scale is not None else 1.0 / divisor if divisor else 1.0,
-        softcap=getattr(config, "final_logit_softcapping", None),  # Gemma 2 and 3
-    )
+    return TokenStates(kept, readout.head(lm, batch.temperature))

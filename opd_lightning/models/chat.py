@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-from jinja2 import TemplateError
+from collections.abc import Callable, Sequence
+from threading import Thread
+from typing import Any, TypeVar
 
 from opd_lightning.errors import UserError
+from opd_lightning.models.source import one_line
 from opd_lightning.types import Message, Prompt
+
+TIME_LIMIT = 20.0  # seconds to render one conversation; a template may loop for years
+
+Rendered = TypeVar("Rendered")
 
 
 def render(
@@ -28,17 +32,19 @@ def render(
         role: Model that the tokenizer belongs to; named in errors.
     """
     try:
-        ids = tokenizer.apply_chat_template(
-            list(messages or prompt.messages),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **template_args,
+        ids = _within_time(
+            lambda: tokenizer.apply_chat_template(
+                list(messages or prompt.messages),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **template_args,
+            )
         )
-    except TemplateError as error:
+    except Exception as error:  # whatever the template's expressions raise
         raise UserError(
             f"{prompt.origin or prompt.id}: the {role}'s chat template refuses the messages: "
-            f"{error}; change the row or the template"
+            f"{_reason(error)}; change the row or the template"
         ) from error
     return list(ids)
 
@@ -52,16 +58,50 @@ def render_text(
 ) -> str:
     """Render messages to text, up to the reply, or with `continues` inside the last turn."""
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages),
-            add_generation_prompt=not continues,
-            continue_final_message=continues,
-            tokenize=False,
-            **template_args,
+        text = _within_time(
+            lambda: tokenizer.apply_chat_template(
+                list(messages),
+                add_generation_prompt=not continues,
+                continue_final_message=continues,
+                tokenize=False,
+                **template_args,
+            )
         )
-    except TemplateError as error:
+    except Exception as error:  # whatever the template's expressions raise
         raise UserError(
-            f"the student's chat template refuses the messages: {error}; leave out "
+            f"the student's chat template refuses the messages: {_reason(error)}; leave out "
             "apply_chat_template, or change the template"
         ) from error
     return str(text)
+
+
+def _within_time(function: Callable[[], Rendered]) -> Rendered:
+    """Return the result of `function`, or raise TimeoutError after `TIME_LIMIT`.
+
+    Nothing stops Jinja, so a thread that is late goes on until the process ends.
+    """
+    results: list[Rendered] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            results.append(function())
+        except Exception as error:
+            errors.append(error)
+
+    thread = Thread(target=work, name="chat template", daemon=True)
+    thread.start()
+    thread.join(TIME_LIMIT)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"it takes more than {TIME_LIMIT:g} s to render")
+    return results[0]
+
+
+def _reason(error: Exception) -> str:
+    """Return the message of an error, with its class where that says more."""
+    from jinja2 import TemplateError
+
+    known = isinstance(error, TemplateError | TimeoutError)
+    return one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
-from opd_lightning.models.causal_lm import load_causal_lm
+from opd_lightning.models.causal_lm import empty_causal_lm
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.weight_sums import EngineSum
 
@@ -86,7 +86,7 @@ class FolderFormat:
     @classmethod
     def of(cls, source: ModelSource, dtype: torch.dtype) -> FolderFormat:
         """Build from a folder's configuration; allocates no memory."""
-        return cls(load_causal_lm(source, dtype="float32", empty=True), dtype)
+        return cls(empty_causal_lm(source, dtype="float32"), dtype)
 
     def convert(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of the folder for the (name, tensor) of the model."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from opd_lightning.errors import UserError
+from opd_lightning.models.folder import CONFIGURATION, TOKENIZER, check_texts
 from opd_lightning.models.hub import hub_unavailable
 from opd_lightning.models.identity import model_identity
+
+_CONTEXT = ("max_position_embeddings", "max_seq_len", "seq_length")  # MPT's is the second
 
 
 class ModelSource:
@@ -27,34 +31,61 @@ class ModelSource:
         self.trust_remote_code = trust_remote_code
         self.role = role
 
+    @property
+    def folder(self) -> Path | None:
+        """Local folder; None if `path` is a hub name.
+
+        Raises:
+            UserError: `path` can be neither.
+        """
+        folder = Path(self.path)
+        is_local = folder.exists() or self.path.startswith((".", "~", "/"))
+        # A hub name has one slash at most.
+        if not is_local and self.path.count("/") <= 1:
+            return None
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"{self.role} model: no config.json in {self.path!r}; give a Hugging Face model "
+                "folder or a hub name"
+            )
+        return folder
+
     @cached_property
     def config(self) -> Any:
         """Transformers configuration."""
         from transformers import AutoConfig
 
-        return self._load(AutoConfig)
+        return self._load(AutoConfig, CONFIGURATION)
 
     @cached_property
     def tokenizer(self) -> Any:
         """Fast tokenizer, which must have a chat template and an EOS token."""
         from transformers import AutoTokenizer
 
-        return self._load(AutoTokenizer)
+        return self._load(AutoTokenizer, TOKENIZER)
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end a response: EOS of the tokenizer and of the generation config."""
         from transformers import GenerationConfig
 
-        ids = {self.tokenizer.eos_token_id}
+        if folder := self.folder:
+            check_texts(folder, ("generation_config.json",), self.role)
         try:
             listed = GenerationConfig.from_pretrained(
                 self.path, local_files_only=self.local_files_only
             ).eos_token_id
         except OSError:  # the model has no generation_config.json
             listed = None
-        ids |= set(listed if isinstance(listed, list) else [listed])
-        return tuple(sorted(i for i in ids if i is not None))
+        ids = listed if isinstance(listed, list | tuple) else [] if listed is None else [listed]
+        for i in ids:
+            if not isinstance(i, int) or isinstance(i, bool):
+                raise UserError(
+                    f"{self.role} {self.path!r}: eos_token_id in generation_config.json: got "
+                    f"{listed!r}, expected a token id or a list of them"
+                )
+        own = self.tokenizer.eos_token_id
+        return tuple(sorted({*ids, *([] if own is None else [own])}))
 
     @cached_property
     def identity(self) -> str:
@@ -63,41 +94,48 @@ class ModelSource:
 
     @property
     def pad_id(self) -> int:
-        """Padding id; EOS if the tokenizer has none, since masked ids are never read."""
+        """Padding id; 0 if the tokenizer has none that can be embedded: masked ids are not read."""
         pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else self.eos_ids[0]
+        if pad is None:
+            return self.eos_ids[0]
+        return pad if pad < self.config.get_text_config().vocab_size else 0
 
     @property
     def context_length(self) -> int:
-        """Maximum number of tokens, prompt and response, that the model supports."""
-        return int(self.config.get_text_config().max_position_embeddings)
+        """Maximum number of tokens, prompt and response, that the model supports.
+
+        `sys.maxsize` for architectures without positions, such as Mamba and Bloom.
+        """
+        config = self.config.get_text_config()
+        limits = (getattr(config, name, None) for name in _CONTEXT)
+        return int(next((limit for limit in limits if limit is not None), sys.maxsize))
 
     @property
     def local_files_only(self) -> bool:
         """Whether a hub name has to be read from the cache, since the hub does not answer."""
-        return not Path(self.path).is_dir() and hub_unavailable() is not None
+        return self.folder is None and hub_unavailable() is not None
 
-    def _load(self, auto_class: Any) -> Any:
-        folder = Path(self.path)
-        is_local = folder.exists() or self.path.startswith((".", "~", "/"))
-        # A hub name has one slash at most.
-        if (is_local or self.path.count("/") > 1) and not (folder / "config.json").is_file():
-            raise UserError(
-                f"{self.role} model: no config.json in {self.path!r}; give a Hugging Face model "
-                "folder or a hub name"
-            )
+    def _load(self, auto_class: Any, files: tuple[str, ...]) -> Any:
+        """Read what `auto_class` reads, from `files` if the model is a local folder."""
+        if folder := self.folder:
+            check_texts(folder, files, self.role)
         try:
             return auto_class.from_pretrained(
                 self.path,
                 trust_remote_code=self.trust_remote_code,
                 local_files_only=self.local_files_only,
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of three libraries, some of which raise Exception itself
             if self.local_files_only:
                 raise UserError(
                     f"{self.role} model: {self.path!r} is neither a folder here nor in the model "
                     f"hub's cache, and {hub_unavailable()}; give the path of a model folder, or "
                     "download the model first"
                 ) from error
-            reason = " ".join(str(error).split())[:200]
+            reason = f"{files[0]}: {one_line(error)}" if folder else one_line(error)
             raise UserError(f"{self.role} model: cannot read {self.path!r}: {reason}") from error
+
+
+def one_line(error: BaseException, length: int = 200) -> str:
+    """Return the message of a library's error in one line, cut to `length` characters."""
+    return " ".join(str(error).split())[:length]

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from opd_lightning.errors import UserError
-from opd_lightning.models.causal_lm import Dtype, load_causal_lm, response_states
+from opd_lightning.models.causal_lm import (
+    Dtype,
+    empty_causal_lm,
+    load_causal_lm,
+    response_states,
+)
 from opd_lightning.models.folder_format import stored_tensors
 from opd_lightning.models.head import (
     Comparison,
@@ -22,9 +27,10 @@ from opd_lightning.models.head import (
     TopLogprobs,
     score,
 )
+from opd_lightning.models.lora import check_lora, with_lora
 from opd_lightning.models.sharding import Sharding
 from opd_lightning.models.source import ModelSource
-from opd_lightning.models.weights import check_mergeable, full_weights
+from opd_lightning.models.weights import full_weights
 from opd_lightning.types import RolloutBatch, TokenScores
 
 
@@ -63,11 +69,8 @@ class Student(nn.Module):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        if lora is not None and lora.lora_dropout:
-            raise UserError(
-                f"student.lora.lora_dropout: got {lora.lora_dropout}, expected 0, because the "
-                "engine samples without dropout and the trainer must score the same policy"
-            )
+        if lora is not None:
+            check_lora(lora)
         self.source = ModelSource(path, trust_remote_code=trust_remote_code, role="student")
         self.lora = lora
         self.dtype: Dtype = dtype
@@ -87,24 +90,31 @@ class Student(nn.Module):
             sharding.shard(self, compute_dtype=sharding.compute_dtype)
             register_fsdp_forward_method(self, "states")
 
+    def check(self) -> None:
+        """Raise UserError, before weights load, if the model cannot be built or adapted."""
+        if self.model is None:
+            self.build(empty=True)
+
     def build(self, *, empty: bool = False) -> Any:
         """Build the initial model, LoRA included; an `empty` one is on the meta device."""
-        model = load_causal_lm(
+        make = empty_causal_lm if empty else load_causal_lm
+        model = make(
             self.source,
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
-            empty=empty,
+            training=True,
         )
         if self.gradient_checkpointing:
+            if not model.supports_gradient_checkpointing:
+                raise UserError(
+                    f"student.gradient_checkpointing: got true, which {type(model).__name__} does "
+                    "not support; leave it out"
+                )
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.lora is not None:
-            from peft import get_peft_model
-
             with torch.device("meta") if empty else nullcontext():
-                model = get_peft_model(model, self.lora)
-            check_mergeable(model)
-        # transformers returns models in eval mode, where checkpointing does nothing.
-        return _without_dropout(model.train())
+                model = with_lora(model, self.lora, empty=empty)
+        return model
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over (Hugging Face name, full tensor), LoRA merged, for engines and exports."""
@@ -148,13 +158,3 @@ class Student(nn.Module):
     def score(self, batch: RolloutBatch, *, top_k: int = 0) -> TokenScores:
         """Score the sampled tokens without comparisons; the log-probs carry the gradient."""
         return TokenScores.unflatten(self(batch, top_k=top_k).student, batch)
-
-
-def _without_dropout(model: Any) -> Any:
-    """Disable dropout: the policy that is trained must be the one that sampled, without dropout."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):  # a module in some
-            module.attention_dropout = 0.0
-    return model

@@ -20,6 +20,7 @@ from opd_lightning.rollouts import HFEngine, VLLMEngine
 from opd_lightning.rollouts.checks import parameter_shapes
 from opd_lightning.teachers import AdapterOffTeacher, CrossTokenizerTeacher
 from opd_lightning.teachers.local import OwnModelTeacher
+from opd_lightning.teachers.start import reads_folder
 from opd_lightning.types import Author, Rollout
 
 MIB = 2**20
@@ -88,7 +89,7 @@ def plan(probe: Probe, optimizer: Optimizer) -> Plan:
         engine=engine_bytes(probe),
         engine_sleeps=probe.engine is not None and probe.engine.sleep_while_training,
         pushed=probe.engine.weights_dtype if probe.engine is not None else None,
-        compares_with_start=student.lora is None and probe.data.compares_with_start("validate"),
+        compares_with_start=reads_folder(student) and probe.data.compares_with_start("validate"),
         readings=sum(isinstance(p, AdapterOffTeacher) for p in dict.fromkeys(parts)),
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
-from opd_lightning.models.causal_lm import load_causal_lm
+from opd_lightning.models.causal_lm import empty_causal_lm
 from opd_lightning.models.folder_format import stored_tensors
 from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts.base import Request, Sampling
@@ -17,7 +17,7 @@ from opd_lightning.rollouts.base import Request, Sampling
 
 def parameter_shapes(source: ModelSource) -> dict[str, torch.Size]:
     """Return the shapes of all weights by name, as they are pushed; allocates no memory."""
-    return shapes(load_causal_lm(source, dtype="float32", empty=True))
+    return shapes(empty_causal_lm(source, dtype="float32"))
 
 
 def shapes(model: Any) -> dict[str, torch.Size]:

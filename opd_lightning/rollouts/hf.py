@@ -61,6 +61,20 @@ class HFEngine(Engine):
         self._device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = model.to(self._device).eval().requires_grad_(False)
         self.weights_dtype = self._model.dtype
+        self._pads = self._ignores_padding(model.config.get_text_config().vocab_size)
+
+    @torch.no_grad()
+    def _ignores_padding(self, vocabulary: int) -> bool:
+        """Whether padding on the left leaves log-probs alone; recurrent states may take it in."""
+        ids = [i for i in range(min(vocabulary, 16)) if i != self._pad_id]
+        greedy = Sampling(max_new_tokens=1, temperature=0)
+        short, long = (Request(ids[-length:], seed=0) for length in (3, 8))
+        (alone,), (padded, _) = (
+            self._generate_batch(batch, greedy, lambda: None) for batch in ([short], [short, long])
+        )
+        gap = abs(alone.logprobs[0] - padded.logprobs[0])
+        same = alone.response_ids == padded.response_ids
+        return same and gap <= torch.finfo(self._model.dtype).eps ** 0.5
 
     @torch.no_grad()
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -81,17 +95,30 @@ class HFEngine(Engine):
         """Return one completion per request, in the order of the requests."""
         check_lengths(requests, sampling, self._max_length)
         # Sorted by length, which minimises padding when the list is split.
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        order = sorted(range(len(requests)), key=lambda i: _length(requests[i]))
         completions: dict[int, Completion] = {}
-        firsts = range(0, len(order), self.max_batch_size)
-        steps = len(firsts) * sampling.max_new_tokens  # unless all responses of a batch end earlier
+        batches = self._batches(requests, order)
+        # Unless all responses of a batch end earlier.
+        steps = len(batches) * sampling.max_new_tokens
         with Progress("generate", steps, "token step", within=True) as bar:
-            for first in firsts:
-                chosen = order[first : first + self.max_batch_size]
+            for chosen in batches:
                 batch = [requests[i] for i in chosen]
-                found = self._generate_batch(batch, sampling, bar)
+                found = self._generate_batch(batch, sampling, bar.update)
+                bar.shorten(sampling.max_new_tokens - max(len(c.response_ids) for c in found))
                 completions.update(zip(chosen, found, strict=True))
         return [completions[i] for i in range(len(requests))]
+
+    def _batches(self, requests: Sequence[Request], order: list[int]) -> list[list[int]]:
+        """Split `order`, sorted by length, into batches; of one length if padding matters."""
+        batches: list[list[int]] = []
+        for i in order:
+            last = batches[-1] if batches else []
+            alike = last and (self._pads or _length(requests[last[-1]]) == _length(requests[i]))
+            if alike and len(last) < self.max_batch_size:
+                last.append(i)
+            else:
+                batches.append([i])
+        return batches
 
     def sleep(self) -> None:
         """Move the copy to CPU memory until `wake`; on the CPU no memory is released."""
@@ -110,7 +137,7 @@ class HFEngine(Engine):
         self.version = -1
 
     def _generate_batch(
-        self, batch: Sequence[Request], sampling: Sampling, bar: Progress
+        self, batch: Sequence[Request], sampling: Sampling, on_step: Callable[[], None]
     ) -> list[Completion]:
         from transformers import GenerationConfig, LogitsProcessorList
 
@@ -121,7 +148,7 @@ class HFEngine(Engine):
             input_ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             attention_mask[row, width - len(request.prompt_ids) :] = 1
         seeds = [request.seed for request in batch] if sampling.temperature > 0 else None
-        draw = _make_draw(seeds, self._device, bar.update)
+        draw = _make_draw(seeds, self._device, on_step)
         output = self._model.generate(
             input_ids.to(self._device),
             attention_mask=attention_mask.to(self._device),
@@ -133,7 +160,6 @@ class HFEngine(Engine):
             ),
             logits_processor=LogitsProcessorList([*_make_warpers(sampling), draw]),
         )
-        bar.shorten(sampling.max_new_tokens - len(draw.logprobs))
         response_ids = output[:, width:].tolist()
         # [B, T]; finished rows continue to sample along with the others and are cut here.
         logprobs = torch.stack(draw.logprobs, dim=1).tolist()
@@ -145,6 +171,10 @@ class HFEngine(Engine):
             if token in self._eos_ids:
                 return Completion(ids[: index + 1], logprobs[: index + 1], StopReason.EOS)
         return Completion(ids, logprobs, StopReason.LENGTH)
+
+
+def _length(request: Request) -> int:
+    return len(request.prompt_ids)
 
 
 class _Draw:

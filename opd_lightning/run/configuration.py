@@ -45,6 +45,10 @@ def check_models(module: DistillationModule) -> None:
                 f"{sizes[0]} and {sizes[1]} tokens, which {type(module).__name__} cannot compare "
                 "token by token; use a method, rules and terms of sampled tokens only"
             )
+    module.student.check()
+    for teacher in module.teachers():
+        for part in teacher.parts():
+            part.check_model(module.student)
 
 
 def check_method(module: DistillationModule, data: RolloutDataModule, trainer: Trainer) -> None:
@@ -204,6 +208,13 @@ def check_usable(source: ModelSource) -> None:
         raise UserError(
             f"{source.role} {source.path!r}: its tokenizer has no EOS token, so responses could "
             "never end; set eos_token in tokenizer_config.json"
+        )
+    size = source.config.get_text_config().vocab_size
+    if not any(0 <= i < size for i in source.eos_ids):
+        raise UserError(
+            f"{source.role} {source.path!r}: its EOS token is id {source.eos_ids[0]}, but its "
+            f"vocabulary ends at {size - 1}, so responses could never end; set eos_token to one "
+            "of the model's own"
         )
     if not tokenizer.chat_template:
         raise UserError(

@@ -32,6 +32,7 @@ from opd_lightning.run.configuration import (
 from opd_lightning.run.engines import check_engines, plan_engines
 from opd_lightning.run.loading import load_training
 from opd_lightning.run.prompt_checks import check_prompts
+from opd_lightning.teachers.start import check_start
 from opd_lightning.training.callback import run_callbacks
 from opd_lightning.types import Prompt
 from opd_lightning.verifiers.base import Verifier
@@ -129,6 +130,8 @@ class RolloutDataModule(LightningDataModule):
         assert self.trainer is not None
         self.module.check()
         check_models(self.module)
+        if self.compares_with_start(stage):
+            check_start(self.module.student)
         suites = self.suites_of(stage)
         if stage != "fit" and not suites:
             name = "data.test" if stage == "test" else "data.validation"

@@ -48,6 +48,9 @@ class Teacher(ABC):
 
     # Optional hooks.
 
+    def check_model(self, student: Student) -> None:  # noqa: B027
+        """Raise UserError, before weights load, if its model cannot be loaded in this process."""
+
     def check(self, prompts: Sequence[Prompt], temperature: float) -> None:  # noqa: B027
         """Raise UserError, before training, if it cannot score `prompts` at `temperature`."""
 

@@ -81,6 +81,9 @@ class CrossTokenizerTeacher(Teacher):
         self.template_args = template_args or {}
         self._prompts: dict[str, list[int]] = {}
 
+    def check_model(self, student: Student) -> None:
+        self.frozen.check_model(student)
+
     def check(self, prompts: Sequence[Prompt], temperature: float) -> None:
         for prompt in prompts:
             self._fit(prompt, self._prompt_ids(prompt), 1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from opd_lightning.models.causal_lm import Dtype, Reader, load_causal_lm
+from opd_lightning.models.causal_lm import Dtype, Reader, empty_causal_lm, load_causal_lm
 from opd_lightning.models.head import TokenStates
 from opd_lightning.models.source import ModelSource
 from opd_lightning.teachers.local import OwnModelTeacher
@@ -48,16 +48,15 @@ class FrozenTeacher(OwnModelTeacher):
         self._device: torch.device | None = None  # device of an offloaded model's copy
         self._device_copy: Reader | None = None  # that copy
 
+    def check_model(self, student: Student) -> None:
+        if self._reader is None:
+            self._build(empty=True)
+
     def load(self, device: torch.device, student: Student) -> None:
         if self._reader is not None:
             return
         sharding = self._sharding = student.sharding
-        model = load_causal_lm(
-            self.source,
-            dtype=self.dtype,
-            attn_implementation=self.attn_implementation,
-            empty=sharding is not None and not sharding.reads,
-        )
+        model = self._build(empty=sharding is not None and not sharding.reads)
         self._reader = Reader(model).eval().requires_grad_(False)
         if sharding is not None:
             sharding.shard(self._reader)
@@ -65,6 +64,10 @@ class FrozenTeacher(OwnModelTeacher):
             self._device = device
         else:
             self._reader.to(device)
+
+    def _build(self, *, empty: bool) -> Any:
+        make = empty_causal_lm if empty else load_causal_lm
+        return make(self.source, dtype=self.dtype, attn_implementation=self.attn_implementation)
 
     def release(self) -> None:
         super().release()

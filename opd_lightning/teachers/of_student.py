@@ -12,6 +12,7 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.models.causal_lm import Reader
 from opd_lightning.models.head import TokenStates
+from opd_lightning.models.lora import moves_base
 from opd_lightning.models.sharding import copy_full, full_tensor
 from opd_lightning.teachers.local import LocalTeacher, OwnModelTeacher
 from opd_lightning.types import RolloutBatch
@@ -97,16 +98,29 @@ class EMATeacher(OwnModelTeacher):
 
 
 class AdapterOffTeacher(LocalTeacher):
-    """The student without its LoRA adapter: its initial weights without a second model."""
+    """The student without its LoRA adapter: its initial weights without a second model.
+
+    Settings under which these differ are refused: initialisations that change the base or the model
+    (PiSSA, OLoRA, `init_lora_weights: false`), and a `bias` that trains the base's own.
+    """
 
     _student: Student
 
-    def load(self, device: torch.device, student: Student) -> None:
+    def check_model(self, student: Student) -> None:
         if student.lora is None:
             raise UserError(
                 "AdapterOffTeacher: the student has no LoRA adapter to switch off; set "
                 "student.lora, or use FrozenTeacher with the student's path"
             )
+        if setting := moves_base(student.lora):
+            raise UserError(
+                f"AdapterOffTeacher: got student.lora.{setting}, with which the student without "
+                "its adapter is not its initial model; use FrozenTeacher with the student's path, "
+                "or leave the setting out"
+            )
+
+    def load(self, device: torch.device, student: Student) -> None:
+        self.check_model(student)
         self._student = student
 
     @property

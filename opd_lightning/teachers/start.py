@@ -9,12 +9,29 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from opd_lightning.errors import UserError
+from opd_lightning.models.lora import moves_base, starts_elsewhere
 from opd_lightning.teachers.frozen import FrozenTeacher
 from opd_lightning.teachers.local import LocalTeacher
 from opd_lightning.teachers.of_student import AdapterOffTeacher
 
 if TYPE_CHECKING:
     from opd_lightning.models.student import Student
+
+
+def check_start(student: Student) -> None:
+    """Raise UserError if the student's initial weights could not be had again."""
+    if student.lora is not None and starts_elsewhere(student.lora):
+        raise UserError(
+            f"student.lora.init_lora_weights: got {student.lora.init_lora_weights!r}, with which "
+            "the student does not start as the model in its folder, but a suite compares with its "
+            "start; use true, or leave the comparison out"
+        )
+
+
+def reads_folder(student: Student) -> bool:
+    """Whether the start is a second model, read from the student's folder."""
+    return student.lora is None or moves_base(student.lora) is not None
 
 
 def start_of(student: Student, compute_dtype: torch.dtype | None) -> LocalTeacher:
@@ -27,9 +44,10 @@ def start_of(student: Student, compute_dtype: torch.dtype | None) -> LocalTeache
         student: The student.
         compute_dtype: Autocast dtype of its layers; None is that of the weights.
     """
-    if student.lora is not None:
-        return _BareStart(compute_dtype)
-    return _ReadStart(student, compute_dtype)
+    check_start(student)
+    if reads_folder(student):
+        return _ReadStart(student, compute_dtype)
+    return _BareStart(compute_dtype)
 
 
 class _BareStart(AdapterOffTeacher):

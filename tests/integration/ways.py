@@ -70,10 +70,21 @@ class Way:
     watched: bool = False  # measures after every step how far texts are from the start
 
 
+class MovedStudent(Student):
+    """A student whose adapters are away from zero, so that without them it is another model."""
+
+    def build(self, *, empty: bool = False) -> Any:
+        model = super().build(empty=empty)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.kaiming_uniform_(parameter, a=5**0.5)
+        return model
+
+
 def student(path: str = STUDENT, lora: Sequence[str] = (), **more: Any) -> Student:
     torch.manual_seed(0)  # of the adapters
-    config = LoraConfig(r=4, target_modules=list(lora), init_lora_weights=False, use_rslora=True)
-    return Student(path, lora=config if lora else None, **more)
+    config = LoraConfig(r=4, target_modules=list(lora), use_rslora=True)
+    return MovedStudent(path, lora=config if lora else None, **more)
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:

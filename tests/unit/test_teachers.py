@@ -12,12 +12,16 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.lab.models import new_model
 from opd_lightning.losses.advantage import log_ratio
+from opd_lightning.models.lora import moves_base, starts_elsewhere
 from opd_lightning.models.student import Student
 from opd_lightning.teachers import AdapterOffTeacher, ByDomainTeacher, EMATeacher, FrozenTeacher
 from opd_lightning.teachers.frozen import _copy_to
+from opd_lightning.teachers.local import LocalTeacher
+from opd_lightning.teachers.start import start_of
 from opd_lightning.types import RolloutBatch
 from tests.batches import make_batch, make_rollout
 from tests.conftest import TinyModelDir
+from tests.families import write_family
 
 CPU = torch.device("cpu")
 
@@ -31,10 +35,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def loaded(path: Path, lora: bool = False) -> Student:
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False) if lora else None
-    student = Student(str(path), lora=config)
+    student = Student(str(path), lora=LoraConfig(r=2, target_modules=["q_proj"]) if lora else None)
     student.load()
+    move_adapters(student)
     return student
+
+
+def move_adapters(student: Student) -> None:
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for name, parameter in student.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_()
 
 
 def batch() -> RolloutBatch:
@@ -152,9 +164,9 @@ def test_adapter_off_is_the_base(folders: list[Path]) -> None:
 
 def test_adapter_off_is_the_base_in_the_head_too(tiny_model_dir: TinyModelDir) -> None:
     folder = tiny_model_dir(tie=False)
-    config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
-    student = Student(str(folder), lora=config)
+    student = Student(str(folder), lora=LoraConfig(r=2, target_modules=["lm_head"]))
     student.load()
+    move_adapters(student)
     base, teacher = FrozenTeacher(str(folder)), AdapterOffTeacher()
     for one in (teacher, base):
         one.load(CPU, student)
@@ -165,7 +177,83 @@ def test_adapter_off_is_the_base_in_the_head_too(tiny_model_dir: TinyModelDir) -
 
 def test_adapter_off_needs_an_adapter(folders: list[Path]) -> None:
     with pytest.raises(UserError, match="no LoRA adapter to switch off"):
-        AdapterOffTeacher().load(CPU, loaded(folders[0]))
+        AdapterOffTeacher().check_model(Student(str(folders[0])))
+
+
+SETTINGS = [
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "orthogonal"},
+    {"init_lora_weights": "mica"},
+    {"modules_to_save": ["input_layernorm"]},
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "pissa_niter_4"},
+    {"init_lora_weights": "olora"},
+    {"init_lora_weights": False},
+    {"bias": "all"},
+    {"bias": "lora_only"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_start_is_the_student_as_loaded_or_refused(
+    tmp_path: Path, settings: dict[str, object]
+) -> None:
+    """Adapter off, and what measurements compare with; after training, which moves biases too."""
+    folder = write_family(tmp_path, "qwen2")
+    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj"], **settings)
+    student = Student(str(folder), lora=config)
+    student.check()
+    student.load()
+    at_start = student.score(batch()).logprobs.detach()
+    nudge(student, by=0.1)
+    assert (student.score(batch()).logprobs - at_start).abs().max() > 1e-2
+    teachers: list[LocalTeacher] = []
+    if moves_base(config):
+        with pytest.raises(UserError, match=r"got student\.lora\.(bias|init_lora_weights): "):
+            AdapterOffTeacher().check_model(student)
+    else:
+        teachers.append(AdapterOffTeacher())
+    if starts_elsewhere(config):
+        with pytest.raises(UserError, match="does not start as the model in its folder"):
+            start_of(student, None)
+    else:
+        teachers.append(start_of(student, None))
+    for teacher in teachers:
+        teacher.load(CPU, student)
+        found = teacher.score(batch(), "student").logprobs
+        torch.testing.assert_close(found, at_start, atol=1e-5, rtol=0)
+    assert len(teachers) == 2 - (moves_base(config) is not None) - starts_elsewhere(config)
+
+
+def check_student(folder: Path, config: LoraConfig) -> None:
+    Student(str(folder), lora=config).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"r": 0}, r"student\.lora\.r"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights"),
+        ({"init_lora_weights": "nonsense"}, "init_lora_weights"),
+        ({"target_modules": ["nowhere"]}, "nowhere"),
+        ({"target_modules": ["layers"]}, "ModuleList"),
+        ({"exclude_modules": ["q_proj"]}, "exclude_modules"),
+        ({"modules_to_save": ["nowhere"]}, "nowhere"),
+        ({"layers_to_transform": [7]}, "layers_to_transform|q_proj"),
+    ],
+    ids=str,
+)
+def test_adapters_that_cannot_be_built_are_refused_before_weights_load(
+    folders: list[Path], settings: dict[str, object], field: str
+) -> None:
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **settings})
+    with pytest.raises(UserError, match=field) as refused:
+        check_student(folders[0], config)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) <= 400
 
 
 def test_u21_domains_are_answered_by_their_own_teacher(folders: list[Path]) -> None:

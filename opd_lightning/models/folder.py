@@ -1,0 +1,138 @@
+"""Files of a local model folder, checked without reading weights."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from opd_lightning.errors import UserError
+
+CONFIGURATION = ("config.json", "generation_config.json")
+TOKENIZER = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+    "vocab.json",
+)
+_TEXTS = ("chat_template.jinja", "merges.txt", "tokenizer.model", "spiece.model")
+_LFS = b"version https://git-lfs.github.com/spec/"
+_MAX_HEADER = 100_000_000  # bytes; safetensors refuses larger ones
+_SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"  # in transformers' order
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def check_texts(folder: Path, names: tuple[str, ...], role: str) -> None:
+    """Raise UserError if a JSON file is damaged, or a text file is a Git LFS pointer.
+
+    Args:
+        folder: Local folder; files that it lacks are skipped.
+        names: JSON files; those of a tokenizer bring its other files along.
+        role: Use of the model; named in errors.
+    """
+    also = _TEXTS if names == TOKENIZER else ()
+    for name in (*names, *also):
+        if (folder / name).is_file():
+            _refuse_pointer(folder / name, role)
+    for name in names:
+        if (folder / name).is_file():
+            _read_object(folder / name, role)
+
+
+def check_weights(folder: Path, role: str) -> Shapes:
+    """Check that the weight files exist and are whole; return shapes of tensors by name.
+
+    Of safetensors files the headers are read; of others, which are archives, the directories,
+    and their tensors are not listed.
+
+    Raises:
+        UserError: A file is missing, cut or a Git LFS pointer.
+    """
+    shapes: Shapes = {}
+    for file in _weight_files(folder, role):
+        _refuse_pointer(file, role)
+        if file.suffix == ".safetensors":
+            shapes |= _shapes(file, role)
+        else:
+            _check_archive(file, role)
+    return shapes
+
+
+def _weight_files(folder: Path, role: str) -> Iterator[Path]:
+    """Yield the files that transformers reads."""
+    for name in (_SAFETENSORS, _PICKLE):
+        if (folder / name).is_file():
+            yield folder / name
+            return
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            _refuse_pointer(index, role)
+            listed = _read_object(index, role).get("weight_map")
+            if not isinstance(listed, Mapping) or not listed:
+                raise _error(index, role, "has no weight_map")
+            for shard in sorted(set(map(str, listed.values()))):
+                if not (folder / shard).is_file():
+                    raise _error(index, role, f"names {shard!r}, which is not there")
+                yield folder / shard
+            return
+    raise UserError(
+        f"{role} model {str(folder)!r}: got no weights, expected {_SAFETENSORS}, its shards, or "
+        f"{_PICKLE}; get the whole folder"
+    )
+
+
+def _shapes(file: Path, role: str) -> Shapes:
+    """Return the shapes in a safetensors header. Raise UserError if the file is not whole."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise _error(file, role, f"is no whole safetensors file ({size} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+            tensors = {name: x for name, x in header.items() if name != "__metadata__"}
+            end = max((x["data_offsets"][1] for x in tensors.values()), default=0)
+            shapes = {name: tuple(x["shape"]) for name, x in tensors.items()}
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise _error(file, role, "has a damaged header") from error
+    if size != 8 + length + end:
+        raise _error(file, role, f"has {size} bytes, and its header says {8 + length + end}")
+    return shapes
+
+
+def _check_archive(file: Path, role: str) -> None:
+    with file.open("rb") as stream:
+        start = stream.read(4)
+    # The directory of a zip archive is at its end. Files of old versions are no archives.
+    if not start or (start.startswith(b"PK") and not zipfile.is_zipfile(file)):
+        raise _error(file, role, f"is cut ({file.stat().st_size} bytes)")
+
+
+def _refuse_pointer(file: Path, role: str) -> None:
+    with file.open("rb") as stream:
+        if stream.read(len(_LFS)) == _LFS:
+            raise UserError(
+                f"{role} model: {str(file)!r} is a Git LFS pointer, not the file itself; run "
+                "`git lfs pull` in its folder"
+            )
+
+
+def _read_object(file: Path, role: str) -> Mapping[str, Any]:
+    """Return the object in a JSON file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _error(file, role, f"is no JSON file ({str(error)[:100]})") from error
+    if not isinstance(content, dict):
+        raise _error(file, role, f"holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _error(file: Path, role: str, what: str) -> UserError:
+    return UserError(f"{role} model: {str(file)!r} {what}; get the file again")

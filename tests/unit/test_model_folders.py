@@ -1,0 +1,152 @@
+"""Damaged model folders, each refused in one line that names the file, before weights load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from opd_lightning.errors import UserError
+from opd_lightning.models.source import ModelSource
+from opd_lightning.models.student import Student
+from opd_lightning.run.configuration import check_usable
+from tests.conftest import TinyModelDir
+
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\n"
+    "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def folder(tiny_model_dir: TinyModelDir, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_model_dir(), tmp_path / "model")
+
+
+def check(folder: Path) -> None:
+    """What a run checks before weights load."""
+    student = Student(str(folder))
+    check_usable(student.source)
+    _ = student.source.pad_id
+    student.check()
+
+
+def change(folder: Path, name: str, **values: Any) -> None:
+    file = folder / name
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(content | values))
+
+
+def cut(folder: Path, size: int) -> None:
+    file = folder / WEIGHTS
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def index(folder: Path, **shards: str) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
+def pickled(folder: Path, content: bytes) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+
+
+def write(name: str, content: str | bytes) -> Callable[[Path], object]:
+    data = content.encode() if isinstance(content, str) else content
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut in the tensors": (lambda f: cut(f, -1000), WEIGHTS),
+    "cut in the header": (lambda f: cut(f, 100), WEIGHTS),
+    "cut in the length": (lambda f: cut(f, 5), WEIGHTS),
+    "empty": (lambda f: cut(f, 0), WEIGHTS),
+    "longer than it says": (
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes() + b"x"),
+        WEIGHTS,
+    ),
+    "header is no JSON": (write(WEIGHTS, b"\4\0\0\0\0\0\0\0[{]}"), WEIGHTS),
+    "header lists no offsets": (write(WEIGHTS, b'\x08\0\0\0\0\0\0\0{"a": 1}'), WEIGHTS),
+    "weights are a pointer": (write(WEIGHTS, POINTER), WEIGHTS),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "got no weights"),
+    "index names a missing shard": (lambda f: index(f, a="model-00001-of-2.safetensors"), "-of-2"),
+    "index is empty": (lambda f: index(f), "index.json"),
+    "cut archive": (lambda f: pickled(f, b"PK\3\4" + bytes(50)), "pytorch_model.bin"),
+    "empty archive": (lambda f: pickled(f, b""), "pytorch_model.bin"),
+    "vocabulary of another size": (lambda f: change(f, "config.json", vocab_size=99), "vocab_size"),
+    "another width": (lambda f: change(f, "config.json", hidden_size=32), "config.json"),
+    "no heads": (lambda f: change(f, "config.json", num_attention_heads=0), "config.json"),
+    "text for a number": (lambda f: change(f, "config.json", hidden_size="x"), "config.json"),
+    "unknown model": (lambda f: change(f, "config.json", model_type="nobodys"), "config.json"),
+    "configuration is a list": (write("config.json", "[]"), "config.json"),
+    "configuration is cut": (write("config.json", '{"model_type": "qw'), "config.json"),
+    "configuration is a pointer": (write("config.json", POINTER), "config.json"),
+    "tokenizer is cut": (write("tokenizer.json", '{"version": "1'), "tokenizer.json"),
+    "tokenizer is a pointer": (write("tokenizer.json", POINTER), "tokenizer.json"),
+    "tokenizer has no model": (write("tokenizer.json", "{}"), "tokenizer"),
+    "tokenizer settings are cut": (write("tokenizer_config.json", "{"), "tokenizer_config.json"),
+    "generation settings are cut": (write("generation_config.json", "{"), "generation_config.json"),
+    "EOS as lists": (
+        lambda f: change(f, "generation_config.json", eos_token_id=[[1], [2]]),
+        "eos_token_id",
+    ),
+    "EOS as text": (
+        lambda f: change(f, "generation_config.json", eos_token_id="<eos>"),
+        "eos_token_id",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_is_refused_by_name(folder: Path, name: str) -> None:
+    damage, said = DAMAGE[name]
+    damage(folder)
+    with pytest.raises(UserError) as refused:
+        check(folder)
+    line = str(refused.value)
+    assert said in line
+    assert "student" in line
+    assert "\n" not in line
+    assert len(line) <= 400 + len(str(folder))
+
+
+def test_whole_folders_are_read(folder: Path) -> None:
+    check(folder)
+    tensors = load_file(folder / WEIGHTS)
+    names = sorted(tensors)
+    index(folder, **{n: f"{i % 2}.safetensors" for i, n in enumerate(names)})
+    for i in range(2):
+        part = {n: tensors[n] for n in names[i::2]}
+        save_file(part, folder / f"{i}.safetensors", metadata={"format": "pt"})
+    check(folder)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    check(folder)
+    student = Student(str(folder))
+    student.load()
+    assert student.model.get_input_embeddings().weight.equal(tensors["model.embed_tokens.weight"])
+
+
+def test_a_pad_id_outside_of_the_vocabulary_is_not_used(folder: Path) -> None:
+    """Padding is masked, so any id that can be embedded does."""
+    source = ModelSource(str(folder))
+    source.tokenizer.add_special_tokens({"pad_token": "<another>"})
+    assert source.tokenizer.pad_token_id == source.config.vocab_size
+    assert source.pad_id < source.config.vocab_size
+
+
+def test_an_end_outside_of_the_vocabulary_is_refused(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    source = ModelSource(str(folder), role="student")
+    source.tokenizer.add_special_tokens({"eos_token": "<another>"})
+    with pytest.raises(UserError, match="EOS token is id 64"):
+        check_usable(source)
