@@ -13,7 +13,7 @@ from typing import NoReturn
 from opd_lightning import __version__
 from opd_lightning.commands.callback_names import install_callback_names
 from opd_lightning.commands.command_table import check_command, check_configs, overview
-from opd_lightning.errors import RunStoppedError, UserError, note, report
+from opd_lightning.errors import RunStoppedError, UserError, note, report, shortened
 from opd_lightning.run import signals
 from opd_lightning.run.signals import SignalledError, signal_of
 from opd_lightning.terminal.quiet import quiet_libraries
@@ -57,9 +57,10 @@ def _dispatch(args: list[str]) -> None:
     elif command == "serve":
         # Meant for trainers, but SLURM sends it to every process of a job.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        from opd_lightning.commands.parsers import OneLineParser
         from opd_lightning.serving.serve import main as serve
 
-        serve(rest)
+        serve(rest, OneLineParser)
     elif command == "compare":
         from opd_lightning.commands.compare import main as compare
 
@@ -111,6 +112,9 @@ def one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would flush
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # a mistake in the input
+            _end(UserError(f"{str(error.filename)!r}: the name of a file or folder is too long"))
+            sys.exit(2)
         if error.errno not in REFUSALS:
             raise
         place = f"{str(error.filename)!r}: " if error.filename else ""
@@ -129,19 +133,20 @@ def one_line_errors() -> Iterator[None]:
 
 def _end(error: Exception) -> None:
     """Report an error, by one of the processes that have it, and leave together with those."""
+    message = shortened(str(error)) if isinstance(error, UserError) else str(error)
     if "torch" not in sys.modules:  # no process group can exist; importing it takes seconds
-        report(str(error))
+        report(message)
         return
     from opd_lightning.processes import Ending
 
     if getattr(error, "raised_by_all", False):
         if _rank() == 0:
-            report(str(error))
+            report(message)
         _part()
         return
-    ending = Ending(str(error))
+    ending = Ending(message)
     if ending.is_first:
-        report(str(error))
+        report(message)
     if ending.wait_for_all():
         _part()
 

@@ -1,5 +1,6 @@
 """Errors for users: one line, what / got / expected / what to do."""
 
+import re
 import sys
 from typing import Self, TypeVar
 
@@ -81,6 +82,20 @@ def raised_by_all(error: Error) -> Error:
     """Mark an error that every rank raises, so that only one of them reports it."""
     error.raised_by_all = True  # type: ignore[attr-defined]
     return error
+
+
+def shortened(text: str, limit: int = 400) -> str:
+    """Return a text as one line of at most `limit` characters.
+
+    Words longer than a path is likely to be are cut first, then the middle of the line: it begins
+    with the place of a mistake and ends with what to do.
+    """
+    line = " ".join(text.split())
+    if len(line) > limit:
+        line = re.sub(r"\S{161,}", lambda word: f"{word[0][:120]}...", line)
+    if len(line) > limit:
+        line = f"{line[: limit - 125]} ... {line[-120:]}"
+    return line
 
 
 def report(message: str) -> None:

@@ -42,7 +42,8 @@ def check_readable(saved: Saved, trainer: Trainer, *, training: bool) -> None:
         )
     if training and not saved.resumable:
         raise UserError(
-            f"{name} holds weights alone (save_weights_only), expected the optimiser's state, too; "
+            f"{name} holds weights alone (save_weights_only), or lacks the state of the optimiser "
+            "or the loops, without which the run would begin again at step 0 with later weights; "
             "name another, or start a new run from an exported student"
         )
     assert trainer.lightning_module is not None

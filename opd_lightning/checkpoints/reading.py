@@ -38,7 +38,7 @@ class Saved:
     time: float  # modification, seconds since 1970
     sizes: dict[str, int]  # bytes of its files by relative path; "" is the path itself
     shapes: dict[str, Shape]  # of the module's tensors
-    resumable: bool  # whether it has the optimiser's state
+    resumable: bool  # whether it has the state of the optimiser and of the loops
     written_by: dict[str, Any]  # processes, method, optimizers; empty in older checkpoints
 
     @property
@@ -140,7 +140,7 @@ def _describe_file(path: Path) -> Saved:
         time=stat.st_mtime,
         sizes={"": stat.st_size},
         shapes={name: tuple(tensor.shape) for name, tensor in weights.items()},
-        resumable="optimizer_states" in content,
+        resumable="optimizer_states" in content and "loops" in content,
         written_by=content.get("written_by", {}),
     )
 
@@ -173,7 +173,7 @@ def _describe_folder(path: Path) -> Saved:
             for name, entry in stored.items()
             if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
         },
-        resumable=any(name.startswith("optimizer_0.") for name in stored),
+        resumable="loops" in content and any(name.startswith("optimizer_0.") for name in stored),
         written_by=content.get("written_by", {}),
     )
 

@@ -50,6 +50,16 @@ def explain_taken_name(message: str) -> str | None:
     )
 
 
+def is_our_package(name: str, source: Path) -> bool:
+    """Whether a package found by one of the names is the one of this installation.
+
+    Args:
+        name: Name of a package, callbacks or another.
+        source: Its `__init__.py`.
+    """
+    return name not in (SHORT, INSTALLED) or source.parent == _home()
+
+
 def _home() -> Path:
     """Return the folder that holds the callbacks of this installation."""
     return _ROOT / INSTALLED if (_ROOT / INSTALLED).is_dir() else _ROOT / SHORT

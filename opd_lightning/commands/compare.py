@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from opd_lightning.commands.parsers import OneLineParser
 from opd_lightning.errors import UserError
 
 DEFAULT_TAGS = ("val/*/score", "loss", "response/length", "response/truncated")
@@ -61,7 +61,7 @@ def compare(
         json: Print one JSON object instead of a table.
     """
     wanted = tags or list(DEFAULT_TAGS)
-    curves = {run: read(Path(run)) for run in dict.fromkeys(runs)}
+    curves = {run: read(Path(run).expanduser()) for run in dict.fromkeys(runs)}
     found = sorted({t for one in curves.values() for t in one if matches(t, wanted)})
     if not found:
         known = sorted({t for one in curves.values() for t in one})
@@ -76,7 +76,7 @@ def compare(
         if any(tag in curves[run] for run in members)
     ]
     if plot is not None:
-        draw(found, groups, curves, Path(plot))
+        draw(found, groups, curves, Path(plot).expanduser())
     if json:
         print(json_format.dumps([one._asdict() for one in lines]))
     else:
@@ -192,7 +192,7 @@ def draw(
 
 def main(args: list[str]) -> None:
     """Entry point of `opd compare`."""
-    parser = ArgumentParser(prog="opd compare", description="Runs side by side.")
+    parser = OneLineParser(prog="opd compare", description="Runs side by side.")
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_function_arguments(compare, skip={"runs"})
     compare(**parser.parse_args(args).as_dict())

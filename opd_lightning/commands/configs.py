@@ -100,7 +100,7 @@ def copy(name: str, destination: str | None = None) -> None:
     files = _files(name)
     folder = shipped_folder() / name
     base = files[0] if files[0].parent == folder.parent else folder
-    to = Path(destination or Path("configs", base.relative_to(shipped_folder())))
+    to = Path(destination or Path("configs", base.relative_to(shipped_folder()))).expanduser()
     if base.is_file() and (to.is_dir() or (destination or "").endswith("/")):
         to = to / base.name
     copies = {path: to / path.relative_to(base) for path in files}

@@ -1,7 +1,9 @@
-"""Refuse misspelt keys of YAML files and the command line before the heavy imports.
+"""Refuse misspelt keys and impossible values before the heavy imports.
 
-The parser does this too, with the types of the values, but only after Lightning is imported. What
-the source does not tell for certain is left to the parser.
+They stand in YAML files or on the command line.
+
+The parser refuses most of them too, but only after Lightning is imported. What the source does not
+tell for certain is left to the parser.
 """
 
 from __future__ import annotations
@@ -10,17 +12,27 @@ import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
-from opd_lightning.commands.signatures import Class, Parameter, find, parameters
+from opd_lightning.commands.callback_names import INSTALLED, SHORT, is_our_package
+from opd_lightning.commands.config_files import is_blank, parse, read_config
+from opd_lightning.commands.known_values import Word, kinds_of, problem, shown, words_of
+from opd_lightning.commands.signatures import Class, Parameter, find, load, parameters
 from opd_lightning.errors import UserError
 
 TRAINER = "opd_lightning.commands.trainer.Trainer"
 DATA = "opd_lightning.run.datamodule.RolloutDataModule"
 MODEL = "opd_lightning.training.base.DistillationModule"
+SECTIONS = {"model": MODEL, "data": DATA, "trainer": TRAINER}
+
+# Packages whose class names are known from their source, and where users find classes.
+OURS = ("opd_lightning", SHORT, INSTALLED)
+EXPORTS = (
+    *(f"opd_lightning.{r}" for r in ("methods", "rules", "rollouts", "teachers", "verifiers")),
+    SHORT,
+)
 
 # Options of every command, besides the parameters of its method.
 COMMON = ("config", "help", "print_config", "seed_everything", "model", "data", "trainer")
@@ -37,13 +49,14 @@ _SUBCLASS = {"class_path", "init_args", "dict_kwargs"}
 
 
 def check_keys(command: str, words: list[str]) -> None:
-    """Raise UserError at the first key that no class of the program accepts."""
+    """Raise UserError at the first key or value that no class of the program accepts."""
     trainer = find(TRAINER)
     method = trainer.method(command.replace("-", "_")) if trainer else None
     if method is None:
         return
-    own = [name for name in parameters(*method) if name not in NOT_OPTIONS]
-    checker = _Checker(command, [*COMMON, *own])
+    own = {k: p for k, p in parameters(*method).items() if k not in NOT_OPTIONS}
+    seed = Parameter(ast.parse("bool | int", mode="eval").body, "0", "", method[1].home)
+    checker = _Checker(command, {**dict.fromkeys(COMMON), **own, "seed_everything": seed})
     for source, tree in _given(words):
         checker.check(source, tree)
 
@@ -54,77 +67,116 @@ def _given(words: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for word in rest:
         option, equals, value = word.partition("=")
         if option in ("-c", "--config"):
-            value = value if equals else next(rest, "")
-            if value.endswith((".yaml", ".yml")) and not Path(value).exists():
-                raise UserError(f"--config: got {value!r}, but no such file exists")
-            try:
-                tree = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-            except (OSError, ValueError, yaml.YAMLError):
-                continue
-            if isinstance(tree, dict):
-                yield value, tree
+            yield read_config(value if equals else next(rest, ""))
         elif option.startswith("--"):
             keys = option[2:].removesuffix("+").split(".")
-            if keys[-1] == "help":
+            asks_help = keys[-1] == "help"
+            if asks_help:
                 keys.pop()
+            given = bool(equals)
             if not equals and keys and keys[0] in ("model", "data", "trainer"):
-                value = next(rest, "")
-            leaf: Any = _tree(value)
+                value, given = next(rest, ""), True
+            leaf: Any = _leaf(option, value) if given and not asks_help else _Unknown()
             for key in reversed(keys):
                 leaf = {key: leaf}
             if keys:
                 yield "", leaf
 
 
-def _tree(value: str) -> dict[str, Any] | None:
-    """The value of an option as a tree: what is in braces, or a name, which may be a class's."""
-    if value.startswith("{"):
-        try:
-            tree = yaml.safe_load(value)
-        except (ValueError, yaml.YAMLError):
-            return None
-        return tree if isinstance(tree, dict) else None
-    return {"class_path": value} if value.replace(".", "_").isidentifier() else None
+class _Unknown:
+    """Value that is left to the parser."""
+
+
+def _leaf(option: str, value: str) -> Any:
+    """The value of an option: what is in braces or brackets as data, all else as a word."""
+    if not value.startswith(("{", "[")):
+        return Word(value)
+    try:
+        yaml.compose(value, yaml.SafeLoader)
+    except (ValueError, yaml.YAMLError, RecursionError):
+        return _Unknown()  # a text that begins like data, perhaps
+    return parse(option, value)
 
 
 @dataclass
 class _Checker:
     command: str
-    options: list[str]
+    options: dict[str, Parameter | None]
     classes: dict[str, Class | None] = field(default_factory=dict)
 
     def check(self, source: str, tree: Mapping[str, Any]) -> None:
         self.source = source
         for key, value in tree.items():
-            self.expect("", key, self.options)
-            root = {"model": MODEL, "data": DATA, "trainer": TRAINER}.get(key)
-            if root and isinstance(value, Mapping):
-                self.object(key, value, find(root) if key != "model" else None)
+            self.expect("", key, [*self.options])
+            if key in SECTIONS:
+                self.section(key, value)
+            elif (option := self.options[key]) is not None:
+                self.expect_value(key, value, option)
+                if key == "seed_everything":
+                    self.expect_seed(value)
+
+    def section(self, key: str, value: Any) -> None:
+        """Check the tree of the model, the data or the trainer."""
+        if isinstance(value, str) and key == "model" and is_name(value):
+            value = {"class_path": str(value)}
+        if isinstance(value, Mapping):
+            if key == "data" and "seed" in value:
+                self.refuse("data.seed", "is seed_everything's; set that instead")
+            self.object(key, value, find(SECTIONS[key]) if key != "model" else None)
+        elif not isinstance(value, _Unknown | str) or is_blank(value):
+            kind = "a method (class_path and init_args)" if key == "model" else "a table of options"
+            self.refuse(key, f"got {shown(value)}, expected {kind}")
 
     def expect(self, place: str, key: object, known: list[str]) -> None:
-        """Refuse a key that is not known; the parser completes options, save those of a class."""
+        """Refuse a key that is not known. Abbreviations are not accepted."""
         name = str(key)
-        of_class = any(f"{place}.".startswith(f"{other}.") for other in self.classes)
-        completed = not self.source and not of_class
-        if name in known or (completed and any(word.startswith(name) for word in known)):
+        if name in known:
             return
-        full = f"{place}.{name}" if place else name
-        where = f"{self.source}: " if self.source else ""
         near = get_close_matches(name, known, n=1)
+        begun = [word for word in known if word.startswith(name)] if len(name) > 1 else []
+        near = begun[:1] if len(begun) == 1 else near
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
         if len(hint) > 200:
             hint = f"{hint[:200]} ..."
-        dash = "" if self.source else "--"
-        raise UserError(
-            f"{where}{dash}{full}: {name!r} is not accepted; {hint} "
-            f"(`opd {self.command} --help` shows what is)"
+        cut = name if len(name) <= 60 else f"{name[:57]}..."
+        full = f"{place}.{cut}" if place else cut
+        self.refuse(
+            full,
+            f"{cut!r} is not accepted; {hint} (`opd {self.command} --help` shows what is)",
         )
+
+    def expect_value(self, place: str, value: Any, parameter: Parameter) -> None:
+        """Refuse a value that the parameter's type does not allow."""
+        if not isinstance(value, _Unknown) and (found := problem(value, parameter)) is not None:
+            self.refuse(place, found)
+
+    def expect_seed(self, value: Any) -> None:
+        try:
+            seed = int(value)
+        except (TypeError, ValueError):
+            return
+        if not 0 <= seed < 2**32:
+            text = shown(Word(seed)) if abs(seed) < 10**12 else "a number of many digits"
+            self.refuse("seed_everything", f"got {text}, expected 0 to {2**32 - 1}")
+
+    def refuse(self, place: str, problem: str) -> NoReturn:
+        where = f"{self.source}: " if self.source else ""
+        dash = "" if self.source else "--"
+        raise UserError(f"{where}{dash}{place}: {problem}")
 
     def object(self, place: str, tree: Mapping[Any, Any], default: Class | None) -> None:
         """Check the arguments of a class, named by the tree, an earlier one or the annotation."""
         if isinstance(path := tree.get("class_path"), str):
+            if (found := unknown_class(path)) is not None:
+                self.refuse(place, found)
             self.forget(place)  # another class may have others inside
             self.classes[place] = find(path)
+            beside = [key for key in tree if key not in _SUBCLASS]
+            if beside:
+                self.refuse(
+                    f"{place}.{beside[0]}",
+                    f"stands beside class_path; put {', '.join(map(str, beside))} under init_args",
+                )
         owner = self.classes.get(place, default)
         known = owner.options() if owner else None
         if known is None:
@@ -135,8 +187,7 @@ class _Checker:
                 continue
             key = str(key).removesuffix("+")  # which appends to a list, in files too
             self.expect(place, key, [*known])
-            if key in known:
-                self.value(f"{place}.{key}", value, known[key])
+            self.value(f"{place}.{key}", value, known[key])
 
     def forget(self, place: str) -> None:
         """Drop the classes of a place and of all places inside it."""
@@ -145,7 +196,10 @@ class _Checker:
         }
 
     def value(self, place: str, value: Any, parameter: Parameter) -> None:
-        """Check the trees in the value of a parameter, as far as its annotation tells."""
+        """Check the value of a parameter and the trees in it, as far as its annotation tells."""
+        self.expect_value(place, value, parameter)
+        if isinstance(value, str) and is_name(value) and takes_class(parameter):
+            value = {"class_path": str(value)}
         if isinstance(value, list):
             # What comes later by this place's name belongs to the last item.
             self.forget(place)
@@ -165,6 +219,56 @@ class _Checker:
                         self.object(f"{place}.{name}", item, kind)
             else:
                 self.object(place, value, kind)
+
+
+def unknown_class(path: str) -> str | None:
+    """Describe a class path into our own packages that names nothing; else None."""
+    owner, _, name = path.rpartition(".")
+    top = owner.partition(".")[0]
+    package = load(top) if top in OURS else None
+    if package is None or not is_our_package(top, package.path):
+        return None
+    module = load(owner)
+    if find(path) is not None or (module is not None and module.defines(name)):
+        return None
+    if module is None and (outer := find(owner)) is not None and outer.node.name:
+        return None  # a class inside a class
+    exported = [f"{room}.{one}" for room in EXPORTS for one in _names(room)]
+    beside = [f"{owner}.{one}" for one in _names(owner)]
+    for candidates in (beside, exported):
+        near = get_close_matches(name, [one.rpartition(".")[2] for one in candidates], n=1)
+        if near:
+            full = next(one for one in candidates if one.endswith(f".{near[0]}"))
+            return f"there is no class {_cut(path)!r}; did you mean {full!r}?"
+    what = "module" if module is None else "class"
+    return f"there is no {what} {_cut(owner if module is None else path)!r}; correct the name"
+
+
+def _names(name: str) -> list[str]:
+    """Names of the classes that a module of ours defines or exports."""
+    module = load(name)
+    known = {**module.imported, **module.definitions} if module else {}
+    return [word for word in known if word[:1].isupper()]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def is_name(text: str) -> bool:
+    """Whether a text may be the import path of a class."""
+    return text.replace(".", "_").isidentifier() and text not in ("null", "None")
+
+
+def takes_class(parameter: Parameter) -> bool:
+    """Whether a text for the parameter can only be the name of a class."""
+    words = words_of(parameter)
+    if "str" in words or words == {"Literal"}:  # or of a dict of classes, which no text is
+        return False
+    kinds = kinds_of(parameter)
+    if kinds is None:
+        return parameter.annotation is None
+    return "class" in kinds.names and "str" not in kinds.names
 
 
 def _class_of(parameter: Parameter) -> tuple[Class | None, bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-import re
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from opd_lightning.checkpoints import LAST, needed, settle_folders
 from opd_lightning.commands.callback_names import explain_taken_name
 from opd_lightning.commands.command_table import TRAINER_COMMANDS
+from opd_lightning.commands.parser_messages import hint, one_line
 from opd_lightning.commands.trainer import Trainer
 from opd_lightning.errors import UserError, note, report
 from opd_lightning.run.datamodule import RolloutDataModule
@@ -35,13 +36,6 @@ STANDARD_COMMANDS = ("fit", "validate", "test")
 DASHED = [name for name in TRAINER_COMMANDS if name not in STANDARD_COMMANDS]
 OWN_COMMANDS = [name.replace("-", "_") for name in DASHED]
 
-# What jsonargparse says besides the cause: type unions tried in vain, dumps of the value.
-_NOISE = re.compile(
-    r"^(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:"
-    r"|Given value type: .*|Given value: (?!\S+$).*"
-    r"|Expected a <class 'NoneType'>.*|Expected a path but .*|tip: .*)$"
-)
-
 
 def as_yaml(word: str) -> str:
     """A word of the command line, its value as YAML writes it if Python wrote it.
@@ -56,24 +50,18 @@ def as_yaml(word: str) -> str:
         return word
 
 
-def one_line(message: str) -> str:
-    """The causes in a parser's message, outermost first."""
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    causes = [line for line in lines if line and not _NOISE.match(line)]
-    text = " ".join(cause if cause.endswith(":") else cause + ";" for cause in causes)
-    return text.rstrip(";")
-
-
 class _Parser(LightningArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
     def parse_args(self, args: Any = None, *rest: Any, **more: Any) -> Any:
         return super().parse_args(args and [as_yaml(word) for word in args], *rest, **more)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        command = self.prog.replace(" [options]", "")
         if (line := explain_taken_name(message)) is not None:
             report(line)
             sys.exit(2)
-        report(f"{one_line(message)}; `{command} --help` lists what is accepted")
+        report(f"{one_line(message)}; {hint(self.prog)}")
         sys.exit(2)
 
 
@@ -152,6 +140,8 @@ class OPDCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         command = self.config.subcommand
         path = self.config[command].get("ckpt_path")
+        if path:
+            path = self.config[command]["ckpt_path"] = os.path.expanduser(path)
         if path and path != LAST and not Path(path).exists():
             raise UserError(
                 f"--ckpt_path: no checkpoint at {path!r}; look in the run folder's 'checkpoints', "
@@ -163,6 +153,14 @@ class OPDCLI(LightningCLI):
             super().instantiate_classes()
         except UserError:
             raise
+        except RuntimeError as error:
+            if "--ntasks" not in str(error):  # of Lightning's environment for SLURM
+                raise
+            raise UserError(
+                f"SLURM: {os.environ.get('SLURM_NTASKS')} tasks were asked for with --ntasks, "
+                "which does not say how many a node gets; use --ntasks-per-node, equal to "
+                "trainer.devices"
+            ) from error
         except (ValueError, MisconfigurationException) as error:
             # jsonargparse folds a constructor's UserError into its own report on type unions.
             raise UserError(one_line(str(error))) from error

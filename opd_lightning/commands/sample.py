@@ -23,7 +23,7 @@ from opd_lightning.errors import UserError, note, report
 from opd_lightning.models.tokenization import token_texts
 from opd_lightning.rollouts import Engine, HFEngine, Sampling
 from opd_lightning.run.outputs import write_text
-from opd_lightning.run.prompt_checks import check_prompts
+from opd_lightning.run.prompt_checks import PromptCheck
 from opd_lightning.seeding import SHOWN_SAMPLE, derive_seed
 from opd_lightning.terminal.token_page import TokenRow, token_page
 from opd_lightning.types import Author, Message, Prompt, Rollout
@@ -107,7 +107,7 @@ class Sampler:
         prompt, mix = self.question.prompt(messages), RolloutMix()
         ids = self.renderer.plain(prompt)
         sampling = self.question.sampling
-        check_prompts(self.module, [prompt], [ids], self.renderer, sampling, mix, training=False)
+        PromptCheck(self.module, self.renderer, sampling, mix, training=False)(prompt, ids)
         return ids
 
     def start(self, checkpoint: str | None, max_length: int, device: torch.device) -> None:

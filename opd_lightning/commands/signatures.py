@@ -7,6 +7,7 @@ nothing of it.
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from docstring_parser import parse as parse_docstring
 
+LONGEST = 200  # characters of a module's name; files may have 255
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -33,10 +35,12 @@ class Module:
 
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
+        self.path = path
         tree = ast.parse(path.read_text(encoding="utf-8"))
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         self.definitions: dict[str, ast.stmt] = {}
         self.imported: dict[str, str] = {}
+        self.assigned: dict[str, ast.expr] = {}
         for node in _statements(tree.body):
             if isinstance(node, ast.ImportFrom):
                 parts = package.split(".")[: -(node.level - 1) or None] if node.level else []
@@ -46,6 +50,8 @@ class Module:
                 self.imported |= {a.asname: a.name for a in node.names if a.asname}
             elif isinstance(node, ast.ClassDef | ast.FunctionDef):
                 self.definitions[node.name] = node
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                self.assigned[node.targets[0].id] = node.value
 
     def resolve(self, name: str) -> Class | None:
         """Find the class that a name of this module stands for."""
@@ -56,6 +62,29 @@ class Module:
         if first in self.imported:
             return find(self.imported[first] + (f".{rest}" if rest else ""))
         return None
+
+    def alias(self, name: str) -> tuple[ast.expr, Module] | None:
+        """Find the expression that a name of a type stands for, with the module it is written in.
+
+        None for a class, or where the source does not tell.
+        """
+        if name in self.assigned:
+            return self.assigned[name], self
+        owner, _, origin = self.imported.get(name, "").rpartition(".")
+        is_library = owner.partition(".")[0] in sys.stdlib_module_names
+        module = load(owner) if owner and not is_library else None
+        return module.alias(origin) if module is not None and module is not self else None
+
+    def defines(self, name: str) -> bool:
+        """Whether the module may have an attribute of this name."""
+        known = self.definitions.keys() | self.imported.keys() | self.assigned.keys()
+        if name in known or {"*", "__getattr__"} & known:
+            return True
+        return (
+            self.path.name == "__init__.py"
+            and len(name) <= LONGEST
+            and ((self.path.parent / name).is_dir() or (self.path.parent / f"{name}.py").is_file())
+        )
 
 
 class Class:
@@ -96,12 +125,12 @@ class Class:
         keywords = node.args.kwarg.arg
         if not _hands_on(node, keywords) or owner.bases is None:
             return None
-        own |= {name: Parameter(None, None, "", owner.home) for name in _taken(node, keywords)}
         for base in owner.bases:
             if (inherited := base.options()) is None:
                 return None
             own = inherited | own
-        return own
+        taken = _taken(node, keywords)
+        return {name: Parameter(None, None, "", owner.home) for name in taken} | own
 
     def _fields(self) -> dict[str, Parameter] | None:
         found: dict[str, Parameter] = {}
@@ -146,6 +175,8 @@ def find(path: str) -> Class | None:
 @cache
 def load(name: str) -> Module | None:
     """Parse a module's source file; nothing is imported."""
+    if len(name) > LONGEST:
+        return None
     top, *rest = name.split(".")
     try:
         spec = find_spec(top)

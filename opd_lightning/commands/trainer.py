@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -166,6 +167,7 @@ class Trainer(Commands):
     @contextmanager
     def _reported(self, stage: str, verbose: bool, json: bool, out: str | None) -> Iterator[None]:
         """Print and write the scores that are measured inside the context."""
+        out = None if out is None else os.path.expanduser(out)
         if out is not None:
             outputs.check_file("--out", Path(out))
         if json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -20,8 +21,9 @@ from opd_lightning.errors import NotReadyError, UserError
 from opd_lightning.preflight import report
 from opd_lightning.preflight.check import run_checks
 from opd_lightning.run import outputs
-from opd_lightning.run.configuration import check_models, check_usable
+from opd_lightning.run.configuration import check_models
 from opd_lightning.run.datamodule import RolloutDataModule
+from opd_lightning.run.model_checks import check_usable
 from opd_lightning.teachers.cached import CachedTeacher
 from opd_lightning.terminal.quiet import only_warnings
 from opd_lightning.training.base import DistillationModule
@@ -45,7 +47,7 @@ class Commands(LightningTrainer):
             out: Folder to write; must not exist or be empty.
             datamodule: Not needed; all commands are called with one.
         """
-        folder = Path(out)
+        folder = Path(out).expanduser()
         outputs.check_folder("--out", folder)
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"--out: {out!r} is not empty; name a new folder")
@@ -137,6 +139,7 @@ class Commands(LightningTrainer):
         changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         if samples < 1:
             raise UserError(f"--samples: got {samples}, expected at least 1")
+        html = None if html is None else os.path.expanduser(html)
         if html is not None:
             outputs.check_file("--html", Path(html))
         question = Question(
@@ -229,7 +232,7 @@ class Commands(LightningTrainer):
         write_responses(
             model,
             datamodule,
-            Path(out),
+            Path(out).expanduser(),
             kind=Author(author),
             samples=samples,
             batch_size=batch_size,

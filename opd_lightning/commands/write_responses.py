@@ -17,16 +17,17 @@ from opd_lightning.checkpoints import whole
 from opd_lightning.commands.export import load_student
 from opd_lightning.data.engines import push
 from opd_lightning.data.mix import RolloutMix, samplings_by_author
+from opd_lightning.data.row_checks import RowChecks
 from opd_lightning.data.views import Renderer
 from opd_lightning.data.writer import RolloutWriter, Row
 from opd_lightning.errors import RunStoppedError, UserError
 from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts.base import Engine, Sampling
-from opd_lightning.run.configuration import check_same_tokens, check_usable
 from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.run.lock import held_file
+from opd_lightning.run.model_checks import check_same_tokens, check_usable
 from opd_lightning.run.outputs import check_file, check_folder
-from opd_lightning.run.prompt_checks import check_prompts
+from opd_lightning.run.prompt_checks import PromptCheck
 from opd_lightning.seeding import WRITTEN_SAMPLE, derive_seed
 from opd_lightning.terminal.progress import Progress
 from opd_lightning.timing import StepTimer
@@ -121,7 +122,7 @@ def _author(
         raise UserError("--ckpt_path: got one with --author teacher, which has none; leave it out")
     source = ModelSource(data.teacher.path, role="data.teacher")
     check_usable(source)
-    check_same_tokens(student, source)
+    check_same_tokens(student, source, writes=True)
     return _Author(kind, source, data.teacher.engine, sampling[kind])
 
 
@@ -131,13 +132,11 @@ def _prompts(
     """Return the prompts and their ids, after checks."""
     if data.train is None:
         raise UserError("data.train: got nothing, expected a file of prompts to answer")
-    prompts = data.train.load()
-    if data.verifier is not None:
-        data.verifier.check(prompts)
-    ids = [renderer.plain(prompt) for prompt in prompts]
-    mix, sampler = RolloutMix(), data.teacher if author.kind is Author.TEACHER else None
-    check_prompts(module, prompts, ids, renderer, author.sampling, mix, sampler, training=False)
-    return prompts, ids
+    sampler = data.teacher if author.kind is Author.TEACHER else None
+    fits = PromptCheck(module, renderer, author.sampling, RolloutMix(), sampler, training=False)
+    checks = RowChecks(renderer.tokenizer, data.verifier, renderer.plain, fits)
+    prompts = data.train.load(checks=checks)
+    return prompts, checks.ids_of(prompts)
 
 
 @contextmanager

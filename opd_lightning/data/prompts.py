@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from opd_lightning.data.rows import read_rows
+from opd_lightning.data.row_checks import RowChecks
+from opd_lightning.data.row_report import Problems, Texts
+from opd_lightning.data.rows import BadRowError, read_rows
 from opd_lightning.errors import UserError
 from opd_lightning.types import Message, Prompt
 
@@ -21,15 +25,12 @@ NUMBERS_TOO = ("answer", "id")  # fields where 7 is as good as "7"
 ROLES = ("system", "user", "assistant")
 
 
-class BadRowError(ValueError):
-    """Error in one row; `PromptSource` adds the file and the line."""
-
-
 class PromptSource:
     """A file or folder of prompts.
 
     Args:
-        path: A .jsonl or .parquet file, or a folder written by `datasets.Dataset.save_to_disk`.
+        path: A .jsonl or .parquet file, or a folder written by `datasets.Dataset.save_to_disk`;
+            `~` is the home folder.
         columns: Columns of the file by field, as field: column. The fields are messages (a chat,
             or text that becomes one user message), answer, response, privileged, domain, id and
             response_ids (the recorded response as token ids, EOS included, which is never
@@ -37,7 +38,12 @@ class PromptSource:
             Without a column messages, the column prompt is read.
         domains: Keep only the rows of these domains; None keeps all.
         limit: Keep only the first this many prompts.
-        on_bad_row: Stop at a row that cannot be used ("error") or leave it out ("skip").
+        on_bad_row: Stop at a row that cannot be used ("error") or leave it out ("skip"),
+            whatever the reason: it cannot be read, the verifier misses its answer, the chat
+            template refuses it, or it is too long for a model.
+        on_control_tokens: What to do with a text that holds a control token, such as <|im_end|>,
+            which the tokenizer would read as that token: "warn" and use it, make it an "error" of
+            the row, or "escape" it with a space after its first character.
 
     `skipped` counts the rows that the last `load` left out.
     """
@@ -50,6 +56,7 @@ class PromptSource:
         domains: list[str] | None = None,
         limit: int | None = None,
         on_bad_row: Literal["error", "skip"] = "error",
+        on_control_tokens: Literal["warn", "error", "escape"] = "warn",
     ) -> None:
         unknown = sorted(set(columns or {}) - set(FIELDS))
         if unknown:
@@ -59,45 +66,94 @@ class PromptSource:
             )
         if limit is not None and limit < 1:
             raise UserError(f"limit must be at least 1, got {limit}; leave it out to read all rows")
-        self.path = path
+        self.path = os.path.expanduser(path)
         self.columns = dict(columns or {})
         self.domains = domains
         self.limit = limit
         self.on_bad_row = on_bad_row
+        self.on_control_tokens = on_control_tokens
         self.skipped = 0
 
-    def load(self, size: int | None = None) -> list[Prompt]:
-        """Read every usable row, in the order of the file; JSON lines up to `size` bytes."""
+    def load(self, size: int | None = None, checks: RowChecks | None = None) -> list[Prompt]:
+        """Read every usable row, in the order of the file.
+
+        Args:
+            size: Read JSON lines up to this many bytes; None reads all.
+            checks: What a row has to pass besides; None uses every row that can be read.
+
+        Raises:
+            UserError: The file cannot be read, a row cannot be used (unless such rows are
+                skipped), or no row can.
+        """
         prompts: list[Prompt] = []
-        problems: list[str] = []
+        problems = Problems()
         lines_by_id: dict[str, int] = {}
         unseen = dict(self.columns)
         domains: set[str] = set()
+        texts = Texts(self.path, checks)
         for line, raw in read_rows(self.path, size):
             try:
+                if isinstance(raw, BadRowError):
+                    raise raw
                 row = _decode(raw) if isinstance(raw, bytes) else raw
                 unseen = {field: name for field, name in unseen.items() if name not in row}
                 prompt = self._prompt(row, line)
                 if prompt.id in lines_by_id:
                     earlier = lines_by_id[prompt.id]
                     raise BadRowError(f"'id' must be unique, got {prompt.id!r} as in row {earlier}")
+                prompt = self._without_control_tokens(prompt, checks)
             except BadRowError as error:
-                problems.append(f"{self.path}:{line}: {error}")
+                problems.add("cannot be read", f"{self.path}:{line}: {error}")
                 if self.on_bad_row == "error":
                     advice = "fix the row or set on_bad_row: skip"
-                    raise UserError(f"{problems[-1]}; {advice}") from error
+                    raise UserError(f"{problems.first}; {advice}") from error
                 continue
             lines_by_id[prompt.id] = line
             domains.add(prompt.domain)
             if self.domains is None or prompt.domain in self.domains:
+                if not self._passes(prompt, checks, problems):
+                    continue
                 prompts.append(prompt)
+                texts.see(prompt, row, self.columns)
             if len(prompts) == self.limit:
                 break
-        self.skipped = len(problems)
+        self.skipped = problems.count
         if len(prompts) != self.limit:  # every row was read
             self._check_domains(domains)
         self._report(prompts, problems, unseen)
+        texts.report(len(prompts))
         return prompts
+
+    def _passes(self, prompt: Prompt, checks: RowChecks | None, problems: Problems) -> bool:
+        """Whether a prompt passes all checks; raise the error of one, unless rows are skipped."""
+        for reason, check in checks.steps() if checks else ():
+            try:
+                check(prompt)
+            except UserError as error:
+                if self.on_bad_row == "error":
+                    raise
+                problems.add(reason, str(error))
+                return False
+        return True
+
+    def _without_control_tokens(self, prompt: Prompt, checks: RowChecks | None) -> Prompt:
+        """Return the prompt with control tokens escaped, where they are neither used nor errors."""
+        if self.on_control_tokens == "warn" or checks is None:
+            return prompt
+        if (token := checks.control_token(prompt)) is None:
+            return prompt
+        if self.on_control_tokens == "error":
+            raise BadRowError(f"must not hold control tokens as text, got {_cut(repr(token))}")
+        escaped: tuple[Message, ...] = tuple(
+            {"role": message["role"], "content": checks.escaped(message["content"])}
+            for message in prompt.messages
+        )
+        return replace(
+            prompt,
+            messages=escaped,
+            response=prompt.response and checks.escaped(prompt.response),
+            privileged=prompt.privileged and checks.escaped(prompt.privileged),
+        )
 
     def _check_domains(self, found: set[str]) -> None:
         for domain in self.domains or ():
@@ -107,10 +163,12 @@ class PromptSource:
                     f"{', '.join(sorted(found)) or 'none'}; correct the name or leave it out"
                 )
 
-    def _report(self, prompts: list[Prompt], problems: list[str], unseen: dict[str, str]) -> None:
+    def _report(self, prompts: list[Prompt], problems: Problems, unseen: dict[str, str]) -> None:
         if not prompts:
             found = (
-                f"all {len(problems)} rows are bad; first: {problems[0]}" if problems else "0 rows"
+                f"all {problems.count} rows are bad; first: {problems.first}"
+                if problems.count
+                else "0 rows"
             )
             raise UserError(f"no usable prompt in {self.path!r}: {found}; give a file with prompts")
         for field, column in unseen.items():
@@ -118,11 +176,14 @@ class PromptSource:
                 f"columns: no row read from {self.path!r} has a column {column!r} for {field!r}; "
                 "correct the name or leave the field out"
             )
-        if problems:
-            rows = len(prompts) + len(problems)
-            skipped = len(problems)
+        if problems.count:
             log.warning(
-                "skipped %d of %d rows of %s; first: %s", skipped, rows, self.path, problems[0]
+                "skipped %d of %d rows of %s (%s); first: %s",
+                problems.count,
+                len(prompts) + problems.count,
+                self.path,
+                problems.by_reason(),
+                problems.first,
             )
 
     def _prompt(self, row: Mapping[str, Any], line: int) -> Prompt:
@@ -178,7 +239,7 @@ def _text(row: Mapping[str, Any], column: str, *, number: bool) -> str | None:
     if isinstance(value, str):
         return _encodable(value, column)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and is_number and math.isfinite(value):
+    if number and is_number and (isinstance(value, int) or math.isfinite(value)):
         return str(value)
     expected = "a text or a finite number" if number else "a text"
     raise BadRowError(f"{column!r} must be {expected}, got {_show(value)}")
@@ -207,6 +268,8 @@ def _encodable(text: str, where: str) -> str:
 def _decode(raw: bytes) -> dict[str, Any]:
     try:
         row = json.loads(raw.decode("utf-8-sig"))
+    except RecursionError as error:
+        raise BadRowError("is nested too deeply to be read") from error
     except UnicodeDecodeError as error:
         raise BadRowError(f"must be UTF-8, got a bad byte at position {error.start}") from error
     except ValueError as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,43 @@ from opd_lightning.errors import UserError
 READABLE = "a .jsonl or .parquet file or a folder written by Dataset.save_to_disk"
 
 
-def read_rows(
-    path: str, size: int | None = None
-) -> Iterator[tuple[int, bytes | Mapping[str, Any]]]:
+class BadRowError(ValueError):
+    """Error in one row; `PromptSource` adds the file and the line."""
+
+
+Row = bytes | Mapping[str, Any] | BadRowError
+
+
+def read_rows(path: str, size: int | None = None) -> Iterator[tuple[int, Row]]:
     """Yield (row number from 1, row); a JSON line is undecoded bytes, so that errors name it.
+
+    A row whose values cannot be read is an error as a value; the rows behind it follow.
 
     Args:
         path: A file or folder.
         size: Read JSON lines up to this many bytes; None reads all.
+
+    Raises:
+        UserError: The file or folder cannot be read.
     """
-    place = Path(path)
+    try:
+        yield from _read(Path(path), size)
+    except OSError as error:
+        if error.errno is None:  # a library's, about the content
+            raise _unreadable(Path(path), "prompts", error) from error
+        raise UserError(f"cannot read {_cut(path)!r}: {error.strerror}; give {READABLE}") from error
+
+
+def _read(place: Path, size: int | None) -> Iterator[tuple[int, Row]]:
     if place.is_dir():
         return _read_folder(place)
     if not place.is_file():
-        raise UserError(f"no prompt file at {path!r}; give {READABLE}")
+        raise UserError(f"no prompt file at {str(place)!r}; give {READABLE}")
     if place.suffix == ".jsonl":
         return _read_jsonl(place, size)
     if place.suffix == ".parquet":
         return _read_parquet(place)
-    raise UserError(f"cannot read {path!r}: unknown suffix {place.suffix!r}; give {READABLE}")
+    raise UserError(f"cannot read {str(place)!r}: unknown suffix {place.suffix!r}; give {READABLE}")
 
 
 def _read_jsonl(path: Path, size: int | None) -> Iterator[tuple[int, bytes]]:
@@ -44,26 +63,28 @@ def _read_jsonl(path: Path, size: int | None) -> Iterator[tuple[int, bytes]]:
                 yield line, raw
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
     import pyarrow
     from pyarrow import parquet
 
+    row = 0
     try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read '{path}' as parquet: {reason}; give {READABLE}") from error
-    with file:
-        row = 0
-        for batch in file.iter_batches():
-            for values in batch.to_pylist():
-                row += 1
-                yield row, values
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for values in _rows_of(batch):
+                    row += 1
+                    yield row, values
+    except pyarrow.ArrowException as error:
+        raise _unreadable(path, "parquet", error, row) from error
 
 
-def _read_folder(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _read_folder(path: Path) -> Iterator[tuple[int, Row]]:
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        try:
+            splits = [*map(str, json.loads((path / "dataset_dict.json").read_bytes())["splits"])]
+            splits[0]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise _unreadable(path / "dataset_dict.json", "a list of splits", error) from error
         raise UserError(
             f"'{path}' holds several splits ({', '.join(splits)}); give the folder of one, such as "
             f"'{path / splits[0]}'"
@@ -72,4 +93,48 @@ def _read_folder(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise UserError(f"'{path}' is not a saved dataset: it has no state.json; give {READABLE}")
     from datasets import load_from_disk
 
-    yield from enumerate(load_from_disk(str(path)).with_format(None), start=1)
+    row = 0
+    try:
+        for values in load_from_disk(str(path)).with_format(None):
+            row += 1
+            yield row, values
+    except Exception as error:  # a damaged folder raises too many types to list
+        raise _unreadable(path, "a saved dataset", error, row) from error
+
+
+def _rows_of(batch: Any) -> Iterator[Row]:
+    """Yield the rows of a record batch: all at once, or one by one if some cannot be read."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError, RecursionError):
+        parts = (batch.slice(i, 1) for i in range(batch.num_rows))
+        yield from (_values(partial(_only_row, part)) for part in parts)
+    else:
+        yield from rows
+
+
+def _only_row(batch: Any) -> Mapping[str, Any]:
+    row: Mapping[str, Any] = batch.to_pylist()[0]
+    return row
+
+
+def _values(read: Callable[[], Mapping[str, Any]]) -> Row:
+    """Return the values of a row, or what is wrong with it."""
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        return BadRowError(f"must be UTF-8, got a bad byte at position {error.start}")
+    except RecursionError:
+        return BadRowError("is nested too deeply to be read")
+    except (ValueError, OverflowError) as error:
+        return BadRowError(f"cannot be read: {_cut(' '.join(str(error).split()))}")
+
+
+def _unreadable(path: Path, kind: str, error: Exception, row: int = 0) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    where = f" behind row {row}" if row else ""
+    return UserError(f"cannot read '{path}' as {kind}{where}: {_cut(reason)}; give {READABLE}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 150 else f"{text[:147]}..."

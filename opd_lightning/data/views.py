@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from jinja2 import TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from opd_lightning.errors import UserError
-from opd_lightning.models.chat import render
+from opd_lightning.models.chat import dropped_roles, render
 from opd_lightning.types import Message, Prompt
+
+log = logging.getLogger(__name__)
 
 _TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
@@ -129,10 +132,33 @@ class Renderer:
         self.template_args = template_args
         self.views = views
         self._early: dict[tuple[str, str], list[int]] = {}
+        # Index and role of messages that the template leaves out, by the roles of a chat.
+        self._dropped: dict[tuple[str, ...], list[tuple[int, str]]] = {}
 
     def plain(self, prompt: Prompt) -> list[int]:
         """Return the ids of the unmodified messages with the generation prompt."""
-        return render(prompt, self.tokenizer, self.template_args)
+        ids = render(prompt, self.tokenizer, self.template_args)
+        self._check_shape(prompt)
+        return ids
+
+    def _check_shape(self, prompt: Prompt) -> None:
+        """Refuse prompts whose question the template leaves out; warn of other messages, once."""
+        shape = tuple(message["role"] for message in prompt.messages)
+        if shape not in self._dropped:
+            self._dropped[shape] = dropped_roles(prompt, self.tokenizer, self.template_args)
+            others = [role for i, role in self._dropped[shape] if i < len(shape) - 1]
+            if others:
+                log.warning(
+                    "%s: the student's chat template leaves out the %s message of chats of %s",
+                    prompt.origin or prompt.id,
+                    others[0],
+                    ", ".join(shape),
+                )
+        if any(i == len(shape) - 1 for i, _ in self._dropped[shape]):
+            raise UserError(
+                f"{prompt.origin or prompt.id}: the student's chat template leaves out the last "
+                f"message, of role {shape[-1]!r}; change the template (student.chat_template)"
+            )
 
     def view(
         self, name: str, prompt: Prompt, peer: str | None = None, feedback: str | None = None

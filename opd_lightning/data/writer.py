@@ -15,7 +15,7 @@ from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.time_limit import TimeLimit
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Completion, Prompt, Rollout, StopReason
-from opd_lightning.verifiers.base import Verifier
+from opd_lightning.verifiers.base import Verifier, checked_rewards
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,8 @@ class RolloutWriter:
             rewards = [float("nan")] * len(rows)
             feedback: Sequence[str | None] = [None] * len(rows)
             if self.verifier is not None:
-                rewards = self.verifier.verify(prompts, texts)
+                given = self.verifier.verify(prompts, texts)
+                rewards = checked_rewards(self.verifier, prompts, given)
                 feedback = self.verifier.feedback(prompts, texts)
             groups = _groups(rows, rewards)
             peers = [self._peer(i, rows, groups, rewards, texts) for i in range(len(rows))]

@@ -19,6 +19,7 @@ from torchmetrics import Metric
 from opd_lightning.data.engines import Engines
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
+from opd_lightning.data.row_checks import RowChecks
 from opd_lightning.data.writer import RolloutWriter
 from opd_lightning.evaluation.stream import EvaluationStream
 from opd_lightning.models.head import HeadScores
@@ -59,10 +60,8 @@ class Bench:
     Attributes:
         source: The student's folder.
         template_args: Extra variables of the student's chat template.
-        read: Returns the prompts of a source, as many as there were when the run began.
-        render: Returns the token ids of a prompt under the student's chat template.
-        check: Raises `UserError` if a prompt does not fit. Its arguments are prompts, their ids,
-            the sampling and the mix (`recorded=1` for texts that are only scored).
+        read: Returns the prompts that a source had when the run began and that pass the checks.
+        checks: Returns the checks of prompts, for a verifier or None, a sampling and a mix.
         writer: Returns a writer of rollouts that scores with the given verifier.
         engines: The engines of the run.
         ranks: The processes of the run.
@@ -73,9 +72,8 @@ class Bench:
 
     source: ModelSource
     template_args: Mapping[str, Any]
-    read: Callable[[PromptSource], list[Prompt]]
-    render: Callable[[Prompt], list[int]]
-    check: Callable[[list[Prompt], list[list[int]], Sampling, RolloutMix], None]
+    read: Callable[[PromptSource, RowChecks], list[Prompt]]
+    checks: Callable[[Verifier | None, Sampling, RolloutMix], RowChecks]
     writer: Callable[[Verifier | None], RolloutWriter]
     engines: Engines
     ranks: Ranks
@@ -99,12 +97,11 @@ class Bench:
             mix: `recorded=1` for texts that are only scored; the default for sampled responses.
             verifier: Verifier that must be able to score the responses.
         """
-        rows = self.read(prompts) if isinstance(prompts, PromptSource) else list(prompts)
-        if verifier is not None:
-            verifier.check(rows)
-        ids = [self.render(prompt) for prompt in rows]
-        self.check(rows, ids, sampling or self.sampling, mix)
-        return Loaded(rows, ids)
+        checks = self.checks(verifier, sampling or self.sampling, mix)
+        if isinstance(prompts, PromptSource):
+            rows = self.read(prompts, checks)
+            return Loaded(rows, checks.ids_of(rows))
+        return Loaded(list(prompts), checks.run(prompts))
 
     def responses(
         self,

@@ -7,6 +7,7 @@ from typing import Literal
 
 from jsonargparse import auto_cli
 
+from opd_lightning.commands.parsers import OneLineParser
 from opd_lightning.errors import UserError
 from opd_lightning.lab.build import ArithmeticRecipe, IdentityRecipe
 from opd_lightning.lab.build import build as build_lab
@@ -34,7 +35,7 @@ def build(
     if world == "identity" and recipe != ArithmeticRecipe():
         raise UserError("lab build: --recipe is of the arithmetic world; set --identity instead")
     chosen = identity if world == "identity" else recipe
-    print(build_lab(chosen, Path(link or f"lab/{world}")))
+    print(build_lab(chosen, Path(link or f"lab/{world}").expanduser()))
 
 
 def demo(run: str = "runs/demo", require: float = 0.75) -> None:
@@ -44,10 +45,10 @@ def demo(run: str = "runs/demo", require: float = 0.75) -> None:
         run: Run folder to write; must not exist.
         require: Fail if the student's final held-out accuracy is lower.
     """
-    demonstrate(Path(run), require)
+    demonstrate(Path(run).expanduser(), require)
 
 
 def main(args: list[str]) -> None:
     """Entry point of `opd lab`."""
     only_warnings()
-    auto_cli({"build": build, "demo": demo}, args=args, prog="opd lab")
+    auto_cli({"build": build, "demo": demo}, args=args, prog="opd lab", parser_class=OneLineParser)

@@ -49,6 +49,22 @@ def render(
     return list(ids)
 
 
+def dropped_roles(
+    prompt: Prompt, tokenizer: Any, template_args: dict[str, Any]
+) -> list[tuple[int, str]]:
+    """Return index and role of the messages whose content a chat template leaves out.
+
+    Contents are replaced by words of their own, so the answer is one of roles and their order.
+    """
+    words = [f"content{i}of{len(prompt.messages)}" for i in range(len(prompt.messages))]
+    probe: list[Message] = [
+        {"role": message["role"], "content": word}
+        for message, word in zip(prompt.messages, words, strict=True)
+    ]
+    text = render_text(probe, tokenizer, template_args)
+    return [(i, probe[i]["role"]) for i, word in enumerate(words) if word not in text]
+
+
 def render_text(
     messages: Sequence[Message],
     tokenizer: Any,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,27 @@ class ModelSource:
         path: Folder with config.json, weights and tokenizer, or a hub name.
         trust_remote_code: Run code that ships with the model.
         role: Use of the model ("student", "teacher"); named in error messages.
+        chat_template: Jinja text, or a file of it, used instead of the folder's; None keeps that.
+        eos_tokens: Tokens that end a response, used instead of the folder's; the first of them
+            ends recorded responses. None keeps the folder's.
 
-    Files are read on first use, not at construction.
+    Files are read on first use, not at construction. `~` in paths is the home folder.
     """
 
-    def __init__(self, path: str, *, trust_remote_code: bool = False, role: str = "model") -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: str,
+        *,
+        trust_remote_code: bool = False,
+        role: str = "model",
+        chat_template: str | None = None,
+        eos_tokens: Sequence[str] | None = None,
+    ) -> None:
+        self.path = os.path.expanduser(path)
         self.trust_remote_code = trust_remote_code
         self.role = role
+        self.chat_template = chat_template
+        self.eos_tokens = eos_tokens
 
     @property
     def folder(self) -> Path | None:
@@ -62,13 +77,21 @@ class ModelSource:
         """Fast tokenizer, which must have a chat template and an EOS token."""
         from transformers import AutoTokenizer
 
-        return self._load(AutoTokenizer, TOKENIZER)
+        tokenizer = self._load(AutoTokenizer, TOKENIZER)
+        if self.chat_template is not None:
+            tokenizer.chat_template = self._template(self.chat_template)
+        if self.eos_tokens is not None:
+            self._check_eos_tokens(self.eos_tokens, tokenizer)
+            tokenizer.eos_token = self.eos_tokens[0]
+        return tokenizer
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end a response: EOS of the tokenizer and of the generation config."""
+        """Ids that end a response: `eos_tokens`, or EOS of tokenizer and generation config."""
         from transformers import GenerationConfig
 
+        if self.eos_tokens is not None:
+            return tuple(sorted(self.tokenizer.convert_tokens_to_ids([*self.eos_tokens])))
         if folder := self.folder:
             check_texts(folder, ("generation_config.json",), self.role)
         try:
@@ -114,6 +137,30 @@ class ModelSource:
     def local_files_only(self) -> bool:
         """Whether a hub name has to be read from the cache, since the hub does not answer."""
         return self.folder is None and hub_unavailable() is not None
+
+    def _template(self, given: str) -> str:
+        """Return the text of a chat template that is given as text or as a file."""
+        if "{" in given:
+            return given
+        file = Path(given).expanduser()
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise UserError(
+                f"{self.role}.chat_template: cannot read {given!r}: {reason}; give a Jinja file or "
+                "its text"
+            ) from error
+
+    def _check_eos_tokens(self, tokens: Sequence[str], tokenizer: Any) -> None:
+        known = tokenizer.get_vocab()
+        unknown = [token for token in tokens if token not in known]
+        if not tokens or unknown:
+            got = f"{unknown[0]!r}, which is no token" if unknown else "none"
+            raise UserError(
+                f"{self.role}.eos_tokens: got {got} of {self.path!r}, expected tokens that end a "
+                "response, such as the chat template's end of a turn"
+            )
 
     def _load(self, auto_class: Any, files: tuple[str, ...]) -> Any:
         """Read what `auto_class` reads, from `files` if the model is a local folder."""

@@ -54,6 +54,8 @@ class Student(nn.Module):
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         attn_implementation: transformers' attention kernel; None uses its default.
         trust_remote_code: Run code that ships with the model.
+        chat_template: Jinja text or file, used instead of the folder's; exported with the student.
+        eos_tokens: Tokens that end a response, instead of the folder's EOS; exported likewise.
     """
 
     model: Any  # set by load()
@@ -67,11 +69,19 @@ class Student(nn.Module):
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        chat_template: str | None = None,
+        eos_tokens: list[str] | None = None,
     ) -> None:
         super().__init__()
         if lora is not None:
             check_lora(lora)
-        self.source = ModelSource(path, trust_remote_code=trust_remote_code, role="student")
+        self.source = ModelSource(
+            path,
+            trust_remote_code=trust_remote_code,
+            role="student",
+            chat_template=chat_template,
+            eos_tokens=eos_tokens,
+        )
         self.lora = lora
         self.dtype: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing

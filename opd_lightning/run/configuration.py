@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+import torch
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from opd_lightning.errors import UserError
-from opd_lightning.models.chat import render
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.tokenization import check_spelling
+from opd_lightning.run.model_checks import check_same_tokens, check_usable
 from opd_lightning.teachers.frozen import FrozenTeacher
 from opd_lightning.teachers.of_student import EMATeacher
 from opd_lightning.training.callback import run_callbacks
-from opd_lightning.types import Prompt
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from opd_lightning.run.datamodule import RolloutDataModule
     from opd_lightning.training.base import DistillationModule
+
+# Lightning's callbacks that change what a step is or which weights it trains, and ours instead.
+REFUSED_CALLBACKS = {
+    WeightAveraging: (
+        "it puts averaged weights into the student, which the engine does not have; use "
+        "model.teacher EMATeacher with callbacks.EMATeacherUpdate for an averaged teacher"
+    ),
+    StochasticWeightAveraging: (
+        "it averages weights over the last epochs, and runs are measured in steps; average "
+        "exported students, or use callbacks.EMATeacherUpdate"
+    ),
+    GradientAccumulationScheduler: (
+        "it changes the micro-batches of a step during the run, but the stream makes them in "
+        "advance; set trainer.accumulate_grad_batches"
+    ),
+}
 
 # These keep weights and batches in float32; others would also cast log-probs and rewards.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -108,7 +130,7 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
     if data.teacher is not None:
         source = ModelSource(data.teacher.path, role="data.teacher")
         check_usable(source)
-        check_same_tokens(module.student.source, source)
+        check_same_tokens(module.student.source, source, writes=True)
     foreign = data.mix.teacher or data.mix.reads_records
     if module.needs_demonstrations and data.mix.samples:
         raise UserError(
@@ -191,6 +213,10 @@ def check_trainer(trainer: Trainer) -> None:
             f"trainer.precision: got {trainer.precision!r}, expected one of "
             f"{', '.join(PRECISIONS)}; for weights in bfloat16 set student.dtype"
         )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind, reason in REFUSED_CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise UserError(f"trainer.callbacks: got {type(callback).__name__}: {reason}")
     every, parts = trainer.val_check_interval, trainer.accumulate_grad_batches
     if isinstance(every, int) and every % parts:
         raise UserError(
@@ -200,49 +226,29 @@ def check_trainer(trainer: Trainer) -> None:
         )
 
 
-def check_usable(source: ModelSource) -> None:
-    """Check that a model can be read and its tokenizer has an EOS token and a chat template."""
-    _ = source.config
-    tokenizer = source.tokenizer
-    if tokenizer.eos_token_id is None:
+def check_optimizer(module: DistillationModule) -> None:
+    """Build optimiser and scheduler on a stand-in of the weights, so that mistakes show early."""
+    # A matrix: all that LoRA trains, and what every optimiser takes.
+    stand_in = [torch.nn.Parameter(torch.zeros(2, 2))]
+    name = "optimizer"
+    try:
+        optimizer = module.optimizer(stand_in)
+        for option, value in optimizer.defaults.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"model.optimizer.{option}: got {value}, expected a finite number")
+        if module.lr_scheduler is None:
+            return
+        name = "lr_scheduler"
+        scheduler = module.lr_scheduler(optimizer)
+    except UserError:
+        raise
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"model.{name}: {error}; correct its settings") from error
+    except RuntimeError:  # an optimiser for GPUs alone, say, which the stand-in is not on
+        return
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise UserError(
-            f"{source.role} {source.path!r}: its tokenizer has no EOS token, so responses could "
-            "never end; set eos_token in tokenizer_config.json"
-        )
-    size = source.config.get_text_config().vocab_size
-    if not any(0 <= i < size for i in source.eos_ids):
-        raise UserError(
-            f"{source.role} {source.path!r}: its EOS token is id {source.eos_ids[0]}, but its "
-            f"vocabulary ends at {size - 1}, so responses could never end; set eos_token to one "
-            "of the model's own"
-        )
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{source.role} {source.path!r}: its tokenizer has no chat template; add one "
-            "(chat_template.jinja) or use the model's chat version"
-        )
-
-
-def check_same_tokens(student: ModelSource, teacher: ModelSource) -> None:
-    """Check that both tokenizers have the same ids, EOS token and chat template."""
-    pair = f"student {student.path!r} and teacher {teacher.path!r}"
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    if ours != theirs:
-        token = min(ours.items() ^ theirs.items(), key=lambda item: item[1])[0]
-        raise UserError(
-            f"{pair} have different tokenizers: {len(ours)} and {len(theirs)} tokens, token "
-            f"{token!r} is id {ours.get(token)} and {theirs.get(token)}; use models of one family, "
-            "or CrossTokenizerTeacher"
-        )
-    if student.tokenizer.eos_token_id != teacher.tokenizer.eos_token_id:
-        raise UserError(
-            f"{pair} end their turns differently: EOS is {student.tokenizer.eos_token!r} and "
-            f"{teacher.tokenizer.eos_token!r}, which makes responses run on; use the chat version "
-            "of both or set eos_token alike"
-        )
-    probe = Prompt(id="probe", messages=({"role": "user", "content": "1"},))
-    if render(probe, student.tokenizer, {}) != render(probe, teacher.tokenizer, {}):
-        raise UserError(
-            f"{pair} have different chat templates, so the teacher would score text it does not "
-            "expect; give both the same chat_template"
+            f"model.lr_scheduler: got {type(scheduler).__name__}, which waits for a metric, but "
+            "schedulers are stepped after every optimiser step without one; use one that is a "
+            "function of the step, such as torch.optim.lr_scheduler.CosineAnnealingLR"
         )

@@ -11,6 +11,7 @@ from opd_lightning.data.engines import Engines, push
 from opd_lightning.data.mix import RolloutMix, TeacherSampler, samplings_by_author
 from opd_lightning.data.prompt_files import PromptFiles
 from opd_lightning.data.prompts import PromptSource
+from opd_lightning.data.row_checks import RowChecks
 from opd_lightning.data.stream import TrainingStream
 from opd_lightning.data.views import PromptView, Renderer
 from opd_lightning.data.writer import RolloutWriter
@@ -25,16 +26,16 @@ from opd_lightning.rollouts.time_limit import TimeLimit
 from opd_lightning.run.configuration import (
     check_method,
     check_models,
+    check_optimizer,
     check_step_size,
     check_trainer,
     context_of,
 )
 from opd_lightning.run.engines import check_engines, plan_engines
 from opd_lightning.run.loading import load_training
-from opd_lightning.run.prompt_checks import check_prompts
+from opd_lightning.run.prompt_checks import PromptCheck
 from opd_lightning.teachers.start import check_start
 from opd_lightning.training.callback import run_callbacks
-from opd_lightning.types import Prompt
 from opd_lightning.verifiers.base import Verifier
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ class RolloutDataModule(LightningDataModule):
             check_trainer(self.trainer)
             check_method(self.module, self, self.trainer)
             check_step_size(self.trainer, self)
+            check_optimizer(self.module)
             self._train = load_training(self)
         bench = self.bench
         self.loaded |= {name: suite.load(name, bench) for name, suite in suites.items()}
@@ -204,17 +206,15 @@ class RolloutDataModule(LightningDataModule):
         """Resources of the suites."""
         source, renderer = self.module.student.source, self.renderer(training=False)
 
-        def check(
-            prompts: list[Prompt], ids: list[list[int]], sampling: Sampling, mix: RolloutMix
-        ) -> None:
-            check_prompts(self.module, prompts, ids, renderer, sampling, mix, training=False)
+        def checks(verifier: Verifier | None, sampling: Sampling, mix: RolloutMix) -> RowChecks:
+            fits = PromptCheck(self.module, renderer, sampling, mix, training=False)
+            return RowChecks(renderer.tokenizer, verifier, renderer.plain, fits)
 
         return Bench(
             source=source,
             template_args=self.template_args,
-            read=lambda prompts: prompts.load(self.prompt_files.size(prompts)),
-            render=renderer.plain,
-            check=check,
+            read=lambda prompts, checks: prompts.load(self.prompt_files.size(prompts), checks),
+            checks=checks,
             writer=self.writer,
             engines=self.engines,
             ranks=Ranks.of(self.trainer),

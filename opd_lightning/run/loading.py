@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from opd_lightning.data.mix import samplings_by_author
+from opd_lightning.data.row_checks import RowChecks
 from opd_lightning.errors import UserError
 from opd_lightning.evaluation.base import Loaded
 from opd_lightning.processes import Ranks
-from opd_lightning.run.prompt_checks import check_prompts
+from opd_lightning.run.prompt_checks import PromptCheck, check_teachers
+from opd_lightning.types import Author
 
 if TYPE_CHECKING:
     from opd_lightning.run.datamodule import RolloutDataModule
@@ -23,10 +26,12 @@ def load_training(data: RolloutDataModule) -> Loaded:
     }
     files = {name: source for name, source in sources.items() if source is not None}
     data.prompt_files.agree({"data.train": data.train, **files}, Ranks.of(data.trainer))
-    prompts = data.train.load(data.prompt_files.size(data.train))
-    if data.verifier is not None:
-        data.verifier.check(prompts)
     renderer = data.renderer(training=True)
-    ids = [renderer.plain(prompt) for prompt in prompts]
-    check_prompts(data.module, prompts, ids, renderer, data.sampling, data.mix, data.teacher)
+    fits = PromptCheck(data.module, renderer, data.sampling, data.mix, data.teacher)
+    checks = RowChecks(renderer.tokenizer, data.verifier, renderer.plain, fits)
+    prompts = data.train.load(data.prompt_files.size(data.train), checks)
+    ids = checks.ids_of(prompts)
+    samplings = samplings_by_author(data.sampling, data.mix, data.teacher)
+    temperature = samplings[Author.STUDENT].temperature
+    check_teachers(data.module, prompts, ids, renderer, temperature, data.mix)
     return Loaded(prompts, ids)

@@ -13,9 +13,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
+from opd_lightning.errors import note
 from opd_lightning.metrics.log import write_validation
 from opd_lightning.run.csv_log import put_back
 from opd_lightning.run.dashboard import write_dashboard
+from opd_lightning.run.settings import differences
 from opd_lightning.run.starts import note_start
 from opd_lightning.training.callback import RunCallback
 
@@ -35,6 +37,8 @@ class RunLog(RunCallback):
     The checkpoint also keeps the monitored values (`trainer.callback_metrics`). If a validation
     of the last step was interrupted, starting the finished run again runs it.
 
+    The checkpoint keeps the run's settings, and a resumed run says where its own differ.
+
     Every start is recorded in the run folder. The first one, and any that begins at step 0 again,
     writes the TensorBoard dashboard; resumed runs find it there.
     """
@@ -48,6 +52,11 @@ class RunLog(RunCallback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._resumed = checkpoint.get("log", {})
+        before = self._resumed.get("settings", {})
+        told = trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero
+        if told and before and self.settings:
+            for line in differences(before, self.settings):
+                note(line)
 
     def on_train_start(  # type: ignore[override]
         self, trainer: Trainer, pl_module: DistillationModule
@@ -95,6 +104,7 @@ class RunLog(RunCallback):
             "monitored": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "validation": pl_module.scores if pl_module.validation_is_over else {},
             "tables": pl_module.tables if pl_module.validation_is_over else {},
+            "settings": dict(self.settings),
         }
         for logger in trainer.loggers:
             logger.save()

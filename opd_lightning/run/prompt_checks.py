@@ -5,68 +5,111 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from opd_lightning.data.mix import RolloutMix, TeacherSampler, samplings_by_author
+from opd_lightning.data.mix import RolloutMix, TeacherSampler
 from opd_lightning.data.views import Renderer, recorded_response_ids
 from opd_lightning.errors import UserError
 from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts.base import Sampling
 from opd_lightning.run.configuration import teacher_sources
 from opd_lightning.teachers.base import RecordedQuestion
-from opd_lightning.types import Author, Prompt
+from opd_lightning.types import Prompt
 
 if TYPE_CHECKING:
     from opd_lightning.training.base import DistillationModule
 
 
-def check_prompts(
+class PromptCheck:
+    """Check that a prompt with its response fits every model's context, in every view.
+
+    Args:
+        module: The method, with the student and its teachers. Teachers read training prompts only.
+        renderer: Renderer of the prompts and views.
+        sampling: Sampling of the responses.
+        mix: Authors of the responses.
+        sampler: Teacher that writes responses; None if there is none.
+        training: Whether the prompts are trained on.
+    """
+
+    def __init__(
+        self,
+        module: DistillationModule,
+        renderer: Renderer,
+        sampling: Sampling,
+        mix: RolloutMix,
+        sampler: TeacherSampler | None = None,
+        *,
+        training: bool = True,
+    ) -> None:
+        sources = [module.student.source, *(teacher_sources(module) if training else [])]
+        self.longest_response = sampling.max_new_tokens
+        if sampler is not None:
+            sources.append(ModelSource(sampler.path, role="data.teacher"))
+            self.longest_response = max(self.longest_response, sampler.max_new_tokens or 0)
+        self.context, self.role = min((source.context_length, source.role) for source in sources)
+        self.module = module
+        self.renderer = renderer
+        self.sampling = sampling
+        self.mix = mix
+        self.teachers = module.teachers() if training else []
+
+    def __call__(self, prompt: Prompt, ids: list[int]) -> None:
+        """Raise `UserError` if the prompt, with these ids, does not fit."""
+        for teacher in self.teachers:
+            teacher.check_prompt(prompt)
+        sampled = self.mix.samples or self.mix.teacher > 0
+        budgets = {"max_new_tokens": self.longest_response} if sampled else {}
+        recorded: list[int] = []
+        if self.mix.reads_records:
+            recorded = recorded_response_ids(prompt, self.renderer.tokenizer)
+            budgets["its response of"] = len(recorded)
+        what, budget = max(budgets.items(), key=lambda item: item[1])
+        longest = len(ids)
+        for name, view in self.renderer.views.items():
+            # A peer's response may have the maximum length.
+            peer = "?" if view.is_late else None
+            seen = self.renderer.view(name, prompt, peer, peer) or []
+            if seen == ids and not view.is_late and view.messages(prompt) != prompt.messages:
+                raise UserError(
+                    f"{prompt.origin or prompt.id}: the view {name!r} renders as the prompt alone: "
+                    f"the chat template leaves out its {view.place} message; change its place in "
+                    "data.views, or the template"
+                )
+            late = self.sampling.max_new_tokens if view.is_late else 0
+            longest = max(longest, len(seen) + late)
+        if longest + budget > self.context:
+            raise UserError(
+                f"{prompt.origin or prompt.id}: prompt of {longest} tokens + {what} {budget} "
+                f"exceeds the {self.role}'s context of {self.context}; shorten the row"
+                + (" or lower sampling.max_new_tokens" if sampled else "")
+            )
+        if recorded:
+            _check_vocabulary(self.module, prompt, recorded)
+
+
+def check_teachers(
     module: DistillationModule,
     prompts: Sequence[Prompt],
     prompt_ids: Sequence[list[int]],
     renderer: Renderer,
-    sampling: Sampling,
+    temperature: float,
     mix: RolloutMix,
-    sampler: TeacherSampler | None = None,
-    *,
-    training: bool = True,
 ) -> None:
-    """Check that every prompt with its response fits every model's context, in every view.
+    """Check that every teacher can score all training prompts and recorded responses.
 
-    Teachers read training prompts only; each also checks the recorded responses.
+    Args:
+        module: The method with its teachers.
+        prompts: Prompts that have passed `PromptCheck`.
+        prompt_ids: Their token ids.
+        renderer: Renderer of the views.
+        temperature: Temperature of the student's responses.
+        mix: Authors of the responses.
     """
-    teachers = module.teachers() if training else []
-    sources = [module.student.source, *(teacher_sources(module) if training else [])]
-    longest_response = sampling.max_new_tokens
-    if sampler is not None:
-        sources.append(ModelSource(sampler.path, role="data.teacher"))
-        longest_response = max(longest_response, sampler.max_new_tokens or 0)
-    context, role = min((source.context_length, source.role) for source in sources)
-    temperature = samplings_by_author(sampling, mix, sampler)[Author.STUDENT].temperature
-    for teacher in teachers:
+    for teacher in module.teachers():
         teacher.check(prompts, temperature)
     for prompt, ids in zip(prompts, prompt_ids, strict=True):
-        sampled = mix.samples or mix.teacher > 0
-        budgets = {"max_new_tokens": longest_response} if sampled else {}
-        recorded: list[int] = []
         if mix.reads_records:
             recorded = recorded_response_ids(prompt, renderer.tokenizer)
-            budgets["its response of"] = len(recorded)
-        what, budget = max(budgets.items(), key=lambda item: item[1])
-        longest = len(ids)
-        for name, view in renderer.views.items():
-            # A peer's response may have the maximum length.
-            peer = "?" if view.is_late else None
-            seen = renderer.view(name, prompt, peer, peer) or []
-            longest = max(longest, len(seen) + (sampling.max_new_tokens if view.is_late else 0))
-        if longest + budget > context:
-            raise UserError(
-                f"{prompt.origin or prompt.id}: prompt of {longest} tokens + {what} {budget} "
-                f"exceeds the {role}'s context of {context}; shorten the row"
-                + (" or lower sampling.max_new_tokens" if sampled else "")
-            )
-        if recorded:
-            _check_vocabulary(module, prompt, recorded)
-            if training:
-                _check_scorable(module, prompt, ids, recorded, renderer)
+            _check_scorable(module, prompt, ids, recorded, renderer)
 
 
 def _check_vocabulary(module: DistillationModule, prompt: Prompt, response_ids: list[int]) -> None:

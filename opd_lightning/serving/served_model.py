@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 from opd_lightning.errors import UserError
@@ -20,6 +21,8 @@ class ServedModel(ModelSource):
             folder, as servers started by `opd serve` do.
         trust_remote_code: Run code that ships with the model.
         role: Purpose of the model, named in error messages.
+        chat_template: As for `ModelSource`.
+        eos_tokens: As for `ModelSource`.
     """
 
     def __init__(
@@ -30,8 +33,16 @@ class ServedModel(ModelSource):
         name: str | None = None,
         trust_remote_code: bool = False,
         role: str = "model",
+        chat_template: str | None = None,
+        eos_tokens: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(path, trust_remote_code=trust_remote_code, role=role)
+        super().__init__(
+            path,
+            trust_remote_code=trust_remote_code,
+            role=role,
+            chat_template=chat_template,
+            eos_tokens=eos_tokens,
+        )
         self.servers = servers
         self._name = name
 

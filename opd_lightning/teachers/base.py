@@ -54,6 +54,9 @@ class Teacher(ABC):
     def check(self, prompts: Sequence[Prompt], temperature: float) -> None:  # noqa: B027
         """Raise UserError, before training, if it cannot score `prompts` at `temperature`."""
 
+    def check_prompt(self, prompt: Prompt) -> None:  # noqa: B027
+        """Raise UserError if it cannot read `prompt`; called before `check`, for every row."""
+
     def check_question(self, question: RecordedQuestion) -> None:  # noqa: B027
         """Raise UserError if it cannot answer `question`; called after `check`, for every row."""
 

@@ -38,13 +38,20 @@ class ByDomainTeacher(Teacher):
     def responsible(self, prompt: Prompt) -> Teacher:
         return self.teachers[prompt.domain].responsible(prompt)
 
+    def check_prompt(self, prompt: Prompt) -> None:
+        self._check_domain(prompt)
+        self.teachers[prompt.domain].check_prompt(prompt)
+
+    def _check_domain(self, prompt: Prompt) -> None:
+        if prompt.domain not in self.teachers:
+            raise UserError(
+                f"{prompt.origin or prompt.id}: no teacher for domain {prompt.domain!r}; the "
+                f"known ones are {', '.join(sorted(self.teachers))}"
+            )
+
     def check(self, prompts: Sequence[Prompt], temperature: float) -> None:
         for prompt in prompts:
-            if prompt.domain not in self.teachers:
-                raise UserError(
-                    f"{prompt.origin or prompt.id}: no teacher for domain {prompt.domain!r}; the "
-                    f"known ones are {', '.join(sorted(self.teachers))}"
-                )
+            self._check_domain(prompt)
         for domain, teacher in self.teachers.items():
             teacher.check([prompt for prompt in prompts if prompt.domain == domain], temperature)
 

@@ -42,13 +42,17 @@ class CachedTeacher(TopKTeacher):
                 f"CachedTeacher.teacher: got a {type(teacher).__name__}, expected a teacher that "
                 "has a model folder of its own and never changes, such as FrozenTeacher"
             )
-        self.folder = Path(cache)
+        self.folder = Path(cache).expanduser()
         self.teacher = teacher
         self.provides_entropy = not isinstance(teacher, TopKTeacher) or teacher.provides_entropy
         # Reading needs only the tokenizer; the teacher's own source may need servers.
         source = teacher.source
         self.source = ModelSource(
-            source.path, trust_remote_code=source.trust_remote_code, role=source.role
+            source.path,
+            trust_remote_code=source.trust_remote_code,
+            role=source.role,
+            chat_template=source.chat_template,
+            eos_tokens=source.eos_tokens,
         )
         self.store: ScoreStore | None = None
         self.description: Description | None = None
@@ -60,6 +64,10 @@ class CachedTeacher(TopKTeacher):
         self.source = self.teacher.source
 
     # Before the run -----------------------------------------------------------------------
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        if self.unknown is not None:
+            self.teacher.check_prompt(prompt)
 
     def check(self, prompts: Sequence[Prompt], temperature: float) -> None:
         assert self.teacher.source is not None

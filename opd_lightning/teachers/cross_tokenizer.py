@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,6 +60,9 @@ class CrossTokenizerTeacher(Teacher):
         template_args: Extra variables for the teacher's chat template.
         attn_implementation: transformers' attention kernel; None takes its default.
         trust_remote_code: Run code that ships with the model.
+        chat_template: Jinja text or file, used instead of the folder's.
+        eos_tokens: Tokens that end a response, instead of the folder's; the first stands for the
+            end of a response of the student.
     """
 
     has_own_tokenizer = True
@@ -75,8 +77,17 @@ class CrossTokenizerTeacher(Teacher):
         template_args: dict[str, Any] | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        chat_template: str | None = None,
+        eos_tokens: list[str] | None = None,
     ) -> None:
-        self.frozen = FrozenTeacher(path, dtype, attn_implementation, trust_remote_code)
+        self.frozen = FrozenTeacher(
+            path,
+            dtype,
+            attn_implementation,
+            trust_remote_code,
+            chat_template=chat_template,
+            eos_tokens=eos_tokens,
+        )
         self.source: ModelSource = self.frozen.source
         self.template_args = template_args or {}
         self._prompts: dict[str, list[int]] = {}
@@ -84,9 +95,8 @@ class CrossTokenizerTeacher(Teacher):
     def check_model(self, student: Student) -> None:
         self.frozen.check_model(student)
 
-    def check(self, prompts: Sequence[Prompt], temperature: float) -> None:
-        for prompt in prompts:
-            self._fit(prompt, self._prompt_ids(prompt), 1)
+    def check_prompt(self, prompt: Prompt) -> None:
+        self._fit(prompt, self._prompt_ids(prompt), 1)
 
     def load(self, device: torch.device, student: Student) -> None:
         self.frozen.load(device, student)

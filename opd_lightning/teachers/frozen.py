@@ -29,6 +29,9 @@ class FrozenTeacher(OwnModelTeacher):
         offload: Keep the weights in CPU memory while rollouts are generated, and on the device
             only while a step is scored and trained. Costs one copy to the device per step. Not for
             runs that shard their models.
+        chat_template: Jinja text or file that the teacher is taken to expect, instead of the
+            folder's. Prompts are always rendered with the student's.
+        eos_tokens: Tokens that end a response, instead of the folder's.
     """
 
     def __init__(
@@ -38,9 +41,15 @@ class FrozenTeacher(OwnModelTeacher):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         offload: bool = False,
+        chat_template: str | None = None,
+        eos_tokens: list[str] | None = None,
     ) -> None:
         self.source: ModelSource = ModelSource(
-            path, trust_remote_code=trust_remote_code, role="teacher"
+            path,
+            trust_remote_code=trust_remote_code,
+            role="teacher",
+            chat_template=chat_template,
+            eos_tokens=eos_tokens,
         )
         self.dtype: Dtype = dtype
         self.attn_implementation = attn_implementation

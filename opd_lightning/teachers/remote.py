@@ -40,6 +40,9 @@ class RemoteTeacher(TopKTeacher):
         served_model: Name of the model at servers that `opd serve` did not start (vLLM's need
             `--tokens-only`). The identity of the weights is then not checked.
         trust_remote_code: Run code that ships with the model's tokenizer or configuration.
+        chat_template: Jinja text or file that the teacher is taken to expect, instead of the
+            folder's. Prompts are always rendered with the student's.
+        eos_tokens: Tokens that end a response, instead of the folder's.
     """
 
     scores_given_ids = True
@@ -55,6 +58,8 @@ class RemoteTeacher(TopKTeacher):
         timeout: float = 600.0,
         served_model: str | None = None,
         trust_remote_code: bool = False,
+        chat_template: str | None = None,
+        eos_tokens: list[str] | None = None,
     ) -> None:
         self.servers = Servers(servers, key_file=key_file, patience=patience, timeout=timeout)
         self.source = ServedModel(
@@ -63,6 +68,8 @@ class RemoteTeacher(TopKTeacher):
             name=served_model,
             trust_remote_code=trust_remote_code,
             role="teacher",
+            chat_template=chat_template,
+            eos_tokens=eos_tokens,
         )
         self._by_id = False
         self._pending: dict[tuple[int, str, int], _Pending] = {}

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from opd_lightning.errors import UserError
+from opd_lightning.errors import RunStoppedError, UserError
 
 if TYPE_CHECKING:
     # Not at run time: verifiers' worker processes need neither torch nor its memory.
@@ -47,3 +47,25 @@ class Verifier(ABC):
                     f"compare with, got {prompt.answer!r}; add it to the row or train without a "
                     "verifier"
                 )
+
+
+def checked_rewards(
+    verifier: Verifier, prompts: Sequence[Prompt], rewards: Sequence[float]
+) -> list[float]:
+    """Return a verifier's rewards; raise `RunStoppedError` unless all are in [0, 1] or NaN.
+
+    Rules, thresholds and figures are defined for that range.
+    """
+    name = type(verifier).__name__
+    if len(rewards) != len(prompts):
+        raise RunStoppedError(
+            f"{name}.verify: got {len(rewards)} rewards for {len(prompts)} responses, expected one "
+            "for each"
+        )
+    for prompt, reward in zip(prompts, rewards, strict=True):
+        if reward < 0 or reward > 1:
+            raise RunStoppedError(
+                f"{prompt.origin or prompt.id}: {name} gave a response the reward {reward:.6g}, "
+                "expected 0 to 1; scale it in its `verify`"
+            )
+    return list(rewards)

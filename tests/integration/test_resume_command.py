@@ -39,11 +39,19 @@ def command(run: Path, *changes: str, ranks: int = 1) -> list[str]:
 
 def test_the_same_command_starts_and_continues(in_lab: Path, tmp_path: Path, capsys: Err) -> None:
     last = tmp_path / "checkpoints" / "last.ckpt"
+    other = ["--data.sampling.temperature=0.9", "--model.optimizer.lr=0.5"]
     for steps in (1, 2):
-        main(command(tmp_path, f"--trainer.max_steps={steps}"))
+        main(command(tmp_path, f"--trainer.max_steps={steps}", *(other if steps == 2 else [])))
         assert torch.load(last, weights_only=True)["global_step"] == steps
         said = capsys.readouterr().err
         assert ("starts from the beginning" in said) == (steps == 1)
+        told = [line for line in said.splitlines() if "the checkpoint's run had" in line]
+        assert len(told) == (0 if steps == 1 else 2)
+        if told:
+            rate, temperature = sorted(told, key=lambda line: "temperature" in line)
+            assert "optimizer.lr: " in rate
+            assert "counts, which is saved with its state" in rate
+            assert "this one has 0.9: 0.9 counts from here on" in temperature
     flip(last)
     for words, message in (
         (["validate", "--config", f"{tmp_path}/config.yaml"], "has other bytes than were written"),

@@ -312,6 +312,17 @@ def test_weights_alone_are_no_state_to_go_on_from(tmp_path: Path) -> None:
         train(tmp_path, 2)
 
 
+def test_a_state_without_loops_is_none_to_go_on_from(tmp_path: Path) -> None:
+    """It would begin again at step 0, with later weights."""
+    train(tmp_path, 1)
+    (path,) = tmp_path.rglob("last.ckpt")
+    content = torch.load(path, weights_only=True)
+    del content["loops"]
+    torch.save(content, path)
+    with pytest.raises(UserError, match="lacks the state of the optimiser or the loops"):
+        train(tmp_path, 2, ckpt_path=str(path))
+
+
 def test_another_method_is_said(tmp_path: Path, capsys: Err) -> None:
     train(tmp_path, 1)
     train(tmp_path, 2, module=type("Other", (Toy,), {})())

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from opd_lightning.cli import main
-from opd_lightning.commands.lightning_cli import as_yaml, one_line
+from opd_lightning.commands.lightning_cli import as_yaml
 from opd_lightning.models import causal_lm
 from tests.harness_tasks import write_tasks
 
@@ -89,6 +89,51 @@ def test_what_training_cannot_use(fail: Fail) -> None:
     assert "trainer.precision: got 'bf16-true'" in fail("--trainer.precision=bf16-true")
     line = fail("--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=5")
     assert "val_check_interval: got 5 micro-batches" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["lab"], "expected a command: build,demo; `opd lab --help`"),
+        (["lab", "bild"], "got the command 'bild', expected 'build', 'demo'"),
+        (["lab", "build", "--world=mars"], "world: expected one of 'arithmetic', 'identity', got"),
+        (["lab", "build", "--wor=identity"], "not accepted: --wor=identity"),  # abbreviated
+        (["serve", "--model=x"], "key_file: got nothing, expected a value; `opd serve --help`"),
+        (["serve", "--model=x", "--key=k"], "not accepted: --key=k"),
+        (["serve", "--model=x", "--key_file=k", "--port=many"], "port: expected a whole number"),
+        (["compare"], "runs: got nothing, expected a value; `opd compare --help`"),
+        (["compare", "x", "--gr=true"], "not accepted: --gr=true"),
+        (["--config", "nowhere.yaml", "fit"], "nowhere.yaml"),
+    ],
+)
+def test_other_commands_end_alike(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("opd: error: ")
+    assert said in line
+
+
+@pytest.mark.parametrize("option", ["data.train.path", "model.student.path", "ckpt_path"])
+def test_a_name_that_is_too_long(option: str, fail: Fail) -> None:
+    line = fail(f"--{option}=./{'x' * 300}")
+    assert "too long" in line
+    assert len(line) <= 420
+
+
+def test_schedulers_that_wait_for_a_metric(fail: Fail) -> None:
+    name = "torch.optim.lr_scheduler.ReduceLROnPlateau"
+    assert "model.lr_scheduler: got ReduceLROnPlateau" in fail(f"--model.lr_scheduler={name}")
+
+
+def test_tasks_of_slurm_without_their_nodes(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("NTASKS", "4"), ("JOB_ID", "7"), ("JOB_NAME", "train")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    assert "use --ntasks-per-node" in fail()
 
 
 def test_missing_checkpoint(fail: Fail) -> None:
@@ -187,25 +232,9 @@ def test_no_engine(fail: Fail) -> None:
     assert "data.engine: got nothing" in fail("--data.engine=null")
 
 
-def test_one_line_keeps_causes_only() -> None:
-    message = """Parser key "model":
-  Does not validate against any of the Union subtypes
-  Subtypes: [<class 'm.Base'>, <class 'NoneType'>]
-  Errors:
-    - Problem with given class_path 'm.Sub':
-        Option 'betta' is not accepted
-    - Expected a <class 'NoneType'>
-  Given value type: <class 'str'>
-  Given value: m.Sub"""
-    assert one_line(message) == (
-        """Parser key "model": Problem with given class_path 'm.Sub': """
-        "Option 'betta' is not accepted; Given value: m.Sub"
-    )
-
-
 @pytest.mark.parametrize("word", ["null", "None"])
 @pytest.mark.parametrize(
-    "option", ["data.engine.device", "model.teacher.attn_implementation", "model.teacher"]
+    "option", ["data.engine.device", "model.teacher.attn_implementation", "data.verifier"]
 )
 def test_null_is_nothing_and_no_text(
     option: str, word: str, in_lab: Path, capsys: pytest.CaptureFixture[str]

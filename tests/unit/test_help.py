@@ -118,8 +118,11 @@ def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str])
 
 def test_every_real_option_is_known(all_options: set[str]) -> None:
     assert len(all_options) > 60
-    for name in all_options:
-        check_keys("fit", [f"--{name}=1"])
+    for name in all_options - {"data.seed", "config"}:  # of seed_everything; a file
+        try:
+            check_keys("fit", [f"--{name}=1"])
+        except UserError as error:  # of the value alone
+            assert ": got 1, expected " in str(error)  # noqa: PT017
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,8 @@ def test_every_config_is_known(path: Path) -> None:
     ("word", "said"),
     [
         ("--dta.train=x", "--dta: 'dta' is not accepted; did you mean 'data'?"),
+        ("--trainer.max_st=3", "did you mean 'max_steps'?"),  # abbreviated
+        ("--ckpt=last", "did you mean 'ckpt_path'?"),
         ("--ckptpath=x", "did you mean 'ckpt_path'?"),
         ("--trainer.max_stepz=1", "--trainer.max_stepz: 'max_stepz' is not accepted"),
         ("--model.init_args.discont=1", "did you mean 'discount'?"),
@@ -160,7 +165,6 @@ def test_misspelt_key_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["--trainer.max_st=3"],  # the parser completes what is unambiguous
         ["--trainer.callbacks+=callbacks.RolloutLog", "--trainer.callbacks.every_n_steps=3"],
         ["--data.engine=opd_lightning.rollouts.VLLMEngine", "--data.engine.dtype=bfloat16"],
         ["--data.template_args.enable_thinking=false"],

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from opd_lightning.errors import UserError
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.student import Student
-from opd_lightning.run.configuration import check_usable
+from opd_lightning.run.model_checks import check_usable
 from tests.conftest import TinyModelDir
 
 POINTER = (

@@ -222,7 +222,9 @@ def test_skipped_rows_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureF
     assert source.skipped == 2
     first, second = (record.getMessage() for record in caplog.records)
     assert first == second
-    assert first.startswith(f"skipped 2 of 4 rows of {path}; first: {path}:2: 'prompt' must be")
+    assert first.startswith(
+        f"skipped 2 of 4 rows of {path} (2 cannot be read); first: {path}:2: 'prompt'"
+    )
     assert "\n" not in first
 
 

@@ -61,6 +61,7 @@ def load(name: str, include_path: str | None) -> dict[str, Any]:
     """
     if include_path is None:
         return _load(_manager(None, with_defaults=True), name)
+    include_path = os.path.expanduser(include_path)
     if not Path(include_path).is_dir():
         raise UserError(f"include_path: got {include_path!r}, expected a folder of tasks")
     own = _manager(include_path, with_defaults=False)

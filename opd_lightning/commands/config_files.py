@@ -1,0 +1,140 @@
+"""Reading of YAML configuration files, which refuses what the parser would accept or not survive.
+
+Duplicate keys, of which YAML libraries take the last, anchors that contain themselves, and files
+that are no text. Nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opd_lightning.errors import UserError
+
+MAX_DEPTH = 100  # of nested values; configurations have about ten
+MAX_VALUES = 100_000  # with every alias counted as what it stands for
+
+
+def read_config(given: str) -> tuple[str, dict[str, Any]]:
+    """Read the value of `--config`: a file, or YAML text in place of one.
+
+    Args:
+        given: Path of a YAML file; `~` is the home folder. A text with a colon that is no file is
+            YAML itself.
+
+    Returns:
+        The name for messages, and the settings.
+
+    Raises:
+        UserError: It is no readable file, no YAML, or holds something else than settings.
+    """
+    path = Path(os.path.expanduser(given))
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        if ":" in given:
+            return "--config", _settings("--config", given)
+        name = given if len(given) <= 100 else f"{given[:97]}..."
+        too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+        why = "its name is too long for a file" if too_long else "no such file exists"
+        raise UserError(f"--config: got {name!r}, but {why}") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+        raise UserError(f"--config: got {given!r}, which is {kind}, expected a YAML file")
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        reason = error.strerror
+        raise UserError(f"--config: cannot read {given!r}: {reason}; check its mode") from error
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{given}:{line}: byte {error.start} is not UTF-8; save the file as UTF-8"
+        ) from error
+    return given, _settings(given, text)
+
+
+def _settings(source: str, text: str) -> dict[str, Any]:
+    tree = parse(source, text)
+    if not isinstance(tree, dict):
+        got = "nothing" if tree is None or is_blank(tree) else f"a {type(tree).__name__}"
+        raise UserError(f"{source}: holds {got}, expected settings, as 'key: value'")
+    return tree
+
+
+def is_blank(value: object) -> bool:
+    """Whether a value is a text without a visible character."""
+    return isinstance(value, str) and not value.strip().strip("\ufeff\u200b\u2060").strip()
+
+
+def parse(source: str, text: str) -> Any:
+    """Parse YAML text to plain data.
+
+    Args:
+        source: Name of the text in messages.
+        text: One YAML document.
+
+    Raises:
+        UserError: It is no YAML, repeats a key, contains itself, or is nested too deeply.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check(source, node, {}, ())
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{source}:{mark.line + 1}" if mark else source
+        reason = " ".join(f"{error.context or ''} {error.problem or ''}".split())
+        raise UserError(f"{where}: is no YAML: {reason}; correct the line") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        deep = isinstance(error, RecursionError)
+        reason = "values are nested too deeply" if deep else " ".join(str(error).split())[:200]
+        raise UserError(f"{source}: is no usable YAML: {reason}; correct it") from error
+
+
+def _check(source: str, node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> int:
+    """Check a node and return how many values it stands for, with aliases written out."""
+    if id(node) in above:
+        raise _refusal(source, node, "an anchor contains an alias of itself; write the value out")
+    if len(above) > MAX_DEPTH:
+        raise _refusal(source, node, f"values are nested more than {MAX_DEPTH} deep")
+    if id(node) in sizes:
+        return sizes[id(node)]
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            inner += [key, value]
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value in lines:
+                raise _refusal(
+                    source,
+                    key,
+                    f"{key.value!r} is set a second time, first in line {lines[key.value]}; "
+                    "keep one of them",
+                )
+            lines[key.value] = key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    size = 1 + sum(_check(source, one, sizes, (*above, id(node))) for one in inner)
+    if size > MAX_VALUES:
+        raise _refusal(source, node, f"aliases stand for more than {MAX_VALUES} values")
+    sizes[id(node)] = size
+    return size
+
+
+def _refusal(source: str, node: yaml.Node, reason: str) -> UserError:
+    return UserError(f"{source}:{node.start_mark.line + 1}: {reason}")

@@ -1,0 +1,67 @@
+"""Messages of the argument parser as one line in this program's words."""
+
+from __future__ import annotations
+
+import re
+
+from opd_lightning.errors import shortened
+
+# What jsonargparse says besides the cause: type unions tried in vain, dumps of the value.
+_NOISE = re.compile(
+    r"^(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:"
+    r"|Given value type: .*|Given value: (?!\S+$).*"
+    r"|Expected a <class 'NoneType'>.*|Expected a path but .*|tip: .*)$"
+)
+# In this order: later patterns read what earlier ones wrote.
+_WORDS = [
+    (r"Parser key \"(?:fit\.|validate\.|test\.)?([^\"]*)\": ?", r"\1: "),
+    (
+        r"the following arguments are required: (?:fit\.|validate\.|test\.)?(\S+)",
+        r"\1: got nothing, expected a value",
+    ),
+    (r"(?:Group|Subcommand) '([^']*)' does not accept option '([^']*)'", r"\1.\2 is not accepted"),
+    (
+        r'expected "subcommand" to be one of \{([^}]*)\}, but it was not provided\.?',
+        r"expected a command: \1",
+    ),
+    (
+        r"argument subcommand: invalid choice: ('[^']*') \(choose from ([^)]*)\)",
+        r"got the command \1, expected \2",
+    ),
+    (r"unrecognized arguments: ", "not accepted: "),
+    (r"Unexpected config:? ?", "expected settings, as 'key: value', got "),
+    (r"Unable to load config ", "expected options, or a YAML file of them, got "),
+    (r"Expected a dot import path string: [^.,;\s]*", "expected the import path of a class"),
+    (r"Problem with given class_path ('[^']*'):", r"\1:"),
+    (r"Problems parsing config: ", "is no YAML: "),
+    (r"Expected an? <class 'int'>", "expected a whole number"),
+    (r"Expected an? <class 'float'>", "expected a number"),
+    (r"Expected an? <class 'str'>", "expected a text"),
+    (r"Expected an? <class 'bool'>", "expected true or false"),
+    (r"Expected an? <class '(?:list|tuple|set)'>", "expected a list"),
+    (r"Expected an? <class 'dict'>", "expected a table of names and values"),
+    (r"Expected an? typing\.Literal\[([^\]]*)\]", r"expected one of \1"),
+    (r"<(?:class|enum) '(?:[\w.]*\.)?(\w+)'>", r"\1"),
+    (r"(?:\.|;) (?:Got|Given) value: ", ", got "),
+    (r"\bgot None\b", "got null"),
+    (r"\b([\w.]+): (\1: )+", r"\1: "),
+]  # fmt: skip
+
+
+def hint(prog: str) -> str:
+    """Return what lists the options of the parser with this name; a nested one has another."""
+    command = prog.replace(" [options]", "")
+    return f"`{command if command.startswith('opd') else 'opd'} --help` lists what is accepted"
+
+
+def one_line(message: str) -> str:
+    """Return the causes in a parser's message, outermost first, at most 400 characters."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    causes = [line for line in lines if line and not _NOISE.match(line)]
+    text = " ".join(cause if cause.endswith(":") else cause + ";" for cause in causes)
+    text = text.rstrip(";")
+    for pattern, words in _WORDS:
+        text = re.sub(pattern, words, text)
+    # Said twice where the parser tried twice, with other quotes.
+    parts = {part.replace('"', "'"): part for part in text.split("; ")}
+    return shortened("; ".join(parts.values()))

@@ -1,0 +1,92 @@
+"""Counts of what is wrong with the rows of a prompt file, and one warning about each kind."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from opd_lightning.data.row_checks import RowChecks, texts_of
+from opd_lightning.types import Prompt
+
+log = logging.getLogger(__name__)
+
+
+class Problems:
+    """Rows that cannot be used, counted by reason."""
+
+    def __init__(self) -> None:
+        self.first = ""
+        self._counts: Counter[str] = Counter()
+
+    def add(self, reason: str, message: str) -> None:
+        self.first = self.first or message
+        self._counts[reason] += 1
+
+    @property
+    def count(self) -> int:
+        return self._counts.total()
+
+    def by_reason(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in self._counts.most_common())
+
+
+class Texts:
+    """Texts of used rows that the models read otherwise than a person would.
+
+    Args:
+        path: The prompt file.
+        checks: Knows the tokenizer; None looks for nothing.
+    """
+
+    def __init__(self, path: str, checks: RowChecks | None) -> None:
+        self.path = path
+        self.checks = checks
+        self.control: list[tuple[str, str]] = []  # origins and tokens
+        self.both: list[str] = []  # origins
+        self.characters: dict[str, str] = {}  # origin of the first row with it, by character
+
+    def see(self, prompt: Prompt, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+        """Look at a row that is used."""
+        if "messages" not in columns and row.get("messages") and row.get("prompt"):
+            self.both.append(prompt.origin)
+        if self.checks is None:
+            return
+        if (token := self.checks.control_token(prompt)) is not None:
+            self.control.append((prompt.origin, token))
+        read = self.checks.ordinary("\n".join(texts_of(prompt)))
+        for character in {*read} - self.characters.keys():
+            self.characters[character] = prompt.origin
+
+    def report(self, rows: int) -> None:
+        """Warn, once for each kind, with the number of rows and the first of them."""
+        if self.both:
+            log.warning(
+                "%d of %d rows of %s have both 'messages' and 'prompt', of which 'messages' is "
+                "read; choose with columns: {messages: ...}; first: %s",
+                len(self.both),
+                rows,
+                self.path,
+                self.both[0],
+            )
+        if self.control:
+            log.warning(
+                "%d of %d rows of %s hold a control token as text, which is read as the token; set "
+                "on_control_tokens to error or escape; first: %s: %r",
+                len(self.control),
+                rows,
+                self.path,
+                *self.control[0],
+            )
+        lacking = self.checks.lacking({*self.characters}) if self.checks else set()
+        if lacking:
+            first = min(lacking, key=[*self.characters].index)
+            log.warning(
+                "the tokenizer lacks %d characters of %s, which no model can read in them: %s; "
+                "first: %s",
+                len(lacking),
+                self.path,
+                "".join(sorted(lacking))[:40],
+                self.characters[first],
+            )

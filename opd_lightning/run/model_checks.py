@@ -1,0 +1,115 @@
+"""Checks that models can be read, and that teachers read what the student means."""
+
+from __future__ import annotations
+
+import logging
+
+from opd_lightning.errors import UserError
+from opd_lightning.models.chat import render
+from opd_lightning.models.source import ModelSource
+from opd_lightning.types import Message, Prompt
+
+log = logging.getLogger(__name__)
+
+
+def check_usable(source: ModelSource) -> None:
+    """Check that a model can be read and its tokenizer has an EOS token and a chat template."""
+    _ = source.config
+    tokenizer = source.tokenizer
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{source.role} {source.path!r}: its tokenizer has no EOS token, so responses could "
+            "never end; set eos_token in tokenizer_config.json"
+        )
+    size = source.config.get_text_config().vocab_size
+    if not any(0 <= i < size for i in source.eos_ids):
+        raise UserError(
+            f"{source.role} {source.path!r}: its EOS token is id {source.eos_ids[0]}, but its "
+            f"vocabulary ends at {size - 1}, so responses could never end; set eos_token to one "
+            "of the model's own"
+        )
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{source.role} {source.path!r}: its tokenizer has no chat template; set "
+            f"{source.role}.chat_template to a Jinja file, or use the model's chat version"
+        )
+
+
+def check_same_tokens(student: ModelSource, teacher: ModelSource, *, writes: bool = False) -> None:
+    """Check that a teacher reads the student's token ids, ends and prompts as the student means.
+
+    Warns of response ends and of default system messages that differ.
+
+    Args:
+        student: The student.
+        teacher: The teacher.
+        writes: Whether the teacher writes responses, so that they may hold any of its tokens.
+    """
+    pair = f"student {student.path!r} and teacher {teacher.path!r}"
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    # Tokens that only the teacher has are in no response, unless it writes them.
+    differing = ours.items() ^ theirs.items() if writes else ours.items() - theirs.items()
+    if differing:
+        token = min(differing, key=lambda item: item[1])[0]
+        raise UserError(
+            f"{pair} have different tokenizers: {len(ours)} and {len(theirs)} tokens, token "
+            f"{token!r} is id {ours.get(token)} and {theirs.get(token)}; use models of one family, "
+            "or CrossTokenizerTeacher"
+        )
+    _check_ends(student, teacher, pair)
+    _check_templates(student, teacher, pair)
+
+
+def _check_ends(student: ModelSource, teacher: ModelSource, pair: str) -> None:
+    """Check that the student's responses end where the teacher ends a turn."""
+    end, theirs = student.tokenizer.eos_token, teacher.tokenizer.eos_token
+    chosen = student.eos_tokens is not None or teacher.eos_tokens is not None
+    if teacher.tokenizer.eos_token_id not in student.eos_ids and not chosen:
+        raise UserError(
+            f"{pair} end their turns differently: EOS is {end!r} and {theirs!r}, which makes "
+            f"responses run on; set model.student.eos_tokens to [{theirs!r}], or use the chat "
+            "version of both"
+        )
+    unmatched = [i for i in student.eos_ids if i not in teacher.eos_ids]
+    if unmatched:
+        names = ", ".join(map(repr, student.tokenizer.convert_ids_to_tokens(unmatched)))
+        log.warning(
+            "%d of the %d tokens that end the student's responses (%s) do not end those of the "
+            "teacher %r, which scores them as text; set eos_tokens of both alike",
+            len(unmatched),
+            len(student.eos_ids),
+            names,
+            teacher.path,
+        )
+
+
+def _check_templates(student: ModelSource, teacher: ModelSource, pair: str) -> None:
+    """Check that both chat templates render alike where the system message is given."""
+    question: Message = {"role": "user", "content": "1"}
+    bare = Prompt(id="probe", messages=(question,))
+    full = Prompt(id="probe", messages=({"role": "system", "content": "2"}, question))
+
+    def rendered(prompt: Prompt) -> list[list[int]]:
+        return [render(prompt, source.tokenizer, {}, role=source.role) for source in both]
+
+    both = (student, teacher)
+    mine, its = rendered(bare)
+    if mine == its:
+        return
+    try:
+        given = rendered(full)
+    except UserError:  # a template without system messages
+        given = [mine, its]
+    if given[0] != given[1]:
+        raise UserError(
+            f"{pair} have different chat templates, so the teacher would score text it does not "
+            "expect; set chat_template of one, in model.student or its teacher, to the other's"
+        )
+    log.warning(
+        "%s add different system messages to prompts that have none, of %d and %d tokens with the "
+        "question; both read the student's. Set chat_template of one to choose, or give every "
+        "prompt a system message",
+        pair,
+        len(mine),
+        len(its),
+    )
