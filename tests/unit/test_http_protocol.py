@@ -35,6 +35,7 @@ async def app(scope, receive, send):
 http_protocol.HEADER_SECONDS = 3.0
 sock = socket.socket()
 sock.bind(("127.0.0.1", 0))
+sock.listen()  # who connects before uvicorn runs waits for it
 print(sock.getsockname()[1], flush=True)
 config = uvicorn.Config(
     KeyMiddleware(app), http=http_protocol.BoundedProtocol, backlog=http_protocol.BACKLOG,

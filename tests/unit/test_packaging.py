@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = {"opd_lightning", "callbacks"}
 # Imported where only a library's own presence leads to it.
-WITH_VLLM = {"pydantic"}
+WITH_VLLM = {"pydantic", "uvicorn"}
 OPTIONAL = {"vllm": "vllm", "lm_eval": "lm-eval"}
 
 
