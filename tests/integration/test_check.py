@@ -234,7 +234,7 @@ LORA = "--model.init_args.student.lora={r: 4, target_modules: [q_proj, v_proj, d
     ("sums", "lora", "faults"),
     [
         (True, (), (suppressed, permuted)),
-        (False, (), (half_done, foreign)),
+        pytest.param(False, (), (half_done, foreign), marks=pytest.mark.slow),
         (False, (LORA,), (suppressed, half_done)),
     ],
     ids=["sums", "no sums", "lora without sums"],
@@ -346,6 +346,7 @@ def test_a_student_that_ends_elsewhere(check: Check, tmp_path: Path) -> None:
     (student / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [1, 9]}))
     printed = check(f"--model.init_args.student.path={student}")
     assert not_ok(printed) == {"end of a response": "warning"}
+    (student / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [9]}))
     tokens = json.loads((student / "tokenizer_config.json").read_text())
     (student / "tokenizer_config.json").write_text(json.dumps(tokens | {"eos_token": "<|pad|>"}))
     printed = check(f"--model.init_args.student.path={student}")
@@ -408,7 +409,7 @@ def test_a_teacher_that_is_the_student(check: Check) -> None:
 def test_a_teacher_that_overflows(check: Check, tmp_path: Path) -> None:
     path = changed_weights(tmp_path / "broken", lambda weight: weight * torch.nan)
     printed = check(f"--model.init_args.teacher.init_args.path={path}")
-    assert not_ok(printed) == {"teacher": "error"}
+    assert not_ok(printed) == {"weights": "error"}
 
 
 def test_a_schedule_that_is_too_short(check: Check) -> None:

@@ -45,6 +45,7 @@ def test_too_many_skips_are_told_once(untrained_lab: Path, tmp_path: Path) -> No
     assert "that makes 2 in a row" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault", ["killed", pytest.param("killed while the other writes", marks=pytest.mark.slow)]
 )

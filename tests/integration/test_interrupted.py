@@ -255,7 +255,9 @@ def whole_log(save_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 # The engine's calls: 1, 2 for steps, 3 to 6 for a validation, 7, 8 for steps, 9 to 12 for a
 # validation at an epoch's end, 13, 14 for steps.
-@pytest.mark.parametrize("call", [4, 7, 10, 13])
+@pytest.mark.parametrize(
+    "call", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 10, 13))]
+)
 @pytest.mark.usefixtures("in_lab")
 def test_the_log_of_a_run_has_no_seam(call: int, tmp_path: Path, whole: Path) -> None:
     """Validation too: cut short, it is made again; made, it is not."""

@@ -210,7 +210,9 @@ def _dying(url: str, key_file: Path, models: list[Path], how: signal.Signals) ->
     engine.load_weights(0, weights())
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
 def test_a_sender_that_dies_or_hangs_leaves_a_server_that_works(
     rollout_server: RunningServer, engine: VLLMServerEngine, models: list[Path], how: signal.Signals
 ) -> None:

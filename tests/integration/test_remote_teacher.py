@@ -350,6 +350,7 @@ def test_a_lost_server_is_waited_for(
     assert len(set(undisturbed)) == 4
 
 
+@pytest.mark.slow  # starts the server again
 def test_a_server_that_stays_away_ends_the_run(
     teacher_server: RunningServer, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

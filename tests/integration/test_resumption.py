@@ -26,8 +26,10 @@ ON_VLLM = [pytest.mark.vllm, pytest.mark.slow]
 WAYS = [
     pytest.param(CONFIG, {}, slice(0, None, 3), id="plain"),
     pytest.param(CONFIG, {}, slice(None), id="plain, all", marks=pytest.mark.slow),
-    pytest.param(CONFIG, {"data__max_staleness": 1}, slice(3, 6, 2), id="stale"),
-    pytest.param(SG_OPD, PHASES, slice(3, 6, 2), id="phases"),
+    pytest.param(
+        CONFIG, {"data__max_staleness": 1}, slice(3, 6, 2), id="stale", marks=pytest.mark.slow
+    ),
+    pytest.param(SG_OPD, PHASES, slice(3, 6, 2), id="phases", marks=pytest.mark.slow),
     pytest.param(CONFIG, {"data__engine": VLLM}, slice(3, 6, 2), id="vllm", marks=ON_VLLM),
 ]
 

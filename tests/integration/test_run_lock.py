@@ -157,4 +157,4 @@ def test_two_jobs_do_not_write_responses_to_one_file(
     assert out.read_text() == (tmp_path / "others.jsonl").read_text()
     with pytest.raises(SystemExit):
         write(tmp_path)
-    assert "which is a folder, expected a file" in capsys.readouterr().err
+    assert "expected a file" in capsys.readouterr().err

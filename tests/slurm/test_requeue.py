@@ -83,6 +83,7 @@ def test_a_job_whose_node_breaks_ends_like_a_run_without_slurm(
     assert_alike(killed, alone)
 
 
+@pytest.mark.slow
 def test_term_to_one_rank_saves_and_stops_all(cluster: Cluster, new_user: NewUser) -> None:
     """During a validation, which is not waited for."""
     user = new_user("term")
