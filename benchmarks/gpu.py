@@ -39,6 +39,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
+from safetensors.torch import save_file
 from transformers import Qwen3Config
 
 from benchmarks import engine_gap, training_phase
@@ -103,6 +104,7 @@ def write_models(folder: Path, sizes: Sizes, dry_run: bool) -> dict[str, Path]:
     for name, place in folders.items():
         (tiny if dry_run else published(name)).save_pretrained(place)
         build_tokenizer(max(sizes.lengths)).save_pretrained(place)
+        save_file({}, place / "model.safetensors")  # a folder without weights is refused
     return folders
 
 

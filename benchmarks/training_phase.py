@@ -28,10 +28,10 @@ from opd_lightning.data.collate import collate
 from opd_lightning.data.micro_batches import split_by_cost
 from opd_lightning.methods import OPD
 from opd_lightning.models.student import Student
-from opd_lightning.preflight.activations import Widths
 from opd_lightning.preflight.layout import Layout
 from opd_lightning.preflight.memory import process_memory
 from opd_lightning.preflight.plan import Plan, TeacherModel
+from opd_lightning.preflight.widths import Widths
 from opd_lightning.rollouts.base import Sampling
 from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.timing import StepTimer
@@ -95,7 +95,7 @@ class Case:
 def random_weights(device: str) -> Iterator[None]:
     """Draw the weights of models on `device` instead of reading them.
 
-    Their folders hold config.json alone. Equal folders get equal weights.
+    Their folders hold config.json and no tensors. Equal folders get equal weights.
     """
 
     def draw(path: str, **options: Any) -> tuple[Any, dict[str, Any]]:
