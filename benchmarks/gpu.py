@@ -299,7 +299,7 @@ def _write(report: Figures, path: Path | None) -> None:
 
 def main() -> None:
     began = time.perf_counter()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file, written after every measurement")
     parser.add_argument("--budget", type=float, default=460.0, help="seconds of the whole command")
     parser.add_argument("--only", default="", help="measure what has this in its kind or name")

@@ -325,6 +325,7 @@ def predicted_bytes(
     """What `opd check` would say of the fullest moment, with the largest micro-batch."""
     largest = max(batches, key=lambda batch: batch.views["student"].input_ids.numel())
     rows, length = largest.views["student"].input_ids.shape
+    assert isinstance(module.teacher, FrozenTeacher)
     plan = Plan(
         student=module.student.model,
         config=module.student.source.config,
