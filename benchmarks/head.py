@@ -115,10 +115,15 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         torch.set_num_threads(options.threads)
     problem = Problem(options)
     problem.run(options.implementation, 8)
+    return one_pass(problem, options.implementation, max(options.tokens))
+
+
+def one_pass(problem: Problem, implementation: str, tokens: int) -> dict[str, float]:
+    """Seconds and MiB of one forward and backward pass; earlier gradients are freed before."""
     problem.clear()
-    clock, held, peak = _meters(options.device)
+    clock, held, peak = meters(problem.options.device)
     before, start, wall = held(), clock(), time.perf_counter()
-    problem.run(options.implementation, max(options.tokens))
+    problem.run(implementation, tokens)
     seconds, walls, extra = clock() - start, time.perf_counter() - wall, peak() - before
     found = [problem.student.weight.grad, problem.hidden.grad]
     gradients = sum(x.numel() * x.element_size() for x in found if x is not None)
@@ -130,8 +135,11 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def _meters(device: str) -> tuple[Callable[[], float], Callable[[], int], Callable[[], int]]:
-    """(clock in seconds, memory held now in bytes, peak memory in bytes)."""
+def meters(device: str) -> tuple[Callable[[], float], Callable[[], int], Callable[[], int]]:
+    """(clock in seconds, memory held now in bytes, peak memory in bytes from now on).
+
+    On a CPU the clock is the CPU time of the process, and the peak is that of its whole life.
+    """
     if device == "cpu":
         pages = Path("/proc/self/statm")
         return (

@@ -27,11 +27,13 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
+    "0.6B": Shape(1024, 28, 16, 8, 3072, True),
     "1.7B": Shape(2048, 28, 16, 8, 6144, True),
     "4B": Shape(2560, 36, 32, 8, 9728, True),
     "32B": Shape(5120, 64, 64, 8, 25600, False),
 }
-TEACHERS = {"1.7B": "4B", "4B": "32B", "32B": "32B"}  # the last is its own start
+# By student that is planned for; the last is its own start.
+TEACHERS = {"1.7B": "4B", "4B": "32B", "32B": "32B"}
 LORA = LoraConfig(r=32, target_modules="all-linear")
 
 

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from functools import cache
 
-from benchmarks.scaling.models import (
-    SHAPES,
-    TEACHERS,
-    VOCABULARY,
-    cached_bytes,
-    config,
-    model,
-    weight_bytes,
-)
+from benchmarks.operations import H100_PEAK, forward_operations
+from benchmarks.scaling.models import TEACHERS, cached_bytes, config, weight_bytes
 from opd_lightning.preflight.widths import Widths
 
 GB = 1e9
 
 # A GPU of the H100 kind: 80 GB, of which 5 are left to CUDA, NCCL and fragments.
 ROOM = 75 * GB
-PEAK = 989e12  # dense bfloat16, operations a second
+PEAK = H100_PEAK
 TRAINING = 0.35  # of the peak that the student's passes reach
 SCORING = 0.45  # of the peak that the teacher's passes and prefills reach
 HBM = 0.6 * 3350 * GB  # bytes a second that decoding reads
@@ -37,25 +30,20 @@ SERVED = 0.9  # of a GPU that a server's engine fills
 
 
 @cache
-def forward_operations(name: str) -> float:
-    """Of one forward pass over a step: two a weight and token, and attention's products."""
-    widths = Widths.of(config(name))
-    tokens = ROLLOUTS * (PROMPT + MEAN)
-    matrices = sum(p.numel() for p in model(name).parameters() if p.dim() > 1)
-    if not SHAPES[name].tied:
-        matrices -= VOCABULARY * widths.hidden  # looked up, not multiplied by
-    attention = 2 * widths.layers * widths.queries * (PROMPT + MEAN)  # half of 4: causal
-    return tokens * (2 * matrices + attention)
+def step_operations(name: str) -> float:
+    """Of one forward pass over a step; the head reads prompts as well."""
+    length = PROMPT + MEAN
+    return ROLLOUTS * forward_operations(Widths.of(config(name)), [length], read=length)
 
 
 def training_gpu_seconds(name: str, *, lora: bool, checkpointing: bool) -> float:
     """Of the student's passes: forward, again, and back, where frozen weights have no gradient."""
     passes = 1 + checkpointing + (1 if lora else 2)
-    return passes * forward_operations(name) / (PEAK * TRAINING)
+    return passes * step_operations(name) / (PEAK * TRAINING)
 
 
 def teacher_gpu_seconds(student: str) -> float:
-    return forward_operations(TEACHERS[student]) / (PEAK * SCORING)
+    return step_operations(TEACHERS[student]) / (PEAK * SCORING)
 
 
 @cache

@@ -41,7 +41,8 @@ def models_table() -> str:
     heads = ["student", "hidden", "layers", "heads", "KV heads", "intermediate", "embedding tied",
              "parameters", "of them in layers", "largest layer"]  # fmt: skip
     rows = []
-    for name, s in SHAPES.items():
+    for name in TEACHERS:
+        s = SHAPES[name]
         every = sum(p.numel() for p in model(name).parameters())
         layer = sum(p.numel() for p in model(name).model.layers[0].parameters())
         rows.append([name, *s[:5], "yes" if s.tied else "no", f"{every:,}",
@@ -59,7 +60,7 @@ def memory_table() -> str:
              "bf16 copies or gathered", "gradients on their way", "activations", "head",
              "AdamW's roots", "a push", "fullest moment", "fits"]  # fmt: skip
     rows = []
-    for name in SHAPES:
+    for name in TEACHERS:
         for run in layouts(name):
             memory = run.memory()
             part = memory.always | memory.training | memory.moving | memory.pushing
@@ -76,7 +77,7 @@ def memory_table() -> str:
 def activations_table() -> str:
     heads = ["student", "tokens", "kept", "with gradient checkpointing", "head"]
     rows = []
-    for name in SHAPES:
+    for name in TEACHERS:
         for many in (1, 2, 4):
             both = [
                 Run(name, 1, 1, checkpointing=c, rows=many, remote=True).memory().training
@@ -92,7 +93,7 @@ def others_table() -> str:
              "EMA teacher: whole", "1/64", "student under LoRA: weights",
              "gradients and AdamW"]  # fmt: skip
     rows = []
-    for name in SHAPES:
+    for name in TEACHERS:
         half, full = model(name, half=True), model(name)
         layouts = [Layout(world=n, shards=n) for n in (1, 8, 64)]
         cells = [held_bytes(half.parameters(), x) for x in layouts]
@@ -109,7 +110,7 @@ def engines_table() -> str:
              f"sequences of {PROMPT + MEAN:,} tokens in it", "ms a decoding step of 1 row",
              "of as many as fit", "tokens/s"]  # fmt: skip
     rows = []
-    for name in SHAPES:
+    for name in TEACHERS:
         gpus, size = gpus_of_engine(name), cached_bytes(name)
         room = sequences(name, served_bytes(name))
         rows_at_once = (1, min(AT_ONCE, room))
@@ -126,7 +127,7 @@ def traffic_table() -> str:
              "gathered for a push", "seconds a step",
              "seconds of the student's passes"]  # fmt: skip
     rows = []
-    for name in SHAPES:
+    for name in TEACHERS:
         for run in layouts(name)[1:]:
             plan = run.plan()
             sent = step_traffic(plan)
@@ -141,7 +142,7 @@ def push_table() -> str:
     heads = ["student", "bytes for an engine", "gather: DDP", "8 shards, one node", "64 shards",
              "copy in process", "shared folder", "NCCL broadcast"]  # fmt: skip
     rows = []
-    for name in SHAPES:
+    for name in TEACHERS:
         runs = [Run(name, w, s, remote=True) for w, s in ((8, 1), (8, 8), (64, 64))]
         cells = [run.gather_seconds() for run in runs]
         cells += [copy_seconds(name), folder_seconds(name), broadcast_seconds(name)]
@@ -154,7 +155,7 @@ def plans_table() -> str:
              "GB of a trainer", "write", "student", "teacher", "traffic", "push", "step",
              "response tokens/s"]  # fmt: skip
     rows = []
-    for name in SHAPES:
+    for name in TEACHERS:
         for gpus in (1, 8, 64):
             if (run := choose(name, gpus)) is None:
                 rows.append([name, gpus, "nothing fits", *[""] * 12])
@@ -181,7 +182,7 @@ def balance_table() -> str:
     heads = ["student", "teacher", "GPU-seconds to write", "of the student's passes",
              "of the teacher's", "GPUs that write for one that trains"]  # fmt: skip
     rows = []
-    for name in SHAPES:
+    for name in TEACHERS:
         gpus = gpus_of_engine(name)
         writes = gpus * decoding_seconds(name, ROLLOUTS, gpus, served_bytes(name))
         trains, teaches = Run(name, 1, 1).student_seconds(), teacher_gpu_seconds(name)

@@ -12,7 +12,7 @@ from opd_lightning.commands.lightning_cli import OPDCLI
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "scaling.md").read_text()
 # Published: 10^9 parameters, and those that are no embedding.
-BILLIONS = {"1.7B": (1.7, 1.4), "4B": (4.0, 3.6), "32B": (32.8, 31.2)}
+BILLIONS = {"0.6B": (0.6, 0.4), "1.7B": (1.7, 1.4), "4B": (4.0, 3.6), "32B": (32.8, 31.2)}
 
 
 @pytest.mark.parametrize("name", SHAPES)

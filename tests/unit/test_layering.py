@@ -82,6 +82,46 @@ def test_imports_point_down(path: Path) -> None:
     assert not rooms_of(path) & above, f"{room} must not import what stands above it"
 
 
+# What GPU images often lack. Only commands, plots and what runs beside vLLM or lm-eval may need
+# them at import, so that a method can be trained without (see `benchmarks/gpu.py`).
+OPTIONAL = {"jsonargparse", "docstring_parser", "datasets", "pyarrow", "math_verify", "pebble",
+            "matplotlib", "vllm", "lm_eval", "trl"}  # fmt: skip
+NEED_THEM = {"commands", "lab", "serving/serve.py", "serving/worker.py",
+             "serving/transfer_receiver.py", "rollouts/transfer_sender.py",
+             "evaluation/harness"}  # fmt: skip
+
+
+def imports_at_once(path: Path) -> set[str]:
+    """Packages that a file imports outside of functions and TYPE_CHECKING."""
+    names: set[str] = set()
+    nodes: list[ast.AST] = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            names.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            nodes += ast.iter_child_nodes(node)
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_trains_imports_without_optional_packages(path: Path) -> None:
+    inside = str(path.relative_to(ROOT)).removeprefix("opd_lightning/")
+    if not inside.startswith(tuple(NEED_THEM)):
+        assert not imports_at_once(path) & OPTIONAL
+
+
+def test_those_that_need_optional_packages_are_there() -> None:
+    for inside in NEED_THEM:
+        place = PACKAGE / inside
+        files = place.rglob("*.py") if place.is_dir() else [place]
+        assert any(imports_at_once(path) & OPTIONAL for path in files), inside
+
+
 def test_every_room_has_a_place() -> None:
     inside = {p.name.removesuffix(".py") for p in PACKAGE.iterdir()}
     assert inside - {"__init__", "__pycache__", "py.typed"} - SHIMS == set(ROOMS)
