@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,14 @@ from xdist.scheduler.loadscope import LoadScopeScheduling
 # Read when the libraries are imported, so set before any test module is.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models only lose by threads
+
+# Ignored in jobs of a shell's background and of nohup, and inherited; tests send them.
+for _number, _action in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _action)
 
 TinyModelDir = Callable[..., Path]
 

@@ -57,6 +57,13 @@ class _Parser(LightningArgumentParser):
     def parse_args(self, args: Any = None, *rest: Any, **more: Any) -> Any:
         return super().parse_args(args and [as_yaml(word) for word in args], *rest, **more)
 
+    # What is written was validated when it was parsed; a second time costs a fifth of the start.
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        return str(super().dump(*args, **{"skip_validation": True, **kwargs}))
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        super().save(*args, **{"skip_validation": True, **kwargs})
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if (line := explain_taken_name(message)) is not None:
             report(line)
