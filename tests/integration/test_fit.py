@@ -259,7 +259,13 @@ def test_a_stale_engine_stops_the_run_in_the_same_step(
 
 
 @pytest.mark.usefixtures("in_lab")
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        HFEngine,
+        pytest.param(VLLMEngine, marks=[pytest.mark.vllm, pytest.mark.slow]),
+    ],
+)
 def test_rollouts_written_ahead_are_trained_on_and_corrected(engine: type[Engine]) -> None:
     """One step old, in a thread: two runs agree, and the first step is proved as ever."""
     if engine is VLLMEngine and (reason := vllm_unavailable()):

@@ -26,6 +26,7 @@ def log_of(command: list[str], folder: Path, log: Path) -> tuple[str, bytes]:
     return log.read_text(), done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_is_told_once_and_in_lines(in_lab: Path, tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "opd_lightning", "fit"),
