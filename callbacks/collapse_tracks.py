@@ -36,7 +36,7 @@ class Track:
 
     @property
     def is_out_of_patience(self) -> bool:
-        """Whether the figure has been outside its band for `patience` steps or more."""
+        """Return whether the figure has been outside its band for `patience` steps or more."""
         return self.outside >= self.band.patience
 
     @property

@@ -33,7 +33,7 @@ class Point:
         return cls(step=found.step, gain=found.gain, retention=found.retention, scores=scores)
 
     def beats(self, other: Point) -> bool:
-        """Whether gain and retention are both at least those of `other`."""
+        """Return whether gain and retention are both at least those of `other`."""
         return self.gain >= other.gain and self.retention >= other.retention
 
 

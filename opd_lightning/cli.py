@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from opd_lightning import __version__
 from opd_lightning.commands.callback_names import install_callback_names
-from opd_lightning.commands.command_table import check_command, check_configs, overview
+from opd_lightning.commands.command_table import check_command, overview
 from opd_lightning.errors import RunStoppedError, UserError, note, report, shortened
 from opd_lightning.run import signals
 from opd_lightning.run.signals import SignalledError, signal_of
@@ -44,7 +44,6 @@ def main(args: list[str] | None = None) -> None:
 
 def _dispatch(args: list[str]) -> None:
     """Answer at once what needs no library; import the program of a command, and run it."""
-    check_configs(args)
     command, rest = (args[0].replace("_", "-"), args[1:]) if args else ("", [])
     if command in ("--help", "-h"):
         print(overview())
@@ -75,7 +74,11 @@ def _dispatch(args: list[str]) -> None:
 
 def _train_or_measure(command: str, args: list[str]) -> None:
     """Run a command of the trainer, unless its words are wrong or ask for help alone."""
-    if not command.startswith("-"):  # options may come before a command
+    if command.startswith("-"):  # options before a command
+        from opd_lightning.commands.config_files import check_configs
+
+        check_configs(args)
+    else:
         check_command(command)
         if {"--help", "-h"} & {*args}:
             from opd_lightning.commands.command_help import page

@@ -51,7 +51,7 @@ def explain_taken_name(message: str) -> str | None:
 
 
 def is_our_package(name: str, source: Path) -> bool:
-    """Whether a package found by one of the names is the one of this installation.
+    """Return whether a package found by one of the names is the one of this installation.
 
     Args:
         name: Name of a package, callbacks or another.

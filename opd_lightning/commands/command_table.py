@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from difflib import get_close_matches
-from itertools import pairwise
 
 from opd_lightning.errors import UserError
 
@@ -51,18 +49,6 @@ def overview() -> str:
         "`opd COMMAND --help` shows a command's options, `opd --version` the version.",
     ]
     return "\n".join(lines)
-
-
-def check_configs(args: list[str]) -> None:
-    """Raise UserError for a configuration that is no file: it is read several times."""
-    named = [word.partition("=")[2] for word in args if word.startswith(("--config=", "-c="))]
-    named += [value for word, value in pairwise(args) if word in ("--config", "-c")]
-    for name in named:
-        if os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name):
-            raise UserError(
-                f"--config: got {name!r}, a pipe or a device, expected a file, for it is read more "
-                "than once; write it to one"
-            )
 
 
 def check_command(command: str) -> None:

@@ -98,7 +98,7 @@ def read(run: Path) -> dict[str, Curve]:
 
 
 def matches(tag: str, wanted: Sequence[str]) -> bool:
-    """Whether a pattern matches the tag; `*` does not match a slash."""
+    """Return whether a pattern matches the tag; `*` does not match a slash."""
     return any(fnmatch(tag, one) and tag.count("/") == one.count("/") for one in wanted)
 
 

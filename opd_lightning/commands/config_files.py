@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,14 @@ def read_config(given: str) -> tuple[str, dict[str, Any]]:
     return given, _settings(given, text)
 
 
+def check_configs(words: Sequence[str]) -> None:
+    """Read the files that a command line names by `--config`, for the errors of `read_config`."""
+    for word, following in pairwise([*words, ""]):
+        option, equals, value = word.partition("=")
+        if option in ("--config", "-c"):
+            read_config(value if equals else following)
+
+
 def _settings(source: str, text: str) -> dict[str, Any]:
     tree = parse(source, text)
     if not isinstance(tree, dict):
@@ -70,7 +80,7 @@ def _settings(source: str, text: str) -> dict[str, Any]:
 
 
 def is_blank(value: object) -> bool:
-    """Whether a value is a text without a visible character."""
+    """Return whether a value is a text without a visible character."""
     return isinstance(value, str) and not value.strip().strip("\ufeff\u200b\u2060").strip()
 
 

@@ -256,12 +256,12 @@ def _cut(text: str) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Whether a text may be the import path of a class."""
+    """Return whether a text may be the import path of a class."""
     return text.replace(".", "_").isidentifier() and text not in ("null", "None")
 
 
 def takes_class(parameter: Parameter) -> bool:
-    """Whether a text for the parameter can only be the name of a class."""
+    """Return whether a text for the parameter can only be the name of a class."""
     words = words_of(parameter)
     if "str" in words or words == {"Literal"}:  # or of a dict of classes, which no text is
         return False

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
+from opd_lightning.commands.config_files import check_configs
 from opd_lightning.commands.parser_messages import hint, one_line
 from opd_lightning.errors import report
 
@@ -16,6 +17,10 @@ class OneLineParser(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_args(self, args: Any = None, *rest: Any, **more: Any) -> Any:
+        check_configs(args or [])
+        return super().parse_args(args, *rest, **more)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Report a mistake in one line and exit with code 2."""

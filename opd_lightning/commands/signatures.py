@@ -76,7 +76,7 @@ class Module:
         return module.alias(origin) if module is not None and module is not self else None
 
     def defines(self, name: str) -> bool:
-        """Whether the module may have an attribute of this name."""
+        """Return whether the module may have an attribute of this name."""
         known = self.definitions.keys() | self.imported.keys() | self.assigned.keys()
         if name in known or {"*", "__getattr__"} & known:
             return True

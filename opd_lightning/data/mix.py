@@ -80,7 +80,7 @@ class RolloutMix:
 
     @property
     def samples(self) -> bool:
-        """Whether the student writes any response at any step."""
+        """Return whether the student writes any response at any step."""
         return self.teacher < 1 and (self.recorded if self.whole_steps else self._given) < 1
 
     @property

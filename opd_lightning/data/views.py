@@ -65,7 +65,7 @@ class PromptView:
 
     @property
     def is_late(self) -> bool:
-        """Whether the view depends on the responses."""
+        """Return whether the view depends on the responses."""
         return bool(self.variables & LATE)
 
     def messages(

@@ -253,7 +253,7 @@ class Suite(metaclass=ABCMeta):  # no base, so that a configuration may leave ou
 
     @property
     def compares_with_start(self) -> bool:
-        """Whether the suite calls `Reader.read` with `compare_with_start`."""
+        """Return whether the suite calls `Reader.read` with `compare_with_start`."""
         return False
 
     def report_row(

@@ -59,7 +59,7 @@ class Problem:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether the problem is for evaluation only, a function of the question alone.
+        """Return whether the problem is for evaluation only, a function of the question alone.
 
         Training and evaluation are therefore disjoint for any seed, count or order.
         """

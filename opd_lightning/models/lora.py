@@ -86,7 +86,7 @@ def _check_layers(adapted: Any) -> None:
 
 @torch.no_grad()
 def _is_product(layer: nn.Linear) -> bool:
-    """Whether a layer of a class of its own does what `nn.Linear` does."""
+    """Return whether a layer of a class of its own does what `nn.Linear` does."""
     if type(layer).forward is nn.Linear.forward:
         return True
     weight = layer.weight
@@ -106,7 +106,7 @@ def moves_base(lora: LoraConfig) -> str | None:
 
 
 def starts_elsewhere(lora: LoraConfig) -> bool:
-    """Whether the initial model, adapter included, is another than that of the folder."""
+    """Return whether the initial model, adapter included, is another than that of the folder."""
     return _initialisation(lora) in (False, "loftq")
 
 

@@ -99,7 +99,7 @@ class Sharding:
 
     @property
     def reads(self) -> bool:
-        """Whether this process reads the weights from disk and broadcasts them."""
+        """Return whether this process reads the weights from disk and broadcasts them."""
         return dist.get_rank() == 0
 
     def shard(self, root: nn.Module, *, compute_dtype: torch.dtype | None = None) -> None:

@@ -88,7 +88,7 @@ class Plan:
 
     @property
     def head_trains(self) -> bool:
-        """Whether the head, or the embedding tied to it, gets a gradient."""
+        """Return whether the head, or the embedding tied to it, gets a gradient."""
         shape = (self.widths.vocabulary, self.widths.hidden)
         return any(tuple(p.shape) == shape for p in trained(self.units[1]))
 

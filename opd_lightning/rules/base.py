@@ -113,7 +113,7 @@ class Rule(ABC):
 
     @property
     def step_wide(self) -> bool:
-        """Whether the rule needs statistics of the whole step: see `observe`."""
+        """Return whether the rule needs statistics of the whole step: see `observe`."""
         return False
 
     def comparisons(self) -> Mapping[str, Compare]:

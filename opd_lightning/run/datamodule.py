@@ -224,7 +224,7 @@ class RolloutDataModule(LightningDataModule):
         )
 
     def compares_with_start(self, stage: str) -> bool:
-        """Whether a suite of the stage measures how far the student is from its start."""
+        """Return whether a suite of the stage measures how far the student is from its start."""
         return any(suite.compares_with_start for suite in self.suites_of(stage).values())
 
     def teardown(self, stage: str) -> None:

@@ -71,7 +71,7 @@ class Teacher(ABC):
 
     @property
     def is_collective(self) -> bool:
-        """Whether the model is sharded, so that all ranks must call `score` equally often.
+        """Return whether the model is sharded, so that all ranks must call `score` equally often.
 
         Other kinds are complete in every process.
         """

@@ -30,7 +30,7 @@ def check_start(student: Student) -> None:
 
 
 def reads_folder(student: Student) -> bool:
-    """Whether the start is a second model, read from the student's folder."""
+    """Return whether the start is a second model, read from the student's folder."""
     return student.lora is None or moves_base(student.lora) is not None
 
 

@@ -27,11 +27,11 @@ class RunCallback(Callback):
     """Whether it updates the method's `EMATeacher`s. Runs with EMA teachers need one that does."""
 
     runs_last: ClassVar[bool] = False
-    """Whether it is called after the callbacks that do not set this, whatever their order in
+    """Return whether it is called after the callbacks that do not set this, whatever their order in
     `trainer.callbacks`. Set it to save or restore the state that all others left."""
 
     handles_signals: ClassVar[bool] = False
-    """Whether it acts on SIGUSR1 and SIGTERM. Without such a callback both end the run."""
+    """Return whether it acts on SIGUSR1 and SIGTERM. Without such a callback both end the run."""
 
     charts: ClassVar[Layout] = {}
     """Charts added to TensorBoard's Custom Scalars tab, by category and title."""

@@ -44,27 +44,27 @@ class Contract(ABC):
 
     @property
     def needs_rewards(self) -> bool:
-        """Whether responses must be verified."""
+        """Return whether responses must be verified."""
         return self.needs_groups
 
     @property
     def needs_groups(self) -> bool:
-        """Whether rewards are compared between the responses to a prompt."""
+        """Return whether rewards are compared between the responses to a prompt."""
         return False
 
     @property
     def sums_tokens(self) -> bool:
-        """Whether the method sums signals over the tokens of a response."""
+        """Return whether the method sums signals over the tokens of a response."""
         return False
 
     @property
     def needs_demonstrations(self) -> bool:
-        """Whether the method learns only from responses that the student did not write."""
+        """Return whether the method learns only from responses that the student did not write."""
         return False
 
     @property
     def takes_demonstrations(self) -> bool:
-        """Whether responses that the student did not write may be among the rollouts."""
+        """Return whether responses that the student did not write may be among the rollouts."""
         return True
 
     @property

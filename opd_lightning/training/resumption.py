@@ -54,7 +54,7 @@ def rewind(fit_loop: dict[str, Any], trainer: Trainer) -> None:
 
 
 def _validation_is_due(trainer: Trainer) -> bool:
-    """Whether Lightning validates after the last finished step."""
+    """Return whether Lightning validates after the last finished step."""
     loop = trainer.fit_loop
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
 

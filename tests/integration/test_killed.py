@@ -1,6 +1,6 @@
 """SIGKILL at random moments, and the same command again: the run ends as if nothing had happened.
 
-`benchmarks/kills.py` does the same hundreds of times, with other engines and ranks.
+`benchmarks/kills.py` does the same thirty times, on a trained lab, with other engines and ranks.
 """
 
 from pathlib import Path

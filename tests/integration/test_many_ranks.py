@@ -25,7 +25,7 @@ SCRIPT = "tests.integration.many_ranks"
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHARDED = {"fsdp2": 0.5, "fsdp2, 1": 0.5, "hsdp": 0.5}  # share of the weights in a process
 HELD = {"ddp": 1.0, "ddp, unused": 1.0, **SHARDED}
-# Four processes take as long as all others together.
+# Four processes compete for two cores.
 LAYOUTS = [*list(HELD)[:-1], pytest.param("hsdp", marks=pytest.mark.slow)]
 TIMING = ("time/", "cost/", "tokens_per_second")
 

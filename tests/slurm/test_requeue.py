@@ -46,14 +46,20 @@ ENGINES = pytest.mark.parametrize(
 )
 
 
+def submit_paused(user: User, strategy: str, engine: str, *, seconds: float) -> Job:
+    """Submit a run, and return once both ranks wait in their fourth step."""
+    pause = {"hook": "on_after_backward", "step": 3, "seconds": seconds}
+    job = submit(user, strategy, engine=engine, pause=pause)
+    user.await_pause(ranks=2)
+    return job
+
+
 @ENGINES
 def test_a_job_that_is_signalled_ends_like_a_run_without_slurm(
     new_user: NewUser, strategy: str, engine: str
 ) -> None:
     alone, asked = new_user("alone"), new_user("asked")
-    pause = {"hook": "on_after_backward", "step": 3, "seconds": 5}
-    job = submit(asked, strategy, engine=engine, pause=pause)
-    asked.await_pause(ranks=2)
+    job = submit_paused(asked, strategy, engine, seconds=5)
     job.signal("USR1")
     run_here(alone, strategy, engine=engine)
     finish(asked, job, restarts=1)
@@ -73,9 +79,7 @@ def test_a_job_whose_node_breaks_ends_like_a_run_without_slurm(
 ) -> None:
     """Killed at once; it goes on from the checkpoint of step 2."""
     alone, killed = new_user("alone"), new_user("killed")
-    pause = {"hook": "on_after_backward", "step": 3, "seconds": 1200}
-    job = submit(killed, strategy, engine=engine, pause=pause)
-    killed.await_pause(ranks=2)
+    job = submit_paused(killed, strategy, engine, seconds=1200)
     cluster.break_node("n2")
     run_here(alone, strategy, engine=engine)
     finish(killed, job, restarts=1)

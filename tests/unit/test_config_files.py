@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_lightning.commands.config_files import read_config
+from opd_lightning.commands.config_files import check_configs, read_config
 from opd_lightning.errors import UserError
 
 
@@ -79,3 +79,18 @@ def test_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_config("{data: {prompts_per_step: 2}}")[1] == {"data": {"prompts_per_step": 2}}
     with pytest.raises(UserError, match=re.escape("--config:1: 'a' is set a second time")):
         read_config("{a: 1, a: 2}")
+
+
+@pytest.mark.parametrize("form", [["--config", "{}"], ["-c", "{}"], ["--config={}"]])
+def test_files_of_a_command_line_are_read(form: list[str], tmp_path: Path) -> None:
+    (tmp_path / "good").write_text("a: 1")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "twice").write_text("a: 1\na: 2")
+
+    def check(name: str) -> None:
+        check_configs(["build", *(word.format(tmp_path / name) for word in form), "--more"])
+
+    check("good")
+    for name in ("pipe", "twice", "missing"):
+        with pytest.raises(UserError):
+            check(name)

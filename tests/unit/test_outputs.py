@@ -11,7 +11,6 @@ import pytest
 from safetensors import SafetensorError
 
 from opd_lightning.cli import one_line_errors
-from opd_lightning.commands.command_table import check_configs
 from opd_lightning.errors import RunStoppedError, UserError
 from opd_lightning.run.outputs import check_file, check_folder, write_text, writing_folder
 
@@ -133,11 +132,3 @@ def test_a_disk_that_refuses_is_no_bug(capsys: pytest.CaptureFixture[str]) -> No
     assert line.startswith("opd: error: '/some/file': No space left on device")
     with pytest.raises(FileNotFoundError):  # may be a bug
         run(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "x"))
-
-
-@pytest.mark.parametrize("form", [["--config", "{}"], ["-c", "{}"], ["--config={}"]])
-def test_a_configuration_is_a_file(form: list[str], here: Path) -> None:
-    check_configs(["fit", *(word.format(here / "file") for word in form)])
-    check_configs(["fit", *(word.format(here / "nothing") for word in form)])  # others say so
-    with pytest.raises(UserError, match="pipe or a device"):
-        check_configs(["fit", *(word.format(here / "pipe") for word in form)])
