@@ -98,6 +98,14 @@ def shortened(text: str, limit: int = 400) -> str:
     return line
 
 
+def reason_of(error: BaseException, length: int = 200) -> str:
+    """Return the message of a library's error in one line, cut to `length` characters.
+
+    An error without a message is named by its class.
+    """
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
 def report(message: str) -> None:
     """Print an error as one line."""
     print(f"opd: error: {message}", file=sys.stderr)

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from opd_lightning.checkpoints.places import commit, remove, staging_path, sync
 from opd_lightning.checkpoints.plain import load
-from opd_lightning.errors import CheckpointError, UserError, raised_by_all
+from opd_lightning.errors import CheckpointError, UserError, raised_by_all, reason_of
 from opd_lightning.processes import gather, rank
 
 MANIFEST = "manifest.json"  # of a folder of shards: {"files": {name: [bytes, CRC-32]}}
@@ -213,4 +213,4 @@ def _cause(error: BaseException, number: int) -> tuple[int, str]:
         if isinstance(seen, OSError) and seen.strerror:
             return number, seen.strerror
         seen = seen.__cause__ or seen.__context__
-    return number, " ".join(str(error).split())[:300] or type(error).__name__
+    return number, reason_of(error, 300)

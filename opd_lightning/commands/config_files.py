@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from opd_lightning.errors import UserError
+from opd_lightning.errors import UserError, reason_of
 
 MAX_DEPTH = 100  # of nested values; configurations have about ten
 MAX_VALUES = 100_000  # with every alias counted as what it stands for
@@ -110,7 +110,7 @@ def parse(source: str, text: str) -> Any:
         if isinstance(error, UserError):
             raise
         deep = isinstance(error, RecursionError)
-        reason = "values are nested too deeply" if deep else " ".join(str(error).split())[:200]
+        reason = "values are nested too deeply" if deep else reason_of(error)
         raise UserError(f"{source}: is no usable YAML: {reason}; correct it") from error
 
 

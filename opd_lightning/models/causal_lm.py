@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from opd_lightning.errors import UserError
+from opd_lightning.errors import UserError, reason_of
 from opd_lightning.models.folder import Shapes, check_weights
 from opd_lightning.models.head import TokenStates
 from opd_lightning.models.readout import (
@@ -20,7 +20,7 @@ from opd_lightning.models.readout import (
     readout_of,
     train_without_noise,
 )
-from opd_lightning.models.source import ModelSource, one_line
+from opd_lightning.models.source import ModelSource
 from opd_lightning.terminal.library_bars import shown_as
 from opd_lightning.types import RolloutBatch
 
@@ -139,7 +139,7 @@ def _explained(source: ModelSource, what: str) -> Iterator[None]:
     except UnknownReadoutError as error:
         raise UserError(f"{source.role} {source.path!r}: {error}") from error
     except Exception as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise UserError(f"{source.role} {source.path!r}: {what} ({reason})") from error
 
 

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from threading import Thread
 from typing import Any, TypeVar
 
-from opd_lightning.errors import UserError
-from opd_lightning.models.source import one_line
+from opd_lightning.errors import UserError, reason_of
 from opd_lightning.types import Message, Prompt
 
 TIME_LIMIT = 20.0  # seconds to render one conversation; a template may loop for years
@@ -120,4 +119,4 @@ def _reason(error: Exception) -> str:
     from jinja2 import TemplateError
 
     known = isinstance(error, TemplateError | TimeoutError)
-    return one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+    return reason_of(error) if known else f"{type(error).__name__}: {reason_of(error)}"

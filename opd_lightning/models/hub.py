@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
+from opd_lightning.errors import reason_of
+
 # Seconds. The hub answers within one; transformers would try each file for half a minute.
 TIMEOUT = 5.0
 
@@ -21,6 +23,6 @@ def hub_unavailable() -> str | None:
     try:
         get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
     except Exception as error:  # of an HTTP library, a proxy or a certificate
-        reason = " ".join(str(error).split())[:60] or type(error).__name__
+        reason = reason_of(error, 60)
         return f"{constants.ENDPOINT} does not answer ({reason})"
     return None

@@ -10,8 +10,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from torch import nn
 
-from opd_lightning.errors import UserError
-from opd_lightning.models.source import one_line
+from opd_lightning.errors import UserError, reason_of
 from opd_lightning.models.weights import check_mergeable
 
 # Initialisations whose update of the weights is zero.
@@ -65,7 +64,7 @@ def with_lora(model: Any, lora: LoraConfig, *, empty: bool) -> Any:
         adapted = get_peft_model(model, lora)
     except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:
         raise UserError(
-            f"student.lora: peft cannot adapt {type(model).__name__}: {one_line(error)}"
+            f"student.lora: peft cannot adapt {type(model).__name__}: {reason_of(error)}"
         ) from error
     _check_layers(adapted)
     check_mergeable(adapted)

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opd_lightning.errors import UserError, note
+from opd_lightning.errors import UserError, note, reason_of
 from opd_lightning.models.head import Head
-from opd_lightning.models.source import one_line
 
 _SMALL, _LARGE = 2.0**-20, 1e30  # logits at which a cap does not show, and at which it is reached
 _LOGITS = (0.0, _SMALL, 0.1, 1.0, 3.0, 10.0, 30.0, 100.0, -0.1, -1.0, -3.0, -10.0, -30.0, -100.0)
@@ -89,7 +88,7 @@ def measure(lm: Any) -> Readout:
             tokens = torch.zeros(1, 1, dtype=torch.int64)
             logits = type(lm).forward(lm, input_ids=tokens, use_cache=False).logits
         except Exception as error:
-            reason = one_line(error, 120)
+            reason = reason_of(error, 120)
             raise UnknownReadoutError(
                 f"{kind} does not read its head as causal language models do ({reason}); use one"
             ) from error
@@ -242,7 +241,7 @@ def _runs_on_cpu(lm: Any, attention: str | None) -> Iterator[list[Tensor]]:
         yield results
     except (RuntimeError, NotImplementedError, ImportError) as error:
         results.clear()
-        kind, reason = type(lm).__name__, one_line(error, 120)
+        kind, reason = type(lm).__name__, reason_of(error, 120)
         note(f"{kind} does not run on the CPU, so its log-probs were not compared ({reason})")
     finally:
         if swaps:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from opd_lightning.errors import UserError
+from opd_lightning.errors import UserError, reason_of
 from opd_lightning.models.folder import CONFIGURATION, TOKENIZER, check_texts
 from opd_lightning.models.hub import hub_unavailable
 from opd_lightning.models.identity import model_identity
@@ -179,10 +179,5 @@ class ModelSource:
                     f"hub's cache, and {hub_unavailable()}; give the path of a model folder, or "
                     "download the model first"
                 ) from error
-            reason = f"{files[0]}: {one_line(error)}" if folder else one_line(error)
+            reason = f"{files[0]}: {reason_of(error)}" if folder else reason_of(error)
             raise UserError(f"{self.role} model: cannot read {self.path!r}: {reason}") from error
-
-
-def one_line(error: BaseException, length: int = 200) -> str:
-    """Return the message of a library's error in one line, cut to `length` characters."""
-    return " ".join(str(error).split())[:length]

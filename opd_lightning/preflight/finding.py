@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from opd_lightning.errors import UserError
+from opd_lightning.errors import UserError, reason_of
 
 Level = Literal["ok", "info", "warning", "error"]
 
@@ -36,7 +36,7 @@ def attempt(subject: str, check: Callable[[], object]) -> list[Finding]:
     try:
         check()
     except (UserError, RuntimeError) as error:
-        return [Finding("error", subject, " ".join(str(error).split())[:400])]
+        return [Finding("error", subject, reason_of(error, 400))]
     return []
 
 

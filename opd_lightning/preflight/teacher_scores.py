@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from opd_lightning.errors import reason_of
 from opd_lightning.models.source import ModelSource
 from opd_lightning.preflight.finding import Finding
 from opd_lightning.preflight.probe import Probe
@@ -44,7 +45,7 @@ def check_teachers(probe: Probe, rollouts: list[Rollout], *, compare: bool) -> l
             with probe.clock("teachers"):
                 answers = _ask(probe, ask, rollouts, top_k)
         except (ValueError, RuntimeError) as error:
-            findings.append(Finding("error", role, " ".join(str(error).split())[:400]))
+            findings.append(Finding("error", role, reason_of(error, 400)))
             continue
         findings.append(_check_scores(probe, role, ask, answers))
         if compare and (twin := _local_twin(ask.teacher)) is not None:
@@ -128,7 +129,7 @@ def _compared(probe: Probe, role: str, ask: Ask, answers: _Answers) -> Finding:
         ask.teacher.load(probe.module.device, probe.module.student)
         here = [ask.teacher.score(batch, ask.view).logprobs for batch, _ in answers]
     except (ValueError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         return Finding("info", subject, f"not compared, its weights do not load here: {reason}")
     gaps = torch.cat(
         [

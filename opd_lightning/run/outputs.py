@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from opd_lightning.errors import RunStoppedError, UserError
+from opd_lightning.errors import RunStoppedError, UserError, reason_of
 
 
 def check_file(option: str, path: Path) -> None:
@@ -100,7 +100,7 @@ def _not_writable(option: str, path: Path) -> UserError:
 
 
 def _lost(option: str, path: Path, error: Exception) -> RunStoppedError:
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    reason = getattr(error, "strerror", None) or reason_of(error)
     return RunStoppedError(f"{option}: could not write {str(path)!r}: {reason}; name another place")
 
 

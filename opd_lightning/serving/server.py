@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.request import urlopen
 
-from opd_lightning.errors import ServerAwayError, UserError
+from opd_lightning.errors import ServerAwayError, UserError, reason_of
 from opd_lightning.serving.addresses import is_every_interface, write_address
 
 ENDINGS = (signal.SIGTERM, signal.SIGINT)
@@ -180,4 +180,4 @@ def _abandon(number: int, frame: Any) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return reason_of(error, 300)
