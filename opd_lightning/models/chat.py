@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from threading import Thread
+from queue import Empty, SimpleQueue
+from threading import Thread, local
 from typing import Any, TypeVar
 
 from opd_lightning.errors import UserError, reason_of
@@ -90,28 +91,53 @@ def render_text(
     return str(text)
 
 
-def _within_time(function: Callable[[], Rendered]) -> Rendered:
-    """Return the result of `function`, or raise TimeoutError after `TIME_LIMIT`.
+class _Worker:
+    """A thread that renders one conversation after another for one calling thread.
 
-    Nothing stops Jinja, so a thread that is late goes on until the process ends.
+    Nothing stops Jinja, so a thread that is late goes on until the process ends, and is replaced.
     """
-    results: list[Rendered] = []
-    errors: list[Exception] = []
 
-    def work() -> None:
-        try:
-            results.append(function())
-        except Exception as error:
-            errors.append(error)
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Callable[[], Any]] = SimpleQueue()
+        self._results: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
+        self._thread = Thread(target=self._work, name="chat template", daemon=True)
+        self._thread.start()
 
-    thread = Thread(target=work, name="chat template", daemon=True)
-    thread.start()
-    thread.join(TIME_LIMIT)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError(f"it takes more than {TIME_LIMIT:g} s to render")
-    return results[0]
+    @property
+    def is_alive(self) -> bool:
+        """False in a forked process, which inherits no thread."""
+        return self._thread.is_alive()
+
+    def run(self, function: Callable[[], Rendered]) -> Rendered:
+        """Return the result of `function`, or raise its exception; `queue.Empty` if it is late."""
+        self._calls.put(function)
+        result, error = self._results.get(timeout=TIME_LIMIT)
+        if error is not None:
+            raise error
+        return result
+
+    def _work(self) -> None:
+        while True:
+            function = self._calls.get()
+            try:
+                self._results.put((function(), None))
+            except Exception as error:
+                self._results.put((None, error))
+
+
+_workers = local()
+
+
+def _within_time(function: Callable[[], Rendered]) -> Rendered:
+    """Return the result of `function`, or raise TimeoutError after `TIME_LIMIT`."""
+    worker: _Worker | None = getattr(_workers, "worker", None)
+    if worker is None or not worker.is_alive:
+        worker = _workers.worker = _Worker()
+    try:
+        return worker.run(function)
+    except Empty:
+        del _workers.worker
+        raise TimeoutError(f"it takes more than {TIME_LIMIT:g} s to render") from None
 
 
 def _reason(error: Exception) -> str:
