@@ -11,7 +11,7 @@ from opd_lightning.commands.parsers import OneLineParser
 from opd_lightning.errors import UserError
 from opd_lightning.lab.build import ArithmeticRecipe, IdentityRecipe
 from opd_lightning.lab.build import build as build_lab
-from opd_lightning.lab.demo import demonstrate
+from opd_lightning.lab.demo import Engine, demonstrate
 from opd_lightning.terminal.quiet import only_warnings
 
 
@@ -38,14 +38,15 @@ def build(
     print(build_lab(chosen, Path(link or f"lab/{world}").expanduser()))
 
 
-def demo(run: str = "runs/demo", require: float = 0.75) -> None:
+def demo(run: str = "runs/demo", require: float = 0.8, engine: Engine = "hf") -> None:
     """Distil the lab's teacher into its student and show the result.
 
     Args:
         run: Run folder to write; must not exist.
         require: Fail if the student's final held-out accuracy is lower.
+        engine: Sampler of the rollouts: hf (Hugging Face generate) or vllm.
     """
-    demonstrate(Path(run).expanduser(), require)
+    demonstrate(Path(run).expanduser(), require, engine)
 
 
 def main(args: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 from lightning.pytorch import Trainer
 from rich.console import Console
@@ -29,8 +30,11 @@ CONFIG = Path("configs/lab/opd_full_vocabulary.yaml")
 VLLM_CONFIG = Path("configs/engine/vllm.yaml")
 LAB = Path("lab/arithmetic")
 
+Engine = Literal["hf", "vllm"]
+ENGINES: dict[Engine, str] = {"hf": "Hugging Face generate", "vllm": "vLLM"}
 
-def demonstrate(run: Path, require: float) -> None:
+
+def demonstrate(run: Path, require: float, engine: Engine) -> None:
     """Build the lab, train by `CONFIG`, compare on held-out sums.
 
     Each command is printed before it runs and can be entered by hand. The loss is the reverse KL
@@ -39,17 +43,18 @@ def demonstrate(run: Path, require: float) -> None:
     Args:
         run: Run folder to write.
         require: Accuracy that the student must reach.
+        engine: Sampler of the rollouts. Models of this size cost vLLM's CPU build more than
+            Hugging Face generate.
     """
     if not CONFIG.is_file():
         raise UserError(f"no {CONFIG} here; run the demo from the project's folder")
     if run.exists():
         raise UserError(f"run folder {str(run)!r} exists; remove it or name another with --run")
+    if engine == "vllm" and (reason := vllm_unavailable()):
+        raise UserError(f"--engine: got vllm, but {reason}; install it or take hf")
     console = Console()
     began = time.monotonic()
 
-    reason = vllm_unavailable()
-    engine = "Hugging Face generate" if reason else "vLLM"
-    console.print(f"rollouts: {engine}, because {reason or 'vLLM is installed'}")
     console.print("$ opd lab build", style="bold")
     build(ArithmeticRecipe(), LAB)
 
@@ -58,7 +63,7 @@ def demonstrate(run: Path, require: float) -> None:
         "teacher": evaluate(LAB / "teacher", LAB / "held_out.jsonl"),
     }
 
-    overrides = [] if reason else ["--config", str(VLLM_CONFIG)]
+    overrides = ["--config", str(VLLM_CONFIG)] if engine == "vllm" else []
     logger = "--trainer.logger.init_args.save_dir"
     _run(console, "fit", "--config", str(CONFIG), *overrides, logger, str(run))
     exported = run / "student"
@@ -71,7 +76,7 @@ def demonstrate(run: Path, require: float) -> None:
     picture = run / "demo.png"
     plot_run(run, scores["student before"], scores["teacher"], picture)
     console.print(_table(scores))
-    console.print(f"{time.monotonic() - began:.0f} s after installation; engine: {engine}")
+    console.print(f"{time.monotonic() - began:.0f} s after installation; engine: {ENGINES[engine]}")
     console.print(f"picture:     {picture}")
     console.print(f"student:     {exported} (an ordinary Hugging Face folder)")
     console.print(f"TensorBoard: {Path(sys.prefix, 'bin', 'tensorboard')} --logdir {run.parent}")

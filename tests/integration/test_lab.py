@@ -198,16 +198,15 @@ def test_the_demonstration_from_end_to_end(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """On the Hugging Face engine and three steps; vLLM's own run is `make demo`."""
+    """Three steps."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     config = tmp_path / "configs" / "lab" / "opd_full_vocabulary.yaml"
     text = re.sub(r"max_steps: \d+", "max_steps: 3", config.read_text())
     config.write_text(text.replace("val_check_interval: 25", "val_check_interval: 1"))
     monkeypatch.setattr(demo_module, "ArithmeticRecipe", lambda: SMALL)
-    monkeypatch.setattr(demo_module, "vllm_unavailable", lambda: "vLLM is not installed")
     main(["lab", "demo", "--run", "runs/small", "--require", "0"])
     shown = capsys.readouterr().out
-    assert "rollouts: Hugging Face generate, because vLLM is not installed" in shown
+    assert "engine: Hugging Face generate" in shown
     assert "student before" in shown
     assert "sub-2" in shown
     assert (tmp_path / "runs" / "small" / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -217,3 +216,9 @@ def test_the_demonstration_from_end_to_end(
         main(["lab", "demo", "--run", "runs/small"])
     assert ended.value.code == 2
     assert "run folder 'runs/small' exists" in capsys.readouterr().err
+
+    monkeypatch.setattr(demo_module, "vllm_unavailable", lambda: "vLLM is not installed")
+    with pytest.raises(SystemExit):
+        main(["lab", "demo", "--run", "runs/other", "--engine", "vllm"])
+    assert "--engine: got vllm, but vLLM is not installed" in capsys.readouterr().err
+    assert not Path("runs/other").exists()
