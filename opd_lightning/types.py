@@ -10,7 +10,7 @@ has this shape, under whichever prompt (view) it was computed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple, Self, TypedDict
 
@@ -94,6 +94,8 @@ class Rollout:
     # With defaults, because checkpoints of earlier versions hold rollouts without them.
     unverified: bool = False  # there is a verifier, but it gave no score
     long_views: tuple[str, ...] = ()  # late views left out because they exceed the context
+    # Scores that the reward was summed from, by name; the same names in all rollouts of a run.
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Totals(NamedTuple):

@@ -1,5 +1,7 @@
 """Rollouts and micro-batches for tests."""
 
+from collections.abc import Mapping
+
 from opd_lightning.data.collate import collate, count
 from opd_lightning.types import (
     Author,
@@ -25,6 +27,7 @@ def make_rollout(
     dropped: bool = False,
     views: dict[str, list[int] | None] | None = None,
     group: int = 0,
+    reward_parts: Mapping[str, float] | None = None,
 ) -> Rollout:
     return Rollout(
         prompt=Prompt(id="p", messages=({"role": "user", "content": "?"},), domain=domain),
@@ -41,6 +44,7 @@ def make_rollout(
         author=author,
         dropped=dropped,
         policy_version=0,
+        reward_parts=reward_parts or {},
     )
 
 

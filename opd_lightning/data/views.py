@@ -135,6 +135,11 @@ class Renderer:
         # Index and role of messages that the template leaves out, by the roles of a chat.
         self._dropped: dict[tuple[str, ...], list[tuple[int, str]]] = {}
 
+    @property
+    def reads_feedback(self) -> bool:
+        """Return whether a view's template reads the verifier's feedback."""
+        return any("feedback" in view.variables for view in self.views.values())
+
     def plain(self, prompt: Prompt) -> list[int]:
         """Return the ids of the unmodified messages with the generation prompt."""
         ids = render(prompt, self.tokenizer, self.template_args)

@@ -81,10 +81,13 @@ class RolloutWriter:
             prompts = [row.prompt for row in rows]
             rewards = [float("nan")] * len(rows)
             feedback: Sequence[str | None] = [None] * len(rows)
+            parts: Mapping[str, list[float]] = {}
             if self.verifier is not None:
-                given = self.verifier.verify(prompts, texts)
-                rewards = checked_rewards(self.verifier, prompts, given)
-                feedback = self.verifier.feedback(prompts, texts)
+                scores = self.verifier.score(prompts, texts)
+                rewards = checked_rewards(self.verifier, prompts, scores.totals)
+                parts = scores.parts
+                if self.renderer.reads_feedback:
+                    feedback = self.verifier.feedback(prompts, texts)
             groups = _groups(rows, rewards)
             peers = [self._peer(i, rows, groups, rewards, texts) for i in range(len(rows))]
             views = [
@@ -109,6 +112,7 @@ class RolloutWriter:
                     policy_version=self._version(row.author),
                     unverified=self.verifier is not None and math.isnan(rewards[i]),
                     long_views=views[i].too_long,
+                    reward_parts={name: values[i] for name, values in parts.items()},
                 )
                 for i, row in enumerate(rows)
             ]

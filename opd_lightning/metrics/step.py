@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.metrics.repetition import is_repetitive
-from opd_lightning.metrics.sums import Sums
+from opd_lightning.metrics.sums import NamedMeans, Sums
 from opd_lightning.types import RolloutBatch
 
 
@@ -64,6 +64,16 @@ class ResponseStatistics(Sums):
             result["demonstration/kept"] = sums["kept"] / sums["demonstrations"]
             result["demonstration/reward"] = sums["right"] / sums["demonstrations"]
         return result
+
+
+class RewardParts(NamedMeans):
+    """Means of the scores that rewards were summed from, over the student's responses."""
+
+    def update(self, batch: RolloutBatch) -> None:
+        rollouts = [r for r in batch.rollouts if not r.author.is_demonstrator()]
+        for name in batch.rollouts[0].reward_parts:
+            scores = torch.tensor([r.reward_parts[name] for r in rollouts], dtype=torch.float64)
+            self._count(f"reward/{name}", scores[~scores.isnan()])
 
 
 class EngineStatistics(Sums):

@@ -32,10 +32,10 @@ class Sums(Metric):
         return dict(zip(self.names, self.sums, strict=True))
 
 
-class Means(Metric):
-    """Means of named values over response tokens, such as the rates of rules.
+class NamedMeans(Metric):
+    """Means of values whose names become known with the first batch.
 
-    All ranks must add the same names in the same order, as the rules of a run do.
+    All ranks must add the same names in the same order.
     """
 
     full_state_update = False
@@ -48,17 +48,24 @@ class Means(Metric):
         self.add_state("sums", zeros, dist_reduce_fx="sum")
         self.names: list[str] = []
 
-    def update(self, batch: RolloutBatch, values: dict[str, Tensor]) -> None:
-        """Add values `[B, R]` or `[B, 1]`; only response tokens count."""
-        mask = batch.response_mask
-        for name, value in values.items():
-            if name not in self.names:
-                self.names.append(name)
-            kept = value.detach().expand_as(mask)[mask].double()
-            column = self.names.index(name)
-            self.sums[0, column] += kept.sum()
-            self.sums[1, column] += len(kept)
+    def _count(self, name: str, values: Tensor) -> None:
+        """Add values `[N]` to the mean of a name."""
+        if name not in self.names:
+            self.names.append(name)
+        column = self.names.index(name)
+        self.sums[0, column] += values.double().sum()
+        self.sums[1, column] += len(values)
 
     def compute(self) -> dict[str, Tensor]:
         means = self.sums[0] / self.sums[1]
         return {name: means[i] for i, name in enumerate(self.names) if self.sums[1, i] > 0}
+
+
+class Means(NamedMeans):
+    """Means of named values over response tokens, such as the rates of rules."""
+
+    def update(self, batch: RolloutBatch, values: dict[str, Tensor]) -> None:
+        """Add values `[B, R]` or `[B, 1]`; only response tokens count."""
+        mask = batch.response_mask
+        for name, value in values.items():
+            self._count(name, value.detach().expand_as(mask)[mask])

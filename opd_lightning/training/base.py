@@ -20,7 +20,7 @@ from opd_lightning.metrics.depth import DepthStatistics
 from opd_lightning.metrics.log import write_step
 from opd_lightning.metrics.overlap import OverlapStatistics
 from opd_lightning.metrics.signal import SignalStatistics
-from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics
+from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics, RewardParts
 from opd_lightning.metrics.sums import Means
 from opd_lightning.models.sharding import Sharding, full_tensor
 from opd_lightning.models.student import Student
@@ -72,6 +72,7 @@ class DistillationModule(Contract, EvaluatedModule):
         self.loss_sum = SumMetric(nan_strategy="disable")
         self.skipped = SkippedSteps(stop_after_skips)
         self.responses = ResponseStatistics()
+        self.reward_parts = RewardParts()
         self.engine_gap = EngineStatistics()
         self.signal = SignalStatistics()
         self.overlap = OverlapStatistics()
@@ -151,6 +152,7 @@ class DistillationModule(Contract, EvaluatedModule):
         loss = self.loss(batch)
         self.loss_sum.update(loss.detach())
         self.responses.update(batch)
+        self.reward_parts.update(batch)
         # Lightning divides by the micro-batches, and DDP and FSDP average over ranks; `loss` is
         # already this micro-batch's share of the whole step.
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
@@ -165,7 +167,8 @@ class DistillationModule(Contract, EvaluatedModule):
 
     def _metrics(self) -> tuple[Metric, ...]:
         about_teacher = (self.signal, self.overlap, self.depth)
-        return (self.loss_sum, self.responses, self.engine_gap, *about_teacher, self.rates)
+        about_responses = (self.responses, self.reward_parts, self.engine_gap)
+        return (self.loss_sum, *about_responses, *about_teacher, self.rates)
 
     def on_before_backward(self, loss: Tensor) -> None:
         self.timer.start("backward")

@@ -1,8 +1,23 @@
-"""Verifiers: rule-based scores of responses, (prompt, response) -> [0, 1]."""
+"""Verifiers: scores of responses, (prompt, response) -> [0, 1]."""
 
-from opd_lightning.verifiers.base import Verifier
+from opd_lightning.verifiers.base import Rewards, Verifier
+from opd_lightning.verifiers.by_domain import ByDomainVerifier
+from opd_lightning.verifiers.code import CodeVerifier
 from opd_lightning.verifiers.exact import ExactMatch
+from opd_lightning.verifiers.length import LengthLimit
 from opd_lightning.verifiers.math import MathVerifier
 from opd_lightning.verifiers.regex import RegexMatch
+from opd_lightning.verifiers.weighted import Part, WeightedVerifier
 
-__all__ = ["ExactMatch", "MathVerifier", "RegexMatch", "Verifier"]
+__all__ = [
+    "ByDomainVerifier",
+    "CodeVerifier",
+    "ExactMatch",
+    "LengthLimit",
+    "MathVerifier",
+    "Part",
+    "RegexMatch",
+    "Rewards",
+    "Verifier",
+    "WeightedVerifier",
+]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from opd_lightning.errors import RunStoppedError, UserError
@@ -11,6 +12,15 @@ from opd_lightning.errors import RunStoppedError, UserError
 if TYPE_CHECKING:
     # Not at run time: verifiers' worker processes need neither torch nor its memory.
     from opd_lightning.types import Prompt
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Scores of responses, and what they were summed from."""
+
+    totals: list[float]  # one per response, in [0, 1]; NaN for a response that was not checked
+    # Scores of the parts of a sum by name, in [0, 1]; NaN where a part does not apply.
+    parts: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 class Verifier(ABC):
@@ -24,8 +34,18 @@ class Verifier(ABC):
         then has no reward.
         """
 
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Rewards:
+        """Return the scores with their parts, which are logged. Those of `verify` have no parts.
+
+        The names of the parts must be the same in every call.
+        """
+        return Rewards(self.verify(prompts, responses))
+
     def feedback(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[str | None]:
-        """Return a feedback text for each response, as SDPO uses it; None for no feedback."""
+        """Return a feedback text for each response, as SDPO uses it; None for no feedback.
+
+        Called after `verify`, with the same arguments, if a view's template reads `feedback`.
+        """
         return [None] * len(responses)
 
     def answers(self, responses: Sequence[str]) -> Sequence[str | None] | None:

