@@ -1,5 +1,6 @@
 """Published methods, one LightningModule per family; docs/methods.md has the table."""
 
+from opd_lightning.methods.aopd import AOPD
 from opd_lightning.methods.crisp import CRISP
 from opd_lightning.methods.edge_opd import EDGEOPD
 from opd_lightning.methods.g_opd import GOPD
@@ -13,10 +14,12 @@ from opd_lightning.methods.sdft import SDFT
 from opd_lightning.methods.sdpo import SDPO
 from opd_lightning.methods.sft import SFT
 from opd_lightning.methods.sg_opd import SGOPD
+from opd_lightning.methods.tropd import TrOPD
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.composed import ComposedMethod
 
 __all__ = [
+    "AOPD",
     "CRISP",
     "EDGEOPD",
     "GKD",
@@ -34,4 +37,5 @@ __all__ = [
     "DistillationModule",
     "DivergenceOPD",
     "LightningOPD",
+    "TrOPD",
 ]

@@ -2,11 +2,19 @@
 
 from opd_lightning.rules.base import Compare, Rates, Rule, Scored, Signal
 from opd_lightning.rules.common import kept
+from opd_lightning.rules.controls import RandomGate
 from opd_lightning.rules.evidence import EvidenceMask, EvidenceMultiplier, EvidenceWeight
-from opd_lightning.rules.gates import CorrectnessGate, GroupGate, SignGate, TrajectoryGate
+from opd_lightning.rules.gates import (
+    CorrectnessGate,
+    GroupGate,
+    OnlyCorrect,
+    SignGate,
+    TrajectoryGate,
+)
 from opd_lightning.rules.importance import IcePop, TruncatedImportance
-from opd_lightning.rules.masks import PrefixWindow, SkipFirst, TokenMask
+from opd_lightning.rules.masks import PrefixWindow, SkipFirst, TeacherEntropyMask, TokenMask
 from opd_lightning.rules.regulation import (
+    AddOutcome,
     Floor,
     HardClip,
     PhasedFloor,
@@ -14,9 +22,15 @@ from opd_lightning.rules.regulation import (
     VocabularyBaseline,
 )
 from opd_lightning.rules.terms import EntropyBonus, EntropyGatedForwardKL, Term, TrustRegion
-from opd_lightning.rules.weights import PositionWeight, ScopeWeight, StabilityWeight
+from opd_lightning.rules.weights import (
+    LikelihoodWeight,
+    PositionWeight,
+    ScopeWeight,
+    StabilityWeight,
+)
 
 __all__ = [
+    "AddOutcome",
     "Compare",
     "CorrectnessGate",
     "EntropyBonus",
@@ -28,9 +42,12 @@ __all__ = [
     "GroupGate",
     "HardClip",
     "IcePop",
+    "LikelihoodWeight",
+    "OnlyCorrect",
     "PhasedFloor",
     "PositionWeight",
     "PrefixWindow",
+    "RandomGate",
     "Rates",
     "Rule",
     "ScopeWeight",
@@ -40,6 +57,7 @@ __all__ = [
     "SkipFirst",
     "SoftLog",
     "StabilityWeight",
+    "TeacherEntropyMask",
     "Term",
     "TokenMask",
     "TrajectoryGate",

@@ -7,12 +7,15 @@ enters a result, and a rule sees the tokens that earlier rules kept.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
 from opd_lightning.rules.base import Rule, Scored, Signal
+from opd_lightning.seeding import TOKEN_CHOICE, derive_seed
+from opd_lightning.types import RolloutBatch
 
 
 def check(rule: Rule, field: str, ok: bool, expected: str) -> None:
@@ -58,3 +61,22 @@ def step_mean(observed: Tensor | None) -> Tensor:
     assert observed is not None, "step-wide"
     total, count = observed.sum(dim=0)
     return torch.where(total > 0, total / count, 1.0)
+
+
+def uniform_draws(
+    batch: RolloutBatch, seed: int, *, per: Literal["token", "rollout"] = "token"
+) -> Tensor:
+    """Return uniform numbers in [0, 1), `[B, R]` float32; 1 at padding.
+
+    They follow from the seed, the step, the prompt's place in the run and the response, and so do
+    not depend on micro-batches, ranks or restarts.
+    """
+    mask, ids, groups = (x.cpu() for x in (batch.response_mask, batch.response_ids, batch.groups))
+    draws = torch.ones(mask.shape)
+    for row, group in enumerate(groups.tolist()):
+        own = derive_seed(
+            TOKEN_CHOICE, seed, batch.totals.step, group, *ids[row][mask[row]].tolist()
+        )
+        count = int(mask[row].sum()) if per == "token" else 1
+        draws[row, mask[row]] = torch.rand(count, generator=torch.Generator().manual_seed(own))
+    return draws.to(batch.response_mask.device)

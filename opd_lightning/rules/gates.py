@@ -164,3 +164,33 @@ class TrajectoryGate(Rule):
         gap = ratio.sum(dim=1, keepdim=True)
         keep = (won & (gap > self.margin)) | (~won & (gap < -self.margin))
         return kept(signal, keep), {"trajectory_gate/kept": rate(scored, keep)}
+
+
+@dataclass(frozen=True)
+class OnlyCorrect(Rule):
+    """Keeps rollouts by their score: the correct ones, or the wrong ones.
+
+    With `OPD` it distils on what the verifier accepts, with `SFT` and the student's own responses
+    it is rejection sampling (RAFT, 2304.06767). A rollout without a score is dropped.
+
+    Rates: kept.
+
+    Args:
+        keep: Rollouts to keep.
+        threshold: Score from which a rollout is correct.
+    """
+
+    keep: Literal["correct", "wrong"] = "correct"
+    threshold: float = 0.5
+
+    needs_rewards = True
+
+    def __post_init__(self) -> None:
+        check(self, "threshold", 0 < self.threshold <= 1, "a number in (0, 1]")
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        chosen = is_correct if self.keep == "correct" else is_wrong
+        keep = chosen(scored, self.threshold)
+        return kept(signal, keep), {"only_correct/kept": rate(scored, keep)}

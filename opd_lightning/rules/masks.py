@@ -1,6 +1,7 @@
 """Masks by a token's position or id."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -89,3 +90,34 @@ class TokenMask(Rule):
         ids = scored.batch.response_ids
         keep = ~torch.isin(ids, torch.tensor(self.token_ids, device=ids.device))
         return kept(signal, keep), {"token_mask/kept": rate(scored, keep)}
+
+
+@dataclass(frozen=True)
+class TeacherEntropyMask(Rule):
+    """Keeps tokens where the teacher is sure, or where it is not.
+
+    Some implementations of EOPD drop the teacher's signal at high teacher entropy, which is this
+    rule; EOPD itself (2603.07079) adds a term there, `EntropyGatedForwardKL`.
+
+    Rates: kept.
+
+    Args:
+        threshold: Entropy of the teacher's full distribution, nats.
+        keep: "below" keeps tokens up to the threshold, "above" the others.
+    """
+
+    threshold: float = 0.8
+    keep: Literal["below", "above"] = "below"
+
+    needs = ("teacher",)
+    reads_entropy = True
+
+    def __post_init__(self) -> None:
+        check(self, "threshold", 0 <= self.threshold < float("inf"), "a finite number of 0 or more")
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        sure = scored.teacher.entropy <= self.threshold
+        keep = sure if self.keep == "below" else ~sure
+        return kept(signal, keep), {"teacher_entropy_mask/kept": rate(scored, keep)}

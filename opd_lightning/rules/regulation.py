@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from opd_lightning.losses.divergence import ReverseKL
+from opd_lightning.losses.schedule import Schedule, value_at
 from opd_lightning.rules.base import Compare, Rates, Rule, Scored, Signal
 from opd_lightning.rules.common import check, kept, rate, with_advantage
 
@@ -157,6 +158,34 @@ class PhasedFloor(Floor):
         else:
             keep = signal.advantage >= self.value
         return kept(raised, keep), {**rates, "floor/kept": rate(scored, keep)}
+
+
+@dataclass(frozen=True)
+class AddOutcome(Rule):
+    """Adds GRPO's advantage of the rollout: reward and teacher in one sum.
+
+        A_t <- A_t + coefficient (R - mean) / std   over the prompt's samples
+
+    Rates: size, the mean absolute value of what is added.
+
+    Args:
+        coefficient: Weight in nats, or a schedule of it.
+        normalise_std: Divide by the group's standard deviation.
+    """
+
+    coefficient: float | Schedule = 1.0
+    normalise_std: bool = True
+
+    needs_groups = True
+    shapes_advantage = True
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        coefficient = value_at(self.coefficient, scored.batch.totals.step)
+        added = coefficient * scored.outcome_advantage(normalise=self.normalise_std)
+        rates = {"add_outcome/size": rate(scored, added.abs())}
+        return with_advantage(signal, signal.advantage + added), rates
 
 
 def _quantile(values: Tensor, q: float) -> Tensor:

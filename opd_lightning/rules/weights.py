@@ -1,6 +1,7 @@
 """Weights by log-ratio, by position, and by likelihood within a prompt's samples."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -89,6 +90,31 @@ class PositionWeight(Rule):
         share = torch.where(total > 0, before / total, 0.0)  # the total of identical models is 0
         factor = 1 + self.gamma * (1 - share)
         return weighed(signal, factor), {"position_weight/value": rate(scored, factor)}
+
+
+@dataclass(frozen=True)
+class LikelihoodWeight(Rule):
+    """Weighs a token by its probability p under the student, detached.
+
+        "p":      DFT (2508.05629), which takes the inverse probability out of the gradient of SFT
+        "p(1-p)": CHORD's phi (2508.11408), largest where the student is undecided
+
+    Meant for `SFT`; both lower the weight of tokens that the student finds improbable.
+
+    Rates: value, the mean weight.
+
+    Args:
+        form: Function of p.
+    """
+
+    form: Literal["p", "p(1-p)"] = "p"
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        p = scored.student.logprobs.exp()
+        factor = p if self.form == "p" else p * (1 - p)
+        return weighed(signal, factor), {"likelihood_weight/value": rate(scored, factor)}
 
 
 @dataclass(frozen=True)

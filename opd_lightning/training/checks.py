@@ -12,6 +12,8 @@ from opd_lightning.teachers.base import DistributionTeacher, Teacher, TopKTeache
 from opd_lightning.training.scoring import LOSS
 
 if TYPE_CHECKING:
+    from opd_lightning.rules.base import Rule
+    from opd_lightning.rules.terms import Term
     from opd_lightning.training.composed import ComposedMethod
 
 
@@ -55,11 +57,12 @@ def check_parts(composed: ComposedMethod) -> None:
                 f"for {', '.join(asks) or 'none'}; choose a method that has it"
             )
         _check_known(method, asks[compare.other].teacher, compare.function)
-    for term in composed.terms:
-        teacher = asks["teacher"].teacher if term.reads_entropy else None
+    parts: list[Rule | Term] = [*composed.rules, *composed.terms]
+    for part in parts:
+        teacher = asks["teacher"].teacher if part.reads_entropy else None
         if isinstance(teacher, TopKTeacher) and not teacher.provides_entropy:
             raise UserError(
-                f"terms: {type(term).__name__} reads the teacher's entropy, which "
+                f"{type(part).__name__} reads the teacher's entropy, which "
                 f"{type(teacher).__name__} cannot tell; leave it out, or use a teacher in this "
                 "process (or its cached answers)"
             )

@@ -15,18 +15,31 @@ from torch import Tensor
 import opd_lightning.rules
 from opd_lightning.losses.schedule import Linear
 from opd_lightning.rules.base import Rule, Scored, Signal
+from opd_lightning.rules.controls import RandomGate
 from opd_lightning.rules.evidence import EvidenceMask, EvidenceMultiplier, EvidenceWeight
-from opd_lightning.rules.gates import CorrectnessGate, GroupGate, SignGate, TrajectoryGate
+from opd_lightning.rules.gates import (
+    CorrectnessGate,
+    GroupGate,
+    OnlyCorrect,
+    SignGate,
+    TrajectoryGate,
+)
 from opd_lightning.rules.importance import IcePop, TruncatedImportance
-from opd_lightning.rules.masks import PrefixWindow, SkipFirst, TokenMask
+from opd_lightning.rules.masks import PrefixWindow, SkipFirst, TeacherEntropyMask, TokenMask
 from opd_lightning.rules.regulation import (
+    AddOutcome,
     Floor,
     HardClip,
     PhasedFloor,
     SoftLog,
     VocabularyBaseline,
 )
-from opd_lightning.rules.weights import PositionWeight, ScopeWeight, StabilityWeight
+from opd_lightning.rules.weights import (
+    LikelihoodWeight,
+    PositionWeight,
+    ScopeWeight,
+    StabilityWeight,
+)
 from opd_lightning.types import RolloutBatch
 from tests.toy import applied, make_scored, opd_signal
 
@@ -58,6 +71,14 @@ RULES: list[Rule] = [
     TruncatedImportance(cap=1.1, unit_mean=True),
     TruncatedImportance(level="sequence", cap=1.1, unit_mean=True),
     IcePop(low=0.9, high=1.2),
+    OnlyCorrect(),
+    OnlyCorrect(keep="wrong"),
+    RandomGate(0.5),
+    RandomGate(0.5, per="rollout"),
+    AddOutcome(0.5),
+    LikelihoodWeight(),
+    LikelihoodWeight(form="p(1-p)"),
+    TeacherEntropyMask(),
 ]
 every_rule = pytest.mark.parametrize("rule", RULES, ids=repr)
 
@@ -99,6 +120,8 @@ def random_step(seed: int, padding: float = 0.0) -> tuple[Scored, Signal]:
     )
     taking_part = mask & (torch.rand(mask.shape, generator=generator) > 0.2)
     taking_part[LEFT_OUT] = False
+    teacher = replace(scored.teacher, entropy=uniform(0, 3))
+    scored = replace(scored, others={**scored.others, "teacher": teacher})
     return scored, opd_signal(scored, taking_part)
 
 

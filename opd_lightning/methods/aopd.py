@@ -1,0 +1,61 @@
+"""AOPD: a policy gradient where the teacher likes a token more, a divergence elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_lightning.losses.divergence import Divergence
+from opd_lightning.losses.top_k import TopK
+from opd_lightning.models.student import Student
+from opd_lightning.rules.base import Compare, Scored, Signal
+from opd_lightning.teachers.base import Ask, Teacher
+from opd_lightning.training.composed import ComposedMethod
+from opd_lightning.types import TokenScores
+
+LOCAL = "local"
+
+
+class AOPD(ComposedMethod):
+    """Asymmetric on-policy distillation (2605.06387; known here at second hand).
+
+        A_t > 0:   -A_t log pi_theta(y_t)      A_t <= 0:   D(S_t, T_t)
+
+    A_t is d_t, or what rules make of it; the choice follows what they make. A token that the
+    teacher dislikes is not only pushed down: the divergence says where its probability goes.
+
+    Args:
+        student: The model to train.
+        teacher: A teacher that can tell the divergence's distributions.
+        divergence: D. The authors take the teacher's top-k; its size is not known here, k 32 is
+            ours.
+        shared: Arguments of `ComposedMethod` and `DistillationModule`.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        divergence: Divergence = TopK(  # noqa: B008 - frozen, and shown by --help
+            k=32, support="teacher", normalise="none", gradient="corrected"
+        ),
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, **shared)
+        self.teacher = teacher
+        self.divergence = divergence
+
+    def asks(self) -> Mapping[str, Ask]:
+        return {"teacher": Ask(self.teacher, "student")}
+
+    def comparisons(self) -> Mapping[str, Compare]:
+        return {LOCAL: Compare("teacher", self.divergence)}
+
+    def token_loss(
+        self, student: TokenScores, signal: Signal, scored: Scored, values: Mapping[str, Tensor]
+    ) -> Tensor:
+        pushed = self.policy_gradient(student, signal, scored)
+        return torch.where(signal.advantage > 0, pushed, values[LOCAL])

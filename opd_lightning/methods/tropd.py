@@ -1,0 +1,72 @@
+"""TrOPD: on-policy distillation in a trust region that is drawn token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_lightning.losses.top_k import TopK
+from opd_lightning.models.student import Student
+from opd_lightning.rules.base import Compare, Rates, Scored, Signal
+from opd_lightning.rules.common import rate, uniform_draws
+from opd_lightning.teachers.base import Ask, Teacher
+from opd_lightning.training.composed import ComposedMethod
+from opd_lightning.types import TokenScores
+
+OUTSIDE = "outside"
+
+
+class TrOPD(ComposedMethod):
+    """Trust-region on-policy distillation (2606.01249).
+
+        inside, with probability min(1, pi_T(y_t) / pi_theta(y_t)):  -d_t log pi_theta(y_t)
+        outside:  KL(T || S) on the teacher's top-k
+
+    The draws follow from the seed, the step, the prompt and the response. The paper's second part,
+    rollouts that continue a prefix of the teacher, is left out.
+
+    Args:
+        student: The model to train.
+        teacher: A teacher that can tell top-k log-probs.
+        outside: Divergence outside of the region; k 32 is ours.
+        seed: Seed of the draws.
+        shared: Arguments of `ComposedMethod` and `DistillationModule`.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        outside: TopK = TopK(  # noqa: B008 - frozen, and shown by --help
+            k=32, support="teacher", normalise="none", divergence="forward"
+        ),
+        seed: int = 0,
+        **shared: Any,
+    ) -> None:
+        super().__init__(student, **shared)
+        self.teacher = teacher
+        self.outside = outside
+        self.seed = seed
+
+    def asks(self) -> Mapping[str, Ask]:
+        return {"teacher": Ask(self.teacher, "student")}
+
+    def comparisons(self) -> Mapping[str, Compare]:
+        return {OUTSIDE: Compare("teacher", self.outside)}
+
+    def is_inside(self, scored: Scored) -> Tensor:
+        """Draw the tokens inside of the region, `[B, R]` bool."""
+        return uniform_draws(scored.batch, self.seed) < scored.log_ratio.exp()
+
+    def token_loss(
+        self, student: TokenScores, signal: Signal, scored: Scored, values: Mapping[str, Tensor]
+    ) -> Tensor:
+        pushed = self.policy_gradient(student, signal, scored)
+        return torch.where(self.is_inside(scored), pushed, values[OUTSIDE])
+
+    def note_rules(self, scored: Scored, signal: Signal, rates: Rates) -> None:
+        inside = {"trust/inside": rate(scored, self.is_inside(scored))}
+        super().note_rules(scored, signal, rates | inside)

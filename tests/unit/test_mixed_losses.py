@@ -1,0 +1,108 @@
+"""AOPD and TrOPD: two losses by token, against their formulas, summed over all sequences."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from opd_lightning.losses.divergence import Divergence, ForwardKL, ReverseKL
+from opd_lightning.losses.top_k import TopK
+from opd_lightning.methods import AOPD, TrOPD
+from opd_lightning.models.student import Student
+from opd_lightning.teachers import FrozenTeacher
+from opd_lightning.training.composed import ComposedMethod
+from tests.toy import (
+    TOKENS,
+    VISITED,
+    VOCABULARY,
+    finite_difference,
+    make_scored,
+    opd_signal,
+    random_logits,
+    sequence_probs,
+    token_logprobs,
+    visit_probabilities,
+)
+
+ALL_FORWARD = TopK(k=VOCABULARY, support="teacher", normalise="none", divergence="forward")
+
+
+def token_losses(method: ComposedMethod, at: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+    """Losses `[S, T]` of all sequences, differentiable in `student`, decided at `at`."""
+    ((name, compare),) = method.comparisons().items()
+    scored = make_scored(token_logprobs(at), token_logprobs(teacher), ids=TOKENS)
+    scores = replace(scored.student, logprobs=token_logprobs(student))
+    values = compare.function(student.log_softmax(-1), teacher.log_softmax(-1))[VISITED]
+    signal = replace(opd_signal(scored), advantage=method.advantage(scored))
+    return method.token_loss(scores, signal, scored, {name: values})
+
+
+def gradient(method: ComposedMethod, logits: Tensor, teacher: Tensor) -> Tensor:
+    """Return the expected gradient over all sequences, weighted by their probabilities."""
+    student = logits.clone().requires_grad_()
+    losses = token_losses(method, logits, student, teacher)
+    (found,) = torch.autograd.grad((sequence_probs(logits)[:, None] * losses).sum(), student)
+    return found
+
+
+def aopd(divergence: Divergence) -> AOPD:
+    return AOPD(Student("nowhere"), FrozenTeacher("nowhere"), divergence)
+
+
+def test_aopd_has_the_gradient_of_its_formula() -> None:
+    """Per prefix: -sum_{d > 0} S d grad log S + S(d <= 0) grad KL(S || T)."""
+    logits, teacher = random_logits(0), random_logits(1)
+    probs, target = logits.softmax(-1), teacher.log_softmax(-1)
+    ratio = target - logits.log_softmax(-1)
+    pull = torch.where(ratio > 0, -probs * ratio, 0.0)
+    rest = torch.where(ratio > 0, 0.0, probs).sum(-1)
+    visits = visit_probabilities(logits)
+
+    def objective(at: Tensor) -> Tensor:
+        pushed = (pull * at.log_softmax(-1)).sum(-1)
+        return (visits * (pushed + rest * ReverseKL()(at.log_softmax(-1), target))).sum()
+
+    found = gradient(aopd(ReverseKL()), logits, teacher)
+    torch.testing.assert_close(found, finite_difference(objective, logits), atol=1e-7, rtol=1e-6)
+    assert found.abs().max() > 1e-2
+    # On the whole vocabulary the default's gradient is that of the reverse KL.
+    default = TopK(k=VOCABULARY, support="teacher", normalise="none", gradient="corrected")
+    torch.testing.assert_close(gradient(aopd(default), logits, teacher), found)
+
+
+def test_tropd_is_on_average_the_mixture_of_its_two_losses() -> None:
+    """Per prefix: -sum_v S min(1, T/S) d grad log S + sum_v (S - min(S, T)) grad KL(T || S)."""
+    logits, teacher = random_logits(0), random_logits(1)
+    probs, target = logits.softmax(-1), teacher.log_softmax(-1)
+    ratio = target - logits.log_softmax(-1)
+    inside = probs * ratio.exp().clamp(max=1)
+    visits = visit_probabilities(logits)
+
+    def objective(at: Tensor) -> Tensor:
+        pushed = (-inside * ratio * at.log_softmax(-1)).sum(-1)
+        local = ForwardKL()(at.log_softmax(-1), target)
+        return (visits * (pushed + (1 - inside.sum(-1)) * local)).sum()
+
+    exact = finite_difference(objective, logits)
+    methods = [
+        TrOPD(Student("nowhere"), FrozenTeacher("nowhere"), ALL_FORWARD, seed=seed)
+        for seed in range(400)
+    ]
+    found = torch.stack([gradient(method, logits, teacher) for method in methods])
+    error = found.std(0) / len(methods) ** 0.5
+    assert ((found.mean(0) - exact).abs() <= 4.5 * error + 1e-7).all()
+    assert (found.mean(0) - exact).norm() < 0.1 * exact.norm()
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[0], gradient(methods[0], logits, teacher))
+
+
+@pytest.mark.parametrize("kind", [AOPD, TrOPD])
+def test_equal_models_have_no_gradient(kind: type[AOPD] | type[TrOPD]) -> None:
+    method = kind(Student("nowhere"), FrozenTeacher("nowhere"))
+    logits = random_logits(0)
+    found = gradient(method, logits, logits.clone())
+    if kind is TrOPD:  # every token is inside
+        assert found.abs().max() < 1e-15
+    else:  # and here outside, where the corrected divergence is 0
+        assert found.abs().max() < 1e-12

@@ -1,0 +1,125 @@
+"""Rules that are baselines or controls: outcomes added, rollouts kept, weights of SFT, chance."""
+
+import pytest
+import torch
+
+from opd_lightning.errors import UserError
+from opd_lightning.rules import (
+    AddOutcome,
+    LikelihoodWeight,
+    OnlyCorrect,
+    RandomGate,
+    SignGate,
+    TeacherEntropyMask,
+)
+from tests.toy import applied, make_scored, opd_signal, score_of
+
+STUDENT = torch.tensor([[-1.0, -2.0], [-0.5, -3.0], [-1.5, -0.1]], dtype=torch.float64)
+TEACHER = torch.tensor([[-0.5, -2.5], [-1.5, -1.0], [-1.5, -0.2]], dtype=torch.float64)
+
+
+def test_the_outcome_is_added_once_per_token() -> None:
+    scored = make_scored(STUDENT[:2], TEACHER[:2], rewards=[1.0, 0.0])
+    signal, rates = applied(AddOutcome(0.5, normalise_std=False), scored)
+    torch.testing.assert_close(
+        signal.advantage, (TEACHER - STUDENT)[:2] + 0.5 * torch.tensor([[0.5], [-0.5]])
+    )
+    assert rates["add_outcome/size"].unique().tolist() == [0.25]
+    plain, _ = applied(AddOutcome(0.0), scored)
+    assert torch.equal(plain.advantage, opd_signal(scored).advantage)
+
+
+def test_rollouts_are_kept_by_their_score() -> None:
+    scored = make_scored(STUDENT, TEACHER, rewards=[1.0, 0.0, torch.nan])
+    assert applied(OnlyCorrect(), scored)[0].mask[:, 0].tolist() == [True, False, False]
+    wrong, rates = applied(OnlyCorrect(keep="wrong"), scored)
+    assert wrong.mask[:, 0].tolist() == [False, True, False]
+    assert rates["only_correct/kept"][:, 0].tolist() == [0, 1, 0]
+
+
+def test_likelihood_weights_take_the_inverse_probability_out_of_the_gradient() -> None:
+    logits = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits.requires_grad_()
+    logprob = logits.log_softmax(-1)[2]
+    scored = make_scored(logprob.detach()[None, None], logprob.detach()[None, None])
+    for form, factor in (("p", 1.0), ("p(1-p)", 1 - logprob.exp())):
+        signal, _ = applied(LikelihoodWeight(form), scored)  # type: ignore[arg-type]
+        (of_loss,) = torch.autograd.grad(
+            (signal.weight * -logprob).sum(), logits, retain_graph=True
+        )
+        (of_p,) = torch.autograd.grad(logits.softmax(-1)[2], logits, retain_graph=True)
+        torch.testing.assert_close(of_loss, -of_p * factor)
+
+
+def test_tokens_are_kept_by_the_teacher_s_entropy_not_the_student_s() -> None:
+    entropy = torch.tensor([[0.1, 2.0], [0.8, 0.0], [3.0, 0.9]], dtype=torch.float64)
+    scored = make_scored(STUDENT, TEACHER, entropy=torch.zeros_like(entropy))
+    scored.others["teacher"] = score_of(TEACHER, entropy)  # type: ignore[index]
+    sure, _ = applied(TeacherEntropyMask(), scored)
+    assert sure.mask.tolist() == [[True, False], [True, True], [False, False]]
+    unsure, _ = applied(TeacherEntropyMask(keep="above"), scored)
+    assert torch.equal(unsure.mask, ~sure.mask)
+
+
+# RandomGate ----------------------------------------------------------------------------------
+
+
+def big(rows: int = 200, length: int = 20, step: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(2, 60, (rows, length), generator=generator)
+    return torch.full((rows, length), -1.0), torch.full((rows, length), -0.5), ids
+
+
+def test_a_random_gate_chooses_its_share_of_tokens_or_rollouts() -> None:
+    student, teacher, ids = big()
+    scored = make_scored(student, teacher, ids=ids, groups=list(range(200)))
+    tokens = applied(RandomGate(0.3), scored)[0].mask.double()
+    assert tokens.mean().item() == pytest.approx(0.3, abs=0.03)
+    assert tokens.mean(1).var() > 0
+    rows = applied(RandomGate(0.3, per="rollout"), scored)[0].mask
+    assert torch.equal(rows, rows[:, :1].expand_as(rows))
+    assert rows[:, 0].double().mean().item() == pytest.approx(0.3, abs=0.1)
+    assert applied(RandomGate(0.0), scored)[0].mask.sum() == 0
+    assert applied(RandomGate(1.0), scored)[0].mask.all()
+
+
+def test_its_choice_depends_on_nothing_but_its_coordinates() -> None:
+    student, teacher, ids = big(6)
+    groups = [0, 0, 1, 1, 2, 2]
+
+    def chosen(rows: slice, seed: int = 0, step: int = 0) -> torch.Tensor:
+        scored = make_scored(
+            student[rows], teacher[rows], ids=ids[rows], groups=groups[rows], step=step
+        )
+        return applied(RandomGate(0.5, seed=seed), scored)[0].mask
+
+    whole = chosen(slice(0, 6))
+    assert torch.equal(torch.cat([chosen(slice(0, 2)), chosen(slice(2, 6))]), whole)
+    assert not torch.equal(chosen(slice(0, 6), seed=1), whole)
+    assert not torch.equal(chosen(slice(0, 6), step=1), whole)
+    assert not torch.equal(whole[0], whole[1])
+
+
+def test_with_plain_others_it_is_a_sign_gate_that_does_not_look() -> None:
+    """All chosen is the sign gate's consensus everywhere, none chosen plain OPD."""
+    reference = TEACHER - 1
+    scored = make_scored(STUDENT, TEACHER, reference=reference, rewards=[1.0, 0.0, 1.0])
+    extrapolated = opd_signal(scored)
+    signal = type(extrapolated)(
+        advantage=scored.log_ratio + 0.8, weight=extrapolated.weight, mask=extrapolated.mask
+    )
+    everywhere, _ = applied(RandomGate(1.0, others="plain"), scored, signal)
+    nowhere, _ = applied(RandomGate(0.0, others="plain"), scored, signal)
+    assert torch.equal(everywhere.advantage, signal.advantage)
+    assert torch.equal(nowhere.advantage, scored.log_ratio)
+    gate, rates = applied(SignGate(scale=1.8), scored)
+    consensus = rates["sign_gate/consensus"].bool()
+    torch.testing.assert_close(gate.advantage[consensus], signal.advantage[consensus])
+    assert RandomGate(0.5, others="plain").needs == ("teacher",)
+    assert RandomGate(0.5).needs == ()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, torch.nan])
+def test_a_share_is_a_probability(share: float) -> None:
+    with pytest.raises(UserError, match="share"):
+        RandomGate(share)
