@@ -4,6 +4,7 @@ from opd_lightning.verifiers.base import Rewards, Verifier
 from opd_lightning.verifiers.by_domain import ByDomainVerifier
 from opd_lightning.verifiers.code import CodeVerifier
 from opd_lightning.verifiers.exact import ExactMatch
+from opd_lightning.verifiers.judge import JudgeVerifier
 from opd_lightning.verifiers.length import LengthLimit
 from opd_lightning.verifiers.math import MathVerifier
 from opd_lightning.verifiers.regex import RegexMatch
@@ -13,6 +14,7 @@ __all__ = [
     "ByDomainVerifier",
     "CodeVerifier",
     "ExactMatch",
+    "JudgeVerifier",
     "LengthLimit",
     "MathVerifier",
     "Part",

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from opd_lightning.cli import main
 from opd_lightning.losses.divergence import reverse_kl
 from opd_lightning.models.student import Student
 from opd_lightning.teachers import FrozenTeacher
+from opd_lightning.verifiers import JudgeVerifier
 from tests import snippets
 from tests.toy import (
     VISITED,
@@ -129,6 +131,13 @@ def test_a_verifier_by_domain(fit: Fit, tmp_path: Path) -> None:
     more = (f"--data.train.path={path}", "--data.prompts_per_step=2", "--data.validation=null")
     (logged,) = fit("two_skills", more=(*more, "--trainer.limit_val_batches=0")).logged
     assert logged["reward"] == logged["reward/math"] == logged["reward/code"] == 0
+
+
+def test_a_judge(shown: Path) -> None:
+    """Its class takes the arguments of the page; tests/unit/test_judge.py has a server."""
+    settings = yaml.safe_load((shown / "judge.yaml").read_text())["data"]["verifier"]
+    assert settings["class_path"] == "opd_lightning.verifiers.JudgeVerifier"
+    assert JudgeVerifier(**settings["init_args"]).choices == {"yes": 1, "no": 0}
 
 
 def test_two_losses_by_token(fit: Fit) -> None:
