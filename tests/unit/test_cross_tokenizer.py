@@ -12,6 +12,8 @@ from opd_lightning.errors import UserError
 from opd_lightning.lab.models import new_model
 from opd_lightning.models.chat import render
 from opd_lightning.models.student import Student
+from opd_lightning.rules import PositionWeight, ScopeWeight, TrajectoryGate
+from opd_lightning.rules.base import Rule
 from opd_lightning.teachers import (
     Ask,
     ByDomainTeacher,
@@ -23,8 +25,8 @@ from opd_lightning.timing import StepTimer
 from opd_lightning.training.scoring import score_batch
 from opd_lightning.types import Prompt, Rollout, RolloutBatch, TokenScores
 from tests.batches import make_batch, make_rollout
+from tests.refusals import TEACHER, Refusal, divergence, opd, opsd
 from tests.tokenizers import byte_level, permute_vocabulary, sentence_piece, write_model
-from tests.unit.test_cli_errors import Fail, fail  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")
 PROMPT = Prompt(id="p", messages=({"role": "user", "content": "the fox"},), domain="math")
@@ -266,50 +268,50 @@ def test_domains_may_have_teachers_of_both_kinds(lab: dict[str, Path]) -> None:
 
 # Mistakes ---------------------------------------------------------------------------------
 
-KIND = "opd_lightning.teachers.CrossTokenizerTeacher"
-TEACHER = f"--model.init_args.teacher={KIND}"
-PATH = "--model.init_args.teacher.init_args.path=lab/arithmetic/teacher"
-METHODS = "opd_lightning.methods."
+
+def foreign(path: Path | str = TEACHER) -> CrossTokenizerTeacher:
+    return CrossTokenizerTeacher(str(path))
 
 
-def test_the_plain_prompt_only(fail: Fail) -> None:  # noqa: F811
-    line = fail(f"--model={METHODS}OPSDK1", TEACHER, PATH)
+def test_the_plain_prompt_only(refusal: Refusal) -> None:
+    line = refusal(lambda: opsd(teacher=foreign()))
     assert "OPSDK1 shows its teacher the view 'privileged', but CrossTokenizerTeacher" in line
 
 
-def test_sampled_tokens_only(fail: Fail) -> None:  # noqa: F811
-    line = fail(f"--model={METHODS}DivergenceOPD", TEACHER, PATH)
+def test_sampled_tokens_only(refusal: Refusal) -> None:
+    line = refusal(lambda: divergence(teacher=foreign()))
     assert "DivergenceOPD reads whole distributions, which CrossTokenizerTeacher cannot" in line
 
 
-@pytest.mark.parametrize("rule", ["TrajectoryGate", "PositionWeight", "ScopeWeight"])
-def test_groups_are_not_added_up(fail: Fail, rule: str) -> None:  # noqa: F811
-    line = fail(TEACHER, PATH, f"--model.init_args.rules+=opd_lightning.rules.{rule}")
-    assert f"{rule} adds up log-ratios of single tokens, but CrossTokenizerTeacher" in line
+@pytest.mark.parametrize("rule", [TrajectoryGate(), PositionWeight(), ScopeWeight()])
+def test_groups_are_not_added_up(refusal: Refusal, rule: Rule) -> None:
+    line = refusal(lambda: opd(teacher=foreign(), rules=[rule]))
+    name = type(rule).__name__
+    assert f"{name} adds up log-ratios of single tokens, but CrossTokenizerTeacher" in line
 
 
-def test_groups_are_not_added_up_over_the_rest(fail: Fail) -> None:  # noqa: F811
-    line = fail(TEACHER, PATH, "--model.init_args.discount=0.5")
+def test_groups_are_not_added_up_over_the_rest(refusal: Refusal) -> None:
+    line = refusal(lambda: opd(teacher=foreign(), discount=0.5))
     assert "OPD adds up log-ratios of single tokens" in line
 
 
-def test_bytes_of_tokens_must_be_known(fail: Fail, tmp_path: Path) -> None:  # noqa: F811
+def test_bytes_of_tokens_must_be_known(refusal: Refusal, tmp_path: Path) -> None:
     folder = tmp_path / "odd"
     new_model(folder, layers=1, hidden_size=32, seed=0)
     state = json.loads((folder / "tokenizer.json").read_text())
     state["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
     (folder / "tokenizer.json").write_text(json.dumps(state))
-    line = fail(TEACHER, f"--model.init_args.teacher.init_args.path={folder}")
+    line = refusal(lambda: opd(teacher=foreign(folder)))
     assert f"teacher '{folder}': cannot tell the bytes of its tokens" in line
     assert "WordPiece" in line
 
 
-def test_prompts_fit_the_teachers_own_context(fail: Fail, tmp_path: Path) -> None:  # noqa: F811
+def test_prompts_fit_the_teachers_own_context(refusal: Refusal, tmp_path: Path) -> None:
     folder = tmp_path / "short"
     new_model(folder, layers=1, hidden_size=32, seed=0)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8}))
-    line = fail(TEACHER, f"--model.init_args.teacher.init_args.path={folder}")
+    line = refusal(lambda: opd(teacher=foreign(folder)))
     assert "of the teacher's tokens exceed its context of 8; shorten the row" in line
 
 
