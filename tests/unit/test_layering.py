@@ -3,9 +3,8 @@
 import ast
 import re
 import warnings
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 import callbacks
 
@@ -47,10 +46,16 @@ SHIMS = {"student", "hsdp"}
 LONG, TOO_LONG = 300, 400  # lines
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Every module and name that a file imports, wherever the statement stands."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -67,19 +72,23 @@ def rooms_of(path: Path) -> set[str]:
     return {"cli" if room == "main" else room for room in ours} - {"__version__"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_down(path: Path) -> None:
+def test_imports_point_down() -> None:
+    for path in FILES:
+        check_imports(path)
+
+
+def check_imports(path: Path) -> None:
     package, *inside = path.relative_to(ROOT).parts
-    assert not rooms_of(path) & SHIMS or path.stem in SHIMS
+    assert not rooms_of(path) & SHIMS or path.stem in SHIMS, path
     if package == "callbacks":
-        assert not rooms_of(path) & {"lab", "cli", "__main__"}
+        assert not rooms_of(path) & {"lab", "cli", "__main__"}, path
         return
-    assert not [name for name in imports(path) if name.split(".")[0] == "callbacks"]
+    assert not [name for name in imports(path) if name.split(".")[0] == "callbacks"], path
     room = inside[0].removesuffix(".py")
     if room in SHIMS or room == "__init__":
         return
     above = set(ROOMS[ROOMS.index(room) + 1 :])
-    assert not rooms_of(path) & above, f"{room} must not import what stands above it"
+    assert not rooms_of(path) & above, f"{path}: {room} must not import what stands above it"
 
 
 # What GPU images often lack. Only commands, plots and what runs beside vLLM or lm-eval may need
@@ -94,7 +103,7 @@ NEED_THEM = {"commands", "lab", "serving/serve.py", "serving/worker.py",
 def imports_at_once(path: Path) -> set[str]:
     """Packages that a file imports outside of functions and TYPE_CHECKING."""
     names: set[str] = set()
-    nodes: list[ast.AST] = [ast.parse(path.read_text())]
+    nodes: list[ast.AST] = [parsed(path)]
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.Import):
@@ -108,11 +117,11 @@ def imports_at_once(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_what_trains_imports_without_optional_packages(path: Path) -> None:
-    inside = str(path.relative_to(ROOT)).removeprefix("opd_lightning/")
-    if not inside.startswith(tuple(NEED_THEM)):
-        assert not imports_at_once(path) & OPTIONAL
+def test_what_trains_imports_without_optional_packages() -> None:
+    for path in FILES:
+        inside = str(path.relative_to(ROOT)).removeprefix("opd_lightning/")
+        if not inside.startswith(tuple(NEED_THEM)):
+            assert not imports_at_once(path) & OPTIONAL, path
 
 
 def test_those_that_need_optional_packages_are_there() -> None:
@@ -127,12 +136,12 @@ def test_every_room_has_a_place() -> None:
     assert inside - {"__init__", "__pycache__", "py.typed"} - SHIMS == set(ROOMS)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_stay_short(path: Path) -> None:
-    lines = len(path.read_text().splitlines())
-    if lines > LONG:
-        warnings.warn(f"{path.relative_to(ROOT)} has {lines} lines", stacklevel=1)
-    assert lines <= TOO_LONG, f"{lines} lines; split it by concept"
+def test_files_stay_short() -> None:
+    for path in FILES:
+        lines = len(path.read_text().splitlines())
+        if lines > LONG:
+            warnings.warn(f"{path.relative_to(ROOT)} has {lines} lines", stacklevel=1)
+        assert lines <= TOO_LONG, f"{path}: {lines} lines; split it by concept"
 
 
 def test_the_package_root_stays_small() -> None:
@@ -152,7 +161,7 @@ def test_the_package_root_stays_small() -> None:
 def test_methods_are_published_methods() -> None:
     """What all methods share is in `training/`: a file of `methods/` defines one family."""
     for path in (PACKAGE / "methods").glob("*.py"):
-        classes = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef)]
+        classes = [n for n in parsed(path).body if isinstance(n, ast.ClassDef)]
         assert path.stem == "__init__" or classes
 
 

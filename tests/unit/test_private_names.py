@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,15 @@ def resolve(listed: str) -> None:
 
 def sets(one: type, name: str) -> bool:
     """Whether the class assigns `self.<name>`."""
+    return re.search(rf"\bself\.{name}\b *(:[^=\n]+)?=", source_of(one)) is not None
+
+
+@cache
+def source_of(one: type) -> str:
     try:
-        source = inspect.getsource(one)
+        return inspect.getsource(one)
     except (OSError, TypeError):  # not written in Python
-        return False
-    return re.search(rf"\bself\.{name}\b *(:[^=\n]+)?=", source) is not None
+        return ""
 
 
 @pytest.mark.parametrize("listed", [name for name in LISTED if not name.startswith("vllm")])
