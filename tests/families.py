@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -176,6 +177,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": LENGTH,
     },
 }
+
+
+# One of each kind: plain, tied and biased heads; scaled and capped logits; windows; learned
+# positions; projected embeddings; experts, shared experts, latent attention; recurrent layers.
+QUICK = {"cohere2", "deepseek_v3", "falcon_h1", "gemma2", "gpt2", "gpt_oss", "granitemoe"}
+QUICK |= {"llama", "mamba", "mixtral", "opt", "phi", "phimoe", "qwen2_moe", "qwen3"}
+
+
+def family_params() -> list[Any]:
+    """Return the names as parameters of a test, of which a quick run takes `QUICK` alone."""
+    return [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES
+    ]
 
 
 def family_config(name: str, **settings: Any) -> PreTrainedConfig:

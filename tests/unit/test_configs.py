@@ -14,7 +14,16 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent != TA
 OVERLAYS = ("engine", "teacher", "strategy", "suites")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def trains_elsewhere(path: Path) -> bool:
+    """Whether tests/integration/test_lab_configs.py trains with it."""
+    return path.parent.name == "lab" and path.name != "opd.yaml"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.slow if trains_elsewhere(p) else ()) for p in CONFIGS],
+    ids=lambda p: str(p.relative_to(ROOT / "configs")),
+)
 def test_instantiates(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(OPDCLI, "_run_subcommand", lambda self, subcommand: None)

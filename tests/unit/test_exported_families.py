@@ -17,7 +17,7 @@ from opd_lightning.models.folder_format import FolderFormat
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine
-from tests.families import FAMILIES, randomize, write_family
+from tests.families import family_params, randomize, write_family
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def logprobs(model: Any) -> Tensor:
     return model(ids, use_cache=False).logits.float().log_softmax(-1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", family_params())
 def test_exports_and_pushes_hold_all_that_a_folder_holds(family: str, tmp_path: Path) -> None:
     start = write_family(tmp_path / "start", family)
     student = Student(str(start))

@@ -30,7 +30,7 @@ from opd_lightning.rollouts import HFEngine, Request, Sampling
 from opd_lightning.teachers import FrozenTeacher
 from tests.batches import make_batch, make_rollout
 from tests.engine_contract import assert_scored_by
-from tests.families import FAMILIES, LENGTH, family_model, write_family
+from tests.families import LENGTH, family_model, family_params, write_family
 
 TINY_BERT = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
 PROMPTS = ([5, 17, 33], [9, 40, 21, 60, 7, 12, 44])
@@ -96,7 +96,7 @@ def gradients(model: nn.Module, logprobs: Tensor) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", family_params())
 def test_log_probs_and_gradients_are_the_models_own(
     folder_of: Callable[[str], Path], name: str
 ) -> None:
@@ -115,7 +115,7 @@ def test_log_probs_and_gradients_are_the_models_own(
         torch.testing.assert_close(gradient, expected[parameter], atol=1e-5 * size, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", family_params())
 def test_the_engine_samples_from_what_the_trainer_scores(
     folder_of: Callable[[str], Path], name: str
 ) -> None:
@@ -128,7 +128,7 @@ def test_the_engine_samples_from_what_the_trainer_scores(
     engine.close()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", family_params())
 def test_lora_on_all_linear_layers_trains_and_merges(
     folder_of: Callable[[str], Path], name: str
 ) -> None:

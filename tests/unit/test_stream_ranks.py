@@ -55,9 +55,17 @@ def test_no_prompt_is_lost_or_seen_twice(world: int, staleness: int) -> None:
     check(total, STEPS)
 
 
+# Fewer, as many and more processes afterwards; the others of {1, 2, 4, 8} are slow tests.
+QUICK = {(1, 2), (2, 1), (2, 2)}
+PAIRS = [
+    pytest.param(world, after, marks=[] if (world, after) in QUICK else pytest.mark.slow)
+    for world in (1, 2, 4, 8)
+    for after in (1, 2, 4, 8)
+]
+
+
 @pytest.mark.parametrize("staleness", [0, 1])
-@pytest.mark.parametrize("world", [1, 2, 4, 8])
-@pytest.mark.parametrize("after", [1, 2, 4, 8])
+@pytest.mark.parametrize(("world", "after"), PAIRS)
 def test_nor_by_a_resume_at_any_step_and_world_size(world: int, after: int, staleness: int) -> None:
     for step in range(STEPS + 1):
         total: Seen = Counter()
@@ -71,7 +79,7 @@ def test_nor_by_a_resume_at_any_step_and_world_size(world: int, after: int, stal
         check(total, STEPS)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_an_interruption_at_every_step_changes_nothing(world: int) -> None:
     total: Seen = Counter()
     runs = group(world, staleness=1)
