@@ -230,11 +230,11 @@ def run_together(
     return [subprocess.CompletedProcess(p.args, p.wait(), out, err) for p, out, err in results]
 
 
-def call(function: Callable[..., None], *arguments: Any, cwd: Path | None = None) -> Process:
-    """Start a process that calls a function of a module, which pickle can name."""
+def call(function: Callable[..., None], *arguments: Any, **options: Any) -> Process:
+    """Start a `Process` that calls a function of a module, which pickle can name."""
     with tempfile.NamedTemporaryFile(delete=False) as file:
         pickle.dump((function, arguments), file)
-    return Process(__name__, "call", file.name, cwd=cwd)
+    return Process(__name__, "call", file.name, **options)
 
 
 def call_ranks(function: Callable[..., None], *arguments: Any, count: int, timeout: float) -> None:

@@ -89,10 +89,12 @@ def killed_at(operation: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("save_last", [True, "link"])
 def test_a_kill_at_any_moment_loses_no_finished_step(save_last: Any, tmp_path: Path) -> None:
-    saver = {"save_last": save_last}
+    saver, folder, begun = {"save_last": save_last}, tmp_path / "run", tmp_path / "begun"
+    train(folder, 2, saver=saver)
+    shutil.copytree(folder, begun, symlinks=True)
     for operation in range(1, 100):
-        folder = tmp_path / str(operation)
-        train(folder, 2, saver=saver)
+        shutil.rmtree(folder)
+        shutil.copytree(begun, folder, symlinks=True)
         try:
             with killed_at(operation):
                 train(folder, 4, saver=saver)

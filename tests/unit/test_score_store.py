@@ -1,9 +1,10 @@
 """The store of a teacher's scores: exact, whole or not there, and never another teacher's."""
 
+import os
+import resource
 import signal
-import subprocess
-import sys
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,30 +13,9 @@ import torch
 from opd_lightning.errors import UserError
 from opd_lightning.teachers.score_store import Description, RowScores, ScoreStore, row_key
 from opd_lightning.teachers.score_writer import PART, ScoreWriter
+from tests.processes import call
 
 WHO = Description(teacher="opd-0123456789ab", temperature=1.0, top_k=3)
-
-# Writes shard after shard of rows `row_key([n], [])` and says so, until it is killed; or until the
-# system ends it in the middle of writing shard `last`, whose file may not grow that large.
-ENDLESS = """
-import resource, signal, sys
-from itertools import count
-from pathlib import Path
-from tests.unit.test_score_store import WHO, some_scores
-from opd_lightning.teachers.score_store import row_key
-from opd_lightning.teachers.score_writer import ScoreWriter
-
-folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-with ScoreWriter(folder, WHO) as writer:
-    for n in count(first):
-        writer.add(row_key([n], []), some_scores(n, tokens=50_000))
-        if n == last:
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-        writer.flush()
-        print(n, flush=True)
-"""
 
 
 def some_scores(seed: int, tokens: int = 5) -> RowScores:
@@ -44,6 +24,22 @@ def some_scores(seed: int, tokens: int = 5) -> RowScores:
     ids = torch.randint(100, (tokens, 3), generator=generator, dtype=torch.int32)
     logprobs, entropy = torch.randn(2, tokens, generator=generator)
     return RowScores(logprobs, entropy, ids, top)
+
+
+def write_endlessly(folder: Path, first: int, last: int) -> None:
+    """Write shard after shard of rows `row_key([n], [])` and say so, until it is killed.
+
+    Or until the system ends it in the middle of shard `last`, whose file may not grow that large.
+    """
+    with ScoreWriter(folder, WHO) as writer:
+        for n in count(first):
+            writer.add(row_key([n], []), some_scores(n, tokens=50_000))
+            if n == last:
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+            writer.flush()
+            print(n, flush=True)
 
 
 def write(folder: Path, *rows: int) -> None:
@@ -82,10 +78,6 @@ def test_a_key_knows_where_the_response_begins() -> None:
 
 
 def test_a_killed_writer_leaves_whole_shards_and_another_goes_on(tmp_path: Path) -> None:
-    def run(first: int, last: int) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", ENDLESS, str(tmp_path), str(first), str(last)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
     def check(least: int) -> int:
         store = ScoreStore(tmp_path)
         for n in range(len(store)):
@@ -94,15 +86,17 @@ def test_a_killed_writer_leaves_whole_shards_and_another_goes_on(tmp_path: Path)
         assert len(store) >= least
         return len(store)
 
-    with run(0, last=-1) as child:
-        assert child.stdout is not None
+    said, end = os.pipe()
+    with open(said) as lines:
+        child = call(write_endlessly, tmp_path, 0, -1, stdout=end)
+        os.close(end)
         for _ in range(3):
-            child.stdout.readline()
+            lines.readline()
         child.kill()
+        child.wait(60)
     whole = check(least=3)
-    with run(whole, last=whole + 2) as child:
-        child.communicate()
-    assert child.returncode == -signal.SIGXFSZ
+    child = call(write_endlessly, tmp_path, whole, whole + 2)
+    assert child.wait(60) == -signal.SIGXFSZ
     assert check(least=0) == whole + 2
     assert (tmp_path / PART).stat().st_size == 1_000_000
 
