@@ -12,7 +12,7 @@ from tests.comparing import compare, scalars
 from tests.full_run import CONFIG, RUN, fit_command, settings
 from tests.killing import run_under_fire
 
-STEPS = 8
+STEPS = 6
 KILLS = 2
 
 

@@ -34,7 +34,7 @@ from tests.integration.test_interrupted import (
     resume_and_compare,
     train,
 )
-from tests.processes import Process
+from tests.processes import Process, ranks, run_together
 from tests.slurm.cluster import until
 from tests.slurm.parts import NoisyOPD
 
@@ -104,14 +104,10 @@ def test_a_run_without_a_folder_to_save_in_is_refused() -> None:
 # As a program ----------------------------------------------------------------------------
 
 
-def begin(lab: Path, folder: Path, callbacks: list[Any], *, ranks: int = 1) -> Process:
-    """`opd fit` in a folder and a process group of its own."""
-    return Process(
-        "opd_lightning",
-        *command(lab, folder, callbacks, ranks=ranks),
-        cwd=folder,
-        start_new_session=True,
-    )
+def begin(lab: Path, folder: Path, callbacks: list[Any], *, count: int = 1) -> list[Process]:
+    """The processes of an `opd fit` in a folder of its own."""
+    words = command(lab, folder, callbacks, processes=count)
+    return ranks("opd_lightning", *words, count=count, cwd=folder)
 
 
 def begin_to_import(lab: Path, folder: Path, callbacks: list[Any]) -> subprocess.Popen[str]:
@@ -127,15 +123,15 @@ def begin_to_import(lab: Path, folder: Path, callbacks: list[Any]) -> subprocess
     return run
 
 
-def command(lab: Path, folder: Path, callbacks: list[Any], *, ranks: int = 1) -> list[str]:
+def command(lab: Path, folder: Path, callbacks: list[Any], *, processes: int = 1) -> list[str]:
     (folder / "lab").symlink_to(lab / "lab")
     saver = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
     changes = {
         "data": {"prompts_per_step": 4, "sampling": {"max_new_tokens": 6}, "validation": None},
         "trainer": {
             "max_steps": 5,
-            "devices": ranks,
-            "strategy": "ddp" if ranks > 1 else "auto",
+            "devices": processes,
+            "strategy": "ddp" if processes > 1 else "auto",
             "logger": {"init_args": {"save_dir": "run"}},
             "callbacks": [*callbacks, saver],
         },
@@ -182,7 +178,7 @@ def test_without_the_callback_one_line_says_what_is_saved(
     hook: str, step: int, number: signal.Signals, line: str, untrained_lab: Path, tmp_path: Path
 ) -> None:
     pause = {**PAUSE, "init_args": {"hook": hook, "step": step, "seconds": 60}}
-    run = begin(untrained_lab, tmp_path, [pause])
+    (run,) = begin(untrained_lab, tmp_path, [pause])
     until((tmp_path / "waits-0").exists, "the pause")
     run.send_signal(number)
     _, said = run.communicate(timeout=120)
@@ -196,28 +192,27 @@ def paused(folder: Path) -> bool:
     return all((folder / f"waits-{rank}").exists() for rank in (0, 1))
 
 
-@pytest.mark.timeout(600)
 def test_several_processes_save_nothing_on_their_own(untrained_lab: Path, tmp_path: Path) -> None:
-    run = begin(untrained_lab, tmp_path, [PAUSE], ranks=2)
+    run = begin(untrained_lab, tmp_path, [PAUSE], count=2)
     until(lambda: paused(tmp_path), "the pause")
-    os.killpg(run.pid, signal.SIGINT)
-    _, said = run.communicate(timeout=120)
-    assert run.returncode == 130, said
+    for one in run:
+        one.send_signal(signal.SIGINT)
+    said = "".join(one.stderr for one in run_together(run, timeout=120))
+    assert [one.returncode for one in run] == [130, 130], said
     line = "opd: SIGINT: nothing saved: of several processes, one alone cannot; go on"
     assert said.count(line) == 1
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_several_processes_save_together_without_slurm(untrained_lab: Path, tmp_path: Path) -> None:
     pause = {**PAUSE, "init_args": {**PAUSE["init_args"], "seconds": 3}}
     callbacks = [{"class_path": "callbacks.SlurmRequeue"}, pause]
-    run = begin(untrained_lab, tmp_path, callbacks, ranks=2)
+    run = begin(untrained_lab, tmp_path, callbacks, count=2)
     until(lambda: paused(tmp_path), "the pause")
-    os.kill(int((tmp_path / "waits-1").read_text()), TERM)  # one of them is enough
-    _, said = run.communicate(timeout=120)
-    assert run.returncode == 143, said
+    run[1].send_signal(TERM)  # one of them is enough
+    said = "".join(one.stderr for one in run_together(run, timeout=120))
+    assert [one.returncode for one in run] == [143, 143], said
     assert said.count("opd: SIGTERM: saved the beginning of step 3 as ") == 1
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
