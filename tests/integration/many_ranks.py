@@ -115,7 +115,8 @@ def train(
             texts[domain] = LikelihoodSuite(prompts=source, batch_size=2)
         for task in ("rolling", "writing"):  # read first, then written by weights pushed anew
             tasks[task] = HarnessTask(task=task, include_path=TASKS, limit=3, batch_size=2)
-        often = {"val_check_interval": layout.micro_batches, "check_val_every_n_epoch": None}
+        # Every second step.
+        often = {"val_check_interval": 2 * layout.micro_batches, "check_val_every_n_epoch": None}
     trainer = Trainer(
         accelerator="cpu",
         devices=layout.ranks,
@@ -165,16 +166,13 @@ def resumed(layout: Layout, name: str) -> dict[str, Any]:
     return found
 
 
-def main(names: list[str], part: str, file: str) -> None:
+def main(name: str, part: str, file: str) -> None:
     warnings.filterwarnings("ignore")
-    found: dict[str, Any] = {}
-    for name in names:
-        layout = LAYOUTS[name]
-        if part == "resume":
-            found[name] = resumed(layout, name)
-        else:
-            some = ways(PROMPTS)[part]
-            found[name] = {key: train(way, layout) for key, way in some.items()}
+    layout = LAYOUTS[name]
+    if part == "resume":
+        found = resumed(layout, name)
+    else:
+        found = {key: train(way, layout) for key, way in ways(PROMPTS)[part].items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(found, file)
     if dist.is_initialized():  # gloo's threads may abort a process that leaves first
@@ -183,4 +181,4 @@ def main(names: list[str], part: str, file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1].split(";"), sys.argv[2], sys.argv[3])
+    main(*sys.argv[1:4])

@@ -25,8 +25,9 @@ SCRIPT = "tests.integration.many_ranks"
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHARDED = {"fsdp2": 0.5, "fsdp2, 1": 0.5, "hsdp": 0.5}  # share of the weights in a process
 HELD = {"ddp": 1.0, "ddp, unused": 1.0, **SHARDED}
-# Four processes compete for two cores.
-LAYOUTS = [*list(HELD)[:-1], pytest.param("hsdp", marks=pytest.mark.slow)]
+RANKS = {"one": 1, "ddp": 2, "ddp, unused": 2, "fsdp2": 2, "fsdp2, 1": 2, "hsdp": 4}
+QUICK = ("ddp", "fsdp2")
+LAYOUTS = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in HELD]
 TIMING = ("time/", "cost/", "tokens_per_second")
 
 Found = dict[str, Any]
@@ -40,21 +41,14 @@ class Runs:
         self._found: dict[str, dict[str, Found]] = {}
 
     def __call__(self, layout: str, part: str) -> dict[str, Found]:
-        """What was found by way, in processes that other layouts of as many ranks may share."""
-        if f"{part} {layout}" not in self._found:
-            (together,) = (some for some in TOGETHER if layout in some)
-            if part in ("resume", "vllm"):
-                together = [layout]
-            words = (";".join(together), part, "found.pt")
-            count = RANKS[together[0]]
+        """What was found by way."""
+        key = f"{part} {layout}"
+        if key not in self._found:
+            words = (layout, part, "found.pt")
+            count = RANKS[layout]
             processes.run_ranks(SCRIPT, *words, count=count, cwd=self.folder, timeout=500)
-            found = torch.load(self.folder / "found.pt", weights_only=True)
-            self._found |= {f"{part} {name}": found[name] for name in together}
-        return self._found[f"{part} {layout}"]
-
-
-RANKS = {"one": 1, "ddp": 2, "ddp, unused": 2, "fsdp2": 2, "fsdp2, 1": 2, "hsdp": 4}
-TOGETHER = [["one"], ["ddp", "ddp, unused"], ["fsdp2", "fsdp2, 1"], ["hsdp"]]
+            self._found[key] = torch.load(self.folder / "found.pt", weights_only=True)
+        return self._found[key]
 
 
 @pytest.fixture(scope="module")

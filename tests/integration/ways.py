@@ -67,7 +67,7 @@ class Way:
     steps: int = 3
     trainer: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
-    watched: bool = False  # measures after every step how far texts are from the start
+    watched: bool = False  # measures now and then how far texts are from the start
 
 
 class MovedStudent(Student):
