@@ -55,6 +55,9 @@ LAYOUTS = {
 }
 
 
+SAVED_AS = ("shards", "file")  # parts beside those of `ways`: a folder of shards, or one file
+
+
 class Record(Callback):
     """What is compared between one process and several."""
 
@@ -153,24 +156,21 @@ def train(
     return {name: getattr(record, name) for name in names}
 
 
-def resumed(layout: Layout, name: str) -> dict[str, Any]:
-    """A run of four steps, and others that were interrupted after two."""
+def resumed(layout: Layout, path: str, *, folder: bool) -> dict[str, Any]:
+    """A run of four steps, and one that was interrupted after two and saved to `path`."""
     whole_run = Way(method=lambda: moving(adam), steps=4)
     half = Way(method=lambda: moving(adam), steps=2)
-    found = {"unbroken": train(whole_run, layout)}
-    for folder in (False, True):
-        path = f"{name}-{folder}"
-        found[f"first {folder}"] = train(half, layout, folder=folder, save=path)
-        assert Path(path).is_dir() is folder
-        found[f"second {folder}"] = train(whole_run, layout, folder=folder, resume=path)
-    return found
+    first = train(half, layout, folder=folder, save=path)
+    assert Path(path).is_dir() is folder
+    second = train(whole_run, layout, folder=folder, resume=path)
+    return {"unbroken": train(whole_run, layout), "first": first, "second": second}
 
 
 def main(name: str, part: str, file: str) -> None:
     warnings.filterwarnings("ignore")
     layout = LAYOUTS[name]
-    if part == "resume":
-        found = resumed(layout, name)
+    if part in SAVED_AS:
+        found = resumed(layout, f"{name}-{part}", folder=part == "shards")
     else:
         found = {key: train(way, layout) for key, way in ways(PROMPTS)[part].items()}
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -19,6 +19,7 @@ from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests import processes
 from tests.conftest import build_tiny_model
 from tests.harness_tasks import write_tasks
+from tests.integration.many_ranks import SAVED_AS
 from tests.integration.ways import ways
 
 SCRIPT = "tests.integration.many_ranks"
@@ -125,9 +126,9 @@ def test_an_exported_folder_of_shards_is_one_model_to_transformers_and_vllm(
 ) -> None:
     if reason := vllm_unavailable():
         pytest.skip(reason)
-    runs(layout, "resume")
+    runs(layout, "shards")
     student = Student(str(runs.folder / "lab" / "arithmetic" / "student"))
-    load_student(student, str(runs.folder / f"{layout}-True"))
+    load_student(student, str(runs.folder / f"{layout}-shards"))
     folder = runs.folder / f"{layout}-exported"
     write_hf_folder(student, folder)
     ids = student.source.tokenizer("12+34=").input_ids
@@ -173,36 +174,38 @@ def test_layers_are_gathered_in_bfloat16_under_autocast(runs: Runs, layout: str,
 
 
 CHECKPOINTS = [
-    pytest.param(layout, kind, marks=[] if layout == "fsdp2" else pytest.mark.slow)
+    pytest.param(
+        layout, kind, marks=[] if (layout, kind) == ("fsdp2", "shards") else pytest.mark.slow
+    )
     for layout in ("fsdp2", "hsdp")
-    for kind in (False, True)  # one file, or a folder of shards
+    for kind in SAVED_AS
 ]
 
 
 @pytest.mark.parametrize(("layout", "kind"), CHECKPOINTS)
 def test_resume_continues_bit_for_bit_with_an_ema_teacher(
-    runs: Runs, layout: str, kind: bool
+    runs: Runs, layout: str, kind: str
 ) -> None:
-    found = runs(layout, "resume")
-    unbroken, second = found["unbroken"], found[f"second {kind}"]
+    found = runs(layout, kind)
+    unbroken, second = found["unbroken"], found["second"]
     assert len(unbroken["gradients"]) == 4
     torch.testing.assert_close(second["gradients"], unbroken["gradients"][2:], atol=0, rtol=0)
     torch.testing.assert_close(second["weights"][1], unbroken["weights"][1], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(("layout", "kind"), CHECKPOINTS)
-def test_a_checkpoint_of_shards_is_exported(runs: Runs, layout: str, kind: bool) -> None:
-    expected = runs(layout, "resume")[f"first {kind}"]["weights"][1]
+def test_a_checkpoint_of_shards_is_exported(runs: Runs, layout: str, kind: str) -> None:
+    expected = runs(layout, kind)["first"]["weights"][1]
     student = Student(str(runs.folder / "lab" / "arithmetic" / "student"))
     assert load_student(student, str(runs.folder / f"{layout}-{kind}")) == 2
     torch.testing.assert_close(dict(student.weights()), expected, atol=0, rtol=0)
 
 
 def test_shards_of_another_student_are_refused(runs: Runs) -> None:
-    runs("fsdp2", "resume")
+    runs("fsdp2", "shards")
     student = Student(str(runs.folder / "lab" / "arithmetic" / "teacher"))
     with pytest.raises(UserError, match="is not of the student in this config"):
-        load_student(student, str(runs.folder / "fsdp2-True"))
+        load_student(student, str(runs.folder / "fsdp2-shards"))
     with pytest.raises(UserError, match=r"is damaged or no checkpoint: .* is missing"):
         load_student(student, str(runs.folder))
 
