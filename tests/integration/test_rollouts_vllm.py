@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from opd_lightning.errors import UserError
+from opd_lightning.errors import RunStoppedError, UserError
 from opd_lightning.models.source import ModelSource
-from opd_lightning.rollouts import HFEngine, Sampling, VLLMEngine
+from opd_lightning.rollouts import HFEngine, Request, Sampling, VLLMEngine
 from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.engine_contract import (
     MAX_LENGTH,
@@ -63,6 +63,26 @@ def test_without_vllm_the_error_names_the_way_out(
     with pytest.raises(UserError, match=r"not installed; install .* or use .*HFEngine") as caught:
         VLLMEngine().start(ModelSource(str(tiny_model_dir())), max_length=MAX_LENGTH)
     assert "\n" not in str(caught.value)
+
+
+def test_what_ends_it_is_told(engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def fails(error: Exception) -> Any:
+        def generate(*_: Any, **__: Any) -> Any:
+            raise error
+
+        return generate
+
+    outcomes: list[tuple[Exception, type[Exception], str]] = [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), RunStoppedError, "memory. Tried"),
+        (EngineDeadError(), RunStoppedError, "vLLM's own processes have ended"),
+        (ZeroDivisionError("a bug"), ZeroDivisionError, "a bug"),
+    ]
+    for error, kind, message in outcomes:
+        monkeypatch.setattr(engine._llm, "generate", fails(error))
+        with pytest.raises(kind, match=message):
+            engine.generate([Request([3], 0)], Sampling(max_new_tokens=2))
 
 
 def _rank_with_an_engine(rank: int, rendezvous: str, first: Path, second: Path) -> None:
