@@ -188,17 +188,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Complete what pytest-randomly shuffled.
 
-    Tests marked `last` go to the end of their module. The directories with long tests go first,
-    so that no worker is left with one at the end.
+    Tests marked `last` go to the end of their module, or of the modules that share what they end.
+    The directories with long tests go first, so that no worker is left with one at the end.
     """
     modules: dict[Path, int] = {}
+    groups: dict[object, int] = {}
     for item in items:
         modules.setdefault(item.path, len(modules))
+        groups.setdefault(SHARED.get(item.path.name, item.path), len(groups))
     rooms = [Path(__file__).parent / name for name in ("slurm", "integration")]
 
     def place(item: pytest.Item) -> tuple[bool, ...] | tuple[Any, ...]:
         last = item.get_closest_marker("last") is not None
-        return (*(room not in item.path.parents for room in rooms), modules[item.path], last)
+        group = groups[SHARED.get(item.path.name, item.path)]
+        outside = (room not in item.path.parents for room in rooms)
+        return (*outside, group, last, modules[item.path])
 
     items.sort(key=place)
 

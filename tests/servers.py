@@ -1,4 +1,4 @@
-"""Real servers on loopback, started as a user starts them: `opd serve` in a process of its own."""
+"""Real servers on loopback: `opd serve` in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from tests.processes import Process
+
 START_SECONDS = 240  # half a minute on a free core
 
 
 class RunningServer:
-    """An `opd serve` of `model`; its files are in `folder`, where servers share a key."""
+    """An `opd serve` of `model`; its files are in `folder`, where servers share a key.
 
-    def __init__(self, model: Path, folder: Path, *options: str, name: str = "server") -> None:
+    Started as a user starts it, or forked from a warm parent, which has read its environment and
+    imported PyTorch before (see `tests/processes.py`).
+    """
+
+    def __init__(
+        self, model: Path, folder: Path, *options: str, name: str = "server", warm: bool = False
+    ) -> None:
+        self._warm = warm
         self.key_file = folder / "key"
         self.address_file = folder / f"{name}.address"
         self.log = folder / f"{name}.log"
@@ -24,12 +33,15 @@ class RunningServer:
         self._start()
 
     def _start(self, *options: str) -> None:
+        words = ["opd_lightning", *self._words, *options]
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "opd_lightning", *self._words, *options],
-                stdout=log,
-                stderr=log,
-            )
+            self.process: Process | subprocess.Popen[bytes]
+            if self._warm:
+                self.process = Process(*words, stdout=log, stderr=log)
+            else:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", *words], stdout=log, stderr=log
+                )
 
     @property
     def url(self) -> str:

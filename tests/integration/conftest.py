@@ -27,10 +27,11 @@ def _teacher_server(
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("teacher_server")
     options = ("--max_length", "200", "--max_num_seqs", "64", "--engine_args", CHUNKS)
-    server = RunningServer(untrained_lab / "lab/arithmetic/teacher", folder, *options)
-    server.wait()
-    yield server
-    server.kill()
+    server = RunningServer(untrained_lab / "lab/arithmetic/teacher", folder, *options, warm=True)
+    try:
+        yield server.wait()
+    finally:
+        server.kill()
 
 
 @pytest.fixture
@@ -49,9 +50,11 @@ def _rollout_server(
         pytest.skip(reason)
     options = ("--weights", "pushed", "--max_length", str(MAX_LENGTH))
     server = RunningServer(tiny_model_dir(), tmp_path_factory.mktemp("server"), *options)
-    _check_first_weights(server.wait(), tiny_model_dir())
-    yield server
-    server.kill()
+    try:
+        _check_first_weights(server.wait(), tiny_model_dir())
+        yield server
+    finally:
+        server.kill()
 
 
 def _check_first_weights(server: RunningServer, folder: Path) -> None:

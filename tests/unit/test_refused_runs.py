@@ -43,7 +43,7 @@ def test_suites_have_names_of_their_own() -> None:
     tasks = {"sums": HarnessTask(task="choice")}
     for section, more in (("texts", {"texts": texts}), ("tasks", {"tasks": tasks})):
         with pytest.raises(UserError, match=f"data.{section}: got 'sums', the name of another"):
-            RolloutDataModule(validation=suites, **more)  # type: ignore[arg-type]
+            RolloutDataModule(validation=suites, **more)
 
 
 def test_a_task_that_cannot_be_had(refusal: Refusal, tmp_path: Path) -> None:
