@@ -179,8 +179,8 @@ def test_private_names_of_base_classes_are_listed() -> None:
     """A class of ours that uses, overrides or hides a private name of its base says so."""
     missing = []
     for file, tree in TREES.items():
-        if imports_vllm(tree) or file.endswith("__main__.py"):
-            continue
+        if imports_vllm(tree) or file.endswith("__main__.py") or "/inside/" in file:
+            continue  # what is inside of a sandbox is run by its path, and has no package
         bodies = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
         for one in own_classes(file):
             body = bodies[one.__name__]
