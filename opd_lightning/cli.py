@@ -1,4 +1,4 @@
-"""The `opd` command: which program runs, and how its errors end."""
+"""The `opd` command: dispatch to the subcommands, and exit codes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from opd_lightning.run import signals
 from opd_lightning.run.signals import SignalledError, signal_of
 from opd_lightning.terminal.quiet import quiet_libraries
 
-# What a disk or its owner refuses, wherever it is found: no bug of ours.
-REFUSALS = {
+# Errors of the file system, reported in one line wherever they are raised.
+FILE_ERRORS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE,
     errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP,
 }  # fmt: skip
@@ -30,12 +30,12 @@ def main(args: list[str] | None = None) -> None:
     not ready to start, 128 + n for one that signal n ended (130 Ctrl-C, 143 SIGTERM)."""
     args = sys.argv[1:] if args is None else args
     with one_line_errors():
-        # Before the imports, which take their time.
+        # Before the imports, which take seconds.
         if args[:1] != ["serve"]:  # vLLM's server ends in its own way
             signals.interrupt_on_stops()
         if args[:1] == ["fit"]:
             signals.listen()
-        # A user's own methods, next to the YAML that names them; last, so that they hide nothing.
+        # For methods of the user beside their YAML; last, so that they shadow no package.
         sys.path.append(os.getcwd())
         install_callback_names()
         quiet_libraries()
@@ -43,7 +43,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _dispatch(args: list[str]) -> None:
-    """Answer at once what needs no library; import the program of a command, and run it."""
+    """Run a command; import only the libraries that it needs."""
     command, rest = (args[0].replace("_", "-"), args[1:]) if args else ("", [])
     if command in ("--help", "-h"):
         print(overview())
@@ -54,7 +54,7 @@ def _dispatch(args: list[str]) -> None:
 
         lab(rest)
     elif command == "serve":
-        # Meant for trainers, but SLURM sends it to every process of a job.
+        # SLURM sends it to every process of a job; only trainers handle it.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         from opd_lightning.commands.parsers import OneLineParser
         from opd_lightning.serving.serve import main as serve
@@ -73,7 +73,7 @@ def _dispatch(args: list[str]) -> None:
 
 
 def _train_or_measure(command: str, args: list[str]) -> None:
-    """Run a command of the trainer, unless its words are wrong or ask for help alone."""
+    """Run a command of the trainer, after help and checks that need no Lightning."""
     if command.startswith("-"):  # options before a command
         from opd_lightning.commands.config_files import check_configs
 
@@ -91,7 +91,7 @@ def _train_or_measure(command: str, args: list[str]) -> None:
     from opd_lightning.commands.lightning_cli import OPDCLI
 
     OPDCLI(["--help" if word == "--help=all" else word for word in args])
-    _part()
+    _leave_group()
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def one_line_errors() -> Iterator[None]:
         _end(error)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except SignalledError as end:
-        _part()
+        _leave_group()
         sys.exit(end.code)
     except KeyboardInterrupt as interrupt:
         _end_interrupted(interrupt)
@@ -111,14 +111,15 @@ def one_line_errors() -> Iterator[None]:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning exits with 1
             _end_interrupted(end.__context__)
         raise
-    except BrokenPipeError:  # `opd configs list | head`: nothing reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would flush
+    except BrokenPipeError:  # as in `opd configs list | head`
+        # Otherwise the flush at exit raises again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:  # a mistake in the input
             _end(UserError(f"{str(error.filename)!r}: the name of a file or folder is too long"))
             sys.exit(2)
-        if error.errno not in REFUSALS:
+        if error.errno not in FILE_ERRORS:
             raise
         place = f"{str(error.filename)!r}: " if error.filename else ""
         _end(RunStoppedError(f"{place}{error.strerror}; mend it, or name another place"))
@@ -135,7 +136,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _end(error: Exception) -> None:
-    """Report an error, by one of the processes that have it, and leave together with those."""
+    """Report an error on one of the processes that raise it, and exit with them."""
     message = shortened(str(error)) if isinstance(error, UserError) else str(error)
     if "torch" not in sys.modules:  # no process group can exist; importing it takes seconds
         report(message)
@@ -145,19 +146,19 @@ def _end(error: Exception) -> None:
     if getattr(error, "raised_by_all", False):
         if _rank() == 0:
             report(message)
-        _part()
+        _leave_group()
         return
     ending = Ending(message)
     if ending.is_first:
         report(message)
     if ending.wait_for_all():
-        _part()
+        _leave_group()
 
 
 def _end_interrupted(interrupt: KeyboardInterrupt) -> NoReturn:
-    """Exit as shells expect after a signal; in one line, unless the run has said what it saved."""
+    """Exit with 128 + signal; print one line unless the run has reported what it saved."""
     number = signal_of(interrupt)
-    if not getattr(interrupt, "told", False) and _rank() == 0:
+    if not getattr(interrupt, "is_reported", False) and _rank() == 0:
         note(f"{number.name}: ended before it was done")
     sys.exit(128 + number)
 
@@ -168,14 +169,14 @@ def _rank() -> int:
 
         if dist.is_initialized():
             return dist.get_rank()
-    # As launchers set it for processes that are not connected yet.
+    # Launchers set it before the process group exists.
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
     found = next((os.environ[name] for name in names if name in os.environ), "0")
     return int(found) if found.isdigit() else 0
 
 
-def _part() -> None:
-    """Leave the other processes when all are done; gloo may abort one that just goes."""
+def _leave_group() -> None:
+    """Leave the process group when all ranks have finished; gloo may abort an earlier exit."""
     if "torch" not in sys.modules:
         return
     import torch.distributed as dist

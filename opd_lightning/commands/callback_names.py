@@ -1,8 +1,8 @@
 """Import names of the callbacks: `callbacks` in a checkout, `opd_lightning_callbacks` in a wheel.
 
 A wheel must not install a package named `callbacks`, which is another project's name on PyPI. YAML
-files say `callbacks.X` wherever they run, so each of the two names stands for the other where that
-is missing. Both names give the same module objects, hence the same classes.
+files use `callbacks.X` with both installations, so each name is an alias of the other where that is
+missing. Both names give the same module objects, hence the same classes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ROOT = Path(__file__).parents[2]  # the checkout, or site-packages
 def install_callback_names() -> None:
     """Make both names importable in this process."""
     if not any(isinstance(finder, _Names) for finder in sys.meta_path):
-        # First, for the path finder would load a submodule of an alias a second time.
+        # First, because the path finder would load submodules of an alias again.
         sys.meta_path.insert(0, _Names())
 
 
@@ -70,7 +70,7 @@ def _is_ours(spec: ModuleSpec | None) -> bool:
 
 
 class _Names(MetaPathFinder):
-    """Finder of the two names; every other name is left to the finders behind it."""
+    """Finder of the two names; other names are left to later finders."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -87,7 +87,7 @@ class _Names(MetaPathFinder):
             return _alias(SHORT, INSTALLED)
         if _is_ours(PathFinder.find_spec(SHORT)):
             return _alias(INSTALLED, SHORT)
-        # A checkout where another package is found first by the short name.
+        # In a checkout where the short name finds another package first.
         folder = _home()
         return spec_from_file_location(
             INSTALLED, folder / "__init__.py", submodule_search_locations=[str(folder)]

@@ -1,6 +1,6 @@
-"""The help of the trainer's commands: what people change, then how to see the rest.
+"""Short help of the trainer's commands: common options, and the command that lists all.
 
-Read from the docstrings and signatures of the source, so that it takes a second and not a dozen.
+Reads docstrings and signatures from the source, which takes one second instead of twelve.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _run_sections() -> list[str]:
 
 
 def _callbacks() -> Iterator[tuple[str, str]]:
-    """Names and first lines of the callbacks that the package exports."""
+    """Yield names and first docstring lines of the callbacks that the package exports."""
     package = load("callbacks")
     assert package is not None
     for name, origin in package.imported.items():
@@ -135,7 +135,7 @@ def _described(option: Parameter) -> str:
 
 
 def _description(node: Function | ast.ClassDef) -> str:
-    """First paragraph of a docstring, and what follows before its arguments."""
+    """Return a docstring up to its arguments."""
     return (ast.get_docstring(node) or "").partition("\n\nArgs:")[0]
 
 
@@ -156,7 +156,7 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
 
 
 def _section(title: str, rows: dict[str, str]) -> list[str]:
-    """A titled list; a text stands beside its option where there is room, else below."""
+    """Return the lines of a titled list; a text is beside its option if it fits, else below."""
     lines = ["", f"{title}:"]
     for name, text in rows.items():
         texts = _wrapped(text, " " * 36)

@@ -52,7 +52,7 @@ def overview() -> str:
 
 
 def check_command(command: str) -> None:
-    """Raise UserError for a command that does not exist; underscores are taken for dashes."""
+    """Raise UserError for an unknown command; underscores count as dashes."""
     if command.replace("_", "-") in COMMANDS:
         return
     if not command:

@@ -1,7 +1,7 @@
-"""Reading of YAML configuration files, which refuses what the parser would accept or not survive.
+"""Reading of YAML configuration files, stricter than the parser.
 
-Duplicate keys, of which YAML libraries take the last, anchors that contain themselves, and files
-that are no text. Nothing heavy is imported.
+Refuses duplicate keys, of which YAML libraries take the last, anchors that contain themselves, and
+files that are not text. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read_config(given: str) -> tuple[str, dict[str, Any]]:
         The name for messages, and the settings.
 
     Raises:
-        UserError: It is no readable file, no YAML, or holds something else than settings.
+        UserError: It is not a readable file, not YAML, or not a mapping of settings.
     """
     path = Path(os.path.expanduser(given))
     try:

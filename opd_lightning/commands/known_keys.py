@@ -1,9 +1,7 @@
-"""Refuse misspelt keys and impossible values before the heavy imports.
+"""Refuse misspelt keys and impossible values of YAML files and options before the heavy imports.
 
-They stand in YAML files or on the command line.
-
-The parser refuses most of them too, but only after Lightning is imported. What the source does not
-tell for certain is left to the parser.
+The parser refuses most of them too, but only after Lightning is imported. Keys and values that the
+source code does not decide are left to the parser.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ DATA = "opd_lightning.run.datamodule.RolloutDataModule"
 MODEL = "opd_lightning.training.base.DistillationModule"
 SECTIONS = {"model": MODEL, "data": DATA, "trainer": TRAINER}
 
-# Packages whose class names are known from their source, and where users find classes.
+# Packages whose source is searched for class names, and modules that export classes.
 OURS = ("opd_lightning", SHORT, INSTALLED)
 EXPORTS = (
     *(f"opd_lightning.{r}" for r in ("methods", "rules", "rollouts", "teachers", "verifiers")),
@@ -36,7 +34,7 @@ EXPORTS = (
 
 # Options of every command, besides the parameters of its method.
 COMMON = ("config", "help", "print_config", "seed_everything", "model", "data", "trainer")
-# Parameters of its method that are no options: Lightning fills them, or nothing needs them.
+# Parameters of the method that are no options: set by Lightning, or unused.
 NOT_OPTIONS = {
     "model",
     "datamodule",
@@ -62,7 +60,7 @@ def check_keys(command: str, words: list[str]) -> None:
 
 
 def _given(words: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every YAML file and option of a command line as a tree of keys, in order."""
+    """Yield each YAML file and option of a command line, in order: (source, tree of keys)."""
     rest = iter(words)
     for word in rest:
         option, equals, value = word.partition("=")
@@ -84,17 +82,17 @@ def _given(words: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class _Unknown:
-    """Value that is left to the parser."""
+    """Placeholder of a value that only the parser can check."""
 
 
 def _leaf(option: str, value: str) -> Any:
-    """The value of an option: what is in braces or brackets as data, all else as a word."""
+    """Parse the value of an option: in braces or brackets as YAML data, else as a `Word`."""
     if not value.startswith(("{", "[")):
         return Word(value)
     try:
         yaml.compose(value, yaml.SafeLoader)
     except (ValueError, yaml.YAMLError, RecursionError):
-        return _Unknown()  # a text that begins like data, perhaps
+        return _Unknown()  # may be text that begins with a bracket
     return parse(option, value)
 
 
@@ -169,7 +167,7 @@ class _Checker:
         if isinstance(path := tree.get("class_path"), str):
             if (found := unknown_class(path)) is not None:
                 self.refuse(place, found)
-            self.forget(place)  # another class may have others inside
+            self.drop_classes(place)  # arguments of another class may have other classes
             self.classes[place] = find(path)
             beside = [key for key in tree if key not in _SUBCLASS]
             if beside:
@@ -185,24 +183,24 @@ class _Checker:
         for key, value in given.items() if isinstance(given, Mapping) else ():
             if key in _SUBCLASS:
                 continue
-            key = str(key).removesuffix("+")  # which appends to a list, in files too
+            key = str(key).removesuffix("+")  # "+" appends to a list, in files too
             self.expect(place, key, [*known])
             self.value(f"{place}.{key}", value, known[key])
 
-    def forget(self, place: str) -> None:
-        """Drop the classes of a place and of all places inside it."""
+    def drop_classes(self, place: str) -> None:
+        """Drop the recorded classes of a place and of all places inside it."""
         self.classes = {
             k: v for k, v in self.classes.items() if k != place and not k.startswith(f"{place}.")
         }
 
     def value(self, place: str, value: Any, parameter: Parameter) -> None:
-        """Check the value of a parameter and the trees in it, as far as its annotation tells."""
+        """Check the value of a parameter and nested trees, as far as its annotation allows."""
         self.expect_value(place, value, parameter)
         if isinstance(value, str) and is_name(value) and takes_class(parameter):
             value = {"class_path": str(value)}
         if isinstance(value, list):
-            # What comes later by this place's name belongs to the last item.
-            self.forget(place)
+            # Later options with the name of this place set the last item.
+            self.drop_classes(place)
             for i, item in enumerate(value):
                 if isinstance(item, Mapping) and "class_path" in item:
                     self.object(f"{place}.{i}", item, None)
@@ -222,7 +220,7 @@ class _Checker:
 
 
 def unknown_class(path: str) -> str | None:
-    """Describe a class path into our own packages that names nothing; else None."""
+    """Return an error for a class path into `OURS` that does not exist; else None."""
     owner, _, name = path.rpartition(".")
     top = owner.partition(".")[0]
     package = load(top) if top in OURS else None
@@ -233,7 +231,7 @@ def unknown_class(path: str) -> str | None:
         return None
     if module is None and (outer := find(owner)) is not None and outer.node.name:
         return None  # a class inside a class
-    exported = [f"{room}.{one}" for room in EXPORTS for one in _names(room)]
+    exported = [f"{owner}.{one}" for owner in EXPORTS for one in _names(owner)]
     beside = [f"{owner}.{one}" for one in _names(owner)]
     for candidates in (beside, exported):
         near = get_close_matches(name, [one.rpartition(".")[2] for one in candidates], n=1)
@@ -245,7 +243,7 @@ def unknown_class(path: str) -> str | None:
 
 
 def _names(name: str) -> list[str]:
-    """Names of the classes that a module of ours defines or exports."""
+    """Return the names of the classes that a module defines or exports."""
     module = load(name)
     known = {**module.imported, **module.definitions} if module else {}
     return [word for word in known if word[:1].isupper()]
@@ -263,7 +261,7 @@ def is_name(text: str) -> bool:
 def takes_class(parameter: Parameter) -> bool:
     """Return whether a text for the parameter can only be the name of a class."""
     words = words_of(parameter)
-    if "str" in words or words == {"Literal"}:  # or of a dict of classes, which no text is
+    if "str" in words or words == {"Literal"}:  # Literal may be the key type of a dict of classes
         return False
     kinds = kinds_of(parameter)
     if kinds is None:
@@ -272,7 +270,7 @@ def takes_class(parameter: Parameter) -> bool:
 
 
 def _class_of(parameter: Parameter) -> tuple[Class | None, bool]:
-    """The one class that an annotation allows, and whether a dict of them; None if unclear."""
+    """Return the class that an annotation allows (None if unclear), and whether a dict of it."""
     annotation = parameter.annotation
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
         annotation = ast.parse(annotation.value, mode="eval").body
@@ -294,7 +292,7 @@ def _class_of(parameter: Parameter) -> tuple[Class | None, bool]:
 
 
 def _union(node: ast.expr | None) -> Iterator[ast.expr]:
-    """Members of a union, None left out."""
+    """Yield the members of a union except None."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         yield from _union(node.left)
         yield from _union(node.right)

@@ -1,4 +1,4 @@
-"""Refuse values that no type of a parameter allows, as far as its annotation tells.
+"""Refuse values that no type in the annotation of a parameter allows.
 
 The check is one-sided: a type that the source does not explain is taken to allow everything.
 """
@@ -31,7 +31,7 @@ EXPECTED = {
 
 
 class Word(str):
-    """Value of an option on the command line, where the parser decides what `3` or `x` is."""
+    """Value of an option on the command line, whose type the parser decides."""
 
 
 class Kinds(NamedTuple):
@@ -49,7 +49,7 @@ class Kinds(NamedTuple):
 
 
 def problem(value: Any, parameter: Parameter) -> str | None:
-    """Return what was got and expected, where no type of the parameter allows the value."""
+    """Return "got ..., expected ..." if no type of the parameter allows the value; else None."""
     if isinstance(value, Word) and value in ("null", "None", "~"):
         value = None
     if _plainly_allows(value, parameter) or (kinds := kinds_of(parameter)) is None:
@@ -64,7 +64,7 @@ def problem(value: Any, parameter: Parameter) -> str | None:
 
 
 def words_of(parameter: Parameter) -> set[str]:
-    """Return the names in an annotation, which say much without reading where they come from."""
+    """Return the names in an annotation, unresolved; "Optional" if it contains None."""
     node = parameter.annotation
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         node = ast.parse(node.value, mode="eval").body
@@ -76,7 +76,7 @@ def words_of(parameter: Parameter) -> set[str]:
 
 
 def _plainly_allows(value: Any, parameter: Parameter) -> bool:
-    """Whether an annotation allows a value by its words, so that no further file is parsed."""
+    """Return whether the names in an annotation suffice to allow a value; parses no file."""
     words = words_of(parameter)
     if value is None:
         return "Optional" in words or parameter.default == "None"
@@ -95,7 +95,7 @@ def _plainly_allows(value: Any, parameter: Parameter) -> bool:
 
 
 def kinds_of(parameter: Parameter) -> Kinds | None:
-    """Return the types that a parameter allows; None if its annotation does not tell."""
+    """Return the types that a parameter allows; None if they cannot be determined."""
     names: set[str] = set()
     literals: list[Any] = []
     items = None
@@ -158,7 +158,7 @@ def _members(parameter: Parameter) -> Iterator[tuple[ast.expr, Module]]:
         elif isinstance(node, ast.Name) and (alias := home.alias(node.id)) is not None:
             waiting.append(alias)
         elif node is not None and ast.unparse(node).rpartition(".")[2] != "Tensor":
-            # No configuration can write a tensor; optimisers accept one for a number.
+            # Optimisers accept a tensor in place of a number; YAML has no tensors.
             yield node, home
 
 
@@ -182,7 +182,7 @@ def _allows(value: Any, kinds: Kinds, parameter: Parameter) -> bool:
         return "list" in names
     if isinstance(value, dict):
         return bool(names & {"dict", "class", "list"})
-    return True  # a date, say, which the parser reads as a text
+    return True  # such as a date, which the parser reads as text
 
 
 def _allows_text(text: str, kinds: Kinds) -> bool:
@@ -195,7 +195,7 @@ def _allows_text(text: str, kinds: Kinds) -> bool:
         return True
     number = _number(text)
     if names & {"class", "list", "dict", "bool"}:
-        # The parser reads it; but a number is none of them.
+        # The parser accepts other texts, but no numbers.
         return number is None or bool(names & {"bool", "int", "float"})
     if number is None or math.isnan(number) or not names & {"int", "float"}:
         return False

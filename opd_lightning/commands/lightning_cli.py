@@ -25,10 +25,10 @@ from opd_lightning.run.settings import flat_settings
 from opd_lightning.training.base import DistillationModule
 
 TRAINER_DEFAULTS = {
-    "use_distributed_sampler": False,  # the stream deals prompts out to the ranks itself
+    "use_distributed_sampler": False,  # the stream distributes prompts over ranks
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 1,
-    "enable_model_summary": False,  # a run says in its first line what it trains
+    "enable_model_summary": False,  # `FirstLine` replaces it
     "max_epochs": -1,  # runs are measured in optimiser steps: trainer.max_steps
 }
 
@@ -38,9 +38,9 @@ OWN_COMMANDS = [name.replace("-", "_") for name in DASHED]
 
 
 def as_yaml(word: str) -> str:
-    """A word of the command line, its value as YAML writes it if Python wrote it.
+    """Return a command-line word with a Python literal that contains `None` rewritten as YAML.
 
-    jsonargparse hands `null` on to the parsers of nested classes as `None`, which would be a text.
+    jsonargparse passes `null` to the parsers of nested classes as `None`, which YAML reads as text.
     """
     option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
     try:
@@ -57,7 +57,7 @@ class _Parser(LightningArgumentParser):
     def parse_args(self, args: Any = None, *rest: Any, **more: Any) -> Any:
         return super().parse_args(args and [as_yaml(word) for word in args], *rest, **more)
 
-    # What is written was validated when it was parsed; again would cost 0.2 CPU seconds a command.
+    # The configuration was validated when parsed; validating again costs 0.2 CPU seconds.
     def dump(self, *args: Any, **kwargs: Any) -> str:
         return str(super().dump(*args, **{"skip_validation": True, **kwargs}))
 
@@ -73,9 +73,9 @@ class _Parser(LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes config.yaml to the run folder, for every command to read.
+    """Writes config.yaml to the run folder, for all commands to read.
 
-    Which checkpoint a command started from belongs to the command, not to the run.
+    The file has no `ckpt_path`, which is a setting of one command, not of the run.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
@@ -84,21 +84,21 @@ class SaveRunConfig(SaveConfigCallback):
         super().__init__(parser, config, **kwargs)
 
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":  # a run is what is fitted; measuring it leaves its config alone
+        if stage == "fit":  # evaluation does not replace the config of the run
             super().setup(trainer, pl_module, stage)
 
 
 class OPDCLI(LightningCLI):
-    """`opd fit|validate|test`, and the commands of our own trainer."""
+    """Command line of `opd fit|validate|test` and of the further commands of `Trainer`."""
 
     def __init__(self, args: list[str]) -> None:
-        # A command is a method of the trainer, whose name has no dash.
+        # Commands are methods of the trainer; names of methods have no dashes.
         args = [word.replace("-", "_") if word in DASHED else word for word in args[:1]] + args[1:]
-        # A bare flag; jsonargparse wants a value.
+        # jsonargparse requires a value for the flag.
         args = ["--json=true" if word == "--json" else word for word in args]
         commands = self.subcommands()
         if args and args[0] in commands:
-            # The parser of a command takes a second to build: build the one that is asked for.
+            # Building the parser of a command takes a second; build only the requested one.
             only = {args[0]: commands[args[0]]}
             self.subcommands = lambda: only  # type: ignore[method-assign]
         super().__init__(
@@ -110,7 +110,7 @@ class OPDCLI(LightningCLI):
             subclass_mode_model=True,
             auto_configure_optimizers=False,
             save_config_callback=SaveRunConfig,
-            # A resumed run writes its config again.
+            # A resumed run replaces its config.
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "prog": "opd",
@@ -123,7 +123,7 @@ class OPDCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         standard = LightningCLI.subcommands()
         return {
-            # Nothing but tensors and plain data is read from a checkpoint.
+            # Only tensors and plain data are read from checkpoints.
             **{name: standard[name] | {"weights_only"} for name in STANDARD_COMMANDS},
             **{name: {"model", "datamodule"} for name in OWN_COMMANDS},
         }
@@ -141,7 +141,7 @@ class OPDCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        # Lightning's own warns when arguments come from Python, as they do in `main`.
+        # Lightning's method warns if arguments are passed from Python, as `main` does.
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
@@ -161,7 +161,7 @@ class OPDCLI(LightningCLI):
         except UserError:
             raise
         except RuntimeError as error:
-            if "--ntasks" not in str(error):  # of Lightning's environment for SLURM
+            if "--ntasks" not in str(error):  # raised by Lightning's SLURM environment
                 raise
             raise UserError(
                 f"SLURM: {os.environ.get('SLURM_NTASKS')} tasks were asked for with --ntasks, "
@@ -169,11 +169,11 @@ class OPDCLI(LightningCLI):
                 "trainer.devices"
             ) from error
         except (ValueError, MisconfigurationException) as error:
-            # jsonargparse folds a constructor's UserError into its own report on type unions.
+            # jsonargparse wraps a constructor's UserError in its report on type unions.
             raise UserError(one_line(str(error))) from error
 
     def before_fit(self) -> None:
-        """Refuse to mix a new run with an old one; tell the log what this one was set to."""
+        """Refuse to mix a new run with an old one; pass the settings to the run log."""
         folder = Path(self.trainer.log_dir or ".", "checkpoints")
         resumes = self.config.fit.get("ckpt_path")
         if self.trainer.logger and not resumes and any(folder.glob("[!.]*")):
@@ -186,20 +186,20 @@ class OPDCLI(LightningCLI):
         self.trainer.run_log.settings = flat_settings(self.config.fit.as_dict())
 
     def before_validate(self) -> None:
-        """Figures of a measurement do not belong between those of a run."""
+        """Disable logging, so that evaluation adds nothing to the log of the run."""
         settle_folders(self.trainer)
         self.trainer.logger = None
 
     before_test = before_validate
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Our own commands are of one process, whoever started more."""
+        """Run a command; `OWN_COMMANDS` run on rank 0 only."""
         if subcommand not in OWN_COMMANDS or self.trainer.is_global_zero:
             super()._run_subcommand(subcommand)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
-        # Lightning's commands ask when all processes know one another.
+        # Lightning's commands resolve `last` later, once the process group exists.
         if subcommand in OWN_COMMANDS and kwargs.get("ckpt_path") == LAST:
             settle_folders(self.trainer)
             saved = needed(self.trainer)
@@ -208,7 +208,7 @@ class OPDCLI(LightningCLI):
         return kwargs
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning would read the whole checkpoint here, for settings that are in the YAML.
+        # Lightning would load the whole checkpoint here for settings that the YAML has.
         pass
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

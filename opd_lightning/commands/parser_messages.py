@@ -6,13 +6,13 @@ import re
 
 from opd_lightning.errors import shortened
 
-# What jsonargparse says besides the cause: type unions tried in vain, dumps of the value.
+# Lines of jsonargparse that do not state the cause: type unions, dumps of the value.
 _NOISE = re.compile(
     r"^(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:"
     r"|Given value type: .*|Given value: (?!\S+$).*"
     r"|Expected a <class 'NoneType'>.*|Expected a path but .*|tip: .*)$"
 )
-# In this order: later patterns read what earlier ones wrote.
+# Applied in order; later patterns match replacements of earlier ones.
 _WORDS = [
     (r"Parser key \"(?:fit\.|validate\.|test\.)?([^\"]*)\": ?", r"\1: "),
     (
@@ -49,7 +49,7 @@ _WORDS = [
 
 
 def hint(prog: str) -> str:
-    """Return what lists the options of the parser with this name; a nested one has another."""
+    """Return a hint to the help of the parser `prog`; nested parsers point to `opd --help`."""
     command = prog.replace(" [options]", "")
     return f"`{command if command.startswith('opd') else 'opd'} --help` lists what is accepted"
 
@@ -62,6 +62,6 @@ def one_line(message: str) -> str:
     text = text.rstrip(";")
     for pattern, words in _WORDS:
         text = re.sub(pattern, words, text)
-    # Said twice where the parser tried twice, with other quotes.
+    # Parsers that try twice repeat a cause with other quotes.
     parts = {part.replace('"', "'"): part for part in text.split("; ")}
     return shortened("; ".join(parts.values()))

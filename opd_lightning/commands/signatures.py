@@ -1,7 +1,7 @@
 """Signatures and docstrings read from source files, without importing them.
 
-Importing Lightning takes ten seconds of CPU time, and a misspelt key or a page of help needs
-nothing of it.
+Importing Lightning takes ten seconds of CPU time, which a misspelt key or a help page need not
+cost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a constructor or method; `home` is the module that its annotation is of."""
+    """A parameter of a constructor or method; `home` is the module of its annotation."""
 
     annotation: ast.expr | None
     default: str | None
@@ -54,7 +54,7 @@ class Module:
                 self.assigned[node.targets[0].id] = node.value
 
     def resolve(self, name: str) -> Class | None:
-        """Find the class that a name of this module stands for."""
+        """Find the class that a name in this module refers to."""
         first, _, rest = name.partition(".")
         node = self.definitions.get(name)
         if isinstance(node, ast.ClassDef):
@@ -64,9 +64,9 @@ class Module:
         return None
 
     def alias(self, name: str) -> tuple[ast.expr, Module] | None:
-        """Find the expression that a name of a type stands for, with the module it is written in.
+        """Find the expression of a type alias, with the module that defines it.
 
-        None for a class, or where the source does not tell.
+        None for a class, or if the source does not define the name.
         """
         if name in self.assigned:
             return self.assigned[name], self
@@ -88,7 +88,7 @@ class Module:
 
 
 class Class:
-    """A class definition with the module that it stands in."""
+    """A class definition and its module."""
 
     def __init__(self, node: ast.ClassDef, home: Module) -> None:
         self.node = node
@@ -113,7 +113,7 @@ class Class:
         return any("dataclass" in ast.unparse(word) for word in self.node.decorator_list)
 
     def options(self) -> dict[str, Parameter] | None:
-        """Return what the constructor accepts by name; None if the source does not tell."""
+        """Return the parameters of the constructor by name; None if the source is not enough."""
         if self.is_dataclass:
             return self._fields()
         if self.method("__new__") or (found := self.method("__init__")) is None:
@@ -123,7 +123,7 @@ class Class:
         if node.args.kwarg is None:
             return own
         keywords = node.args.kwarg.arg
-        if not _hands_on(node, keywords) or owner.bases is None:
+        if not _only_forwards(node, keywords) or owner.bases is None:
             return None
         for base in owner.bases:
             if (inherited := base.options()) is None:
@@ -146,7 +146,7 @@ class Class:
 
 
 def parameters(node: Function, owner: Class) -> dict[str, Parameter]:
-    """Parameters of a method by name, described by its docstring or its class's."""
+    """Return the parameters of a method by name, with texts of its or its class's docstring."""
     texts = _texts(owner.node) | _texts(node)
     args = node.args.posonlyargs + node.args.args
     defaults: list[ast.expr | None] = [None] * (len(args) - len(node.args.defaults))
@@ -196,11 +196,11 @@ def _parsed(name: str, path: Path) -> Module | None:
     try:
         return Module(name, path)
     except (OSError, SyntaxError, ValueError):
-        return None  # importing it will tell what is wrong
+        return None  # the import will report the error
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements of a module, those under `if` and `try` included."""
+    """Yield the statements of a module, including those under `if` and `try`."""
     for node in body:
         if isinstance(node, ast.If | ast.Try):
             yield from _statements(node.body)
@@ -208,15 +208,15 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield node
 
 
-def _hands_on(node: Function, keywords: str) -> bool:
-    """Whether keyword arguments go to the base class, and to nothing else that might name them.
+def _only_forwards(node: Function, keywords: str) -> bool:
+    """Return whether keyword arguments are passed to the base class and not used otherwise.
 
-    Lightning's DDPStrategy keeps them for another class, whose arguments are then its own too.
+    Lightning's DDPStrategy, for example, keeps them for the constructor of another class.
     """
-    handed = taken = 0
+    forwarded = taken = 0
     for call in (word for word in ast.walk(node) if isinstance(word, ast.Call)):
         name = ast.unparse(call.func)
-        handed += name == "super().__init__" and any(
+        forwarded += name == "super().__init__" and any(
             word.arg is None and ast.unparse(word.value) == keywords for word in call.keywords
         )
         taken += name in (f"{keywords}.get", f"{keywords}.pop")
@@ -226,11 +226,11 @@ def _hands_on(node: Function, keywords: str) -> bool:
         if isinstance(word, ast.Subscript) and ast.unparse(word.value) == keywords
     ]
     uses = [word for word in ast.walk(node) if isinstance(word, ast.Name) and word.id == keywords]
-    return handed > 0 and len(uses) == handed + taken + len(stored)
+    return forwarded > 0 and len(uses) == forwarded + taken + len(stored)
 
 
 def _taken(node: Function, keywords: str) -> set[str]:
-    """Names that a function takes from its keyword arguments with `get` or `pop`."""
+    """Return the names that a function reads from keyword arguments with `get` or `pop`."""
     calls = (word for word in ast.walk(node) if isinstance(word, ast.Call) and word.args)
     return {
         call.args[0].value

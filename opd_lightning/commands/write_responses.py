@@ -141,7 +141,7 @@ def _prompts(
 
 @contextmanager
 def _full_in_one_line(out: Path) -> Iterator[None]:
-    """Say that the disk is full, which may also be found when the file is closed."""
+    """Turn a full disk, which may also show when the file is closed, into a one-line error."""
     try:
         yield
     except OSError as error:

@@ -49,7 +49,7 @@ class SaveOnInterruption(RunCallback):
             line = "nothing saved: the run has no ModelCheckpoint"
         if isinstance(exception, KeyboardInterrupt):
             line = f"{signal_of(exception).name}: {line}"
-            exception.told = True  # type: ignore[attr-defined]
+            exception.is_reported = True  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             note(line)
 

@@ -175,7 +175,7 @@ def test_a_program_ends_with_one_line_and_the_code_of_the_signal(
 
 def test_a_run_that_said_what_it_saved_says_no_more(capsys: pytest.CaptureFixture[str]) -> None:
     stop = Interrupted(TERM)
-    stop.told = True  # type: ignore[attr-defined]
+    stop.is_reported = True  # type: ignore[attr-defined]
     with pytest.raises(SystemExit) as end, one_line_errors():
         raise stop
     assert end.value.code == 143
