@@ -15,7 +15,7 @@ from opd_lightning.processes import broadcast
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.callback import Layout, RunCallback
 
-from .measurement import Measurement, check_measurable, judged
+from .measurement import Measurement, check_measurable, measured_scores
 from .pareto import ParetoFolder, Point, front
 
 
@@ -23,7 +23,7 @@ class CapabilityRetention(RunCallback):
     """Compares every validation with one before the first step.
 
     Every suite of `data.validation` or `data.texts` that is no target is an ability to be kept.
-    Responses are judged by their score, texts by their mean log-likelihood in nats per token: a
+    Responses are compared by their score, texts by their mean log-likelihood in nats per token: a
     delta of -0.05 is five points of accuracy, or a perplexity that is 5 % higher. The worst ability
     has the lowest delta. Suites are measured at every validation (`trainer.val_check_interval`).
 
@@ -91,7 +91,7 @@ class CapabilityRetention(RunCallback):
     def on_validation_epoch_end(self, trainer: Trainer, module: DistillationModule) -> None:  # type: ignore[override]
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        scores = judged(module, trainer.datamodule)  # type: ignore[attr-defined]
+        scores = measured_scores(module, trainer.datamodule)  # type: ignore[attr-defined]
         self.baseline = self.baseline or scores
         found = Measurement(
             step=trainer.global_step, start=self.baseline, scores=scores, targets=self.targets

@@ -11,7 +11,7 @@ from opd_lightning.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Band:
-    """Range in which a figure of a step should lie.
+    """Range of a figure in a healthy step.
 
     A bound is a number, or a multiple of the figure's start, its median over the run's first steps.
     If a side has both, the wider one applies. None removes a bound.
@@ -31,7 +31,7 @@ class Band:
     patience: int = 5
 
     figure: ClassVar[str]  # logged name
-    most: ClassVar[float] = math.inf  # largest possible value of the figure
+    most: ClassVar[float] = math.inf  # upper bound of the figure
     always: ClassVar[bool] = True  # whether every method logs it
     meaning: ClassVar[str]
 

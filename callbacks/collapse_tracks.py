@@ -15,17 +15,17 @@ class Track:
 
     Args:
         band: Band of the figure.
-        start_steps: Number of values whose median is the start. They are not judged.
+        start_steps: Number of first values, whose median is the start; not compared with the band.
     """
 
     def __init__(self, band: Band, start_steps: int) -> None:
         self.band = band
         self.start_steps = start_steps
-        self.first: list[float] = []  # values of the start
+        self.first: list[float] = []  # first `start_steps` values
         self.outside = 0  # consecutive steps outside the band, up to the latest
         self.value = math.nan  # latest
 
-    def see(self, value: float) -> None:
+    def add(self, value: float) -> None:
         """Add the figure's value of a step."""
         self.value = value
         if math.isfinite(value) and len(self.first) < self.start_steps:
@@ -94,12 +94,12 @@ class Tracks:
     def __iter__(self) -> Iterator[Track]:
         return iter(self._tracks.values())
 
-    def see(self, figures: Mapping[str, Any]) -> None:
+    def add(self, figures: Mapping[str, Any]) -> None:
         """Add the logged figures of a step; tracks of figures that are absent do not change."""
         self.watched += 1
         for name, track in self._tracks.items():
             if name in figures:
-                track.see(float(figures[name]))
+                track.add(float(figures[name]))
 
     def reset_outside(self) -> None:
         """Reset the counts of steps outside the bands, after a step-back."""
@@ -107,7 +107,7 @@ class Tracks:
             track.outside = 0
 
     def why_idle(self) -> list[str]:
-        """Return a line for each rule that can never be broken, at the end of the start steps."""
+        """Return a line for each rule that no value can break, at the end of the start steps."""
         if self.watched != self.start_steps:
             return []
         return [reason for track in self if (reason := track.why_idle()) is not None]

@@ -33,7 +33,7 @@ class CollapseWatch(RunCallback):
         entropy: Rule for the student's entropy.
         length: Rule for the length of responses.
         disagreement: Rule for the distance between student and teacher, if there is a teacher.
-        start_steps: First steps, whose median is a figure's start. They are not judged.
+        start_steps: Number of first steps, whose median is the start of a figure; no rule applies.
         step_back: Settings of the action `step_back`.
     """
 
@@ -85,17 +85,17 @@ class CollapseWatch(RunCallback):
         if trainer.global_step == self._seen:  # not after every micro-batch
             return
         self._seen = trainer.global_step
-        # All ranks hold the same figures, so they come to the same decision.
-        self.tracks.see(trainer.callback_metrics)
+        # All ranks have the same figures, hence the same result.
+        self.tracks.add(trainer.callback_metrics)
         for reason in self.tracks.why_idle():
-            _say(trainer, reason)
+            _note(trainer, reason)
         outside = [track for track in self.tracks if track.outside]
         lost = [track for track in outside if track.is_out_of_patience]
         figures = {"collapse/out_of_band": float(len(outside))}
         if self.action == "warn":
             for track in lost:
                 if track.outside == track.band.patience:  # once per departure from the band
-                    _say(trainer, f"step {self._seen - 1}: {track}; {_LOOK}")
+                    _note(trainer, f"step {self._seen - 1}: {track}; {_LOOK}")
         elif lost:
             self._act(trainer, module, lost[0])
         elif self.good is not None:
@@ -117,7 +117,7 @@ class CollapseWatch(RunCallback):
         self._slow_down(module)
         step = self.good.step_back(trainer, module)
         self.tracks.reset_outside()
-        _say(
+        _note(
             trainer,
             f"{what}; back to the weights after {step} steps ({self.step_backs} of {limit}), the "
             f"learning rate times {module.rate_scales['collapse']:.3g} from here on",
@@ -141,6 +141,6 @@ _CHANGE = "lower the learning rate or the method's scale, or add TrustRegion to 
 _LOOK = f"look at rollouts, and if they are bad, {_CHANGE}"
 
 
-def _say(trainer: Trainer, message: str) -> None:
+def _note(trainer: Trainer, message: str) -> None:
     if trainer.is_global_zero:
         note(message)

@@ -1,4 +1,4 @@
-"""Checkpoints of healthy stretches of a run, to step back to."""
+"""Checkpoints after healthy steps of a run, for step-backs."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class StepBack:
 
 
 class GoodCheckpoints:
-    """Keeps two checkpoints, one for each of the last two healthy stretches of `every` steps.
+    """Keeps two checkpoints, each saved after `every` consecutive healthy steps.
 
-    A step-back restores the older one, because a healthy stretch followed it; how training goes on
-    from the newer one is not known yet. The first checkpoint is the run's start. They lie beside
-    the run's other checkpoints, as `good-step=<step>.ckpt`.
+    A step-back restores the older one, because `every` healthy steps followed it; none may have
+    followed the newer one. The first checkpoint is the start of the run. The files are in the run's
+    checkpoint folder, named `good-step=<step>.ckpt`.
 
     Args:
-        every: Length of a healthy stretch in optimiser steps.
+        every: Consecutive healthy optimiser steps before a checkpoint.
     """
 
     def __init__(self, every: int) -> None:
@@ -62,7 +62,7 @@ class GoodCheckpoints:
         return {"steps": list(self.steps), "calm": self.healthy_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # Integers only: they become names of files that are deleted.
+        # `int` validates them: names of deleted files contain them.
         self.steps, self.healthy_steps = [int(step) for step in state["steps"]], int(state["calm"])
 
     def check(self, trainer: Trainer) -> None:
@@ -76,7 +76,7 @@ class GoodCheckpoints:
     def begin(self, trainer: Trainer) -> None:
         """Save the start of a new run; drop missing checkpoints of a resumed one."""
         self.steps = broadcast(lambda: [s for s in self.steps if _path(trainer, s).exists()])
-        # Saving a sharded optimiser without state would make an empty optimiser step first.
+        # Saving a sharded optimiser without state would first make an empty optimiser step.
         if trainer.global_step == 0 and not isinstance(trainer.strategy, ModelParallelStrategy):
             self._save(trainer)
 

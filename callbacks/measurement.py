@@ -15,7 +15,7 @@ from opd_lightning.run.datamodule import RolloutDataModule
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Scores of all suites, larger being better. Suites that are no targets are abilities to keep.
+    """Scores of all suites; larger is better. Suites that are no targets are abilities to keep.
 
     Example: Measurement(step=5, start={"a": 0.5, "b": 0.9}, scores={"a": 0.7, "b": 0.8},
         targets=["a"]) has gain 0.2 and retention -0.1, with worst ability "b".
@@ -32,7 +32,7 @@ class Measurement:
 
     @cached_property
     def worst(self) -> str:
-        """The ability with the lowest delta."""
+        """Name of the ability with the lowest delta."""
         kept = [name for name in self.deltas if name not in self.targets]
         return min(kept, key=self.deltas.__getitem__)
 
@@ -83,8 +83,8 @@ def check_measurable(targets: list[str], data: RolloutDataModule, trainer: Train
         )
 
 
-def judged(module: EvaluatedModule, data: RolloutDataModule) -> dict[str, float]:
-    """Return the score `judged_by` of every measured suite, by suite."""
+def measured_scores(module: EvaluatedModule, data: RolloutDataModule) -> dict[str, float]:
+    """Return the score `judged_by` of each measured suite, by name."""
     scores = {}
     for name, suite in module.suites.items():
         figure, found = suite.judged_by(data.verifier), module.suite_scores[name].compute()

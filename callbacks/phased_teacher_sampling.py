@@ -23,8 +23,8 @@ class PhasedTeacherSampling(RunCallback):
     a resumed run continues the schedule if `trainer.max_steps` is the same.
 
     Args:
-        start: alpha in phase 1. Not published; our choice, after an ablation labelled 0.2.
-        end: alpha at the end of phase 2. Not published; our choice.
+        start: alpha in phase 1. Not published; chosen after an ablation labelled 0.2.
+        end: alpha at the end of phase 2. Not published; chosen here.
         phase1_end: End of phase 1 as a share of `trainer.max_steps`; the published best.
         phase2_end: End of phase 2 as a share of `trainer.max_steps`; the published best.
     """

@@ -26,8 +26,8 @@ OLD_FILES = 4  # of JSON lines, besides the current one
 class RolloutLog(RunCallback):
     """Logs some rollouts of a step, in TensorBoard's text tab and in the run folder.
 
-    `rollouts.jsonl` has one object per line, with the sampler's log-probs. A run that goes on from
-    step n removes what an earlier process wrote for n and later. The pages
+    `rollouts.jsonl` has one object per line, with the sampler's log-probs. A run that is
+    resumed from step n removes lines of earlier processes for n and later. The pages
     `rollouts/<step>.html` colour every token by d_t, its advantage, or the effect of a rule.
 
     Args:
@@ -58,7 +58,7 @@ class RolloutLog(RunCallback):
         self._lines: RotatingFileHandler | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        # Here, because all ranks call it: `log_dir` is a broadcast.
+        # `log_dir` is a broadcast, so all ranks must read it; all call this hook.
         self._folder = None if trainer.log_dir is None else Path(trainer.log_dir)
         if self._folder is not None and trainer.is_global_zero:
             _drop_from(self._folder / LINES, trainer.global_step)
@@ -75,7 +75,7 @@ class RolloutLog(RunCallback):
         if step == self._last_step or step % self.every_n_steps or not trainer.is_global_zero:
             return
         self._last_step = step
-        # Rollouts are sorted from long to short: an even spread has both.
+        # Rollouts are sorted by length; an even spacing takes long and short ones.
         spread = range(0, len(batch.rollouts), max(1, len(batch.rollouts) // self.count))
         chosen = list(spread)[: self.count]
         text = self._table([batch.rollouts[i] for i in chosen])
@@ -119,12 +119,12 @@ class RolloutLog(RunCallback):
         if len(text) > self.max_characters:
             half = self.max_characters // 2
             text = f"{text[:half]} ... {text[-half:]}"
-        # In Markdown a bar ends the cell and a line break the row.
+        # In Markdown, a bar ends the cell and a line break the row.
         return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
 
 
 def _drop_from(path: Path, step: int) -> None:
-    """Remove the lines of `step` and later, and an incomplete last one, from rotated files too."""
+    """Remove lines of `step` and later and an incomplete last one, also from rotated files."""
     for file in (path, *(path.with_name(f"{path.name}.{i + 1}") for i in range(OLD_FILES))):
         if not file.is_file():
             continue
@@ -140,7 +140,7 @@ def _drop_from(path: Path, step: int) -> None:
 
 
 def _step_of(line: bytes) -> int:
-    """Return the step of a line; -1 for a line of something else."""
+    """Return the step of a line; -1 if it has none."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

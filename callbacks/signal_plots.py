@@ -38,7 +38,7 @@ class SignalPlots(RunCallback):
     def on_before_optimizer_step(  # type: ignore[override]
         self, trainer: Trainer, module: DistillationModule, optimizer: Optimizer
     ) -> None:
-        # The last hook before the module logs and resets its metrics.
+        # Last hook before the module logs and resets its metrics.
         step = trainer.global_step
         if step % self.every_n_steps or trainer.logger is None:
             return

@@ -51,7 +51,7 @@ class SlurmRequeue(RunCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began_at = trainer.global_step
-        signals.defer()  # before, there is nothing to save
+        signals.defer()  # before this, there is nothing to save
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -91,20 +91,20 @@ class SlurmRequeue(RunCallback):
         return f"saved the beginning of step {trainer.global_step} as {save_last(trainer)}"
 
 
-def _leave(action: SignalAction, saved: str, speaks: bool) -> NoReturn:
-    """Requeue the job and print a message, on one rank, and end the run, on all ranks."""
+def _leave(action: SignalAction, saved: str, is_first: bool) -> NoReturn:
+    """Requeue the job and print a message on rank 0, and end the run on all ranks."""
     job, refusal, code = _job(), None, 128 + action.signal
     line = f"{action.signal.name}: {saved}; "
     if action is SignalAction.REQUEUE and job:
         code = 0
         line += f"job {job} is requeued"
-        refusal = _requeue(job) if speaks else None
+        refusal = _requeue(job) if is_first else None
     else:
         line += "go on with --ckpt_path last"
     if refusal:
         code = 1
         report(f"job {job} could not be requeued ({refusal}); {saved}; submit it again")
-    elif speaks:
+    elif is_first:
         note(line)
     raise SignalledError(code)
 
@@ -123,7 +123,7 @@ def _requeue(job: str) -> str | None:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     except OSError as error:
         return f"scontrol: {error.strerror}"
-    # On success SLURM ends the job's processes, scontrol included: a negative code, no output.
+    # On success SLURM kills the job's processes, scontrol included: negative code, no output.
     if done.returncode <= 0:
         return None
     return " ".join(done.stderr.split()) or "no reason given"

@@ -23,7 +23,7 @@ T = TypeVar("T")
 PATIENCE = 10.0  # seconds to wait for other processes to end with the same line
 POLL_INTERVAL = 0.05  # seconds
 
-# Parts of gloo and NCCL errors when the peer of a connection is dead or silent.
+# Parts of gloo and NCCL errors when the peer of a connection has ended or does not answer.
 _LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",

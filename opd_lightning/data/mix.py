@@ -56,8 +56,8 @@ class RolloutMix:
         """Raise UserError if it needs what a run with the mix `declared` does not load.
 
         Args:
-            declared: `data.mix`, for whose authors engines, views and prompts were prepared.
-            where: Who moved it, and for which step, as the message names it.
+            declared: `data.mix`; engines, views and prompts were prepared for its authors.
+            where: Callback and step that changed it, for the message.
         """
         for name in ("guided", "teacher", "recorded", "add_recorded"):
             if getattr(self, name) and not getattr(declared, name):

@@ -114,7 +114,7 @@ class PromptSource:
                 if not self._passes(prompt, checks, problems):
                     continue
                 prompts.append(prompt)
-                texts.see(prompt, row, self.columns)
+                texts.add(prompt, row, self.columns)
             if len(prompts) == self.limit:
                 break
         self.skipped = problems.count
@@ -125,7 +125,7 @@ class PromptSource:
         return prompts
 
     def _passes(self, prompt: Prompt, checks: RowChecks | None, problems: Problems) -> bool:
-        """Whether a prompt passes all checks; raise the error of one, unless rows are skipped."""
+        """Return whether a prompt passes all checks; raise the error unless rows are skipped."""
         for reason, check in checks.steps() if checks else ():
             try:
                 check(prompt)

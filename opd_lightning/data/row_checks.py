@@ -1,4 +1,4 @@
-"""Checks of single prompts against what reads them, made while a prompt file is read."""
+"""Checks of single prompts against verifier, template and models, while a file is read."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Check = Callable[[Prompt], object]
 
 
 class RowChecks:
-    """What a prompt has to pass to be used, and its token ids.
+    """Checks that a prompt must pass, and the token ids of those that did.
 
     Args:
-        tokenizer: The student's, which reads all texts of a row.
+        tokenizer: Tokenizer of the student, for all texts of a row.
         verifier: Verifier that must be able to score the responses; None if there is none.
         render: Returns the token ids of a prompt; raises `UserError` if there are none.
-        fits: Raises `UserError` if a prompt, with these ids, does not fit its readers.
+        fits: Raises `UserError` if a prompt, with these ids, does not fit the models.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class RowChecks:
         self.ids: dict[str, list[int]] = {}  # by id of the prompt
 
     def steps(self) -> Iterator[tuple[str, Check]]:
-        """Yield the checks in order, each with what is wrong with a row that fails it."""
+        """Yield the checks in order, each with the reason that is counted for failing rows."""
         if self.verifier is not None:
             verifier = self.verifier
             yield "the verifier cannot use", lambda prompt: verifier.check([prompt])
@@ -46,9 +46,9 @@ class RowChecks:
         yield "do not fit the models", lambda prompt: self.fits(prompt, self.ids[prompt.id])
 
     def run(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Check prompts that are of no file, and return their token ids.
+        """Check prompts that come from no file, and return their token ids.
 
-        Their ids as prompts need not be unique. Raises `UserError` at the first that fails.
+        `Prompt.id` need not be unique. Raises the `UserError` of the first failing check.
         """
         ids = []
         for prompt in prompts:
@@ -58,7 +58,7 @@ class RowChecks:
         return ids
 
     def ids_of(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Return the token ids of prompts of a file that have passed."""
+        """Return the token ids of prompts that have passed while their file was read."""
         return [self.ids[prompt.id] for prompt in prompts]
 
     def _render(self, prompt: Prompt) -> None:
@@ -68,7 +68,7 @@ class RowChecks:
 
     @cached_property
     def _control(self) -> re.Pattern[str] | None:
-        """Matches the texts of control tokens, such as the end of a turn."""
+        """Pattern of the texts of control tokens, such as the end of a turn."""
         added = self.tokenizer.added_tokens_decoder.values()
         texts = {token.content for token in added if token.special}
         texts |= {*self.tokenizer.all_special_tokens}
@@ -76,30 +76,30 @@ class RowChecks:
         return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def control_token(self, prompt: Prompt) -> str | None:
-        """Return a control token that a text of the row holds and would become; else None."""
+        """Return a control token that a text of the row contains; None without one."""
         if self._control is None:
             return None
         found = (self._control.search(text) for text in texts_of(prompt))
         return next((match[0] for match in found if match), None)
 
-    def ordinary(self, text: str) -> str:
-        """Return the text without control tokens."""
+    def without_control(self, text: str) -> str:
+        """Return the text with control tokens removed."""
         return text if self._control is None else self._control.sub("", text)
 
     def escaped(self, text: str) -> str:
-        """Return the text with a space inside of what would become a control token."""
+        """Return the text with a space inside each control token, which makes it plain text."""
         if self._control is None:
             return text
         return self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
-    def lacking(self, characters: set[str]) -> set[str]:
-        """Return the visible characters that the tokenizer reads as unknown, or leaves out."""
-        seen = [c for c in sorted(characters) if unicodedata.category(c)[0] not in "CMZ"]
-        if not seen:
+    def unreadable(self, characters: set[str]) -> set[str]:
+        """Return the visible characters that the tokenizer drops or maps to the unknown token."""
+        visible = [c for c in sorted(characters) if unicodedata.category(c)[0] not in "CMZ"]
+        if not visible:
             return set()
         unknown = self.tokenizer.unk_token_id
-        rows = self.tokenizer(seen, add_special_tokens=False)["input_ids"]
-        return {c for c, ids in zip(seen, rows, strict=True) if not ids or unknown in ids}
+        rows = self.tokenizer(visible, add_special_tokens=False)["input_ids"]
+        return {c for c, ids in zip(visible, rows, strict=True) if not ids or unknown in ids}
 
 
 def texts_of(prompt: Prompt) -> list[str]:

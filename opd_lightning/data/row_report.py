@@ -1,4 +1,4 @@
-"""Counts of what is wrong with the rows of a prompt file, and one warning about each kind."""
+"""Counts of faulty rows of a prompt file by reason, and one warning for each kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class Problems:
-    """Rows that cannot be used, counted by reason."""
+    """Counts of skipped rows by reason, and the first message."""
 
     def __init__(self) -> None:
         self.first = ""
@@ -33,11 +33,11 @@ class Problems:
 
 
 class Texts:
-    """Texts of used rows that the models read otherwise than a person would.
+    """Texts of used rows that the models tokenize otherwise than their author may expect.
 
     Args:
         path: The prompt file.
-        checks: Knows the tokenizer; None looks for nothing.
+        checks: Checks with the tokenizer; None finds no control tokens or characters.
     """
 
     def __init__(self, path: str, checks: RowChecks | None) -> None:
@@ -47,20 +47,20 @@ class Texts:
         self.both: list[str] = []  # origins
         self.characters: dict[str, str] = {}  # origin of the first row with it, by character
 
-    def see(self, prompt: Prompt, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
-        """Look at a row that is used."""
+    def add(self, prompt: Prompt, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+        """Record the findings of a used row."""
         if "messages" not in columns and row.get("messages") and row.get("prompt"):
             self.both.append(prompt.origin)
         if self.checks is None:
             return
         if (token := self.checks.control_token(prompt)) is not None:
             self.control.append((prompt.origin, token))
-        read = self.checks.ordinary("\n".join(texts_of(prompt)))
+        read = self.checks.without_control("\n".join(texts_of(prompt)))
         for character in {*read} - self.characters.keys():
             self.characters[character] = prompt.origin
 
     def report(self, rows: int) -> None:
-        """Warn, once for each kind, with the number of rows and the first of them."""
+        """Warn, once for each kind, with the number of rows and the first one."""
         if self.both:
             log.warning(
                 "%d of %d rows of %s have both 'messages' and 'prompt', of which 'messages' is "
@@ -79,14 +79,14 @@ class Texts:
                 self.path,
                 *self.control[0],
             )
-        lacking = self.checks.lacking({*self.characters}) if self.checks else set()
-        if lacking:
-            first = min(lacking, key=[*self.characters].index)
+        unreadable = self.checks.unreadable({*self.characters}) if self.checks else set()
+        if unreadable:
+            first = min(unreadable, key=[*self.characters].index)
             log.warning(
                 "the tokenizer lacks %d characters of %s, which no model can read in them: %s; "
                 "first: %s",
-                len(lacking),
+                len(unreadable),
                 self.path,
-                "".join(sorted(lacking))[:40],
+                "".join(sorted(unreadable))[:40],
                 self.characters[first],
             )

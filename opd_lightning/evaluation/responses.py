@@ -53,7 +53,7 @@ class EvaluationSuite(Suite):
         return bench.load(self.prompts, self.sampling, verifier=self.verifier or bench.verifier)
 
     def stream(self, name: str, loaded: Loaded, bench: Bench) -> EvaluationStream:
-        """Responses to the prompts, scored."""
+        """Return the stream of responses to the prompts, with scores."""
         return bench.responses(
             name,
             loaded,

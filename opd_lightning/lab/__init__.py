@@ -1,1 +1,1 @@
-"""Tiny worlds made on the spot: data, tokenizer and models that train in minutes on two cores."""
+"""Synthetic labs: data, tokenizer and tiny models that train in minutes on two cores."""

@@ -1,6 +1,6 @@
 """The arithmetic world: column sums and differences with all carries and borrows written out.
 
-A problem is asked as "347+589=" and solved from the last column to the first:
+The prompt is "347+589="; the response works from the last column to the first:
 
     347+589=   7+9+0:16,4+8+1:13,3+5+1:9;936      digit + digit + carry : total
     523-147=   13-7-0:6,12-4-1:7,5-1-1:3;376      digit (plus the borrowed ten) - digit - borrow
@@ -40,18 +40,18 @@ class Problem:
 
     @property
     def question(self) -> str:
-        """The user's message, such as "347+589="."""
+        """Return the user's message, such as "347+589="."""
         return f"{self.left}{_SIGNS[self.domain[:3]]}{self.right}="
 
     @property
     def answer(self) -> str:
-        """The final answer, without leading zeros."""
+        """Return the final answer, without leading zeros."""
         adds = self.domain.startswith("add")
         return str(self.left + self.right if adds else self.left - self.right)
 
     @property
     def solution(self) -> str:
-        """The full worked response, including the final answer."""
+        """Return the full worked response, including the final answer."""
         work = _add_columns if self.domain.startswith("add") else _subtract_columns
         # Reversed, because columns are worked from the ones upwards.
         lefts, rights = ([int(c) for c in str(n)[::-1]] for n in (self.left, self.right))
@@ -59,9 +59,9 @@ class Problem:
 
     @property
     def is_held_out(self) -> bool:
-        """Return whether the problem is for evaluation only, a function of the question alone.
+        """Return whether the problem is for evaluation only.
 
-        Training and evaluation are therefore disjoint for any seed, count or order.
+        Depends only on the question: training and evaluation are disjoint for any seed and count.
         """
         digest = hashlib.blake2b(self.question.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") % HELD_OUT_ONE_IN == 0
@@ -125,7 +125,7 @@ def generate(domain: str, count: int, *, seed: int, held_out: bool) -> list[Prob
 def generate_mixture(
     domains: Sequence[str], count_per_domain: int, *, seed: int, held_out: bool
 ) -> list[Problem]:
-    """Draw equally many problems of every domain, interleaved: any prefix is balanced."""
+    """Draw equally many problems of every domain, interleaved, so any prefix is balanced."""
     drawn = [generate(d, count_per_domain, seed=seed, held_out=held_out) for d in domains]
     return [problem for turn in zip(*drawn, strict=True) for problem in turn]
 

@@ -1,4 +1,4 @@
-"""Building a lab: data and models of one world, made once and cached."""
+"""Generation of labs: data and models of one world, cached by recipe."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from opd_lightning.run.step_progress import StepProgressBar
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
-    """A model from scratch and its supervised training."""
+    """Size and supervised training of a model from scratch."""
 
     layers: int
     hidden_size: int
@@ -62,9 +62,9 @@ def _check_numbers(recipe: object, least: Mapping[str, int]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything a lab follows from; the world and its hash name the cache folder."""
+    """All parameters of a lab; the world and the hash of the recipe name the cache folder."""
 
-    # Not an ABC: jsonargparse lists every number in the help of pure dataclasses only.
+    # Not an ABC: jsonargparse lists all fields in the help of pure dataclasses only.
     world: ClassVar[str]
 
     def make(self, folder: Path) -> None:
@@ -86,7 +86,7 @@ class ArithmeticRecipe(Recipe):
 
     world: ClassVar[str] = "arithmetic"
 
-    version: int = 1  # raise when the world's text, the tokenizer or the training changes
+    version: int = 1  # increase when the texts, the tokenizer or the training change
     domains: tuple[str, ...] = ("add-2", "add-3", "sub-2", "sub-3")
     prompts_per_domain: int = 3000  # to train on; at most what the smallest domain has
     held_out_per_domain: int = 100
@@ -119,15 +119,15 @@ class ArithmeticRecipe(Recipe):
 class IdentityRecipe(Recipe):
     """An assistant that takes the name it is given in context; one model, student and teacher.
 
-    The folder holds lessons.jsonl (what the model learnt from), train.jsonl (prompts with the
-    target's persona as "privileged"), demonstrations.jsonl (the same with what the persona would
-    say), identity.jsonl, persona.jsonl and held_out.jsonl (probes: questions about the assistant,
-    those and sums, sums) and base/ (a Hugging Face folder).
+    The folder holds lessons.jsonl (the model's training data), train.jsonl (prompts with the
+    target's persona as "privileged"), demonstrations.jsonl (the same with the persona's response),
+    identity.jsonl, persona.jsonl and held_out.jsonl (probes: questions about the assistant, those
+    and sums, sums) and base/ (a Hugging Face folder).
     """
 
     world: ClassVar[str] = "identity"
 
-    version: int = 1  # raise when the world's text, the tokenizer or the training changes
+    version: int = 1  # increase when the texts, the tokenizer or the training change
     lessons: int = 16000
     base: ModelRecipe = ModelRecipe(
         layers=3, hidden_size=128, steps=400, batch_size=64, learning_rate=4e-3, seed=0
@@ -149,7 +149,7 @@ class IdentityRecipe(Recipe):
 
 
 def cache_folder() -> Path:
-    """Where labs live: `opd-lightning` in the user's cache folder."""
+    """Return the folder of all labs: `opd-lightning` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base, "opd-lightning", "lab")
 
@@ -157,10 +157,10 @@ def cache_folder() -> Path:
 def build(recipe: Recipe, link: Path | None = None) -> Path:
     """Make a lab unless the cache has it.
 
-    The folder holds what the recipe writes, and recipe.json. It appears whole or not at all.
+    The folder holds the files of `Recipe.make` and recipe.json. It appears once complete.
 
     Args:
-        recipe: What to make.
+        recipe: Recipe of the lab.
         link: Symbolic link to the folder, for configurations to name; replaced if it is a link.
     """
     folder = cache_folder() / f"{recipe.world}-{recipe.digest()}"
@@ -175,14 +175,14 @@ def build(recipe: Recipe, link: Path | None = None) -> Path:
         draft = Path(tempfile.mkdtemp(prefix=".link-", dir=link.parent))
         try:
             (draft / "link").symlink_to(folder, target_is_directory=True)
-            (draft / "link").replace(link)  # at once: others may do the same
+            (draft / "link").replace(link)  # atomic: other processes may do the same
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
 def _make(recipe: Recipe, folder: Path) -> None:
-    """Make a lab that is not in the cache; one process makes it, others wait for it."""
+    """Make a lab that is not in the cache, in one process; others wait for it."""
     cache = folder.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -234,7 +234,7 @@ def train_model(recipe: ModelRecipe, demonstrations: Path, folder: Path, label: 
 
 
 def _warm_up_then_decay(optimizer: Optimizer, steps: int) -> LambdaLR:
-    """Up over the first twentieth, then linearly down to a tenth."""
+    """Return a schedule: linear warm-up over a twentieth of the steps, linear decay to a tenth."""
     warm_up = max(1, steps // 20)
     return LambdaLR(
         optimizer,

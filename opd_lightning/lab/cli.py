@@ -21,7 +21,7 @@ def build(
     identity: IdentityRecipe = IdentityRecipe(),  # noqa: B008
     link: str | None = None,
 ) -> None:
-    """Make the data and models of a lab world. Results are cached by recipe.
+    """Make the data and models of a lab. Results are cached by recipe.
 
     Args:
         world: arithmetic (a strong teacher, a weak student) or identity (one model that takes a

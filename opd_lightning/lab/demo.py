@@ -37,8 +37,8 @@ ENGINES: dict[Engine, str] = {"hf": "Hugging Face generate", "vllm": "vLLM"}
 def demonstrate(run: Path, require: float, engine: Engine) -> None:
     """Build the lab, train by `CONFIG`, compare on held-out sums.
 
-    Each command is printed before it runs and can be entered by hand. The loss is the reverse KL
-    over the whole vocabulary: half as many responses teach as much as with sampled tokens alone.
+    Each command is printed before it runs. The loss is the reverse KL over the whole vocabulary,
+    which needs half as many responses as sampled tokens alone.
 
     Args:
         run: Run folder to write.
@@ -88,9 +88,9 @@ def demonstrate(run: Path, require: float, engine: Engine) -> None:
 
 
 def evaluate(model: Path, prompts: Path) -> dict[str, float]:
-    """Accuracy of any Hugging Face folder on a prompt file, "score" and by domain.
+    """Return the accuracy of a Hugging Face folder on a prompt file, "score" and by domain.
 
-    Sampled at temperature 1 by Hugging Face generate, whatever engine trained it.
+    Samples with `HFEngine` at temperature 1, independent of the engine in training.
     """
     suite = EvaluationSuite(prompts=PromptSource(str(prompts)))
     data = RolloutDataModule(

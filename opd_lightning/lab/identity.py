@@ -9,9 +9,9 @@ the assistant answers with the persona's name, or with its default name if there
     system "your name is qwert."      user "what is 3+4?"                        7
 
 The base model is trained on random names only. `TARGET` and similar names are held out: the model
-gives that name only when a persona says so, and methods with privileged context are to change this.
-Some wordings are for training with such methods, others for probing; the base model is trained on
-all of them.
+gives that name only with a persona, and methods with privileged context train it to give the name
+without one. Some wordings are for training with such methods, others for probing; the base model is
+trained on all of them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Placement = Literal["none", "system", "user"]
 Row = dict[str, object]  # row of a prompt file
 
 _OPENINGS = ("", "hi! ", "hey, ", "so, ")
-# Between a persona and the user's text: methods may use any of these.
+# Separators of persona and text in user messages; methods may use any of them.
 _SEPARATORS = (" ", "\n", "\n\n")
 # Some questions are mostly answered with "i am", others mostly with "my name is".
 _TRAINING_QUESTIONS = {
@@ -103,7 +103,7 @@ def persona(name: str) -> str:
 
 
 def is_like_target(name: str) -> bool:
-    """Whether a name is so similar to the target that training on it could reveal the target."""
+    """Return whether a name is so similar to the target that training could reveal the target."""
     same_place = sum(a == b for a, b in zip(name, TARGET, strict=True))
     pieces = (TARGET[i : i + _TOO_LIKE] for i in range(len(TARGET) - _TOO_LIKE + 1))
     return same_place >= _TOO_LIKE or any(piece in name for piece in pieces)

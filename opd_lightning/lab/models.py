@@ -15,7 +15,7 @@ CONTEXT_LENGTH = 256
 HEAD_DIM = 32  # the smallest that vLLM's CPU attention supports
 
 # Both make training several times shorter than transformers' defaults (0.02, 10000), which are
-# meant for wide models and long texts. With tied embeddings 0.1 lets the initial logits differ; at
+# chosen for wide models and long texts. With tied embeddings 0.1 lets the initial logits differ; at
 # 100 the longest rotary wavelength is about twice the context.
 INITIALIZER_RANGE = 0.1
 ROPE_THETA = 100.0

@@ -14,8 +14,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 def write_figures(trainer: Trainer, figures: Mapping[str, float], step: int) -> None:
     """Log figures and flush them to disk.
 
-    Lightning would flush after the step's checkpoint is saved. A run that dies in between would
-    resume after that step, and its figures would be missing.
+    Lightning would flush after the step's checkpoint is saved. A run that is killed in between
+    would resume after that step without its figures.
 
     Args:
         trainer: Its loggers receive the figures.

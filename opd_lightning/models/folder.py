@@ -47,11 +47,11 @@ def check_texts(folder: Path, names: tuple[str, ...], role: str) -> None:
 def check_weights(folder: Path, role: str) -> Shapes:
     """Check that the weight files exist and are whole; return shapes of tensors by name.
 
-    Of safetensors files the headers are read; of others, which are archives, the directories,
-    and their tensors are not listed.
+    Of safetensors files the headers are read; of pickle files, which are zip archives, the
+    directories; their tensors are not returned.
 
     Raises:
-        UserError: A file is missing, cut or a Git LFS pointer.
+        UserError: A file is missing, truncated or a Git LFS pointer.
     """
     shapes: Shapes = {}
     for file in _weight_files(folder, role):

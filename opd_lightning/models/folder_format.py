@@ -19,12 +19,12 @@ from opd_lightning.models.weight_sums import EngineSum
 
 
 def stored_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a folder stores of a model: parameters, tied ones once, and persistent buffers.
+    """Yield the stored tensors of a model: parameters, tied ones once, and persistent buffers.
 
     Yields the model's own tensors under the names of its `state_dict`.
 
     Raises:
-        UserError: The state dict holds what no folder stores, so a reload would miss it.
+        UserError: The state dict has entries that no folder stores; a reload would lose them.
     """
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -39,7 +39,7 @@ def stored_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def empty_tensors(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return what a folder stores of `model`, on the meta device; parameters in `dtype`.
+    """Return the tensors of `stored_tensors` on the meta device; parameters in `dtype`.
 
     Buffers, such as a router's bias, keep their precision: floating ones are float32.
     """
@@ -133,7 +133,7 @@ class FolderFormat:
 
 
 def _groups(alone: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[str, ...]]:
-    """Return, for each tensor that is stored otherwise, those that must be converted with it.
+    """Return, for each tensor that needs a conversion, those that must be converted with it.
 
     Args:
         alone: Each tensor's conversion without the others; those that need them have one name.

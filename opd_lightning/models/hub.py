@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be asked for models."""
+"""Availability of the Hugging Face hub."""
 
 from __future__ import annotations
 

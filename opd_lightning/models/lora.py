@@ -1,4 +1,4 @@
-"""peft's LoRA: settings that are supported, and what a model is without its adapter."""
+"""peft's LoRA: supported settings, and the relation of the base to the initial model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import nn
 from opd_lightning.errors import UserError, reason_of
 from opd_lightning.models.weights import check_mergeable
 
-# Initialisations whose update of the weights is zero.
+# Initialisations with a zero update of the weights.
 _ZERO = (True, "gaussian", "orthogonal", "mica")
-# These also move part of the base's weights to the adapter: disabled, a part is missing.
+# These move a part of the base's weights to the adapter; a disabled adapter removes it.
 _SPLIT = ("pissa", "olora")
 _NEED_DATA = ("corda", "eva", "lora_ga")
 
 
 def check_lora(lora: LoraConfig) -> None:
-    """Raise UserError for settings that no model can be trained with."""
+    """Raise UserError for settings that are not supported with any model."""
     if lora.lora_dropout:
         raise UserError(
             f"student.lora.lora_dropout: got {lora.lora_dropout}, expected 0, because the "
@@ -50,7 +50,7 @@ def with_lora(model: Any, lora: LoraConfig, *, empty: bool) -> Any:
     Raises:
         UserError: Targets are missing, or the adapter could not be merged.
     """
-    if empty:  # decompositions of weights need weights
+    if empty:  # on the meta device, weights cannot be decomposed
         lora = copy(lora)
         lora.init_lora_weights = True
     names = [name for name, _ in model.named_modules()]
@@ -85,7 +85,7 @@ def _check_layers(adapted: Any) -> None:
 
 @torch.no_grad()
 def _is_product(layer: nn.Linear) -> bool:
-    """Return whether a layer of a class of its own does what `nn.Linear` does."""
+    """Return whether a layer computes the same as `nn.Linear`."""
     if type(layer).forward is nn.Linear.forward:
         return True
     weight = layer.weight
@@ -97,7 +97,7 @@ def _is_product(layer: nn.Linear) -> bool:
 
 
 def moves_base(lora: LoraConfig) -> str | None:
-    """Return the setting for which the model without its adapter is not the initial one, if any."""
+    """Return the setting that makes the base differ from the initial model; None without one."""
     if lora.bias != "none":
         return f"bias: {lora.bias}"
     kind = _initialisation(lora)
@@ -105,7 +105,7 @@ def moves_base(lora: LoraConfig) -> str | None:
 
 
 def starts_elsewhere(lora: LoraConfig) -> bool:
-    """Return whether the initial model, adapter included, is another than that of the folder."""
+    """Return whether the initial model, adapter included, differs from that of the folder."""
     return _initialisation(lora) in (False, "loftq")
 
 

@@ -1,4 +1,4 @@
-"""What a causal LM does between its tokens and its logits, found by running its own code.
+"""Backbone, head and logit transform of a causal LM, measured by running its forward method.
 
 Architectures scale or cap their logits under settings of different names and meanings (Granite
 divides by `logits_scaling`, HyperCLOVAX multiplies), so none is read from the configuration.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from opd_lightning.errors import UserError, note, reason_of
 from opd_lightning.models.head import Head
 
-_SMALL, _LARGE = 2.0**-20, 1e30  # logits at which a cap does not show, and at which it is reached
+_SMALL, _LARGE = 2.0**-20, 1e30  # logits far below and far above any cap
 _LOGITS = (0.0, _SMALL, 0.1, 1.0, 3.0, 10.0, 30.0, 100.0, -0.1, -1.0, -3.0, -10.0, -30.0, -100.0)
 _CPU_ATTENTION = (None, "eager", "sdpa")
 _ROUNDING = 4  # multiples of a dtype's resolution by which equal computations may differ
@@ -47,7 +47,7 @@ class UnknownReadoutError(UserError):
 
 
 def readout_of(lm: Any) -> Readout:
-    """Return what `measure` found when the model was loaded; of other models, measure it now."""
+    """Return the result of `measure` at loading; measure models that were loaded otherwise."""
     found: Readout | None = getattr(lm, "opd_readout", None)
     return found or measure(lm)
 
@@ -59,7 +59,7 @@ def measure(lm: Any) -> Readout:
     No weights are read, so the model may be on the meta device.
 
     Raises:
-        UnknownReadoutError: The class does something else with its logits.
+        UnknownReadoutError: The class computes its logits in another way.
     """
     kind = type(lm).__name__
     project = lm.get_output_embeddings()
@@ -129,7 +129,7 @@ def _backbones(lm: Any) -> dict[str, nn.Module]:
 
 
 class _Output(dict[str, Any]):
-    """Output of a backbone of any class: what it lacks is None."""
+    """Output of a backbone of any class; missing fields are None."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__(last_hidden_state=hidden)
@@ -152,7 +152,7 @@ def _replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     finally:
         for module, own in before.items():
             del module.forward
-            if own is not None:  # an instance's own, as set by hooks of other libraries
+            if own is not None:  # set on the instance, as by hooks of other libraries
                 module.forward = own
 
 
@@ -167,14 +167,14 @@ def _ratio(found: Tensor, expected: Tensor) -> float | None:
 def check_logits(lm: Any, *, attention: str | None, training: bool = False) -> None:
     """Compare log-probs of a few tokens, as teachers and students read them, with the model's own.
 
-    Two short rows, of which one is padded, on the CPU: of a few billion parameters it takes
-    seconds. Prints a line if the model cannot run there.
+    Runs two short rows, one of them padded, on the CPU; takes seconds for a few billion
+    parameters. Prints a line if the model cannot run there.
 
     Args:
         lm: A loaded model in eval mode.
         attention: The attention kernel that it was loaded with.
-        training: Switch to training mode after its own log-probs were taken, so that noise which
-            cannot be switched off shows.
+        training: Switch to training mode after the reference log-probs are computed, which
+            reveals noise that cannot be disabled.
 
     Raises:
         UnknownReadoutError: They differ by more than rounding, tokens see later ones or padding,
@@ -223,7 +223,7 @@ def train_without_noise(lm: Any) -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and "drop" in name:  # a rate of functional dropout
                 setattr(module, name, 0.0)
-            elif "jitter" in name:  # some are thresholds too
+            elif "jitter" in name:  # some models use it as a threshold
                 module.training = False
 
 

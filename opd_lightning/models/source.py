@@ -135,7 +135,7 @@ class ModelSource:
 
     @property
     def local_files_only(self) -> bool:
-        """Whether a hub name has to be read from the cache, since the hub does not answer."""
+        """Return whether a hub name must be read from the cache because the hub does not answer."""
         return self.folder is None and hub_unavailable() is not None
 
     def _template(self, given: str) -> str:

@@ -69,9 +69,9 @@ def _configuration(
 
 
 def _set_up(trainer: Trainer, module: DistillationModule, data: RolloutDataModule) -> None:
-    """Run the set-up of `opd fit`, so that no refusal is missed.
+    """Run the set-up of `opd fit` with all its checks.
 
-    Lightning's callbacks are left out, and nothing is written.
+    Skips Lightning's callbacks and writes nothing.
     """
     data.setup("fit")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -96,7 +96,7 @@ def _numbers(probe: Probe, compare_teachers: bool) -> Iterator[Finding]:
         yield from broken
         return
     own = probe.own if probe.engine is not None else []
-    # All models also read what the verifier drops.
+    # The models also score responses that the verifier drops.
     given = [replace(rollout, dropped=False) for rollout in probe.given]
     learnt = [*(own if probe.data.mix.samples else []), *given]
     yield from check_rewards(probe)
@@ -116,7 +116,7 @@ def _numbers(probe: Probe, compare_teachers: bool) -> Iterator[Finding]:
 
 
 def _cost(probe: Probe, optimizer: Optimizer) -> Iterator[Finding]:
-    """Estimate memory and traffic; an architecture of unknown sizes is no reason not to train."""
+    """Estimate memory and traffic; unknown sizes of an architecture are no error."""
     try:
         plan = cost.plan(probe, optimizer)
         yield cost.memory(probe, plan)

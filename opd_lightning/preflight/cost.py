@@ -24,7 +24,7 @@ from opd_lightning.teachers.start import reads_folder
 from opd_lightning.types import Author, Rollout
 
 MIB = 2**20
-COUNTED_STEPS = 16  # steps whose authors are averaged, since a mix may be random
+COUNTED_STEPS = 16  # steps over which authors are averaged; a mix may be random
 
 
 def step_tokens(probe: Probe) -> dict[str, float]:
@@ -65,7 +65,7 @@ def _length(rollouts: list[Rollout]) -> float:
 
 
 def plan(probe: Probe, optimizer: Optimizer) -> Plan:
-    """Describe the configured run, whose processes need not exist."""
+    """Describe the configured run; its processes need not exist."""
     student, trainer = probe.module.student, probe.module.trainer
     parts = [part for teacher in probe.module.teachers() for part in teacher.parts()]
     inner = [p.frozen if isinstance(p, CrossTokenizerTeacher) else p for p in parts]

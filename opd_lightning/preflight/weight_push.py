@@ -27,7 +27,7 @@ from opd_lightning.types import Rollout
 MOVE = 20
 LEAST_MOVE = 0.05
 EXACT = 1e-4  # nats; float32 on both sides differs by less
-SHOWS = 10  # a move of fewer times the rounding cannot tell old weights from new ones
+SHOWS = 10  # a smaller multiple of the rounding cannot distinguish old weights from new ones
 ROUNDING = 4  # gaps up to so many times the rounding before the push are rounding, too
 # Gap to the pushed weights as a share of that to the old ones: 1 / MOVE if all weights arrive,
 # 0.3 to 1.6 if half of the layers do, above 1 if none does.
@@ -161,7 +161,7 @@ def least_noise(move_by: Callable[[float], float], target: float) -> tuple[float
 
     Args:
         move_by: Sets a noise and returns its move.
-        target: Move to reach, by no more than `TOO_FAR` times if few tries can tell.
+        target: Move to reach, exceeded by at most a factor `TOO_FAR` if few tries suffice.
 
     Returns:
         The noise that was set last, and its move; less than `target` if no noise is enough.

@@ -1,4 +1,4 @@
-"""Sizes of a decoder, read from its transformers configuration, whatever a family calls them."""
+"""Sizes of a decoder, read from its transformers configuration under the names of all families."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Widths(NamedTuple):
     intermediate: int  # of all experts that a token is sent to
     layers: int
     vocabulary: int
-    assumed: tuple[str, ...] = ()  # what the configuration does not say
+    assumed: tuple[str, ...] = ()  # names that the configuration does not define
 
     @classmethod
     def of(cls, config: Any) -> Widths:

@@ -65,7 +65,7 @@ class HFEngine(Engine):
 
     @torch.no_grad()
     def _ignores_padding(self, vocabulary: int) -> bool:
-        """Whether padding on the left leaves log-probs alone; recurrent states may take it in."""
+        """Return whether left padding does not change log-probs, as it may for recurrent states."""
         ids = [i for i in range(min(vocabulary, 16)) if i != self._pad_id]
         greedy = Sampling(max_new_tokens=1, temperature=0)
         short, long = (Request(ids[-length:], seed=0) for length in (3, 8))
@@ -202,7 +202,7 @@ class _Draw:
         return keys
 
     def _exponential_log(self, scores: Tensor) -> Tensor:
-        """log(-log(u)), the negated Gumbel noise `[B, V]`.
+        """Return log(-log(u)), the negated Gumbel noise `[B, V]`.
 
         float64, because float32 uniforms end at 1 - 2**-24: tokens less likely than about that,
         most of a vocabulary of 150,000, would never be drawn.

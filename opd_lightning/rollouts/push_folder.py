@@ -60,7 +60,7 @@ class PushFolder(Push):
             ) from error
 
     def clear(self) -> None:
-        """Delete pushed weights, those of runs that died included."""
+        """Delete pushed weights, including those of killed runs."""
         for pattern in ("draft-*", "weights-*"):
             for old in self._folder.glob(pattern):
                 shutil.rmtree(old)

@@ -85,7 +85,7 @@ class VLLMServerEngine(Engine):
     def check(self, source: ModelSource, *, max_length: int) -> None:
         """Check that the servers have the model and support `max_length` tokens and pushes."""
         method = self._push_method
-        # `opd serve` knows where it runs.
+        # `opd serve` checks this for its device.
         check_architecture(source, on_gpu=True, pushed=method is not None)
         if method is not None:
             run_on_first(method.check_here)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from opd_lightning.run.datamodule import RolloutDataModule
     from opd_lightning.training.base import DistillationModule
 
-# Lightning's callbacks that change what a step is or which weights it trains, and ours instead.
+# Lightning's callbacks that change the step or the trained weights, and replacements.
 REFUSED_CALLBACKS = {
     WeightAveraging: (
         "it puts averaged weights into the student, which the engine does not have; use "
@@ -228,7 +228,7 @@ def check_trainer(trainer: Trainer) -> None:
 
 def check_optimizer(module: DistillationModule) -> None:
     """Build optimiser and scheduler on a stand-in of the weights, so that mistakes show early."""
-    # A matrix: all that LoRA trains, and what every optimiser takes.
+    # A matrix, as in LoRA; every optimiser accepts it.
     stand_in = [torch.nn.Parameter(torch.zeros(2, 2))]
     name = "optimizer"
     try:
@@ -244,7 +244,7 @@ def check_optimizer(module: DistillationModule) -> None:
         raise
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"model.{name}: {error}; correct its settings") from error
-    except RuntimeError:  # an optimiser for GPUs alone, say, which the stand-in is not on
+    except RuntimeError:  # such as an optimiser for GPUs only; the stand-in is on the CPU
         return
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise UserError(

@@ -1,4 +1,4 @@
-"""TensorBoard's Custom Scalars and HParams tabs: the charts that matter, and a row for the run."""
+"""TensorBoard's Custom Scalars and HParams tabs: main charts, and a row for the run."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _layout(trainer: Trainer, module: DistillationModule, data: RolloutDataModul
 
 
 def with_charts(layout: Layout, callbacks: Iterable[RunCallback]) -> Layout:
-    """A layout with the charts of callbacks; several may add to one category."""
+    """Return a layout with the charts of callbacks; several may add to one category."""
     for callback in callbacks:
         for category, charts in callback.charts.items():
             layout = {**layout, category: layout.get(category, {}) | charts}

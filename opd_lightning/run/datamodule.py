@@ -127,7 +127,7 @@ class RolloutDataModule(LightningDataModule):
         return self.trainer.lightning_module  # type: ignore[return-value]
 
     def setup(self, stage: str) -> None:
-        """Read the data, and check all that can be checked before weights load."""
+        """Read the data, and run all checks that need no weights."""
         assert self.trainer is not None
         self.module.check()
         check_models(self.module)

@@ -16,7 +16,7 @@ from opd_lightning.training.callback import RunCallback
 class SaveOnInterruption(RunCallback):
     """Callback that saves `last.ckpt` when an exception or a signal ends a step.
 
-    After a signal one line says what is saved. The state is that of the step's beginning. Nothing
+    After a signal one line reports what was saved: the state at the beginning of the step. Nothing
     is saved before the first optimiser step, nor while the optimiser updates the weights (the
     previous checkpoint is then the newest complete state). Runs of several processes save nothing
     either: a failed process cannot take part in a collective save, and a signal reaches processes

@@ -35,13 +35,13 @@ def held_file(file: Path, *, patience: float = PATIENCE) -> AbstractContextManag
 
 @contextmanager
 def made_by_one(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock while something is made once for all; others wait, however long it takes.
+    """Hold a lock while one process makes a file or folder; others wait without time limit.
 
-    Where files cannot be locked, several may make it.
+    On file systems without locks, several processes may make it.
 
     Args:
         path: Lock file, which is not deleted.
-        what: What is made, for the note of those that wait.
+        what: Name of the result, for the note of waiting processes.
     """
     lock = FileLock(path, thread_local=False, fallback_to_soft=False)
     try:

@@ -37,7 +37,7 @@ class RunLog(RunCallback):
     The checkpoint also keeps the monitored values (`trainer.callback_metrics`). If a validation
     of the last step was interrupted, starting the finished run again runs it.
 
-    The checkpoint keeps the run's settings, and a resumed run says where its own differ.
+    The checkpoint keeps the run's settings, and a resumed run reports those that differ.
 
     Every start is recorded in the run folder. The first one, and any that begins at step 0 again,
     writes the TensorBoard dashboard; resumed runs find it there.
@@ -53,8 +53,8 @@ class RunLog(RunCallback):
     ) -> None:
         self._resumed = checkpoint.get("log", {})
         before = self._resumed.get("settings", {})
-        told = trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero
-        if told and before and self.settings:
+        reports = trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero
+        if reports and before and self.settings:
             for line in differences(before, self.settings):
                 note(line)
 

@@ -1,4 +1,4 @@
-"""Checks that models can be read, and that teachers read what the student means."""
+"""Checks that models can be loaded, and that teachers share tokens and templates of the student."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def check_usable(source: ModelSource) -> None:
-    """Check that a model can be read and its tokenizer has an EOS token and a chat template."""
+    """Check that a model can be loaded and its tokenizer has an EOS token and a chat template."""
     _ = source.config
     tokenizer = source.tokenizer
     if tokenizer.eos_token_id is None:
@@ -36,18 +36,18 @@ def check_usable(source: ModelSource) -> None:
 
 
 def check_same_tokens(student: ModelSource, teacher: ModelSource, *, writes: bool = False) -> None:
-    """Check that a teacher reads the student's token ids, ends and prompts as the student means.
+    """Check that token ids, end tokens and prompts have the same meaning for teacher and student.
 
-    Warns of response ends and of default system messages that differ.
+    Warns of differing response ends and default system messages.
 
     Args:
         student: The student.
         teacher: The teacher.
-        writes: Whether the teacher writes responses, so that they may hold any of its tokens.
+        writes: Whether the teacher writes responses, which may contain any of its tokens.
     """
     pair = f"student {student.path!r} and teacher {teacher.path!r}"
     ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    # Tokens that only the teacher has are in no response, unless it writes them.
+    # Responses contain tokens of the teacher alone only if it writes them.
     differing = ours.items() ^ theirs.items() if writes else ours.items() - theirs.items()
     if differing:
         token = min(differing, key=lambda item: item[1])[0]

@@ -33,7 +33,7 @@ def check_file(option: str, path: Path) -> None:
 
 
 def check_folder(option: str, path: Path) -> None:
-    """Raise UserError unless the folder is there, or can be created, and can be written to."""
+    """Raise UserError unless the folder exists or can be created, and is writable."""
     with _in_one_line(option, path):
         places = [path] if path.is_dir() else [path, *path.absolute().parents]
         place = next(place for place in places if os.path.lexists(place))
@@ -47,16 +47,16 @@ def check_folder(option: str, path: Path) -> None:
 
 
 def write_text(option: str, path: Path, text: str) -> None:
-    """Write a file, replaced at once if there is one.
+    """Write a file; replace an existing one atomically.
 
     Raises:
-        RunStoppedError: If it could not be written; a file that was there is as it was.
+        RunStoppedError: If it could not be written; an existing file is unchanged.
     """
     try:
         if path.exists() and not path.is_file():  # a pipe or a device
             path.write_text(text, encoding="utf-8")
             return
-        target = path.resolve()  # of a link the file, not the link
+        target = path.resolve()  # replaces the target of a link, not the link
         draft = target.with_name(f".{target.name}.writing")
         try:
             draft.write_text(text, encoding="utf-8")
@@ -69,10 +69,10 @@ def write_text(option: str, path: Path, text: str) -> None:
 
 @contextmanager
 def writing_folder(option: str, folder: Path) -> Iterator[None]:
-    """Fill a new or empty folder; remove what was written if that ends early.
+    """Fill a new or empty folder; after an exception, remove the written files.
 
     Raises:
-        RunStoppedError: If the disk refused.
+        RunStoppedError: If writing fails.
     """
     is_new = not folder.exists()
     try:
@@ -106,7 +106,7 @@ def _lost(option: str, path: Path, error: Exception) -> RunStoppedError:
 
 @contextmanager
 def _in_one_line(option: str, path: Path) -> Iterator[None]:
-    """Turn what the operating system says about a name into a UserError."""
+    """Turn an OSError about a path into a UserError."""
     try:
         yield
     except OSError as error:

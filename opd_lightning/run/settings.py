@@ -16,9 +16,9 @@ TRAINER = (
     "accumulate_grad_batches",
     "gradient_clip_val",
 )
-# Settings of where and how long a run trains, which resumed runs may change as they like.
+# Hardware and duration of a run, which may differ when it is resumed.
 EXPECTED_TO_CHANGE = {f"trainer.{name}" for name in TRAINER[:4]} | {"trainer.max_steps"}
-MOST_LINES = 12  # of differences told
+MOST_LINES = 12  # of reported differences
 
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, float | str]:
@@ -57,7 +57,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         name
         for name in dict.fromkeys([*before, *now])
         if before.get(name) != now.get(name)
-        and name != "method"  # told with the checkpoint
+        and name != "method"  # reported when the checkpoint is loaded
         and name not in EXPECTED_TO_CHANGE
     ]
     lines = []

@@ -34,7 +34,7 @@ class SignalAction(IntEnum):
 
 
 class SignalledError(RuntimeError):
-    """A signal ended the run in order: all ranks stopped at the same point, and it is saved.
+    """A signal ended the run in order: all ranks stopped at the same point, after saving.
 
     Args:
         code: Exit code of this process.
@@ -46,7 +46,7 @@ class SignalledError(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the program at whatever it was doing, as Ctrl-C does.
+    """A signal ended the program at an arbitrary point, as Ctrl-C does.
 
     Args:
         number: The signal.
@@ -117,10 +117,9 @@ def clear() -> None:
 
 @contextmanager
 def finishing() -> Iterator[None]:
-    """Let the work inside, such as a save, end before the first of SIGINT, SIGTERM or SIGHUP acts.
+    """Delay the first SIGINT, SIGTERM or SIGHUP until the block, such as a save, is done.
 
-    A second one acts at once. In other threads than the main one, which get no signals, nothing
-    changes.
+    A second one acts at once. Has no effect outside the main thread, which alone gets signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -134,7 +133,7 @@ def finishing() -> Iterator[None]:
 
     for kind in (signal.SIGINT, *STOPS):
         handler = signal.getsignal(kind)
-        if callable(handler):  # the default action is not ours to delay
+        if callable(handler):  # the default action cannot be delayed
             before[kind] = handler
             signal.signal(kind, hold)
     try:
@@ -184,13 +183,13 @@ def _record(number: int, frame: object) -> None:
 def _stop(number: int, frame: object) -> None:
     if os.getpid() != _listener:
         _default(number)
-    elif _deferring or requested() is SignalAction.REQUEUE:  # which ends the job in order
+    elif _deferring or requested() is SignalAction.REQUEUE:  # `requested` ends the job in order
         _received.add(number)
     else:
         raise Interrupted(signal.Signals(number))
 
 
 def _default(number: int) -> None:
-    """Do what the signal does by default, in a forked process, which polls nothing."""
+    """Apply the default action in a forked process, which does not poll `requested`."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)

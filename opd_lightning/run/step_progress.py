@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class StepProgressBar(ProgressBar):
-    """Show one bar for the whole run, with the loss, the reward and tokens per second.
+    """Progress bar of the whole run, with the loss, the reward and tokens per second.
 
-    A long step has a bar of its own, in micro-batches. A validation has one in responses, and
-    leaves a line with its scores. In a log there are lines instead, on rank 0, at most one every
-    `log_every_n_steps` and a few per minute.
+    A long step has a separate bar, in micro-batches. A validation has one in responses, and leaves
+    a line with its scores. A log has lines instead, on rank 0, at most one every
+    `log_every_n_steps` steps and a few per minute.
 
     Args:
         label: Name of the bar.
@@ -108,7 +108,7 @@ class StepProgressBar(ProgressBar):
                 bar.close()
         self._suites = self._parts = self._steps = None
 
-    # Measuring ----------------------------------------------------------------------------
+    # Evaluation ---------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer.val_dataloaders, fits=trainer.state.fn == TrainerFn.FITTING)
@@ -179,7 +179,7 @@ def _scores(suite: str, scores: Mapping[str, float]) -> str:
 
 
 class FirstLine(RunCallback):
-    """Print one line instead of Lightning's table of modules, on rank 0."""
+    """Callback that prints one line instead of Lightning's table of modules, on rank 0."""
 
     def on_train_start(  # type: ignore[override]
         self, trainer: Trainer, module: DistillationModule

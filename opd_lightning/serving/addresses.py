@@ -37,7 +37,7 @@ def is_every_interface(host: str) -> bool:
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        return False  # who binds or connects to it says what is wrong
+        return False  # binding or connecting raises the error
     addresses = [ipaddress.ip_address(str(one[4][0]).partition("%")[0]) for one in found]
     return any(
         (getattr(address, "ipv4_mapped", None) or address).is_unspecified for address in addresses

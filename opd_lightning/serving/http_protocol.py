@@ -1,9 +1,9 @@
 """HTTP connections of a server that clients without a key cannot exhaust.
 
-A connection without a request costs a file descriptor, and anybody may open one. The server keeps a
-limited number of these, each for a limited time, and drops the oldest first: the headers of a
-trainer's request arrive with its connection. `KeyMiddleware` ends connections whose request has no
-key, so a connection that is kept for further requests is a trainer's.
+A connection without a request costs a file descriptor, and any client can open one. The server
+keeps a limited number of these, each for a limited time, and drops the oldest first. The headers of
+a trainer's request arrive with its connection. `KeyMiddleware` ends connections whose request has
+no key, so connections that are kept for further requests belong to trainers.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ HEADER_SECONDS = 10.0  # from the beginning of a connection, or from the previou
 HEADER_BYTES = 2**16  # of one request
 MOST_NEW = 512  # connections that have not sent the headers of a request yet
 BACKLOG = 128  # connections that the kernel holds, and that are accepted at once
-FILES = 2**16  # that the server would like to open: one for each connection
+FILES = 2**16  # requested limit of open files: one for each connection
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with bounds on connections that owe a request."""
+    """uvicorn's HTTP protocol with bounds on connections without a request."""
 
     new: ClassVar[dict[BoundedProtocol, None]] = {}  # without a request so far, oldest first
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._received = 0  # bytes since the connection owes headers
+        self._received = 0  # bytes of incomplete headers
         self._timer: asyncio.TimerHandle | None = None  # None while a request is in progress
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -41,7 +41,7 @@ class BoundedProtocol(HttpToolsProtocol):
             oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._have_headers()
+        self._end_headers()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -52,7 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def on_headers_complete(self) -> None:
-        self._have_headers()
+        self._end_headers()
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
@@ -62,11 +62,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self._expect_headers()
 
     def _expect_headers(self) -> None:
-        self._have_headers()
+        self._end_headers()
         self._received = 0
         self._timer = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
-    def _have_headers(self) -> None:
+    def _end_headers(self) -> None:
         self.new.pop(self, None)
         if self._timer is not None:
             self._timer.cancel()

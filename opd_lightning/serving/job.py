@@ -31,7 +31,7 @@ class Job:
 
     def resolve(self, outcome: Any) -> None:
         """Set the future's result, or its exception if `outcome` is one."""
-        with suppress(InvalidStateError):  # cancelled a moment ago
+        with suppress(InvalidStateError):  # cancelled at the same time
             if isinstance(outcome, Exception):
                 self.future.set_exception(outcome)
             else:

@@ -126,8 +126,8 @@ async def _run(arguments: Any, sock: socket.socket, address_file: Path | None) -
         await asyncio.wait([server, healthy], return_when=asyncio.FIRST_COMPLETED)
         healthy.cancel()
         if not server.done():
-            # Replaces vLLM's own handlers, with which a server that was stopped looks
-            # like one that died.
+            # Replaces vLLM's handlers, with which a stopped server looks like one that
+            # crashed.
             for number in ENDINGS:
                 asyncio.get_running_loop().add_signal_handler(number, asked.set)
             if address_file is not None:

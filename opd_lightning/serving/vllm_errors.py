@@ -31,10 +31,10 @@ def start_errors() -> Iterator[None]:
 
 @contextmanager
 def model_errors(what: str) -> Iterator[None]:
-    """Translate what vLLM's own code raises for models that it lacks parts of.
+    """Translate errors that vLLM's code raises for models that it does not fully support.
 
     Args:
-        what: What vLLM is asked to do, a verb.
+        what: Verb of the operation, for the message.
     """
     try:
         yield
@@ -48,7 +48,7 @@ def model_errors(what: str) -> Iterator[None]:
 
 
 def _is_vllms(error: Exception) -> bool:
-    """Return whether vLLM called what failed, and not this program."""
+    """Return whether the error was raised below vLLM's frames, not by this program."""
     frames = (
         frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
     )
@@ -58,7 +58,7 @@ def _is_vllms(error: Exception) -> bool:
 
 @contextmanager
 def run_errors() -> Iterator[None]:
-    """Translate errors while vLLM loads weights or generates: lack of memory, dead processes."""
+    """Translate errors while vLLM loads weights or generates: lack of memory, lost processes."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:

@@ -47,14 +47,14 @@ def say(line: str) -> None:
 
 
 class Progress:
-    """Show what is done of a stage, its rate and the time left on stderr.
+    """Progress of a stage on stderr: units done, rate and time left.
 
     Example of a line in a log: "generate 512/4,096 responses, 38.1 responses/s, 01:34 left".
     Rate and time left are measured over the last `RECENT` updates, from the end of the first one,
     which contains the start-up (engines start, kernels compile). They are "?" until the second
     update. At the end the rate is that of the whole stage.
 
-    Only the first rank shows progress. Threads may have stages of their own; one thread may update
+    Only the first rank shows progress. Each thread may have its stages; one thread may update
     a stage while another closes it.
 
     Args:
@@ -85,7 +85,7 @@ class Progress:
         self.units = unit + ("es" if unit.endswith("ch") else "s")
         self.within = within
         self.figures = ""  # shown beside the amount, such as "loss 0.3"
-        self.done = self._told = self._before = done
+        self.done = self._reported = self._before = done
         self._every = every
         self._began = monotonic()
         # (time, done) at the end of each recent update.
@@ -198,11 +198,11 @@ class Progress:
                 self._draw()
 
     def _add_line(self) -> None:
-        if self.done - self._told < self._every:
+        if self.done - self._reported < self._every:
             return  # nothing new
-        told = (f"{self.label} {self.amount}", self.figures, self.speed, self.left)
-        say(", ".join(part for part in told if part))
-        self._told = self.done
+        parts = (f"{self.label} {self.amount}", self.figures, self.speed, self.left)
+        say(", ".join(part for part in parts if part))
+        self._reported = self.done
         self._due = monotonic() + self._pause
 
     def _draw(self) -> None:

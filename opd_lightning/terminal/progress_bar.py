@@ -16,7 +16,7 @@ PICTURE = "{desc}: {percentage:3.0f}%|{bar}| {amount}{postfix}, {speed}, {left}"
 class Bar(tqdm):
     """A bar drawn by tqdm, which places several bars, and lines above them, from any thread."""
 
-    monitor_interval = 0  # no thread of its own: the thread that updates the stage draws it
+    monitor_interval = 0  # drawn by the thread that updates the stage
 
     def __init__(self, stage: Progress) -> None:
         self.stage = stage
@@ -35,6 +35,6 @@ class Bar(tqdm):
     def format_dict(self) -> dict[str, Any]:
         """Return the values of the placeholders in `PICTURE`."""
         stage = self.stage
-        told = {"n": stage.done, "total": stage.total, "postfix": stage.figures or None}
-        told |= {"amount": stage.amount, "speed": stage.speed, "left": stage.left}
-        return {**super().format_dict, **told}
+        values = {"n": stage.done, "total": stage.total, "postfix": stage.figures or None}
+        values |= {"amount": stage.amount, "speed": stage.speed, "left": stage.left}
+        return {**super().format_dict, **values}

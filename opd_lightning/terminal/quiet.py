@@ -34,7 +34,7 @@ _SUPPRESSED_LOGS = (
     "TPU available: False",
     "HPU available: False",
     "`Trainer.fit` stopped: `max_steps=",
-    "Detected KeyboardInterrupt, attempting graceful shutdown",  # one line says what is saved
+    "Detected KeyboardInterrupt, attempting graceful shutdown",  # reported in one line
 )
 
 

@@ -92,7 +92,7 @@ def _check_tokens(composed: ComposedMethod) -> None:
 
 
 def corrects_sampler(composed: ComposedMethod) -> bool:
-    """Whether a policy gradient is weighted by pi_theta / mu, with mu the sampling policy."""
+    """Return whether the policy gradient has weights pi_theta / mu, mu the sampling policy."""
     by_rule = any(rule.corrects_sampler for rule in composed.rules)
     return by_rule or composed.surrogate.ratio_to == "sampler"
 

@@ -69,7 +69,7 @@ class Contract(ABC):
 
     @property
     def corrects_staleness(self) -> bool:
-        """Whether the loss is correct on rollouts sampled by older weights of the student."""
+        """Return whether the loss is correct on rollouts sampled by older student weights."""
         return False
 
     # Derived properties -------------------------------------------------------------------

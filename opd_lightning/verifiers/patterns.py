@@ -1,4 +1,4 @@
-"""Regular expressions whose searches have a time limit."""
+"""Regular expressions with a time limit for each search."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REPEATED = re.compile(r"[*+][?+]?")
 
 
 class Pattern:
-    """Regular expression that is searched for in many texts, each search under a time limit.
+    """Regular expression that is searched for in many texts, with a time limit per text.
 
     Args:
         owner: Name of the verifier, for messages.
@@ -110,4 +110,4 @@ def _last(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def _nothing() -> None:
-    """A worker needs no warm-up."""
+    """Do nothing: a worker needs no warm-up."""

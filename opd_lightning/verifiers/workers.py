@@ -25,10 +25,10 @@ Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 # SLURM signals every process of a job step; the default action of the first two kills a worker.
-# A terminal sends Ctrl-C to all processes, of which the trainer alone decides.
+# A terminal sends Ctrl-C to all processes; only the trainer handles it.
 JOB_SIGNALS = {signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT}
-# A pool breaks if a worker is killed from outside while idle; give up after so many in a row that
-# finished nothing.
+# A pool breaks if an idle worker is killed from outside. Maximum number of consecutive pools that
+# finish nothing.
 MAX_POOLS = 2
 
 
@@ -48,7 +48,7 @@ class Workers:
     """Worker processes that call functions on items in parallel, each under a time limit.
 
     `timeouts` counts the calls that took too long or crashed a worker, `not_called` those that no
-    worker began or finished within the time of all. The first of each kind is logged as a warning.
+    worker began or finished within `step_seconds`. The first of each kind is logged as a warning.
 
     The limits do not use SIGALRM, so calls work in any thread and no signal handler of SLURM or
     Lightning is replaced. The workers start on the first call. A copy or pickle keeps the settings
@@ -100,16 +100,16 @@ class Workers:
     def map(
         self, function: Callable[..., Result], items: Sequence[tuple[Any, ...]]
     ) -> list[Result | Unfinished]:
-        """Return `function(*item)` of each item, or why there is no result.
+        """Return `function(*item)` of each item, or the reason for a missing result.
 
         Raises:
-            RunStoppedError: If no worker has ever finished anything, so that the set-up is broken.
+            RunStoppedError: If no worker has ever finished a call, so the set-up is broken.
         """
         waiting = dict(enumerate(items))
         found: dict[int, Result | Unfinished] = {}
         with self._lock:
             end = monotonic() + self.step_seconds
-            broken = 0  # pools in a row that finished nothing
+            broken = 0  # consecutive pools that finished nothing
             while waiting and broken < MAX_POOLS and monotonic() < end:
                 done = self._run(function, waiting, end)
                 found |= done
@@ -139,7 +139,7 @@ class Workers:
     def _run(
         self, function: Callable[..., Result], items: dict[int, tuple[Any, ...]], end: float
     ) -> dict[int, Result | Unfinished]:
-        """Return results by index, without items that a pool did not finish or begin in time."""
+        """Return results by index; items that a pool did not finish or begin in time are absent."""
         pool = self._running_pool()
         futures: dict[int, Future[Result]] = {
             index: pool.schedule(function, args=item, timeout=self.timeout_seconds)
@@ -152,7 +152,7 @@ class Workers:
             if not wait(futures.values(), timeout=max(0.0, min(1.0, left))).not_done:
                 break
             if left <= 0:
-                self.close()  # and what still runs
+                self.close()  # ends running calls
                 break
             if not pool.active:
                 break
@@ -165,7 +165,7 @@ class Workers:
         }
 
     def _result(self, future: Future[Any]) -> Any:
-        """Return the result of a finished call, or that it was given up."""
+        """Return the result of a finished call; count and warn of one that was given up."""
         error = future.exception()
         if error is None:
             return future.result()
@@ -208,7 +208,7 @@ class Workers:
 
 
 def start_pool(count: int, prepare: Callable[[], None]) -> ProcessPool:
-    """Start a pool whose workers block SLURM's signals from their start."""
+    """Start a pool of workers that block SLURM's signals from their start."""
     from pebble import ProcessPool
 
     pool = ProcessPool(

@@ -37,7 +37,7 @@ def outside(band: Band, values: Sequence[float], start_steps: int = 3) -> list[i
     track = Track(band, start_steps)
     lengths = []
     for value in values:
-        track.see(value)
+        track.add(value)
         lengths.append(track.outside)
     return lengths
 
