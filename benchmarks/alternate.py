@@ -1,4 +1,4 @@
-"""Diagnostics on and off by turns, for `overhead.py`."""
+"""Callback that disables diagnostics in every other step, for `overhead.py`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PATTERN = (True, False, False, True)
 
 
 class Alternate(RunCallback):
-    """Switches diagnostics on and off between steps, and takes CPU time in seconds.
+    """Enables and disables diagnostics between steps, and measures CPU time in seconds.
 
     Args:
-        first: Whether the first step has them.
+        first: Whether diagnostics are on in the first step.
     """
 
     runs_last = True
@@ -30,8 +30,8 @@ class Alternate(RunCallback):
         self.is_on: list[bool] = []  # by step
         self.losses: list[float] = []  # likewise
         self.learning: list[float] = []  # per response token, by step
-        self.whole: list[float] = []  # likewise, from one step's begin to the next one's
-        self.inside: list[dict[str, float]] = []  # likewise, of every diagnostic, where it is on
+        self.whole: list[float] = []  # likewise, from the start of a step to that of the next
+        self.inside: list[dict[str, float]] = []  # likewise, by diagnostic; empty if off
         self._now: defaultdict[str, float] = defaultdict(float)
         self._restore: list[Callable[[], None]] = []
         self._tokens = 0
@@ -40,7 +40,7 @@ class Alternate(RunCallback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         for callback in trainer.callbacks:
             if isinstance(callback, RolloutLog | SignalPlots):
-                # Their turns come in steps that are on, which are half of all.
+                # Log in steps with diagnostics only, which are half of all.
                 callback.every_n_steps *= 2
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
@@ -71,11 +71,11 @@ class Alternate(RunCallback):
         self._restore.append(lambda: setattr(owner, name, before))
 
     def _timed(self, owner: Any, name: str) -> Callable[..., Any]:
-        does, of = getattr(owner, name), getattr(owner, "__name__", type(owner).__name__)
+        function, of = getattr(owner, name), getattr(owner, "__name__", type(owner).__name__)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             began = process_time()
-            done = does(*args, **kwargs)
+            done = function(*args, **kwargs)
             self._now[f"{of}.{name}"] += process_time() - began
             return done
 
@@ -83,7 +83,7 @@ class Alternate(RunCallback):
 
 
 def _diagnostics(trainer: Any, module: Any) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
-    """Owner and name of every function that only looks, and what stands in for it."""
+    """Yield owner and name of every diagnostic function, and its replacement when off."""
     yield head, "_describe", _only_logprobs
     for name in ("note_signal", "note_rules", "compare_with_engine", "_log_step"):
         yield module, name, _nothing

@@ -1,12 +1,12 @@
-"""Whether CollapseWatch notices runs that collapse on the lab, and leaves honest ones alone.
+"""Detection by CollapseWatch on the lab: collapsing runs, and false alarms in healthy ones.
 
-Honest runs are shipped configurations. The others are shipped configurations with one thing made
-wrong; there the watch steps back. When a collapse began is also told without the watch: by the
-reward and by truncation (`onset`). All is read from the runs' TensorBoard files; runs that are
-there are not made again.
+Healthy runs use shipped configurations. Collapsing runs change one setting of a shipped
+configuration; their action is step_back. The start of a collapse is also determined without the
+watch, from reward and truncation (`onset`). All figures come from the runs' TensorBoard files;
+existing runs are not repeated.
 
 Run: opd lab build; opd lab build --world identity
-python benchmarks/collapse.py [honest | repetition | rate | smaller-rate | scale ...]
+python benchmarks/collapse.py [healthy | repetition | rate | smaller-rate | scale ...]
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ OPD = [sys.executable, "-m", "opd_lightning"]
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "lab"
 BANDS = (Truncation(), Repetition(), Entropy(), Length(), Disagreement())
-START_STEPS = 3  # the watch's own
-# Responses of a step, as shipped; only the full vocabulary needs fewer. With a quarter of them the
-# others' reward falls at their learning rates.
-HONEST = {
+START_STEPS = 3  # default of CollapseWatch
+# Responses of a step, as shipped. Only the full vocabulary trains with fewer: with a quarter of
+# them, the reward of the other methods falls at their learning rates.
+HEALTHY = {
     "opd": 256,
     "opd_full_vocabulary": 64,
     "g_opd": 256,
@@ -45,7 +45,7 @@ HONEST = {
     "edge_opd": 64,
     "sdft": 64,
 }
-CALLBACKS = {"sdft": ["callbacks.EMATeacherUpdate"]}  # that a method cannot do without
+CALLBACKS = {"sdft": ["callbacks.EMATeacherUpdate"]}  # callbacks that a method requires
 SAMPLES = {"grpo": 8}  # of a prompt
 ANSWER = {
     "class_path": "opd_lightning.verifiers.ExactMatch",
@@ -56,7 +56,7 @@ Logged = dict[str, dict[int, float]]  # by name and step
 
 
 def jump(factor: int) -> list[str]:
-    """From a learning rate of 1e-3, at step 20."""
+    """Return settings that multiply a learning rate of 1e-3 by `factor` at step 20."""
     method = "--model.init_args"
     return [
         f"{method}.optimizer.init_args.lr=1e-3",
@@ -67,8 +67,8 @@ def jump(factor: int) -> list[str]:
 
 
 RESPONSES = 64
-# What is made wrong: a configuration, steps, and changes to it.
-WRONG: dict[str, tuple[str, int, list[str]]] = {
+# Collapsing runs: configuration, steps, and changes to it.
+COLLAPSING: dict[str, tuple[str, int, list[str]]] = {
     "repetition": ("grpo", 80, ["--data.verifier=collapse.PaysRepetition"]),
     "rate": ("opd", 50, jump(30)),
     "smaller-rate": ("opd", 50, jump(10)),
@@ -77,7 +77,7 @@ WRONG: dict[str, tuple[str, int, list[str]]] = {
 
 
 class PaysRepetition(Verifier):
-    """A reward that somebody got wrong: the share of characters that repeat the one before."""
+    """Verifier with a wrong reward: the share of characters that repeat the previous one."""
 
     def check(self, prompts: Sequence[Prompt]) -> None: ...
 
@@ -86,7 +86,7 @@ class PaysRepetition(Verifier):
 
 
 def fit(config: str, run: Path, action: str, steps: int, responses: int, *changes: str) -> None:
-    """Train, unless it is done; what the watch said is left beside the run."""
+    """Train unless the run exists; write the lines of the watch to a file beside the run."""
     if run.with_suffix(".txt").exists():
         return
     run.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def fit(config: str, run: Path, action: str, steps: int, responses: int, *change
         *({"class_path": name} for name in CALLBACKS.get(config, ())),
     ]
     overlay: dict[str, Any] = {"trainer": {"callbacks": callbacks, "max_steps": steps}}
-    if action == "step_back":  # the reward may be what is wrong
+    if action == "step_back":  # the verifier of training may be the fault
         overlay["data"] = {"validation": {"sums": {"verifier": ANSWER}}}
     run.with_suffix(".yaml").write_text(json.dumps(overlay))
     command = [*OPD, "fit", "--config", str(CONFIGS / f"{config}.yaml")]
@@ -111,10 +111,10 @@ def fit(config: str, run: Path, action: str, steps: int, responses: int, *change
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": path}, text=True, capture_output=True
     )
-    said = [line for line in done.stderr.splitlines() if line.startswith("opd: ")]
-    if done.returncode and not any("out of its band" in line for line in said):
+    lines = [line for line in done.stderr.splitlines() if line.startswith("opd: ")]
+    if done.returncode and not any("out of its band" in line for line in lines):
         sys.exit(done.stderr)
-    run.with_suffix(".txt").write_text("\n".join(said))
+    run.with_suffix(".txt").write_text("\n".join(lines))
 
 
 def figures(run: Path) -> Logged:
@@ -126,30 +126,32 @@ def figures(run: Path) -> Logged:
     }
 
 
-def honest(run: Path) -> dict[str, Any]:
-    """Of every figure its start, its least and largest value, its band, and the steps outside."""
+def false_alarms(run: Path) -> dict[str, Any]:
+    """Return start, smallest and largest value, band and steps outside of every figure."""
     logged = figures(run)
     tracks = Tracks((band for band in BANDS if band.figure in logged), START_STEPS)
-    outside = dict.fromkeys((track.band.figure for track in tracks), 0)  # in a row, at most
+    outside = dict.fromkeys(
+        (track.band.figure for track in tracks), 0
+    )  # largest number of consecutive steps
     for step in sorted(logged["loss"]):
-        tracks.see({name: logged[name][step] for name in outside if step in logged[name]})
+        tracks.add({name: logged[name][step] for name in outside if step in logged[name]})
         for track in tracks:
             outside[track.band.figure] = max(outside[track.band.figure], track.outside)
-    seen = {}
+    ranges = {}
     for track in tracks:
         name = track.band.figure
         values = logged[name].values()
         row = (track.start, min(values), max(values), *track.bounds, outside[name])
-        seen[name] = " ".join(f"{value:.3g}" for value in row)
-    said = run.with_suffix(".txt").read_text()
-    return {"said": said, "start, least, largest, band, steps outside in a row": seen}
+        ranges[name] = " ".join(f"{value:.3g}" for value in row)
+    lines = run.with_suffix(".txt").read_text()
+    return {"lines": lines, "start, least, largest, band, consecutive steps outside": ranges}
 
 
 def onset(logged: Logged) -> int | None:
-    """The first step that looks broken without the watch, or None.
+    """Return the first step of a collapse by reward and truncation; None without one.
 
-    More than 0.3 of its responses are truncated, or it is the first of three whose rewards are
-    below half of the best that three steps in a row had, in the median, until then.
+    More than 0.3 of its responses are truncated, or its reward and the next two are below half of
+    the best median over three consecutive earlier steps.
     """
     rewards, best = logged["reward"], 0.0
     for step in sorted(rewards):
@@ -162,38 +164,38 @@ def onset(logged: Logged) -> int | None:
     return None
 
 
-def wrong(run: Path) -> dict[str, Any]:
-    """When it began, when it was caught, and what came of it."""
+def detection(run: Path) -> dict[str, Any]:
+    """Return onset, detected steps and rewards of a collapsing run."""
     logged = figures(run)
-    said = run.with_suffix(".txt").read_text().splitlines()
-    told = [m for line in said if (m := re.match(r"opd: (?:error: )?step (\d+): (\w+): ", line))]
-    caught = [(int(match[1]), match[2]) for match in told]
-    good = [int(match[1]) for line in said if (match := re.search(r"after (\d+) steps \(", line))]
+    lines = run.with_suffix(".txt").read_text().splitlines()
+    alarms = [m for x in lines if (m := re.match(r"opd: (?:error: )?step (\d+): (\w+): ", x))]
+    caught = [(int(match[1]), match[2]) for match in alarms]
+    good = [int(match[1]) for line in lines if (match := re.search(r"after (\d+) steps \(", line))]
     last, rewards = max(logged["reward"]), logged["reward"]
-    lost = [step for step, count in logged["collapse/out_of_band"].items() if count]
-    there = {
+    outside = [step for step, count in logged["collapse/out_of_band"].items() if count]
+    found = {
         "onset": onset(logged),
-        "first outside": min(lost, default=None),
-        "caught": caught,
+        "first outside": min(outside, default=None),
+        "detected": caught,
         "back to": good,
-        "last step outside": max(lost, default=None),
+        "last step outside": max(outside, default=None),
         "last step": last,
         "reward before": mean(rewards[n] for n in range(good[-1], good[-1] + 10)) if good else None,
         "reward after": mean(rewards[n] for n in range(last - 9, last + 1)),
     }
     ends = {band.figure: logged[band.figure][last] for band in BANDS if band.figure in logged}
     held_out = logged.get("val/sums/score", {})
-    return there | {"held out, at the end": list(held_out.values())[-1:], "end": ends}
+    return found | {"held out, at the end": list(held_out.values())[-1:], "end": ends}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kinds", nargs="*", default=["honest", *WRONG])
+    parser.add_argument("kinds", nargs="*", default=["healthy", *COLLAPSING])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument(
-        "--honest", nargs="*", choices=HONEST, default=list(HONEST), help="configurations"
+        "--healthy", nargs="*", choices=HEALTHY, default=list(HEALTHY), help="configurations"
     )
-    parser.add_argument("--steps", type=int, default=100, help="of honest runs")
+    parser.add_argument("--steps", type=int, default=100, help="of healthy runs")
     parser.add_argument("--runs", type=Path, default=Path("runs/collapse"))
     args = parser.parse_args()
 
@@ -203,16 +205,16 @@ def main() -> None:
     for kind in args.kinds:
         for seed in args.seeds:
             seeded = f"--seed_everything={seed}"
-            if kind != "honest":
-                config, steps, changes = WRONG[kind]
+            if kind != "healthy":
+                config, steps, changes = COLLAPSING[kind]
                 run = args.runs / f"{kind}-{seed}"
                 fit(config, run, "step_back", steps, RESPONSES, seeded, *changes)
-                show(run, wrong(run))
+                show(run, detection(run))
                 continue
-            for config in args.honest:
-                run = args.runs / f"honest-{config}-{seed}"
-                fit(config, run, "warn", args.steps, HONEST[config], seeded)
-                show(run, honest(run))
+            for config in args.healthy:
+                run = args.runs / f"healthy-{config}-{seed}"
+                fit(config, run, "warn", args.steps, HEALTHY[config], seeded)
+                show(run, false_alarms(run))
 
 
 if __name__ == "__main__":

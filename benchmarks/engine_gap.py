@@ -1,4 +1,4 @@
-"""How far the log-probs of Hugging Face generate are from the trainer's, on random models."""
+"""Gap between log-probs of Hugging Face generate and of the trainer, on random models."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from opd_lightning.rollouts import HFEngine, Sampling
 from opd_lightning.rollouts.base import Request
 from opd_lightning.types import StepTotals, Totals
 
-# Of the logits over the vocabulary: entropies of one to three nats, as language models have them.
-# Random weights alone would give almost equal log-probs, on which nothing can differ.
+# Standard deviation of logits over the vocabulary: entropies of one to three nats, as in language
+# models. Plain random weights give nearly uniform distributions, which hide differences.
 LOGIT_DEVIATION = 4.4
 
 
@@ -31,10 +31,10 @@ def measure(
 
     Args:
         folder: Folder of config.json and a tokenizer.
-        dtype: Of the engine's copy.
-        rows: Responses.
+        dtype: Dtype of the engine's copy.
+        rows: Number of responses.
         prompt: Tokens of every prompt.
-        tokens: Tokens of a response at most.
+        tokens: Largest number of tokens of a response.
         device: "cuda" or "cpu".
     """
     clock = meters(device)[0]
@@ -77,6 +77,6 @@ def measure(
 
 
 def _now(clock: Any) -> float:
-    """Wall time after the device has done its work."""
+    """Return the wall time after the device has finished."""
     clock()
     return perf_counter()

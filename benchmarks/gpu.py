@@ -10,7 +10,8 @@ is downloaded, and neither vLLM nor an installed project is needed. Three kinds 
 - engine: `benchmarks/engine_gap.py`, Hugging Face generate in bfloat16 and in float32.
 
 An error in a measurement, out of memory included, is a row of the tables and of the JSON file,
-which is written anew after each. What does not fit into the budget any more is left out, by name.
+which is rewritten after each measurement. Measurements beyond the time budget are left out, with a
+row.
 
 Run: python -m benchmarks.gpu --out gpu.json [--budget 460] [--only TEXT] [--dry_run]
 """
@@ -53,18 +54,18 @@ from opd_lightning.lab.tokenizer import build_tokenizer
 from opd_lightning.terminal.quiet import quiet_libraries
 
 PACKAGES = ("torch", "triton", "transformers", "lightning", "peft", "trl")
-RESERVE = 10.0  # seconds of the budget that no measurement begins in
+RESERVE = 10.0  # seconds at the end of the budget in which no measurement begins
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What a full run measures; `TINY` is the dry run's."""
+    """Sizes of all measurements; `TINY` is for the dry run."""
 
     device: str = "cuda"
     models: tuple[str, str] = ("0.6B", "1.7B")  # small, large
     lengths: tuple[int, int] = (2048, 4096)
     prompt: int = 512
-    tokens: int = 16_384  # positions of a micro-batch, padding included; about, where it is padded
+    tokens: int = 16_384  # positions of a micro-batch, padding included; approximate if padded
     repeats: Repeats = Repeats()  # noqa: RUF009 - frozen
     passes: int = 5  # of the head
     head: tuple[tuple[int, int], ...] = ((8192, 1024), (16_384, 2048))  # tokens, hidden size
@@ -116,7 +117,7 @@ def training(folders: Mapping[str, Path], sizes: Sizes, peak: float) -> Iterator
     chosen: list[tuple[tuple[str, int, str], float, dict[str, Any]]] = [
         *((one, 25, {}) for one in (*plain, *full)),
         *(((name, long, "padded"), 25, {"checkpointing": True}) for name in sizes.models),
-        # Last, as compilers take longest; fixed shapes first, then those that change.
+        # Last, because compilation takes longest; fixed shapes before varying ones.
         ((small, short, "full"), 70, {"compiled": sizes.backend}),
         ((small, long, "padded"), 70, {"compiled": sizes.backend}),
         ((large, long, "padded"), 70, {"compiled": sizes.backend, "checkpointing": True}),
@@ -163,7 +164,7 @@ def head(sizes: Sizes, case: str, implementation: str, tokens: int, hidden: int)
 
 
 def plan(folders: Mapping[str, Path], sizes: Sizes, peak: float) -> list[Measurement]:
-    """All measurements, the most important first."""
+    """Return all measurements, the most important first."""
     phases = list(training(folders, sizes, peak))
     heads = [
         Measurement(
@@ -302,7 +303,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file, written after every measurement")
     parser.add_argument("--budget", type=float, default=460.0, help="seconds of the whole command")
-    parser.add_argument("--only", default="", help="measure what has this in its kind or name")
+    parser.add_argument(
+        "--only", default="", help="measure only rows that contain this in kind or name"
+    )
     parser.add_argument("--peak", type=float, default=H100_PEAK, help="operations per second")
     parser.add_argument("--dry_run", action="store_true", help="tiny models on the CPU, once")
     options = parser.parse_args()
@@ -312,7 +315,7 @@ def main() -> None:
     sizes = TINY if options.dry_run else Sizes()
     if sizes.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; --dry_run tries everything on the CPU with tiny models")
-    gc.freeze()  # what libraries hold is not looked at again after every measurement
+    gc.freeze()  # excludes objects of libraries from later collections
     report: Figures = {"conditions": conditions(sizes, options.budget, options.peak), "rows": []}
     with TemporaryDirectory() as place:
         folders = write_models(Path(place), sizes, options.dry_run)
@@ -323,8 +326,8 @@ def main() -> None:
             row = attempt(measurement, left)
             report["rows"].append(row)
             _write(report, options.out)
-            told = row.get("reason", f"{row.get('took_seconds', 0.0):.1f} s")
-            print(f"{row['kind']}: {row['name']}: {row['status']}, {told}", flush=True)
+            detail = row.get("reason", f"{row.get('took_seconds', 0.0):.1f} s")
+            print(f"{row['kind']}: {row['name']}: {row['status']}, {detail}", flush=True)
     report["finished_seconds"] = time.perf_counter() - began
     _write(report, options.out)
     print("\n" + markdown(report))

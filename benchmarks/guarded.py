@@ -1,4 +1,4 @@
-"""Measurements of which one that fails, or comes too late, does not end the others."""
+"""Measurements under a time budget; a failure does not end the others."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Measurement:
     """One row of a benchmark's tables.
 
     Args:
-        kind: Table that it belongs to.
+        kind: Table of the row.
         name: First column.
-        seconds: What it is expected to take; it is left out where that does not fit any more.
+        seconds: Expected duration; the measurement is left out if less time remains.
         run: Returns its figures.
     """
 
@@ -36,15 +36,15 @@ class Measurement:
 
 
 class MissingError(Exception):
-    """What is to be measured is not on this machine."""
+    """A requirement of the measurement is missing on this machine."""
 
 
 def attempt(measurement: Measurement, left: float) -> Figures:
     """Run a measurement and return its row.
 
     Args:
-        measurement: What to run.
-        left: Seconds after which it is interrupted.
+        measurement: The measurement.
+        left: Seconds until it is interrupted.
 
     Returns:
         "status" is "measured", "left out" or "failed". The first comes with the figures, the
@@ -63,10 +63,10 @@ def attempt(measurement: Measurement, left: float) -> Figures:
     except MissingError as error:
         found = {"status": "left out", "reason": str(error)}
     except Exception as error:
-        told = "".join(traceback.format_exception(error))
+        frames = "".join(traceback.format_exception(error))
         found = {"status": "failed", "reason": f"{type(error).__name__}: {_line(error)}"}
-        found["traceback"] = told[-4000:]
-    _clean_up()  # here the exception, whose frames hold tensors, is gone
+        found["traceback"] = frames[-4000:]
+    _clean_up()  # after the exception is freed: its frames hold tensors
     return row | {"took_seconds": time.perf_counter() - began} | found
 
 
@@ -76,7 +76,7 @@ def _line(error: Exception) -> str:
 
 @contextmanager
 def _interrupted_after(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the body after so many seconds; for the main thread."""
+    """Raise TimeoutError in the block after `seconds`; main thread only."""
 
     def late(number: int, frame: FrameType | None) -> None:
         raise TimeoutError("the budget was spent")
@@ -91,7 +91,7 @@ def _interrupted_after(seconds: float) -> Iterator[None]:
 
 
 def _clean_up() -> None:
-    """Give the next measurement an empty device."""
+    """Free device memory for the next measurement."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     gc.collect()

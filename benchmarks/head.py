@@ -37,7 +37,7 @@ def reverse_kl(student: Tensor, teacher: Tensor | None) -> Tensor:
 
 
 class Problem:
-    """Random weights and states, and one `[n]` output per implementation."""
+    """Random weights and states; computes an `[n]` output with each implementation."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
@@ -77,7 +77,7 @@ class Problem:
         return found.values["kl"] if comparisons else found.student.logprobs
 
     def plain(self, n: int) -> Tensor:
-        """Log-probs or divergence only: no entropy, which `ours` computes besides."""
+        """Compute log-probs or divergence; no entropy, unlike `ours`."""
         mine = (self.student(self.hidden[:n]).float() / TEMPERATURE).log_softmax(dim=-1)
         if self.teacher is None or self.theirs is None:
             return mine.gather(1, self.targets[:n, None]).squeeze(1)
@@ -92,8 +92,8 @@ class Problem:
 
         hidden, weight = self.hidden[:n], self.student.weight
         if self.teacher is None or self.theirs is None:
-            width = _CHUNKED_LOGPROB_CHUNK_SIZE  # what its trainers pass
-            outputs = ("entropy",)  # what `ours` computes as well
+            width = _CHUNKED_LOGPROB_CHUNK_SIZE  # as in TRL's trainers
+            outputs = ("entropy",)  # computed by `ours` too
             return ChunkedLogProbFunction.apply(
                 hidden, weight, None, self.targets[:n], TEMPERATURE, width, None, 1.0, outputs
             )[0]
@@ -110,7 +110,7 @@ class Problem:
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """This process's one measurement: seconds and MiB."""
+    """Return the measurement of this process: seconds and MiB."""
     if options.device == "cpu":
         torch.set_num_threads(options.threads)
     problem = Problem(options)
@@ -119,7 +119,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 
 def one_pass(problem: Problem, implementation: str, tokens: int) -> dict[str, float]:
-    """Seconds and MiB of one forward and backward pass; earlier gradients are freed before."""
+    """Measure seconds and MiB of a forward and backward pass, after freeing gradients."""
     problem.clear()
     clock, held, peak = meters(problem.options.device)
     before, start, wall = held(), clock(), time.perf_counter()
@@ -136,9 +136,10 @@ def one_pass(problem: Problem, implementation: str, tokens: int) -> dict[str, fl
 
 
 def meters(device: str) -> tuple[Callable[[], float], Callable[[], int], Callable[[], int]]:
-    """(clock in seconds, memory held now in bytes, peak memory in bytes from now on).
+    """Return functions for the clock (seconds), allocated memory and peak memory (bytes).
 
-    On a CPU the clock is the CPU time of the process, and the peak is that of its whole life.
+    On a CPU: CPU time, resident size, and peak resident size since the start of the process. On
+    CUDA: synchronised wall time, and the peak since this call.
     """
     if device == "cpu":
         pages = Path("/proc/self/statm")
@@ -169,14 +170,14 @@ def in_fresh_process(python: Path, options: argparse.Namespace, **chosen: Any) -
 
 
 def environment_with_trl(folder: Path) -> Path:
-    """Python of a new environment with TRL and, for a fair comparison, this one's torch."""
+    """Make an environment with TRL and this environment's torch; return its Python."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     ours = [path for path in sys.path if path.endswith("site-packages")]
     site = next(folder.glob("lib/python3*/site-packages"))
     root = str(Path(__file__).resolve().parents[1])
     (site / "parent.pth").write_text("\n".join([*ours, root]))
     python = folder / "bin" / "python"
-    # Captured, because pip complains about requirements of this environment that it cannot see.
+    # Captured: pip warns of requirements of this environment, which it does not see.
     install = [python, "-m", "pip", "install", "-q", "trl"]
     subprocess.run(install, check=True, capture_output=True)
     return python
@@ -187,7 +188,7 @@ def table(options: argparse.Namespace, python: Path, others: bool) -> list[dict[
     for tokens in options.tokens:
         for case, implementations in CASES.items():
             for name in implementations:
-                # What grows with the tokens is only worth its time where it can be compared.
+                # Implementations that grow with the tokens run up to a limit only.
                 too_many = name != "ours" and tokens > options.plain_up_to
                 if too_many or (name == "trl" and not others):
                     continue

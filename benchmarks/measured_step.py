@@ -1,9 +1,9 @@
-"""What one process of a small real run holds, sends and waits for, against the formulas.
+"""Memory, traffic and pushes of a small run, measured and compared with `opd check`'s formulas.
 
-Writes a random Qwen3 and prompts, trains it against itself with Lightning over gloo, and compares
+Writes a random Qwen3 and prompts, trains with the initial model as teacher over gloo, and compares
 with `opd_lightning.preflight`: bytes of weights, gradients and optimiser after a step (of every
 process, exact), the growth of the resident size while micro-batches are trained on, the bytes
-handed to collectives, and the seconds of a push.
+passed to collectives, and the seconds of a push.
 
 Run: python -m benchmarks.measured_step.py --strategy fsdp2 --ranks 2 [--precision bf16-mixed]
 """
@@ -42,16 +42,16 @@ from opd_lightning.rollouts import HFEngine, Sampling
 from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.teachers import AdapterOffTeacher, FrozenTeacher
 
-# Freed memory goes back at once, or the resident size would remember the largest step. Not where
-# seconds are measured: it makes every large tensor's pages anew.
+# Return freed memory to the system at once, else the resident size stays at its maximum. Not set
+# where seconds are measured: every large tensor then allocates new pages.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 GROUP = 2  # processes that share the weights under HSDP
 LORA = {"r": 8, "target_modules": ["q_proj", "v_proj"]}
 
 
-def write_world(folder: Path, options: argparse.Namespace) -> None:
-    """A random model in `folder`/model and prompts beside it."""
+def write_inputs(folder: Path, options: argparse.Namespace) -> None:
+    """Write a random model to `folder`/model and prompts to `folder`/prompts.jsonl."""
     tokenizer = build_tokenizer(256)
     missing = options.vocabulary - len(tokenizer)
     tokenizer.add_tokens([f"<{i}>" for i in range(missing)])
@@ -85,7 +85,7 @@ def train(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "hsdp": HSDPStrategy(shard_size=GROUP),
     }[options.strategy]
     pushes, record = Pushes(folder / "push"), Record(Collectives())
-    torch.manual_seed(0)  # of the adapters
+    torch.manual_seed(0)  # for the adapters
     student = Student(
         str(folder / "model"),
         lora=LoraConfig(**LORA) if options.lora else None,
@@ -127,7 +127,7 @@ def train(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def predicted(student: Student, trainer: Trainer, options: argparse.Namespace) -> dict[str, Any]:
-    """What `opd check` would say, from shapes alone."""
+    """Return the estimates of `opd check`, from shapes alone."""
     meta, alike = student.build(empty=True), Student(student.source.path).build(empty=True)
     plan = Plan(
         student=meta,
@@ -167,7 +167,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     sizes = {"hidden": 512, "layers": 8, "vocabulary": 8192, "rows": 8, "tokens": 48}
     for name, size in {**sizes, "micro_batches": 2, "steps": 3, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--out", type=Path, help="JSON, a list with what every process found")
+    parser.add_argument("--out", type=Path, help="JSON file: a list of every process's figures")
     return parser.parse_args(words)
 
 
@@ -180,7 +180,7 @@ def main() -> None:
     with TemporaryDirectory() as place:
         folder = Path(os.environ.setdefault("MEASURED_STEP", place))
         if folder == Path(place):  # the other processes run this script again
-            write_world(folder, options)
+            write_inputs(folder, options)
         found = train(options, folder)
         every: list[Any] = [found]
         if dist.is_initialized():

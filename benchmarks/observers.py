@@ -1,4 +1,4 @@
-"""Looks at a run from within: what a process holds, hands to collectives and waits for."""
+"""Callbacks that measure memory, collectives and pushes within a run."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ COLLECTIVES = {
     "all_gather": ("c10d._allgather_base_.", "_c10d_functional.all_gather_into_tensor."),
     "reduce_scatter": ("c10d._reduce_scatter_base_.",),
 }
-WAITS = 5  # times that a push is timed
+WAITS = 5  # measurements of each push
 
 
 class Collectives(TorchDispatchMode):
-    """Bytes of the whole tensors in every collective, by its name."""
+    """Dispatch mode that counts bytes of whole tensors by collective."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Collectives(TorchDispatchMode):
 
 
 class Record(Callback):
-    """Looks at a process between the steps of a run and within them."""
+    """Records memory and sent bytes of this process, per step."""
 
     def __init__(self, collectives: Collectives) -> None:
         self.collectives = collectives
@@ -58,7 +58,7 @@ class Record(Callback):
         self.tokens.append(int(batch.response_mask.sum()))
         if trainer.global_step > self._begun:
             self._begun = trainer.global_step
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             self._resident = _status("VmRSS")
             self.collectives.sent.clear()
 
@@ -77,10 +77,10 @@ class Record(Callback):
 
 
 class Pushes(Callback):
-    """Times pushes of the student, at the end of the run."""
+    """Times pushes of the student at the end of the run."""
 
     def __init__(self, folder: Path) -> None:
-        self.seconds: dict[str, list[tuple[float, float]]] = {}  # on the wall, of this process
+        self.seconds: dict[str, list[tuple[float, float]]] = {}  # wall time and CPU time
         self._folder = folder
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
@@ -100,7 +100,7 @@ class Pushes(Callback):
             else:
                 gather()
 
-        for name, way in {
+        for name, run in {
             "gather": gather,
             "in process, unproved": lambda: engine.load_weights(0, student.weights()),
             "in process": lambda: push(student, engine, version=0),
@@ -109,7 +109,7 @@ class Pushes(Callback):
             for _ in range(WAITS):
                 trainer.strategy.barrier()
                 began, worked = perf_counter(), process_time()
-                way()
+                run()
                 passed = perf_counter() - began, process_time() - worked
                 self.seconds.setdefault(name, []).append(passed)
 
@@ -121,11 +121,11 @@ def _nbytes(value: Any) -> int:
 
 
 def _local(tensors: list[Any]) -> int:
-    here = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-    return sum(t.numel() * t.element_size() for t in here)
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return sum(t.numel() * t.element_size() for t in local)
 
 
 def _status(name: str) -> int:
-    """A line of this process's memory, in bytes."""
+    """Return an entry of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(name))) * 1024

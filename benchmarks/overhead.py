@@ -1,14 +1,14 @@
-"""What a run's diagnostics cost: every step of the demo with them and without.
+"""Cost of a run's diagnostics: each step of the demo with and without them.
 
-Off are all figures but those that a step needs (the loss, the gradient norm and the check for
-infinities): the top-k sets and entropies of both heads, every metric, the engine's gap, what is
-written, RolloutLog, SignalPlots and CollapseWatch. Two figures of it, both of CPU time per response
-token and as shares of the whole step, generation included:
+Diagnostics are all figures except those that a step needs (the loss, the gradient norm and the
+check for infinities): the top-k sets and entropies of both heads, every metric, the engine's gap,
+logging, RolloutLog, SignalPlots and CollapseWatch. Measured in two ways, as CPU time per response
+token and as a share of the whole step, generation included:
 
-- by pairs: the run is made twice and trains alike, to the last digit of every loss. Each step has
-  diagnostics in one of the two, by turns (on, off, off, on; then the other way round), so that
-  neither the step nor what drifts makes a difference between their learning halves;
-- in place: the time inside of the diagnostics, which leaves out what they do to caches, but varies
+- by pairs: two runs train identically, with equal losses. Each step has diagnostics in one of
+  them (on, off, off, on; and the complement), which cancels effects of the step and of drift on the
+  training phase;
+- in place: the time spent inside the diagnostics, which excludes their effect on caches but varies
   little.
 
 Validation is off.
@@ -33,7 +33,7 @@ RESAMPLES = 10_000
 
 
 def run(config: Path, steps: int, first: bool) -> Alternate:
-    """Train for so many steps, by turns."""
+    """Train for `steps` steps with `Alternate`."""
     with TemporaryDirectory() as folder:
         cli = OPDCLI(
             [
@@ -51,7 +51,7 @@ def run(config: Path, steps: int, first: bool) -> Alternate:
 
 
 def by_pairs(one: Alternate, other: Alternate) -> list[float]:
-    """What each step takes more with diagnostics than without."""
+    """Return the additional CPU time of diagnostics in each step."""
     if one.losses != other.losses:
         raise SystemExit("the two runs differ in their losses, so their steps are no pairs")
     pairs = zip(one.is_on, one.learning, other.learning, strict=True)
@@ -59,7 +59,7 @@ def by_pairs(one: Alternate, other: Alternate) -> list[float]:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """95 % of the bootstrap means."""
+    """Return the 95 % bootstrap interval of the mean."""
     draws = random.Random(0)
     means = [mean(draws.choices(values, k=len(values))) for _ in range(RESAMPLES)]
     low, *_, high = quantiles(means, n=40)
@@ -73,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     runs = [run(options.config, options.steps, first) for first in (True, False)]
     whole = mean(seconds for found in runs for seconds in found.whole[WARM_UP:])
-    # Of those that were on.
+    # Steps with diagnostics.
     steps = [step for found in runs for step in found.inside[WARM_UP:] if step]
     print(f"{1e6 * whole:.1f} us of CPU time per response token; diagnostics, as shares of it:")
     for how, values in (

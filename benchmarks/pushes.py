@@ -1,9 +1,9 @@
-"""What a push of the student's weights to a vLLM server costs, by folder and over gloo.
+"""Duration of a push of the student's weights to a vLLM server, by folder and over gloo.
 
-A server on this machine, started with `opd serve`, gets the same weights again and again, the ways
-taking turns. Timed is what a run waits for: the weights read and summed, moved, loaded by the
-server and its prefix cache emptied; then, apart, the proof that they arrived. The first push of
-each way is told apart too, since over gloo it forms the group.
+Pushes the same weights repeatedly, by both transports in turn, to a server on this machine started
+with `opd serve`. The time includes reading and summing the weights, the transfer, loading in the
+server and resetting its prefix cache; the proof that the weights arrived is timed separately. The
+first push is reported separately too, since over gloo it forms the group.
 
 Run: python benchmarks/pushes.py [--repeats 5] [--dtype float32] [--folder DIR] [--out pushes.json]
 """
@@ -36,7 +36,7 @@ LENGTH = 64
 
 @contextmanager
 def server(model: Path, work: Path, dtype: str) -> Iterator[str]:
-    """`opd serve` for a model; its address."""
+    """Run `opd serve` for a model and yield its address."""
     arguments = ["--model", model, "--key_file", work / "key", "--address_file", work / "address"]
     arguments += ["--weights", "pushed", "--dtype", dtype, "--max_length", LENGTH]
     command = [sys.executable, "-m", "opd_lightning", "serve", *map(str, arguments)]
@@ -53,7 +53,7 @@ def server(model: Path, work: Path, dtype: str) -> Iterator[str]:
 
 
 def measure(name: str, work: Path, dtype: str, repeats: int) -> list[dict[str, Any]]:
-    """Seconds of every push, by way."""
+    """Return a row for each transport, with the seconds of every push."""
     layers, hidden_size = MODELS[name]
     new_model(work / "model", layers=layers, hidden_size=hidden_size, seed=0)
     model = AutoModelForCausalLM.from_pretrained(work / "model")
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--folder", help="where models and pushes lie; the temporary one if none")
+    parser.add_argument("--folder", help="folder for models and pushes; default: a temporary one")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows = []

@@ -1,10 +1,10 @@
-"""What learning hard sums costs other abilities: OPD, SFT and GRPO at one gain, on the lab.
+"""Loss of other abilities when learning hard problems: OPD, SFT and GRPO at one gain, on the lab.
 
-The student is trained from scratch on sums with two and three digits and differences with two, and
-sees a few differences with three. These, the hard ones, are then all that OPD (the lab's teacher),
-SFT (worked solutions) and GRPO (rewards) train on, at one constant learning rate. Each run is
-looked at where its gain on held-out hard problems first reaches `--gain`. Runs that are in the
-work folder are read, not made again.
+The student is trained from scratch on sums with two and three digits, differences with two, and a
+few differences with three. OPD (the lab's teacher), SFT (worked solutions) and GRPO (rewards) then
+train on the latter, the hard problems, at one constant learning rate. Runs are compared at the
+first evaluation where the gain on held-out hard problems reaches `--gain`. Runs that exist in the
+work folder are read, not repeated.
 
 Run: opd lab build; python benchmarks/retention.py [--seeds 0 1 2] [--out retention.json]
 """
@@ -29,18 +29,18 @@ OPD = [sys.executable, "-m", "opd_lightning"]
 CONFIG = Path(__file__).parents[1] / "configs" / "lab"
 HARD = "sub-3"
 KEPT = ("add-2", "add-3", "sub-2")
-TEXTS = "worked"  # solutions of the kept domains, to be read
+TEXTS = "worked"  # worked solutions of the kept domains, scored as texts
 STUDENT = ModelRecipe(
     layers=2, hidden_size=128, steps=450, batch_size=32, learning_rate=5e-3, seed=0
 )
-SEEN = 60  # hard problems that the student saw, of each other domain 3,000
+SEEN = 60  # hard problems in pre-training; 3,000 of each other domain
 METHODS = {"OPD": "opd", "SFT": "sft", "GRPO": "grpo"}
-# Prompts of a step, and responses to each; with as few as the others GRPO learns nothing.
+# Prompts of a step, and responses to each; GRPO learns nothing with as few as the others.
 SIZES = {"OPD": (64, 1), "SFT": (64, 1), "GRPO": (32, 8)}
 
 
 def prepare(work: Path) -> None:
-    """The student, and what it trains on and is measured with; made once."""
+    """Make the student, training prompts and suites, unless they exist."""
     if (work / "student" / "ready").exists():
         return
     work.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def prepare(work: Path) -> None:
 
 
 def changes(method: str, work: Path, run: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What this run changes in the lab's configuration of its method."""
+    """Return the changes of a run to the lab's configuration of its method."""
     suites: dict[str, Any] = {d: {"prompts": {"path": str(work / f"{d}.jsonl")}} for d in
                               (HARD, *KEPT)}  # fmt: skip
     texts = {TEXTS: {"prompts": {"path": str(work / f"{TEXTS}.jsonl")}, "batch_size": 50}}
@@ -103,7 +103,7 @@ def changes(method: str, work: Path, run: Path, options: argparse.Namespace) -> 
 
 
 def train(method: str, seed: int, work: Path, options: argparse.Namespace) -> Path:
-    """Run `opd fit` unless its run folder is there."""
+    """Run `opd fit` unless the run exists; return its folder."""
     run = work / f"{METHODS[method]}-{seed}"
     if not (run / "done").exists():
         file = work / "changes.json"
@@ -116,7 +116,7 @@ def train(method: str, seed: int, work: Path, options: argparse.Namespace) -> Pa
 
 
 def read(run: Path, level: float) -> dict[str, Any]:
-    """Figures of the first evaluation at which the gain is at least `level`."""
+    """Return the curves of a run; "at": figures where the gain first reaches `level`."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     tags = [t for t in events.Tags()["scalars"] if t.startswith("retention/")]
     curves = {t.removeprefix("retention/"): [x.value for x in events.Scalars(t)] for t in tags}
@@ -132,7 +132,7 @@ def read(run: Path, level: float) -> dict[str, Any]:
 
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Mean and standard deviation over the seeds that reached the gain, in Markdown."""
+    """Return a Markdown table of mean and standard deviation over seeds that reached the gain."""
     columns = {"step": "step", "gain": HARD} | {f"delta/{d}": d for d in KEPT}
     columns |= {"worst": "worst ability", f"delta/{TEXTS}": "texts, nats a token", "kl": "KL"}
     rows = ["| method | seeds | " + " | ".join(columns.values()) + " |"]

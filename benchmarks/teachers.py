@@ -1,10 +1,9 @@
-"""What each kind of teacher costs in `opd fit`, on the lab.
+"""Time and memory of each kind of teacher in `opd fit`, on the lab.
 
-Every kind runs the same configuration with its own `teacher`, in a fresh process, after a server or
-a cache has been made ready for those that need one. Time is the logged time of the stages per
-response token: "teacher" is what the step waited for, and a step is everything. Memory is the peak
-resident size of the trainer above that of the run whose teacher is the student without adapter,
-which holds no second model.
+Each kind runs the same configuration with another `teacher`, in a fresh process; a server or a
+cache is prepared first if needed. Time is the logged time per response token, of the stage "teacher"
+(waiting for the teacher) and of the whole step. Memory is the peak resident size of the trainer
+relative to the run with the student without adapter as teacher, which has no second model.
 
 Run: opd lab build; python benchmarks/teachers.py [--steps 20] [--out teachers.json]
 """
@@ -36,7 +35,7 @@ LORA = {"r": 8, "target_modules": ["q_proj", "v_proj"]}
 
 
 def kinds(work: Path, address: str) -> dict[str, dict[str, Any]]:
-    """Changes to the configuration, by kind."""
+    """Return the changes to the configuration, by kind."""
 
     def teacher(name: str, **init_args: Any) -> dict[str, Any]:
         return {"model": {"init_args": {"teacher": {"class_path": TEACHERS + name} | (
@@ -65,7 +64,7 @@ def kinds(work: Path, address: str) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def server(work: Path) -> Iterator[str]:
-    """`opd serve` for the lab's teacher; its address."""
+    """Run `opd serve` for the lab's teacher and yield its address."""
     arguments = ["--model", f"{LAB}/teacher", "--key_file", work / "key"]
     arguments += ["--address_file", work / "address"]
     process = subprocess.Popen([*OPD, "serve", *map(str, arguments)], stdout=subprocess.DEVNULL)
@@ -81,7 +80,7 @@ def server(work: Path) -> Iterator[str]:
 
 
 def cached(work: Path, steps: int) -> list[str]:
-    """Arguments of a run that learns from responses written and scored in advance."""
+    """Write and score responses; return the arguments of a run that trains on them."""
     rows = work / "responses.jsonl"
     arguments = ["--config", str(CONFIG / "lightning_opd.yaml")]
     arguments += ["--model.init_args.teacher.init_args.cache", str(work / "cache")]

@@ -1,9 +1,9 @@
 """The training phase of a step on models built from configs: seconds, memory and operations.
 
-A run of `Trainer.fit` with the project's method, student and teacher, and Lightning's own Trainer:
-autocast, accumulation, gradient norm, checks of loss and weights, figures, AdamW. Left out are
-what comes before (prompts, generation, verifier, collation, the push of weights) and what writes to
-disk (loggers, checkpoints). Micro-batches are random tokens, collated beforehand.
+Runs `Trainer.fit` of Lightning with the project's method, student and teacher: autocast,
+accumulation, gradient norm, checks of loss and weights, metrics, AdamW. Excluded are earlier stages
+(prompts, generation, verifier, collation, weight push), loggers and checkpoints. Micro-batches are
+random tokens, collated in advance.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Repeats:
-    """Optimiser steps of a run, by what is taken of them."""
+    """Numbers of optimiser steps, by kind of measurement."""
 
     warm_up: int = 2
-    whole: int = 5  # time of the whole step
-    stages: int = 3  # times of the stages, between which the device is waited for
+    whole: int = 5  # timed as a whole
+    stages: int = 3  # timed by stage, with a device synchronisation at each boundary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Case:
 
     Args:
         student: Folder of the student's config.json.
-        teacher: Folder of the teacher's.
+        teacher: Folder of the teacher's config.json.
         length: Tokens of the longest sequence, prompt and response.
         prompt: Tokens of every prompt.
         rows: Sequences of a micro-batch, on average.
@@ -93,9 +93,9 @@ class Case:
 
 @contextmanager
 def random_weights(device: str) -> Iterator[None]:
-    """Draw the weights of models on `device` instead of reading them.
+    """Initialise models randomly on `device` instead of loading weights.
 
-    Their folders hold config.json and no tensors. Equal folders get equal weights.
+    Folders need config.json only. Folders of one name get equal weights.
     """
 
     def draw(path: str, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -110,7 +110,7 @@ def random_weights(device: str) -> Iterator[None]:
 
 
 def micro_batches_of(case: Case, vocabulary: int) -> list[RolloutBatch]:
-    """The micro-batches of one step, split as a run splits them."""
+    """Return the micro-batches of one step, split as in a run."""
     draw = random.Random(0)
     longest = case.length - case.prompt
     shortest = longest if case.layout == "full" else max(1, longest // 8)
@@ -130,7 +130,7 @@ def micro_batches_of(case: Case, vocabulary: int) -> list[RolloutBatch]:
 
 
 def random_rollout(prompt: list[int], response: list[int], logprobs: list[float]) -> Rollout:
-    """A student's rollout without text and reward.
+    """Return a rollout of the student without text and reward.
 
     Args:
         prompt: `[P]` token ids.
@@ -156,7 +156,7 @@ def random_rollout(prompt: list[int], response: list[int], logprobs: list[float]
 
 
 class Loader:
-    """Loader of what a list holds; Lightning takes a list itself for a list of loaders."""
+    """Data loader of a list; Lightning would treat a plain list as several loaders."""
 
     def __init__(self, batches: list[RolloutBatch]) -> None:
         self._batches = batches
@@ -169,7 +169,7 @@ class Loader:
 
 
 class CollatedSteps(LightningDataModule):
-    """Steps that all have the same micro-batches."""
+    """Data module that repeats the same micro-batches in every step."""
 
     def __init__(self, batches: Sequence[RolloutBatch], steps: int) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class CollatedSteps(LightningDataModule):
 
 
 class WaitingTimer(StepTimer):
-    """Timer that waits for the device where a stage begins and ends, once told to."""
+    """Timer that synchronises with the device at stage boundaries while `waits` is set."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__()
@@ -208,14 +208,14 @@ class WaitingTimer(StepTimer):
             self._clock()
 
 
-class Watch(Callback):
-    """Takes the seconds of every step: first of whole steps, then of their stages."""
+class StepTimes(Callback):
+    """Measures the seconds of steps: first of whole steps, then of their stages."""
 
     def __init__(self, repeats: Repeats, device: str) -> None:
         self.clock, self.held_now, self.peak = meters(device)
         self.whole: list[float] = []
         self.stages: list[dict[str, float]] = []
-        self.held = 0  # bytes between two steps
+        self.held = 0  # bytes allocated between two steps
         self._repeats = repeats
         self._began = 0.0
 
@@ -240,13 +240,13 @@ class Watch(Callback):
 
 
 def measure(case: Case, repeats: Repeats, peak_operations: float) -> dict[str, Any]:
-    """Run the training phase.
+    """Run and measure the training phase.
 
     Returns:
         Seconds of a step and of its stages (median; smallest and largest of the whole step), MFU,
-        tokens a second, bytes, and what they were computed from.
+        tokens per second and bytes, with the quantities that they are computed from.
     """
-    watch = Watch(repeats, case.device)
+    times = StepTimes(repeats, case.device)
     student = Student(str(case.student), gradient_checkpointing=case.checkpointing)
     teacher = FrozenTeacher(str(case.teacher), dtype="bfloat16")
     with random_weights(case.device):
@@ -255,8 +255,8 @@ def measure(case: Case, repeats: Repeats, peak_operations: float) -> dict[str, A
     if case.compiled:
         for layer in [*student.model.model.layers, *teacher.model().model.layers]:
             layer.compile(backend=case.compiled)
-    module = OPD(student, teacher, max_logprob_gap=torch.inf)  # nothing was sampled
-    module.timer = WaitingTimer(watch.clock)
+    module = OPD(student, teacher, max_logprob_gap=torch.inf)  # random log-probs
+    module.timer = WaitingTimer(times.clock)
     batches = micro_batches_of(case, student.source.config.vocab_size)
     steps = repeats.warm_up + repeats.whole + repeats.stages
     trainer = Trainer(
@@ -270,24 +270,24 @@ def measure(case: Case, repeats: Repeats, peak_operations: float) -> dict[str, A
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[watch],
+        callbacks=[times],
     )
-    # Without this, layers that would need one more version run as they are, uncompiled.
+    # Otherwise layers beyond the recompilation limit would run uncompiled without an error.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         trainer.fit(module, datamodule=CollatedSteps(batches, steps))
-    peak = watch.peak()
+    peak = times.peak()
     lengths = [int(n) for b in batches for n in b.views["student"].attention_mask.sum(1)]
     return {
-        **_figures(case, watch, lengths, batches, peak_operations),
+        **_figures(case, times, lengths, batches, peak_operations),
         "peak_gib": peak / GIB,
-        "held_gib": watch.held / GIB,
+        "held_gib": times.held / GIB,
         "predicted_gib": predicted_bytes(case, batches, module, trainer) / GIB,
     }
 
 
 def _figures(
     case: Case,
-    watch: Watch,
+    times: StepTimes,
     lengths: Sequence[int],
     batches: Sequence[RolloutBatch],
     peak_operations: float,
@@ -299,17 +299,17 @@ def _figures(
     )
     places = sum(batch.views["student"].input_ids.numel() for batch in batches)
     operations = {"student": student, "teacher": teacher, "backward": 2 * student}
-    step = median(watch.whole)
-    stages = {name: median(s.get(name, 0.0) for s in watch.stages) for name in STAGES}
+    step = median(times.whole)
+    stages = {name: median(s.get(name, 0.0) for s in times.stages) for name in STAGES}
     return {
         "step_seconds": step,
-        "step_seconds_range": [min(watch.whole), max(watch.whole)],
+        "step_seconds_range": [min(times.whole), max(times.whole)],
         "mfu": sum(operations.values()) / step / peak_operations,
         "stage_seconds": stages,
         "stage_mfu": {
             name: count / stages[name] / peak_operations for name, count in operations.items()
         },
-        "staged_step_seconds": median(s["step"] for s in watch.stages),
+        "staged_step_seconds": median(s["step"] for s in times.stages),
         "operations": operations,
         "tokens": sum(lengths),
         "response_tokens": read,
@@ -322,7 +322,7 @@ def _figures(
 def predicted_bytes(
     case: Case, batches: Sequence[RolloutBatch], module: OPD, trainer: Trainer
 ) -> int:
-    """What `opd check` would say of the fullest moment, with the largest micro-batch."""
+    """Return the peak memory that `opd check` estimates for the largest micro-batch."""
     largest = max(batches, key=lambda batch: batch.views["student"].input_ids.numel())
     rows, length = largest.views["student"].input_ids.shape
     assert isinstance(module.teacher, FrozenTeacher)

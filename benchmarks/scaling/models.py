@@ -1,4 +1,4 @@
-"""Published Qwen3 models as shapes alone."""
+"""Published Qwen3 models without weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VOCABULARY = 151_936
 
 
 class Shape(NamedTuple):
-    """A published Qwen3, whose heads are 128 wide."""
+    """Sizes of a published Qwen3; heads have 128 dimensions."""
 
     hidden: int
     layers: int
@@ -32,7 +32,7 @@ SHAPES = {
     "4B": Shape(2560, 36, 32, 8, 9728, True),
     "32B": Shape(5120, 64, 64, 8, 25600, False),
 }
-# By student that is planned for; the last is its own start.
+# By student; the teacher of the last one is its initial model.
 TEACHERS = {"1.7B": "4B", "4B": "32B", "32B": "32B"}
 LORA = LoraConfig(r=32, target_modules="all-linear")
 
@@ -54,7 +54,7 @@ def config(name: str) -> Any:
 
 @cache
 def model(name: str, *, lora: bool = False, half: bool = False) -> Any:
-    """On the meta device: float32, or bfloat16 if `half` or beneath a LoRA adapter."""
+    """Return a model on the meta device: float32, or bfloat16 if `half` or with a LoRA."""
     with torch.device("meta"):
         plain = Qwen3ForCausalLM(config(name)).to(torch.bfloat16 if half or lora else torch.float32)
         return get_peft_model(plain, LORA) if lora else plain
@@ -62,11 +62,11 @@ def model(name: str, *, lora: bool = False, half: bool = False) -> Any:
 
 @cache
 def weight_bytes(name: str) -> int:
-    """Of the weights in bfloat16."""
+    """Return the bytes of the weights in bfloat16."""
     return nbytes(list(model(name, half=True).parameters()))
 
 
 @cache
 def cached_bytes(name: str) -> int:
-    """KV cache of a token, in bfloat16."""
+    """Return the bytes of a token's KV cache in bfloat16."""
     return 2 * Widths.of(config(name)).cache

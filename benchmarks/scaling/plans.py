@@ -1,4 +1,4 @@
-"""The quickest plans that fit, and what to write for them into a configuration."""
+"""Fastest plans that fit into memory, and their configurations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.scaling.speeds import MOST, PER_NODE, ROLLOUTS, gpus_of_engine
 
 @cache
 def choose(name: str, gpus: int) -> Run | None:
-    """The quickest that fits; LoRA, and a teacher elsewhere, only where nothing else does."""
+    """Return the fastest plan that fits; LoRA and a remote teacher only if nothing else does."""
     for remote, lora in ((False, False), (False, True), (True, False), (True, True)):
         ways = [
             Run(name, trainers, shards, lora, rows=rows, remote=remote, servers=gpus - trainers)
@@ -22,12 +22,12 @@ def choose(name: str, gpus: int) -> Run | None:
             if (gpus - trainers) % gpus_of_engine(name) == 0
         ]
         if fitting := [run for run in ways if run.fits()]:
-            return min(fitting, key=Run.step_seconds)  # of equals the largest micro-batch
+            return min(fitting, key=Run.step_seconds)  # of equal ones, the largest micro-batch
     return None
 
 
 def configuration(name: str, gpus: int) -> str:
-    """What to write beside a method's configuration for the plan of so many GPUs."""
+    """Return the YAML of the plan for `gpus` GPUs, to add to the config of a method."""
     run = choose(name, gpus)
     assert run is not None
     lines = [f"# {name} on {gpus} GPUs", "model:", "  init_args:", "    student:"]

@@ -1,4 +1,4 @@
-"""A way to train a student on some GPUs: whether it fits, and its seconds."""
+"""Memory and seconds of a step for a student, a number of GPUs and a strategy."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from benchmarks.scaling.speeds import (
     FOLDER,
     HBM,
     LONGEST,
+    MEMORY,
     MOST,
     NETWORK,
     NODE,
     PER_NODE,
     ROLLOUTS,
-    ROOM,
     decoding_seconds,
     gpus_of_engine,
     served_bytes,
@@ -37,23 +37,23 @@ from opd_lightning.preflight.memory import Memory, process_memory
 from opd_lightning.preflight.plan import Plan, TeacherModel, nbytes
 from opd_lightning.preflight.traffic import push_traffic, step_traffic
 
-ROWS = 2  # of a micro-batch
+ROWS = 2  # sequences of a micro-batch
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row of a table.
+    """Settings of a run; one row of a table.
 
     Args:
-        student: Of `SHAPES`.
+        student: Key of `SHAPES`.
         trainers: GPUs that train.
         shards: 1 is DDP, all trainers FSDP2, else HSDP.
-        lora: Whether adapters train alone.
-        checkpointing: Of gradients.
-        rows: Of a micro-batch.
-        remote: Whether the teacher is behind servers of its own.
-        servers: GPUs beside the trainers that write; 0 is an engine in the trainer's process that
-            sleeps while it trains, and fills what the trainer leaves meanwhile.
+        lora: Whether only adapters are trained.
+        checkpointing: Whether activations are recomputed in the backward pass.
+        rows: Sequences of a micro-batch.
+        remote: Whether the teacher runs on separate servers.
+        servers: GPUs for rollouts in addition to the trainers; 0 is an engine in the trainer's
+            process, which sleeps during training and otherwise uses the free memory.
     """
 
     student: str
@@ -77,7 +77,7 @@ class Run:
 
     @cache  # noqa: B019
     def plan(self) -> Plan:
-        """Without what an engine in the process takes while it is awake."""
+        """Return the plan for the estimates, without the memory of an engine in the process."""
         student = model(self.student, lora=self.lora)
         teacher = TeacherModel(model(TEACHERS[self.student], half=True), sharded=True)
         return Plan(
@@ -107,27 +107,27 @@ class Run:
 
     @property
     def trainer_bytes(self) -> int:
-        """Of a process at its fullest moment, but for the engine."""
+        """Peak bytes of a process, without the engine."""
         return sum(self.memory().fullest().values())
 
     @property
     def engine_share(self) -> float:
-        """Of the GPU that an engine in the process may fill beside what is always there."""
+        """Share of the GPU for an engine in the process, beside permanent tensors."""
         always = sum(self.memory().always.values()) + self.memory().pushing["push"]
-        return math.floor(100 * max(0.0, 1 - always / ROOM)) / 100
+        return math.floor(100 * max(0.0, 1 - always / MEMORY)) / 100
 
     def fits(self) -> bool:
-        """An engine in the process holds its weights and 32 of the longest sequences at least."""
+        """Return whether the run fits; an engine needs its weights and 32 longest sequences."""
         least = weight_bytes(self.student) + 32 * LONGEST * cached_bytes(self.student)
-        return self.trainer_bytes <= ROOM and (
-            self.servers > 0 or self.engine_share * ROOM >= least
+        return self.trainer_bytes <= MEMORY and (
+            self.servers > 0 or self.engine_share * MEMORY >= least
         )
 
     # Seconds ------------------------------------------------------------------------------
 
     @property
     def bandwidth(self) -> float:
-        """Of the slowest link that gathering and scattering pass."""
+        """Bytes per second of the slowest link in gathers and scatters."""
         across = self.trainers if self.shards == 1 else self.shards
         return NODE if across <= PER_NODE else NETWORK
 
@@ -136,7 +136,7 @@ class Run:
         return work / self.trainers
 
     def traffic_seconds(self) -> float:
-        """Gathers and scatters within a copy of the weights, all-reduces over the network."""
+        """Return the seconds of gathers and scatters within replicas and of all-reduces."""
         sent = step_traffic(self.plan())
         reduced = sent.pop("all_reduce")
         link = NODE if self.trainers <= PER_NODE else NETWORK
@@ -148,37 +148,37 @@ class Run:
     def generate_seconds(self) -> float:
         if not self.servers:
             share = ROLLOUTS / self.trainers
-            return decoding_seconds(self.student, share, 1, self.engine_share * ROOM)
+            return decoding_seconds(self.student, share, 1, self.engine_share * MEMORY)
         gpus = gpus_of_engine(self.student)
         share = ROLLOUTS / (self.servers // gpus)
         return decoding_seconds(self.student, share, gpus, served_bytes(self.student))
 
     def gather_seconds(self) -> float:
-        """One collective a tensor, in the master weights' dtype."""
+        """Return the seconds of one gather per tensor, in the dtype of the master weights."""
         tensors = len(list(self.plan().student.parameters()))
         calls = tensors * CALL if self.shards > 1 else 0.0
         return push_traffic(self.plan()) / self.bandwidth + calls
 
     def push_seconds(self) -> float:
-        """To a folder for servers, else within the device's memory."""
+        """Return the seconds of a push: to a folder for servers, else within the device."""
         if self.servers:
             return self.gather_seconds() + folder_seconds(self.student)
         return self.gather_seconds() + copy_seconds(self.student)
 
     def step_seconds(self) -> float:
-        """Servers write the next step's rollouts meanwhile; an engine in the process does not."""
+        """Return the seconds of a step. Servers generate the next rollouts during training."""
         trains = max(self.student_seconds() + self.teacher_seconds(), self.traffic_seconds())
         writes = self.generate_seconds()
         return (max(writes, trains) if self.servers else writes + trains) + self.push_seconds()
 
 
 def copy_seconds(student: str) -> float:
-    """Master weights are read and an engine's written, in one device's memory."""
+    """Return the seconds of copying weights to an engine on the same device."""
     return (nbytes(list(model(student).parameters())) + weight_bytes(student)) / HBM
 
 
 def folder_seconds(student: str) -> float:
-    """The first process writes, then every server reads at a speed of its own."""
+    """Return the seconds of a push by folder: rank 0 writes, then servers read in parallel."""
     return 2 * weight_bytes(student) / FOLDER
 
 

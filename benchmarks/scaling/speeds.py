@@ -1,4 +1,4 @@
-"""Assumptions about a cluster and a step, and the seconds that follow; none is measured."""
+"""Assumed speeds of a cluster, and seconds computed from them; none is measured."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from opd_lightning.preflight.widths import Widths
 
 GB = 1e9
 
-# A GPU of the H100 kind: 80 GB, of which 5 are left to CUDA, NCCL and fragments.
-ROOM = 75 * GB
+# A GPU like the H100: 80 GB, less 5 for CUDA, NCCL and fragmentation.
+MEMORY = 75 * GB
 PEAK = H100_PEAK
-TRAINING = 0.35  # of the peak that the student's passes reach
-SCORING = 0.45  # of the peak that the teacher's passes and prefills reach
-HBM = 0.6 * 3350 * GB  # bytes a second that decoding reads
-NODE = 300 * GB  # bytes a second that a GPU sends to others of its node
-NETWORK = 40 * GB  # and to other nodes: one port of 400 Gbit/s each
-FOLDER = 2 * GB  # of a shared folder, for one reader or writer
-CALL = 50e-6  # seconds of a collective whatever its size
+TRAINING = 0.35  # share of the peak in the student's passes
+SCORING = 0.45  # share of the peak in the teacher's passes and in prefill
+HBM = 0.6 * 3350 * GB  # bytes per second read in decoding
+NODE = 300 * GB  # bytes per second from a GPU to others of its node
+NETWORK = 40 * GB  # likewise to other nodes: one port of 400 Gbit/s per GPU
+FOLDER = 2 * GB  # bytes per second of a shared folder, per reader or writer
+CALL = 50e-6  # latency of a collective in seconds
 PER_NODE = 8
 
 # A step: rollouts, and tokens of prompts and responses, on average and at most.
 ROLLOUTS, PROMPT, MEAN, MOST = 512, 512, 2048, 4096
 LONGEST = 2 * PROMPT + MOST
 AT_ONCE = 256  # VLLMEngine.max_num_seqs
-SERVED = 0.9  # of a GPU that a server's engine fills
+SERVED = 0.9  # share of GPU memory that a server's engine uses
 
 
 @cache
 def step_operations(name: str) -> float:
-    """Of one forward pass over a step; the head reads prompts as well."""
+    """Return the operations of a forward pass over a step; the head reads prompts too."""
     length = PROMPT + MEAN
     return ROLLOUTS * forward_operations(Widths.of(config(name)), [length], read=length)
 
 
 def training_gpu_seconds(name: str, *, lora: bool, checkpointing: bool) -> float:
-    """Of the student's passes: forward, again, and back, where frozen weights have no gradient."""
+    """Return the GPU seconds of forward, recomputation and backward; none for frozen weights."""
     passes = 1 + checkpointing + (1 if lora else 2)
     return passes * step_operations(name) / (PEAK * TRAINING)
 
@@ -48,34 +48,34 @@ def teacher_gpu_seconds(student: str) -> float:
 
 @cache
 def gpus_of_engine(name: str) -> int:
-    """That share one copy: weights in bfloat16 fill at most half of their memory."""
-    return next(n for n in (1, 2, 4, 8) if weight_bytes(name) <= 0.5 * n * ROOM)
+    """Return the GPUs per copy, of whose memory the bfloat16 weights fill at most half."""
+    return next(n for n in (1, 2, 4, 8) if weight_bytes(name) <= 0.5 * n * MEMORY)
 
 
 def served_bytes(name: str) -> float:
-    """That an engine of a server has for weights and KV cache, on all of its GPUs."""
-    return SERVED * gpus_of_engine(name) * ROOM
+    """Return the bytes for weights and KV cache of a server's engine, on all its GPUs."""
+    return SERVED * gpus_of_engine(name) * MEMORY
 
 
-def sequences(name: str, room: float) -> float:
-    """Of average length whose KV cache fits beside the weights."""
-    return max(1.0, (room - weight_bytes(name)) / ((PROMPT + MEAN) * cached_bytes(name)))
+def sequences(name: str, memory: float) -> float:
+    """Return the sequences of average length whose KV cache fits beside the weights."""
+    return max(1.0, (memory - weight_bytes(name)) / ((PROMPT + MEAN) * cached_bytes(name)))
 
 
 def decoding_step_seconds(name: str, rows: float, gpus: int) -> float:
-    """Weights and the KV cache of half-written responses are read; two operations a weight."""
-    operations = weight_bytes(name)  # 2 bytes a weight, and 2 operations
+    """Return the seconds of a decoding step: reads weights and KV cache of half responses."""
+    operations = weight_bytes(name)  # 2 bytes and 2 operations per weight
     read = weight_bytes(name) + rows * (PROMPT + MEAN / 2) * cached_bytes(name)
     return read / (HBM * gpus) + rows * operations / (PEAK * SCORING * gpus)
 
 
 @cache
-def decoding_seconds(name: str, rows: float, gpus: int, room: float) -> float:
-    """A step's rollouts on one engine: prefill, full batches, then the longest response alone.
+def decoding_seconds(name: str, rows: float, gpus: int, memory: float) -> float:
+    """Return the seconds of `rows` rollouts: prefill, full batches, then the longest response.
 
-    `room` is the memory for weights and KV cache in bytes, on `gpus` together.
+    `memory` is for weights and KV cache, in bytes over all `gpus`.
     """
-    at_once = min(rows, AT_ONCE, sequences(name, room))
+    at_once = min(rows, AT_ONCE, sequences(name, memory))
     prefill = rows * PROMPT * weight_bytes(name) / (PEAK * SCORING * gpus)
     full = rows / at_once * MEAN * decoding_step_seconds(name, at_once, gpus)
     return prefill + full + (MOST - MEAN) * decoding_step_seconds(name, 1, gpus)

@@ -13,9 +13,9 @@ from benchmarks.scaling.speeds import (
     GB,
     LONGEST,
     MEAN,
+    MEMORY,
     PROMPT,
     ROLLOUTS,
-    ROOM,
     decoding_seconds,
     decoding_step_seconds,
     gpus_of_engine,
@@ -70,7 +70,7 @@ def memory_table() -> str:
                      part["head"], part["update"], part["push"],
                      run.trainer_bytes]  # fmt: skip
             rows.append([name, run.trainers, run.strategy, *map(gb, cells),
-                         "yes" if run.trainer_bytes <= ROOM else "no"])  # fmt: skip
+                         "yes" if run.trainer_bytes <= MEMORY else "no"])  # fmt: skip
     return table(heads, rows)
 
 
@@ -112,12 +112,12 @@ def engines_table() -> str:
     rows = []
     for name in TEACHERS:
         gpus, size = gpus_of_engine(name), cached_bytes(name)
-        room = sequences(name, served_bytes(name))
-        rows_at_once = (1, min(AT_ONCE, room))
+        most = sequences(name, served_bytes(name))
+        rows_at_once = (1, min(AT_ONCE, most))
         one, many = (decoding_step_seconds(name, n, gpus) for n in rows_at_once)
         speed = ROLLOUTS * MEAN / decoding_seconds(name, ROLLOUTS, gpus, served_bytes(name))
         rows.append([name, gb(weight_bytes(name)) + " GB", f"{size / 1024:.0f} KiB", gpus,
-                     f"{room:.0f}", f"{1e3 * one:.1f}", f"{1e3 * many:.1f}",
+                     f"{most:.0f}", f"{1e3 * one:.1f}", f"{1e3 * many:.1f}",
                      f"{speed:,.0f}"])  # fmt: skip
     return table(heads, rows)
 
