@@ -1,19 +1,19 @@
 # shellcheck shell=bash
-# Servers beside a trainer in one job: where they are put, and how they are started, watched, ended.
-# Each is a step of its own with CPUs and GPUs of its own (srun --exact), which add up to the job's.
+# Placement, start, supervision and shutdown of servers beside a trainer in one job.
+# Each server is a separate job step with separate CPUs and GPUs (srun --exact).
 
-names=() nodes=() widths=() # of every server: its name, node and tasks
-processes=()                # and its srun
+names=() nodes=() widths=() # name, node and number of tasks of each server
+processes=()                # process of its srun
 trainer=
 
-# A variable as a whole number, or its default.
+# Check that a variable is a whole number; set its default.
 number() {
     local value=${!1:-$2}
     [[ $value =~ ^[0-9]+$ ]] || fail "$1: got '$value', expected a whole number"
     printf -v "$1" %s "$value"
 }
 
-# Fills nodes from the first that servers may use; what is left is the trainer's.
+# Assign servers to nodes, from the first that they may use; the trainer gets the rest.
 place_servers() {
     local node=0 used=0 room=$((SLURM_NTASKS_PER_NODE - 1)) kind i
     local -A number=([rollouts]=$ROLLOUT_SERVERS [teachers]=$TEACHER_SERVERS)
@@ -42,7 +42,7 @@ place_servers() {
     trainer_tasks=$((SERVER_NODES > 0 ? SLURM_NTASKS_PER_NODE : SLURM_NTASKS_PER_NODE - used))
 }
 
-# Address files of the servers of a kind, as YAML.
+# Print the address files of the servers of a kind as YAML.
 addresses() {
     local name list=
     for name in "${names[@]}"; do
@@ -51,8 +51,8 @@ addresses() {
     echo "[$list]"
 }
 
-# Become a step of this job: its name, first node, nodes, tasks on each, shares of a task, command.
-# --mem=0: all of the job's memory, which SLURM then does not divide.
+# Replace this shell by a job step: name, first node, nodes, tasks per node, shares of a task, command.
+# --mem=0 gives each step all of the job's memory.
 step() {
     local name=$1 first=$2 many=$3 tasks=$4 shares=$5 gpus=()
     shift 5
@@ -67,7 +67,7 @@ log_of() {
     echo "$SLURM_JOB_NAME-$SLURM_JOB_ID-$1.log"
 }
 
-# Server i, with options of `opd serve`.
+# Run server i, with options of `opd serve`.
 start_server() {
     local i=$1 name=${names[$1]} port=0
     shift
@@ -80,14 +80,14 @@ start_server() {
     processes+=($!)
 }
 
-# With options of `opd fit`.
+# Run the trainer, with options of `opd fit`.
 start_trainer() {
     step train 0 "$trainer_nodes" "$trainer_tasks" 1 \
         opd fit "$@" --trainer.num_nodes "$trainer_nodes" --trainer.devices "$trainer_tasks" &
     trainer=$!
 }
 
-# Whether the server of an address file answers here.
+# Return 0 if the server of an address file answers.
 answers() {
     local place host
     [ -s "$1" ] || return
@@ -111,7 +111,7 @@ await_servers() {
     done
 }
 
-# A server that has ended ends the job: what trainers pushed to it is lost with it.
+# End the job when a server ends: a new one would not have the pushed weights.
 check_servers() {
     local i
     for i in "${!processes[@]}"; do
@@ -123,7 +123,7 @@ give_up() {
     local log
     log=$(log_of "$1")
     say "error: server $1 $2; the end of $log: $(grep -v '^ *$' "$log" 2>/dev/null | tail -n 1)"
-    if [ -n "$trainer" ]; then # it may save what it has
+    if [ -n "$trainer" ]; then # lets it save a checkpoint
         scancel --signal=TERM "$SLURM_JOB_ID.$(step_number train)"
         await_end "$SAVE_SECONDS" "$trainer"
     fi
@@ -135,7 +135,7 @@ step_number() {
         sed -n "s/^[0-9_]*\.\([0-9]*\) $1\$/\1/p"
 }
 
-# Whether these processes end within so many seconds.
+# Return 0 if the processes end within the given seconds.
 await_end() {
     local until=$((SECONDS + $1))
     shift
@@ -145,7 +145,7 @@ await_end() {
     done
 }
 
-# However the job ends: steps asked to end, then killed; key, addresses and pushed weights deleted.
+# At the end of the job: terminate, then kill all steps; delete key, addresses and pushed weights.
 end_steps() {
     local process
     trap '' TERM

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the job scripts share.
+# Functions of all job scripts.
 
 fail() {
     echo "opd: error: $*" >&2
@@ -10,28 +10,28 @@ say() {
     echo "opd: $*" >&2
 }
 
-# The environment of every process of the job. One line for what is missing.
+# Set the environment of all processes of the job, or fail in one line.
 prepare() {
     if [ -n "${SETUP:-}" ]; then
         [ -f "$SETUP" ] || fail "SETUP: no file '$SETUP'; give one with the lines that make 'opd' known"
-        set +eu # those lines are the user's
+        set +eu # the user's file may need unset variables and failing commands
         # shellcheck disable=SC1090
         source "$SETUP"
         set -eu
     fi
     command -v opd >/dev/null ||
         fail "no 'opd' on the PATH; activate its environment before sbatch, or in a file given as SETUP"
-    export PYTHONUNBUFFERED=1                  # the log shows what is now
+    export PYTHONUNBUFFERED=1                  # the log is written without delay
     export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # compute nodes rarely reach the internet
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # which srun does not take from sbatch
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not inherit it from sbatch
     if [ -n "${INTERFACE:-}" ]; then
         export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
     fi
 }
 
-# `settings`: what `opd fit` is told by CONFIG, RUN and the job's place in an array; to start or to
-# go on; and to be saved and started again on SIGUSR1.
+# Set `settings`: options of `opd fit` for CONFIG, RUN and the index in a job array, for starting or
+# resuming, and for saving and requeueing on SIGUSR1.
 read_run() {
     local file part
     [ -n "${CONFIG:-}" ] || fail "CONFIG: got none, expected a YAML file, such as configs/opd.yaml"
@@ -54,7 +54,7 @@ read_run() {
     fi
 }
 
-# GPUS_PER_NODE, one for each of the node's tasks; 0 leaves the accelerator to the config.
+# Set GPUS_PER_NODE, one for each task of the node; 0 leaves the accelerator to the config.
 count_gpus() {
     [ -z "${SLURM_GPUS_PER_TASK:-}" ] ||
         fail "sbatch --gpus-per-task hides a rank's GPUs from it; give --gpus-per-node"
@@ -74,17 +74,17 @@ announce() {
         "run folder ${RUN:-as in $CONFIG}, restart ${SLURM_RESTART_COUNT:-0}"
 }
 
-# Of 16 ports of this job's own, so that jobs on one node differ: below those that the kernel hands
-# out, above those where ranks find each other.
+# Print the first of 16 ports for this job, different from those of other jobs on the node: below the
+# kernel's ephemeral ports, above the rendezvous ports of ranks.
 first_port() {
     echo $((25000 + SLURM_JOB_ID % 480 * 16))
 }
 
-# Become a server, in a task of srun: its name, its port, options of `opd serve`.
+# Replace a task of srun by a server: name, port, options of `opd serve`.
 serve() {
     local name=$1 port=$2
     shift 2
-    trap '' USR1 # is for trainers, but every process of a job gets it
+    trap '' USR1 # sent to all processes of a job; only trainers handle it
     exec opd serve --host "$(hostname)" --port "$port" \
         --key_file "$FOLDER/key" --address_file "$FOLDER/$name.address" "$@"
 }
