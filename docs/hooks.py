@@ -24,8 +24,8 @@ PAGES = {
     "benchmarks/README.md": "benchmarks.md",
 }
 
-# Rooms with a page of the API, in the order of the navigation; None stands for the callbacks.
-ROOMS = (
+# Packages with a page of the API, in the order of the navigation; None stands for the callbacks.
+PACKAGES = (
     *("methods", "rules", "losses", "teachers", "rollouts", "verifiers", "evaluation", "data"),
     *("training", "callbacks", "metrics", "run", "checkpoints", "models", "preflight", "serving"),
     *("commands", "terminal", "lab"),
@@ -41,14 +41,14 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Fill the navigation's section of the API."""
     for section in config.nav or []:
         if "API" in section:
-            section["API"] = [{room: f"api/{room}.md"} for room in ROOMS]
+            section["API"] = [{package: f"api/{package}.md"} for package in PACKAGES]
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     made = {page: (ROOT / source).read_text() for source, page in PAGES.items()}
-    made |= {f"api/{room}.md": api_page(room) for room in ROOMS}
+    made |= {f"api/{package}.md": api_page(package) for package in PACKAGES}
     made["commands.md"] = commands_page()
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
@@ -73,9 +73,9 @@ def on_page_markdown(markdown: str, page: object, config: MkDocsConfig, files: F
     return re.sub(r"\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)", link, markdown)
 
 
-def api_page(room: str) -> str:
-    """Return the page of a room: its docstring, then every module that has one."""
-    folder = ROOT / room if room == "callbacks" else ROOT / "opd_lightning" / room
+def api_page(name: str) -> str:
+    """Return the page of a package: its docstring, then every module that has one."""
+    folder = ROOT / name if name == "callbacks" else ROOT / "opd_lightning" / name
     package = ".".join(folder.relative_to(ROOT).parts)
     summary = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
     lines = [f"# {package}", "", summary, ""]

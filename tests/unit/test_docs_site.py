@@ -13,10 +13,10 @@ def test_every_page_is_in_the_navigation() -> None:
     assert not pages - set(re.findall(r"[a-z_]+\.md", NAV))
 
 
-def test_every_room_has_a_page_or_is_part_of_none() -> None:
-    rooms = {path.parent.name for path in (ROOT / "opd_lightning").glob("*/__init__.py")}
-    assert rooms | {"callbacks"} == set(
-        re.findall(r'"([a-z]+)"', HOOKS.partition("ROOMS = (")[2].partition("\n)")[0])
+def test_every_package_has_a_page() -> None:
+    packages = {path.parent.name for path in (ROOT / "opd_lightning").glob("*/__init__.py")}
+    assert packages | {"callbacks"} == set(
+        re.findall(r'"([a-z]+)"', HOOKS.partition("PACKAGES = (")[2].partition("\n)")[0])
     )
 
 

@@ -10,9 +10,9 @@ from tests.metrics_page import listed, unlisted
 PACKAGE = Path(__file__).parents[2] / "opd_lightning"
 
 
-def names_in(room: str) -> set[str]:
-    """Return the strings of a room's code that are names of figures, `group/name`."""
-    trees = [ast.parse(path.read_text()) for path in (PACKAGE / room).glob("*.py")]
+def names_in(package: str) -> set[str]:
+    """Return the strings of a package's code that are names of figures, `group/name`."""
+    trees = [ast.parse(path.read_text()) for path in (PACKAGE / package).glob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     parts = {part for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
     strings = {
@@ -33,10 +33,10 @@ def test_every_rate_of_a_rule_is_listed() -> None:
     assert {n for n in listed() if n.count("/") == 2 and n.startswith("rule/")} == rates
 
 
-@pytest.mark.parametrize("room", ["metrics", "training"])
-def test_every_figure_of_a_step_is_listed(room: str) -> None:
-    assert names_in(room)
-    assert not unlisted(names_in(room))
+@pytest.mark.parametrize("package", ["metrics", "training"])
+def test_every_figure_of_a_step_is_listed(package: str) -> None:
+    assert names_in(package)
+    assert not unlisted(names_in(package))
 
 
 def test_no_figure_is_listed_twice() -> None:
