@@ -231,7 +231,7 @@ def unknown_class(path: str) -> str | None:
         return None
     if module is None and (outer := find(owner)) is not None and outer.node.name:
         return None  # a class inside a class
-    exported = [f"{owner}.{one}" for owner in EXPORTS for one in _names(owner)]
+    exported = [f"{place}.{one}" for place in EXPORTS for one in _names(place)]
     beside = [f"{owner}.{one}" for one in _names(owner)]
     for candidates in (beside, exported):
         near = get_close_matches(name, [one.rpartition(".")[2] for one in candidates], n=1)
