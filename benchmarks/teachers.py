@@ -3,7 +3,8 @@
 Each kind runs the same configuration with another `teacher`, in a fresh process; a server or a
 cache is prepared first if needed. Time is the logged time per response token: of the stage
 "teacher", in which the step waits for it, and of the whole step. Memory is the peak resident size
-of the trainer relative to the run with the student without adapter as teacher, which has no second model.
+of the trainer relative to the run with the student without adapter as teacher, which has no second
+model.
 
 Run: opd lab build; python benchmarks/teachers.py [--steps 20] [--out teachers.json]
 """

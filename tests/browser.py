@@ -1,4 +1,4 @@
-"""A headless Chromium, told what to do through its DevTools protocol."""
+"""Headless Chromium, controlled through the DevTools protocol."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
-# What a person can read on the page, web components included, with single spaces.
+# Visible text of the page, web components included, with single spaces.
 READ = r"""
 (function read(node) {
   if (node.nodeType === Node.TEXT_NODE) return node.textContent + " ";
@@ -27,7 +27,7 @@ READ = r"""
 
 
 class Page:
-    """One page; commands and answers are JSON with a zero byte after each, over two pipes."""
+    """Page of the browser. Commands and answers are JSON, ended by a zero byte, over two pipes."""
 
     def __init__(self, write: int, read: int) -> None:
         self._write, self._read = os.fdopen(write, "wb"), os.fdopen(read, "rb")
@@ -39,7 +39,7 @@ class Page:
         self.ask("Page.enable")
 
     def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The answer to a command."""
+        """Send a command and return its answer."""
         self._last += 1
         message = {"id": self._last, "method": method, "params": parameters, **self._session}
         self._write.write(json.dumps(message).encode() + b"\0")
@@ -64,12 +64,12 @@ class Page:
         self.ask("Page.navigate", url=address)
 
     def run(self, script: str) -> Any:
-        """A script's value."""
+        """Run a script and return its value."""
         done = self.ask("Runtime.evaluate", expression=script, returnByValue=True)
         return done["result"].get("value")
 
     def wait_for(self, script: str, enough: Callable[[Any], bool], seconds: float = 90) -> Any:
-        """A script's value, once it is enough or the time is up; None on no page at all."""
+        """Run a script until `enough` accepts its value or time is up; return the value."""
         deadline = time.monotonic() + seconds
         while True:
             value = self.run(script)
@@ -83,20 +83,20 @@ class Page:
 
 
 def chromium() -> str | None:
-    """The browser's path, if there is one."""
+    """Return the path of the browser; None if it is not installed."""
     return next(filter(None, map(shutil.which, PROGRAMS)), None)
 
 
 @contextmanager
 def browsing(profile: Path, width: int = 1400, height: int = 1000) -> Iterator[Page]:
-    """A page of a browser of its own, which ends with the block."""
+    """Start a browser and yield its page; the browser ends with the block."""
     program = chromium()
     assert program is not None
     theirs, ours = os.pipe(), os.pipe()
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     size, home = f"--window-size={width},{height}", f"--user-data-dir={profile}"
     command = [program, *options, "--remote-debugging-pipe", size, home, "about:blank"]
-    # It listens on descriptor 3 and speaks on 4.
+    # The browser reads descriptor 3 and writes to 4.
     shell = ["bash", "-c", f'exec "$@" 3<&{theirs[0]} 4>&{ours[1]}', "bash", *command]
     with (profile.parent / "browser.log").open("wb") as log:
         process = subprocess.Popen(

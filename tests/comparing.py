@@ -1,4 +1,4 @@
-"""How a run that something happened to differs from one that nothing happened to."""
+"""Comparison of an interrupted run with an uninterrupted one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +14,11 @@ from torch import Tensor
 from tests.full_run import RUN
 
 CLOCK = ("time/", "cost/", "tokens_per_second")  # figures that differ from run to run
-LATE = "savers"  # who saves a checkpoint is not noted in that one
+LATE = "savers"  # a checkpoint does not contain the record of its own saving
 
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Everything that a run logged as a number, less what a clock decided."""
+    """Return the logged scalars by name, without times."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     return {
@@ -29,7 +29,7 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def tensors(run: Path) -> dict[str, list[tuple[int, bytes]]]:
-    """Everything else that it logged, texts and pictures, as TensorBoard's server reads it."""
+    """Return the other logged values, texts and images, as read by TensorBoard's server."""
     events = ServedEvents(str(run), size_guidance={"tensors": 0})
     events.Reload()
     return {
@@ -40,7 +40,7 @@ def tensors(run: Path) -> dict[str, list[tuple[int, bytes]]]:
 
 
 def differences(one: Any, other: Any, at: str = "") -> list[str]:
-    """Where two checkpoints differ, to the bit; what a clock decided is left out."""
+    """Return the paths at which two checkpoints differ in any bit, without times."""
     if isinstance(one, dict) and isinstance(other, dict):
         found = [f"{at}: keys {one.keys() ^ other.keys()}"] if one.keys() != other.keys() else []
         for key in one.keys() & other.keys():
@@ -60,7 +60,7 @@ def differences(one: Any, other: Any, at: str = "") -> list[str]:
 
 
 def compare(folder: Path, whole: Path) -> list[str]:
-    """Where the run in `folder` differs from the one in `whole`: last checkpoint and log."""
+    """Return the differences of two runs, in the last checkpoint and in the log."""
     one, other = (
         torch.load(at / RUN / "checkpoints" / "last.ckpt", weights_only=True)
         for at in (folder, whole)

@@ -13,9 +13,9 @@ from xdist.scheduler.loadscope import LoadScopeScheduling
 
 # Read when the libraries are imported, so set before any test module is.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models only lose by threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads slow tiny models down
 
-# Ignored in jobs of a shell's background and of nohup, and inherited; tests send them.
+# Background jobs of shells and nohup ignore these signals, which is inherited; tests send them.
 for _number, _action in (
     (signal.SIGINT, signal.default_int_handler),
     (signal.SIGHUP, signal.SIG_DFL),
@@ -35,11 +35,11 @@ CHAT_TEMPLATE = (
 
 
 @pytest.fixture(autouse=True)
-def launched_by_nobody() -> Iterator[None]:
-    """Lightning's launcher leaves its variables behind.
+def without_launcher_variables() -> Iterator[None]:
+    """Remove the environment variables that Lightning's launcher leaves set.
 
-    By them a later run, started by this process with two ranks, would wait for a second one that
-    somebody else launches.
+    With them a later run of this process with two ranks would wait for a second rank that is
+    never started.
     """
     yield
     for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -48,9 +48,9 @@ def launched_by_nobody() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> TinyModelDir:
-    """A function that makes a random Qwen3 folder, or hands out the one it made before.
+    """Return a function that makes a random Qwen3 folder, cached by its arguments.
 
-    Its arguments are those of `build_tiny_model`.  Tests must not write to the folder.
+    The arguments are those of `build_tiny_model`. Tests must not write to the folder.
     """
     made: dict[tuple[int, int, int, bool], Path] = {}
 
@@ -67,15 +67,15 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> TinyModelDir:
 def build_tiny_model(folder: Path, *, hidden_size: int, layers: int, seed: int, tie: bool) -> None:
     """Write a random float32 Qwen3 and its character tokenizer to `folder`.
 
-    Weights are drawn wide enough for the next-token distributions to be far from uniform, and
-    differ with the seed. The global random state is left as it was.
+    The weights have a large deviation, so that next-token distributions are far from uniform. The
+    global random state is not changed.
 
     Args:
-        folder: Where config.json, the weights and the tokenizer go.
+        folder: Folder for config.json, weights and tokenizer.
         hidden_size: Width; heads are 32 wide, the smallest vLLM's CPU attention takes.
         layers: Number of transformer blocks.
-        seed: Decides every weight.
-        tie: Whether the head is the embedding.
+        seed: Seed of the weights.
+        tie: Whether head and embedding are tied.
     """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -123,7 +123,7 @@ def write_tokenizer(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def untrained_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like a user's, with both labs as configs/lab names them, models untrained."""
+    """Return a folder with both labs at the paths of configs/lab, with untrained models."""
     from opd_lightning.lab import identity
     from opd_lightning.lab.arithmetic import generate_mixture, write_jsonl
     from opd_lightning.lab.models import new_model
@@ -151,12 +151,12 @@ def untrained_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def in_lab(untrained_lab: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work inside the untrained lab; tests write under a `tmp_path` of their own."""
+    """Change to the folder of the untrained lab; tests write to their `tmp_path`."""
     monkeypatch.chdir(untrained_lab)
     return untrained_lab
 
 
-# Modules that share servers or a cluster, whose start costs half a minute: one process runs them.
+# Modules that share servers or a cluster, which take half a minute to start: run in one process.
 SHARED = {
     "test_check.py": "servers",
     "test_offline_remote.py": "servers",
@@ -171,7 +171,7 @@ SHARED = {
 
 
 class ByModule(LoadScopeScheduling):
-    """Give whole modules to workers, so that module fixtures are made once; see `SHARED`.
+    """Scheduler of whole modules, so that module fixtures are made once; see `SHARED`.
 
     xdist's own groups do not work: it renames tests, which pytest 9.2 does not let it.
     """
@@ -186,7 +186,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Complete what pytest-randomly shuffled.
+    """Adjust the order of pytest-randomly.
 
     Tests marked `last` go to the end of their module, or of the modules that share what they end.
     The directories with long tests go first, so that no worker is left with one at the end.

@@ -1,4 +1,4 @@
-"""What every engine must do, as tests; an engine's test file subclasses `EngineContract`."""
+"""Contract tests of engines; the test file of an engine subclasses `EngineContract`."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ whole_and_nucleus = pytest.mark.parametrize(
 
 @cache
 def reference_model(folder: Path) -> Any:
-    """The float32 model of a folder, read once; tests leave its weights alone."""
+    """Return the float32 model of a folder, cached; tests must not change its weights."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def processed_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution that `sampling` describes, from its definition; `logits [T, V]`, nats."""
+    """Return log-probs (nats) of the distribution of `sampling`, by definition; `logits [T, V]`."""
     if sampling.temperature == 0:
         return logits.log_softmax(-1)
     probabilities = (logits / sampling.temperature).softmax(-1)
@@ -62,7 +62,7 @@ def processed_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
 def rescored(
     model: Any, requests: Sequence[Request], completions: Sequence[Completion], sampling: Sampling
 ) -> list[Tensor]:
-    """The whole distribution `[T, V]` at each response token: one row, no padding, no cache."""
+    """Return the distribution `[T, V]` at each response token: one row, no padding, no cache."""
     result = []
     for request, completion in zip(requests, completions, strict=True):
         ids = torch.tensor([request.prompt_ids + completion.response_ids])
@@ -82,7 +82,7 @@ def assert_scored_by(
 
 
 class EngineContract:
-    """Subclasses give `engine`, started once a module, and ask for nothing else."""
+    """Base of contract tests; subclasses define the module fixture `engine`, started."""
 
     @pytest.fixture
     def model(self, tiny_model_dir: Any) -> Any:
@@ -90,7 +90,7 @@ class EngineContract:
 
     @pytest.fixture(autouse=True)
     def _first_weights(self, engine: Engine, model: Any) -> None:
-        """Each test starts from the weights of `model`, whatever the one before pushed."""
+        """Push the weights of `model` before each test."""
         engine.load_weights(0, model.named_parameters())
 
     @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ class EngineContract:
         ]
 
     def test_the_engine_keeps_its_own_copy(self, engine: Engine, model: Any) -> None:
-        """The trainer may go on changing the tensors that it pushed."""
+        """The trainer may change tensors after their push."""
         student = copy.deepcopy(model)
         engine.load_weights(1, student.named_parameters())
         sampling = Sampling(max_new_tokens=8)

@@ -1,4 +1,4 @@
-"""Tasks for lm-evaluation-harness, small enough for models that know nothing."""
+"""Small tasks of lm-evaluation-harness for untrained models."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def write_tasks(folder: Path, **changes: Any) -> str:
-    """The tasks and their documents in a folder; `changes` are of all of them."""
+    """Write the tasks and their documents to a folder; `changes` apply to all tasks."""
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for name, task in TASKS.items():

@@ -1,4 +1,4 @@
-"""A tiny real HTTP server on loopback, made of one function."""
+"""HTTP server on loopback that answers with a function."""
 
 import json
 import threading
@@ -10,7 +10,7 @@ Answer = Callable[[dict[str, Any]], tuple[int, Any]]  # a body in; status and JS
 
 
 class Server:
-    """A server of one function, which remembers what it was asked."""
+    """Server that answers with a function and records the requests."""
 
     def __init__(self, answer: Answer, port: int = 0) -> None:
         asked: list[dict[str, Any]] = []

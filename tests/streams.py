@@ -1,4 +1,4 @@
-"""A training stream with a fake engine behind it, for tests."""
+"""Training stream with a fake engine."""
 
 import io
 import itertools
@@ -26,9 +26,9 @@ IDS = [[100 + i] for i in range(10)]
 
 
 class FakeEngine(Engine):
-    """Writes `seed % 5 + 1` tokens and records what it was told, and when.
+    """Generates `seed % 5 + 1` tokens and records all calls in order.
 
-    With a `gate` it does not write before the gate opens.
+    With a `gate` it waits for the gate to open.
     """
 
     def __init__(self, sleep_while_training: bool = False) -> None:
@@ -53,7 +53,7 @@ class FakeEngine(Engine):
             raise ConnectionError("the engine is gone")
         self.log.append("generate")
         self.requests += requests
-        # What is written depends on the weights, as it does in life.
+        # Responses depend on the weights.
         lengths = [r.seed % 5 + 1 for r in requests]
         return [Completion([7] * n, [-0.5 - self.version] * n, StopReason.EOS) for n in lengths]
 
@@ -81,7 +81,7 @@ class LengthVerifier(Verifier):
 
 
 class Run:
-    """A stream, the engine behind it and an optimiser that does nothing but count its steps."""
+    """Stream with its engine and an optimiser that only counts steps."""
 
     def __init__(
         self,
@@ -132,13 +132,13 @@ class Run:
             engine.load_weights(self.step, [])
 
     def __iter__(self) -> Iterator[RolloutBatch]:
-        """Train: the optimiser moves after a step's last micro-batch."""
+        """Iterate; the optimiser steps after the last micro-batch of a step."""
         for i, batch in enumerate(self.stream, start=1):
             self.step += i % self.micro == 0
             yield batch
 
     def steps(self, count: int) -> list[RolloutBatch]:
-        """The micro-batches of the next steps; the last of them may have opened an epoch."""
+        """Return the micro-batches of the next `count` steps."""
         taken: list[RolloutBatch] = []
         while len(taken) < count * self.micro:
             missing = count * self.micro - len(taken)
@@ -151,12 +151,12 @@ def rows(batches: Iterable[RolloutBatch]) -> list[tuple[str, int]]:
 
 
 def written(batches: Iterable[RolloutBatch]) -> list[list[Rollout]]:
-    """Everything that is known of every rollout, by micro-batch."""
+    """Return the rollouts by micro-batch."""
     return [list(batch.rollouts) for batch in batches]
 
 
 def plain(state: dict[str, Any]) -> dict[str, Any]:
-    """A state that has been to a file and back, as Lightning reads it."""
+    """Return a state after saving and loading, as Lightning loads it."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)

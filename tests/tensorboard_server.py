@@ -1,4 +1,4 @@
-"""TensorBoard's own server, as a user starts it."""
+"""TensorBoard's server as a process."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from socket import create_connection, socket
 
 @contextmanager
 def tensorboard(run: Path, *, fast: bool = False) -> Iterator[str]:
-    """A server's address; `fast` is the loader that it takes by default, a program of its own."""
+    """Start a server and yield its address; `fast` uses its default loader, a separate program."""
     with socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind that is used, made on the spot, and random models for them."""
+"""Small tokenizers of all common kinds, and random models for them."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def byte_level() -> Tokenizer:
-    """As GPT-2's, Qwen's and Llama 3's."""
+    """Return a byte-level BPE tokenizer, as of GPT-2, Qwen and Llama 3."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -29,7 +29,7 @@ def byte_level() -> Tokenizer:
 
 
 def sentence_piece(*, strips: bool) -> Tokenizer:
-    """As Llama 2's, which puts a space in front, and Gemma's, which does not."""
+    """Return a SentencePiece tokenizer, as of Llama 2 (adds a space in front) or Gemma."""
     ids = {token: i for i, token in enumerate(("<unk>", "</s>", *BYTES))}
     for character in sorted(set("".join(CORPUS).replace(" ", "▁")) - {"雪"}):
         ids[character] = len(ids)
@@ -47,7 +47,7 @@ def sentence_piece(*, strips: bool) -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    """As T5's successors: Metaspace, with byte fallback."""
+    """Return a unigram tokenizer, as of T5's successors: Metaspace, with byte fallback."""
     pieces = [(token, -9.0) for token in ("<unk>", "</s>", *BYTES)]
     pieces += [(c, -5.0) for c in sorted(set("".join(CORPUS).replace(" ", "▁")) - {"雪"})]
     pieces += [("▁the", -3.0), ("▁so", -3.0), ("wo", -3.0)]
@@ -90,7 +90,7 @@ TEMPLATE = (
 
 
 def write_model(folder: Path, backend: Tokenizer, end: str, seed: int) -> None:
-    """A random float32 Qwen3 with this tokenizer, whose end of sequence is `end`."""
+    """Write a random float32 Qwen3 with this tokenizer; its EOS token is `end`."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=end, chat_template=TEMPLATE
     )
@@ -115,7 +115,7 @@ def write_model(folder: Path, backend: Tokenizer, end: str, seed: int) -> None:
 
 
 def permute_vocabulary(source: Path, target: Path) -> None:
-    """Another name for every token of a lab model: the same model with a different tokenizer."""
+    """Write a lab model with permuted token ids: the same model with another tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = Qwen3ForCausalLM.from_pretrained(source)
     size = model.config.vocab_size

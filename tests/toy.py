@@ -1,4 +1,4 @@
-"""Toys small enough for exact answers, float64: a tree of sequences, and scored micro-batches.
+"""Toy problems with exact answers, float64: a tree of sequences, and scored micro-batches.
 
 The tree holds all sequences of LENGTH tokens over VOCABULARY symbols; a policy is one free row of
 logits per prefix, so every expectation is an exact sum over all sequences.
@@ -34,7 +34,7 @@ def random_logits(seed: int) -> Tensor:
 
 
 def token_logprobs(logits: Tensor) -> Tensor:
-    """log pi(y_t | y_<t) of every sequence, [S, T]."""
+    """Return log pi(y_t | y_<t) of every sequence, [S, T]."""
     return logits.log_softmax(-1)[VISITED, TOKENS]
 
 
@@ -43,7 +43,7 @@ def sequence_probs(logits: Tensor) -> Tensor:
 
 
 def finite_difference(function: Callable[[Tensor], Tensor], at: Tensor, h: float = 1e-6) -> Tensor:
-    """Gradient of the sum of `function(at)`, by central differences."""
+    """Return the gradient of the sum of `function(at)`, by central differences."""
     gradient = torch.zeros_like(at)
     for i in range(at.numel()):
         step = torch.zeros_like(at).view(-1)
@@ -54,7 +54,7 @@ def finite_difference(function: Callable[[Tensor], Tensor], at: Tensor, h: float
 
 
 def expected_gradient(logits: Tensor, losses: Callable[[Tensor], Tensor]) -> Tensor:
-    """Exact expectation, over sampled sequences, of the gradient of their summed token losses."""
+    """Return the exact expectation of the gradient of a sequence's summed token losses."""
     student = logits.clone().requires_grad_()
     probs = sequence_probs(logits)
     total = (probs[:, None] * losses(token_logprobs(student))).sum()
@@ -63,7 +63,7 @@ def expected_gradient(logits: Tensor, losses: Callable[[Tensor], Tensor]) -> Ten
 
 
 def local_reverse_kl(at: Tensor, teacher: Tensor, visits: Tensor) -> Tensor:
-    """sum over prefixes of (fixed) visit probability x KL(student || teacher)."""
+    """Return the sum over prefixes of (fixed) visit probability x KL(student || teacher)."""
     return (visits * reverse_kl(at.log_softmax(-1), teacher.log_softmax(-1))).sum()
 
 
@@ -86,7 +86,7 @@ def score_of(logprobs: Tensor, entropy: Tensor | None = None) -> TokenScores:
 
 
 def group_statistics(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Every row's (mean, population standard deviation) of its group; NaN for a group of one."""
+    """Return each row's group mean and population standard deviation; NaN for a group of one."""
     mean, std = torch.full_like(rewards, torch.nan), torch.full_like(rewards, torch.nan)
     for group in groups.unique():
         rows = groups == group
@@ -111,7 +111,7 @@ def make_scored(
     step: int = 0,
     **others: Tensor,  # log-probs by name
 ) -> Scored:
-    """A scored micro-batch of log-probs `[B, R]`; it has what rules read and nothing else."""
+    """Return a scored micro-batch of log-probs `[B, R]` with the inputs of rules."""
     size = len(student)
     own_groups = torch.tensor(groups or [0] * size)
     own_rewards = torch.tensor(rewards or [torch.nan] * size, dtype=student.dtype)
@@ -136,7 +136,7 @@ def make_scored(
 
 
 def opd_signal(scored: Scored, mask: Tensor | None = None) -> Signal:
-    """Plain OPD's: d_t on the response tokens."""
+    """Return the signal of plain OPD: d_t on the response tokens."""
     mask = scored.batch.response_mask if mask is None else mask
     return Signal(
         advantage=torch.where(mask, scored.log_ratio, 0.0),
@@ -146,19 +146,19 @@ def opd_signal(scored: Scored, mask: Tensor | None = None) -> Signal:
 
 
 def applied(rule: Rule, scored: Scored, signal: Signal | None = None) -> tuple[Signal, Rates]:
-    """A rule on a step of a single micro-batch."""
+    """Apply a rule to a step of a single micro-batch."""
     signal = opd_signal(scored) if signal is None else signal
     observed = rule.observe(signal, scored) if rule.step_wide else None
     return rule.apply(signal, scored, observed)
 
 
 def surrogate_loss(student: Tensor, signal: Signal) -> Tensor:
-    """The policy-gradient loss of a signal, per token `[B, R]`."""
+    """Return the policy-gradient loss of a signal, per token `[B, R]`."""
     return torch.where(signal.mask, signal.weight * policy_gradient(student, signal.advantage), 0.0)
 
 
 def expected_rule_gradient(rule: Rule | None, at: Tensor, teacher: Tensor, **fields: Any) -> Tensor:
-    """Exact expected gradient of a rule's policy gradient on the tree; None: plain OPD's."""
+    """Return the exact gradient of a rule's policy gradient on the tree; None is plain OPD."""
 
     def losses(ours: Tensor) -> Tensor:
         scored = make_scored(ours.detach(), token_logprobs(teacher), **fields)
@@ -169,6 +169,6 @@ def expected_rule_gradient(rule: Rule | None, at: Tensor, teacher: Tensor, **fie
 
 
 def policy_gradient(student_logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """The surrogate as it is by default: strictly on-policy, no clip."""
+    """Return the default surrogate loss: strictly on-policy, no clip."""
     nobody = torch.zeros(len(student_logprobs), dtype=torch.bool)
     return Surrogate()(student_logprobs, advantages, student_logprobs.detach(), nobody)

@@ -1,4 +1,4 @@
-"""A run of a second: our Trainer with a linear model, for tests of what is saved and read again."""
+"""Short run of the Trainer with a linear model, for tests of checkpoints."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def adam(parameters: Any) -> Optimizer:
 
 
 class Toy(LightningModule):
-    """Learns to double a number."""
+    """Linear model that learns to double a number."""
 
-    moving = validation_is_over = False  # as a DistillationModule has it
+    moving = validation_is_over = False  # attributes of DistillationModule
 
     def __init__(self, width: int = 8, optimizer: Optimizers = adam) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def train(
     saver: dict[str, Any] | None = None,
     **trainer_args: Any,
 ) -> tuple[Trainer, Any]:
-    """Train until optimiser step `steps`, with a checkpoint every step; (trainer, module)."""
+    """Train to optimiser step `steps`, with a checkpoint every step; return trainer and module."""
     module = module or Toy()
     options: dict[str, Any] = {"filename": "{step}", "every_n_train_steps": 1, "save_last": True}
     keeper = ModelCheckpoint(folder, **options | (saver or {}))

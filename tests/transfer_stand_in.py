@@ -14,12 +14,12 @@ from tests.http_server import Server
 
 
 class StandIn:
-    """Answers what a push asks of a server; each worker keeps what it received.
+    """Stand-in that answers the requests of a push; each worker keeps the received tensors.
 
     Args:
-        model: Name of the model that it claims to serve.
-        workers: That would share the model, under tensor parallelism.
-        gpus: What each says that it works on.
+        model: Name of the served model.
+        workers: Number of workers, as with tensor parallelism.
+        gpus: GPU reported by each worker.
     """
 
     def __init__(self, model: str, *, workers: int, gpus: Sequence[str | None] = ()) -> None:
@@ -46,7 +46,7 @@ class StandIn:
 
     @property
     def keys(self) -> set[str]:
-        """That requests carried."""
+        """Keys of the requests."""
         return {asked["key"] for asked in self._http.asked}
 
     def _answer(self, asked: dict[str, Any]) -> tuple[int, Any]:
@@ -77,7 +77,7 @@ class StandIn:
             case "/init_weight_transfer_engine":
                 self._join(asked["init_info"])
             case "/update_weights":
-                if asked["update_info"].get("names"):  # vLLM 0.33 leaves out what it told before
+                if asked["update_info"].get("names"):  # vLLM 0.33 omits repeated values
                     self._info = asked["update_info"]
                 info = self._info
                 list(self._pool.map(lambda i: self._receive(i, info), range(len(self.received))))
@@ -85,15 +85,15 @@ class StandIn:
                 return {"success": True}
         return {}
 
-    def _join(self, told: dict[str, Any]) -> None:
-        self.ranks = [told["rank_offset"] + i for i in range(len(self.received))]
-        self._most = told["packed_buffer_size_bytes"]
-        place = (told["master_address"], told["master_port"])
-        options = {"world_size": told["world_size"], "timeout": told["timeout"]}
+    def _join(self, init_info: dict[str, Any]) -> None:
+        self.ranks = [init_info["rank_offset"] + i for i in range(len(self.received))]
+        self._most = init_info["packed_buffer_size_bytes"]
+        place = (init_info["master_address"], init_info["master_port"])
+        options = {"world_size": init_info["world_size"], "timeout": init_info["timeout"]}
         self._members = list(
             self._pool.map(lambda rank: GlooGroup.join(*place, rank=rank, **options), self.ranks)
         )
-        self._group = told["group"]
+        self._group = init_info["group"]
         self.groups.add(self._group)
 
     def _leave(self) -> None:

@@ -1,7 +1,7 @@
-"""A script: `checkpoint_ranks.py PHASE FOLDER` saves and resumes, run in the untrained lab.
+"""Script `checkpoint_ranks.py PHASE FOLDER`: saves and resumes runs in the untrained lab.
 
 Phases follow one another, each with another number of processes than the one before: `start` has
-one, `middle` two, `end` one. Every process writes what it saw to `FOLDER/PHASE-RANK.json`.
+one, `middle` two, `end` one. Every process writes its observations to `FOLDER/PHASE-RANK.json`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WAYS = ("ddp", "file", "folder")  # DDP; FSDP2 with gathered files; FSDP2 with f
 
 
 def strategy(way: str) -> dict[str, Any]:
-    """Two processes."""
+    """Return trainer arguments for two processes."""
     folder = way == "folder"
     sharded = ModelParallelStrategy(2, 1, save_distributed_checkpoint=folder)
     return {"devices": 2, "strategy": "ddp" if way == "ddp" else sharded}
@@ -50,8 +50,8 @@ def complaint(act: Callable[[], Any]) -> str:
     return "nothing"
 
 
-def no_room(trainer: Any, folder: Path, rank: int) -> tuple[str, list[str]]:
-    """What is said when one process may write no more, and what is there afterwards."""
+def full_disk(trainer: Any, folder: Path, rank: int) -> tuple[str, list[str]]:
+    """Return error and remaining files if one process cannot write."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if trainer.global_rank == rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))
@@ -62,10 +62,10 @@ def no_room(trainer: Any, folder: Path, rank: int) -> tuple[str, list[str]]:
 
 
 def faults(folder: Path, way: str) -> dict[str, Any]:
-    """A run of two processes, and what becomes of it when disks fail."""
+    """Run two processes with failing disks; return the observations."""
     all_steps = {"save_top_k": -1}
     trainer, first = train(folder, 2, saver=all_steps, **strategy(way))
-    full = [no_room(trainer, folder, rank) for rank in (0, 1)]
+    full = [full_disk(trainer, folder, rank) for rank in (0, 1)]
     _, second = train(folder, 3, saver=all_steps, **strategy(way))
     dist.barrier()
     if dist.get_rank() == 0:  # in a file that rank 1 checks
@@ -84,7 +84,7 @@ def faults(folder: Path, way: str) -> dict[str, Any]:
 
 
 def distil(folder: Path, steps: int, **trainer_args: Any) -> list[float]:
-    """The losses of a real run, from its newest checkpoint on."""
+    """Train from the newest checkpoint; return the losses."""
     losses = Losses()
     trainer = Trainer(
         accelerator="cpu",
@@ -130,7 +130,7 @@ def main(phase: str, folder: Path) -> None:
         seen |= {way: distil(folder / way, 6) for way in ("ddp", "file")}
     rank = dist.get_rank() if dist.is_initialized() else 0
     (folder / f"{phase}-{rank}.json").write_text(json.dumps(seen))
-    if dist.is_initialized():  # gloo's threads may abort a process that leaves first
+    if dist.is_initialized():  # gloo may abort a process that exits first
         dist.barrier()
         dist.destroy_process_group()
 

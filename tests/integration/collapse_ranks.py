@@ -1,4 +1,4 @@
-"""A program: `collapse_ranks RANKS HOW FILE` trains in the untrained lab and steps back once.
+"""Program `collapse_ranks RANKS HOW FILE`: trains in the untrained lab and steps back once.
 
 HOW is ddp, or fsdp with its checkpoints in a file or a folder. Gradient descent with momentum, so
 that a step back shows in weights and optimiser alike. Rank 0 writes its weights at the end, those
@@ -71,7 +71,7 @@ def main(ranks: int, how: str, file: Path) -> None:
     if trainer.is_global_zero:
         result = {"weights": mine, "of_ranks": every, "step_backs": watch.step_backs}
         torch.save(result, file)
-    if torch.distributed.is_initialized():  # gloo's threads may abort a process that leaves first
+    if torch.distributed.is_initialized():  # gloo may abort a process that exits first
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 

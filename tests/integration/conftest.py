@@ -1,4 +1,4 @@
-"""Servers that several modules share: each start costs half a minute on a busy core."""
+"""Servers shared by several modules; a start takes half a minute on a busy core."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.engine_contract import MAX_LENGTH, REQUESTS, assert_scored_by, reference_model
 from tests.servers import RunningServer
 
-# So few tokens at once that long prompts are computed in chunks, which scoring allows.
+# A low limit, so that long prompts are computed in chunks.
 CHUNKS = '{"max_num_batched_tokens": 64, "enable_chunked_prefill": true}'
 
 
@@ -36,7 +36,7 @@ def _teacher_server(
 
 @pytest.fixture
 def teacher_server(_teacher_server: RunningServer) -> RunningServer:
-    """Serves the untrained lab's teacher; a test may kill it."""
+    """Return a server of the untrained lab's teacher; a test may kill it."""
     if not _teacher_server.is_running():
         _teacher_server.restart().wait()
     return _teacher_server
@@ -58,7 +58,7 @@ def _rollout_server(
 
 
 def _check_first_weights(server: RunningServer, folder: Path) -> None:
-    """Before anybody pushes, as a demonstrator's engine finds a server."""
+    """Check the server's log-probs before any push."""
     engine = VLLMServerEngine([server.url], key_file=str(server.key_file))
     engine.start(ModelSource(str(folder)), max_length=MAX_LENGTH)
     assert engine.version == -1
@@ -71,7 +71,7 @@ def _check_first_weights(server: RunningServer, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def rollout_server(_rollout_server: RunningServer) -> RunningServer:
-    """Serves a tiny model and takes pushes; a module's last test may end it."""
+    """Return a server of a tiny model with pushes; the last test of a module may end it."""
     if not _rollout_server.is_running():
         _rollout_server.restart().wait()
     return _rollout_server

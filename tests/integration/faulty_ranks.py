@@ -1,9 +1,9 @@
-"""A program: `faulty_ranks STRATEGY FAULT FILE` trains on two ranks; the second has the fault.
+"""Program `faulty_ranks STRATEGY FAULT FILE`: trains on two ranks; the second has the fault.
 
 "nan": a log-prob of its teacher is NaN at step 1; "nan for good": from then on. "killed": it is,
 while it writes for step 1; "killed while the other writes": likewise, and rank 0's engine is busy
-for long. "hangs": its engine sleeps then. Each rank writes what it saw to FILE, with its number
-behind.
+for long. "hangs": its engine sleeps then. Each rank writes its observations to FILE with its
+number as suffix.
 """
 
 import os
@@ -30,7 +30,7 @@ from tests.integration.test_skipped_steps import Moved, OddTeacher
 
 
 class Engine(HFEngine):
-    """Something may happen at its second call."""
+    """Engine with a fault at its second call."""
 
     calls = 0
     event: Callable[[], None] | None = None
@@ -100,12 +100,12 @@ def main(strategy: str, fault: str, file: str) -> None:
     trainer.fit(method, datamodule=data)
     logged = float(trainer.callback_metrics["optim/skipped_steps"])
     torch.save({"moved": moved.of_step, "skipped": logged}, f"{file}{trainer.global_rank}")
-    # gloo's threads may abort a process that leaves first
+    # gloo may abort a process that exits first
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells may make jobs deaf to it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of shells ignore it
     with one_line_errors():
         main(*sys.argv[1:4])

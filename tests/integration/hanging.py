@@ -1,4 +1,4 @@
-"""A program: `hanging FOLDER STALENESS` trains in the untrained lab it is run in.
+"""Program `hanging FOLDER STALENESS`: trains in the untrained lab, the working folder.
 
 The engine's third call hangs. Checkpoints go to FOLDER.
 """
@@ -39,6 +39,6 @@ def main(folder: Path, staleness: int) -> None:
 
 
 if __name__ == "__main__":
-    # Shells make background jobs deaf to it.
+    # Background jobs of shells ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,6 +1,6 @@
-"""A program: `many_ranks LAYOUT PART FILE` trains in the untrained lab it is run in.
+"""Program `many_ranks LAYOUT PART FILE`: trains in the untrained lab, the working folder.
 
-In all the ways of a part, over the processes of a layout. Rank 0 writes what it recorded.
+Trains in all ways of a part, on the processes of a layout. Rank 0 writes its records.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TASKS = "tasks"
 
 
 class Layout(NamedTuple):
-    """Who shares the work."""
+    """Processes and strategy of a run."""
 
     ranks: int
     micro_batches: int
@@ -59,17 +59,17 @@ SAVED_AS = ("shards", "file")  # parts beside those of `ways`: a folder of shard
 
 
 class Record(Callback):
-    """What is compared between one process and several."""
+    """Records values that are compared between one process and several."""
 
     def __init__(self) -> None:
-        self.weights: list[dict[str, Tensor]] = []  # at the start and at the end, for an engine
+        self.weights: list[dict[str, Tensor]] = []  # as pushed, at the start and at the end
         self.gradients: list[dict[str, Tensor]] = []  # averaged over ranks, over micro-batches
         self.logged: list[dict[str, float]] = []
         self.rollouts: list[tuple[int, int, list[int], int]] = []  # step, prompt, ids, version
         self.held = 0.0  # share of all models' parameters in this process, between two steps
-        self.empty = 0  # micro-batches without a token to learn from, on all ranks
-        self.proved: list[str] = []  # weights that the engine was seen to hold
-        self.dtypes: list[str] = []  # of a layer's weight while it is at work
+        self.empty = 0  # micro-batches without tokens in the loss, on all ranks
+        self.proved: list[str] = []  # weights verified in the engine
+        self.dtypes: list[str] = []  # of a layer's weight during its forward pass
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.weights.append({n: t.clone() for n, t in pl_module.student.weights()})
@@ -175,7 +175,7 @@ def main(name: str, part: str, file: str) -> None:
         found = {key: train(way, layout) for key, way in ways(PROMPTS)[part].items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(found, file)
-    if dist.is_initialized():  # gloo's threads may abort a process that leaves first
+    if dist.is_initialized():  # gloo may abort a process that exits first
         dist.barrier()
         dist.destroy_process_group()
 

@@ -1,7 +1,7 @@
-"""A program: `measuring_ranks LAYOUT` trains and measures in the folder it is run in.
+"""Program `measuring_ranks LAYOUT`: trains and evaluates in the working folder.
 
-By `opd` commands, one after the other, in the processes of a layout. Each process writes what it
-said, by command, to LAYOUT-<rank>.json.
+Runs `opd` commands in sequence in the processes of a layout. Each process writes its output by
+command to LAYOUT-<rank>.json.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STEPS, PROMPTS = 2, 8
 
 
 def commands(layout: str) -> dict[str, list[str]]:
-    """All measure the checkpoint that one process has saved."""
+    """Return the commands, which evaluate the checkpoint of one process."""
     common = ["--config", str(CONFIGS / "lab" / "opd.yaml"), "--config", "suites.yaml"]
     common += LAYOUTS[layout]
     run = "--trainer.logger.init_args.save_dir=runs/"
@@ -67,10 +67,10 @@ def run(words: list[str]) -> dict[str, object]:
 
 if __name__ == "__main__":
     (layout,) = sys.argv[1:]
-    # The processes of a command are those of the next.
+    # The next command uses the same processes.
     with mock.patch.object(dist, "destroy_process_group"):
         said = {name: run(words) for name, words in commands(layout).items()}
     Path(f"{layout}-{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(said))
-    if dist.is_initialized():  # gloo's threads may abort a process that leaves first
+    if dist.is_initialized():  # gloo may abort a process that exits first
         dist.barrier()
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""A program: `stuck WAY` is stuck, in one of three ways, in a call with a limit of a second."""
+"""Program `stuck WAY`: hangs, in one of three ways, in a call with a time limit of a second."""
 
 import ctypes
 import signal
@@ -14,7 +14,7 @@ def busy() -> None:
 
 
 def deaf() -> None:
-    ctypes.PyDLL(None).sleep(600)  # with Python's global lock
+    ctypes.PyDLL(None).sleep(600)  # holding Python's global lock
 
 
 def stubborn() -> None:

@@ -1,4 +1,4 @@
-"""A real SLURM of several nodes for tests, and jobs on it; cluster.sh is what starts it."""
+"""Real SLURM cluster of several nodes for tests, and its jobs; started by cluster.sh."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("cluster.sh")
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged", "unshare", "nsenter", "ip")
 NETWORK = "hostname n1; ip link add switch type bridge; ip link add port type veth peer name card"
-# How a job's life may end; a requeued one is PENDING again.
+# Final states of a job; a requeued one is PENDING again.
 ENDS = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
 
 def unavailable() -> str | None:
-    """Why there can be no such cluster here, or None."""
+    """Return the reason why SLURM cannot be started here; None if it can."""
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent:
         return f"needs a SLURM of its own, and {', '.join(absent)} is not installed"
@@ -32,7 +32,7 @@ def unavailable() -> str | None:
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 200) -> None:
-    """Wait for something to become true, or fail with its name."""
+    """Wait for a condition, or fail with its name `what`."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s in vain: {what}"
@@ -40,16 +40,16 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 200) -> Non
 
 
 class Cluster:
-    """Nodes n1, n2, ... until `close`, or until this process ends, however it does.
+    """Cluster of nodes n1, n2, ... that ends with `close` or with this process.
 
     Args:
-        folder: Where the cluster writes; absolute.
-        nodes: How many.
+        folder: Absolute folder for the cluster's files.
+        nodes: Number of nodes.
     """
 
     def __init__(self, folder: Path, nodes: int = 2) -> None:
         self.folder = folder
-        # It lives as long as it can read from us.
+        # cluster.sh ends at the end of its stdin.
         command = [str(SCRIPT), str(folder), str(nodes), "sh", "-c", 'touch "$0"; exec cat']
         ready = folder / "ready"
         self._process = subprocess.Popen([*command, str(ready)], stdin=subprocess.PIPE)
@@ -66,7 +66,7 @@ class Cluster:
         ]
 
     def run(self, *command: str) -> str:
-        """What a command prints on the controller's machine."""
+        """Run a command on the controller's machine and return its output."""
         done = subprocess.run(
             [*self._enter, *command], capture_output=True, text=True, timeout=60, check=False
         )
@@ -74,7 +74,7 @@ class Cluster:
         return done.stdout.strip()
 
     def submit(self, script: Path, *options: str) -> Job:
-        """Hand a batch script in, to run in its own folder; jobs see this checkout first."""
+        """Submit a batch script, run in its folder; jobs import this checkout first."""
         environment = (
             f"PYTHONPATH={ROOT}",
             f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -83,10 +83,10 @@ class Cluster:
         return Job(self, self.run(*command, *options, str(script)))
 
     def break_node(self, name: str) -> None:
-        """Let a node go down, and come back."""
+        """Make a node fail and return."""
         update = ("scontrol", "update", f"nodename={name}")
         self.run(*update, "state=down", "reason=test")
-        # One whose daemon has reported in the meantime is back already, and refuses.
+        # SLURM refuses if the node's daemon has already reported again.
         subprocess.run([*self._enter, *update, "state=resume"], capture_output=True, check=False)
         show = ("sinfo", "--noheader", f"--nodes={name}", "--format=%T")
         until(lambda: "down" not in self.run(*show), f"{name} is back")
@@ -98,24 +98,24 @@ class Cluster:
 
 
 class Job:
-    """A batch job on a test cluster."""
+    """Batch job on a test cluster."""
 
     def __init__(self, cluster: Cluster, number: str) -> None:
         self.cluster = cluster
         self.number = number
 
     def __getitem__(self, field: str) -> str:
-        """A field of `scontrol show job`, such as JobState, Restarts or ExitCode."""
+        """Return a field of `scontrol show job`, such as JobState, Restarts or ExitCode."""
         shown = self.cluster.run("scontrol", "show", "job", "--oneliner", self.number)
         found = re.search(rf"\b{field}=(\S*)", shown)
         assert found, f"job {self.number} has no {field}"
         return found[1]
 
     def signal(self, name: str) -> None:
-        """To every process of its steps, as SLURM does before the time limit."""
+        """Send a signal to all processes of its steps, as SLURM does before the time limit."""
         self.cluster.run("scancel", f"--signal={name}", self.number)
 
     def wait(self, seconds: float = 400) -> str:
-        """How its life ended, started again or not."""
+        """Wait for the end of the job, requeues included; return its state."""
         until(lambda: self["JobState"] in ENDS, f"the end of job {self.number}", seconds)
         return self["JobState"]

@@ -1,4 +1,4 @@
-"""One cluster for all tests that need one."""
+"""Shared cluster of the tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.slurm.cluster import Cluster, unavailable
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes."""
+    """Start a cluster of two nodes."""
     if reason := unavailable():
         pytest.skip(reason)
     cluster = Cluster(Path(tmp_path_factory.mktemp("cluster")))

@@ -1,4 +1,4 @@
-"""Parts of the runs that jobs make, named in their YAML."""
+"""Classes for the runs of jobs, named in their YAML."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from opd_lightning.types import RolloutBatch
 
 
 class NoisyOPD(OPD):
-    """Draws from every global generator while it learns, as dropout draws from torch's."""
+    """OPD that draws from every global generator in training, as dropout does from torch's."""
 
     def loss(self, batch: RolloutBatch) -> Tensor:
         noise = float(torch.rand(())) + np.random.random() + random.random()
@@ -26,12 +26,12 @@ class NoisyOPD(OPD):
 
 
 class Pause(Callback):
-    """Waits once in a job's life, however often it starts, for the test to do something to it.
+    """Waits once per job, over all its starts, so that the test can act.
 
     Args:
-        hook: The callback's hook to wait in.
-        step: Optimiser steps made by then.
-        seconds: How long.
+        hook: Hook in which it waits.
+        step: Optimiser step at which it waits.
+        seconds: Duration.
     """
 
     def __init__(self, hook: str, step: int, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Short training runs as batch jobs: what a run is made of, and whether two ended alike."""
+"""Short training runs as batch jobs, and their comparison."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def submit(
     """Submit a run on two nodes, whose method draws from the global generators.
 
     Args:
-        user: Whose folder it runs in, alone.
+        user: User whose folder it runs in.
         strategy: Name of a file in configs/strategy.
-        options: Further ones of sbatch.
+        options: Further options of sbatch.
         pause: Arguments of a `Pause`.
-        engine: Class that writes the rollouts.
+        engine: Class of the engine.
     """
     write_changes(user, engine, pause)
     options = ("--nodes=2", *options)
@@ -75,7 +75,7 @@ def write_changes(user: User, engine: str, pause: dict[str, Any] | None) -> None
 
 
 def assert_alike(user: User, other: User) -> None:
-    """Two runs ended with the same weights, optimiser and random states, to the bit."""
+    """Assert that two runs ended with identical weights, optimiser and random states."""
     mine, theirs = (torch.load(u.folder / LAST, weights_only=True) for u in (user, other))
     assert mine["global_step"] == theirs["global_step"] == STEPS
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "rng_states"):
@@ -83,7 +83,7 @@ def assert_alike(user: User, other: User) -> None:
 
 
 def hashed(value: Any) -> Any:
-    """Every tensor as a hash of its bytes, the rest as it is."""
+    """Return a value with tensors replaced by hashes of their bytes."""
     if isinstance(value, torch.Tensor):
         return hashlib.sha256(value.numpy().tobytes()).hexdigest()
     if isinstance(value, dict):

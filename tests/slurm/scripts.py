@@ -1,4 +1,4 @@
-"""The scripts in slurm/ as a user hands them in, from a folder with a lab."""
+"""Submission of the scripts in slurm/ from a user's folder with a lab."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHORT = (
     *("--model.init_args.lr_scheduler", "null"),
     *("--trainer.enable_progress_bar", "false"),
 )
-# Within its fourth step.
+# In its fourth step.
 PAUSE = (
     '--trainer.callbacks+={"class_path":"tests.slurm.parts.Pause",'
     '"init_args":{"hook":"on_after_backward","step":3,"seconds":10}}'
@@ -24,10 +24,10 @@ PAUSE = (
 
 
 class User:
-    """Somebody with a checkout and a lab.
+    """User with a checkout and a lab.
 
     Args:
-        folder: Where jobs are handed in; made.
+        folder: Folder of submission; created.
         lab: The untrained lab.
     """
 
@@ -41,7 +41,7 @@ class User:
     def submit(
         self, script: str, *words: str, sbatch: tuple[str, ...] = (), **variables: str
     ) -> Job:
-        """`VARIABLE=value sbatch OPTIONS slurm/SCRIPT WORDS`, without GPUs."""
+        """Run `VARIABLE=value sbatch OPTIONS slurm/SCRIPT WORDS`, without GPUs."""
         environment = {
             "PYTHONPATH": str(ROOT),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -52,12 +52,12 @@ class User:
         return Job(self.cluster, self.cluster.run(*command, str(ROOT / "slurm" / script), *words))
 
     def log(self, job: Job, name: str | None = None) -> str:
-        """What a job, or one of its servers, has written so far."""
+        """Return the log of a job or of one of its servers."""
         (file,) = self.folder.glob(f"*-{job.number}-{name}.log" if name else f"*-{job.number}.log")
         return file.read_text()
 
     def await_pause(self, seconds: float = 300, *, ranks: int = 1) -> list[str]:
-        """Process ids by rank, once all stand at their `Pause`."""
+        """Wait for all ranks to reach their `Pause`; return process ids by rank."""
         files = [self.folder / f"waits-{rank}" for rank in range(ranks)]
         until(lambda: all(f.exists() and f.read_text() for f in files), "the pause", seconds)
         return [file.read_text() for file in files]

@@ -1,4 +1,4 @@
-"""On a real SLURM of two nodes: what a job goes through leaves no trace in its run."""
+"""Requeued jobs on a real SLURM of two nodes: the run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VLLM = [
 
 @pytest.fixture
 def new_user(cluster: Cluster, tmp_path: Path, untrained_lab: Path) -> NewUser:
-    """Somebody with a folder of that name."""
+    """Return a function that makes a user with a folder of a name."""
     return lambda name: User(cluster, tmp_path / name, untrained_lab)
 
 
@@ -47,7 +47,7 @@ ENGINES = pytest.mark.parametrize(
 
 
 def submit_paused(user: User, strategy: str, engine: str, *, seconds: float) -> Job:
-    """Submit a run, and return once both ranks wait in their fourth step."""
+    """Submit a run and return when both ranks wait in their fourth step."""
     pause = {"hook": "on_after_backward", "step": 3, "seconds": seconds}
     job = submit(user, strategy, engine=engine, pause=pause)
     user.await_pause(ranks=2)
@@ -77,7 +77,7 @@ def test_a_job_that_is_signalled_ends_like_a_run_without_slurm(
 def test_a_job_whose_node_breaks_ends_like_a_run_without_slurm(
     cluster: Cluster, new_user: NewUser, strategy: str, engine: str
 ) -> None:
-    """Killed at once; it goes on from the checkpoint of step 2."""
+    """The job is killed at once and resumes from the checkpoint of step 2."""
     alone, killed = new_user("alone"), new_user("killed")
     job = submit_paused(killed, strategy, engine, seconds=1200)
     cluster.break_node("n2")
@@ -89,7 +89,7 @@ def test_a_job_whose_node_breaks_ends_like_a_run_without_slurm(
 
 @pytest.mark.slow
 def test_term_to_one_rank_saves_and_stops_all(cluster: Cluster, new_user: NewUser) -> None:
-    """During a validation, which is not waited for."""
+    """The signal comes during a validation, which is interrupted."""
     user = new_user("term")
     pause = {"hook": "on_validation_batch_start", "step": 2, "seconds": 5}
     job = submit(user, "ddp", pause=pause)
@@ -118,7 +118,7 @@ def test_a_signal_before_the_first_step_is_not_forgotten(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_time_limit_is_a_requeue(new_user: NewUser) -> None:
-    """SLURM sends the signal earlier than told, so a slow start may come to nothing."""
+    """SLURM sends the signal earlier than set, so a slow start may make no step."""
     alone, limited = new_user("alone"), new_user("limited")
     first = submit(alone, "ddp")
     finish(alone, first, restarts=0)

@@ -1,4 +1,4 @@
-"""What the job scripts refuse, on a real SLURM."""
+"""Refusals of the job scripts, on a real SLURM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 DDP = "configs/lab/opd.yaml configs/strategy/ddp.yaml"
 
-# Script, options of sbatch, variables, what the one line says.
+# Script, options of sbatch, variables, part of the error line.
 MISTAKES: list[tuple[str, tuple[str, ...], dict[str, str], str]] = [
     ("train", (), {}, "CONFIG: got none"),
     ("train", (), {"CONFIG": "configs/none.yaml"}, "CONFIG: no file 'configs/none.yaml'"),
@@ -40,7 +40,7 @@ def user(cluster: Cluster, untrained_lab: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def jobs(user: User) -> list[Job]:
-    """One for each mistake, handed in together."""
+    """Submit a job for each mistake."""
     (user.folder / "gone").write_text("PATH=/usr/bin:/bin\n")
     output = f"--output={user.folder}/%x-%j.log"
     jobs = []

@@ -36,7 +36,7 @@ def user(cluster: Cluster, tmp_path: Path, untrained_lab: Path) -> User:
 
 
 def processes(cluster: Cluster) -> str:
-    """Everything that runs on the cluster's machines."""
+    """Return the processes on the cluster's machines."""
     return cluster.run("ps", "-e", "-o", "pid=,args=")
 
 
@@ -45,7 +45,7 @@ def is_clean(cluster: Cluster) -> bool:
 
 
 def kill_server(cluster: Cluster) -> None:
-    """The server and what it started, as when memory runs out."""
+    """Kill the server and its descendants, as when memory runs out."""
     doomed = [p.split()[0] for p in processes(cluster).splitlines() if re.search(SERVES, p)]
     doomed += [p.split()[0] for p in processes(cluster).splitlines() if "EngineCore" in p]
     cluster.run("kill", "-KILL", *doomed)
@@ -79,7 +79,7 @@ def test_a_run_and_its_servers_are_requeued_together(user: User) -> None:
     words = (*SHORT, "--trainer.max_steps", "6", PAUSE)
     job = user.submit("train_with_servers.sbatch", *words, sbatch=options, SERVER_NODES="1", **LAB)
     start(user, job)
-    job.signal("USR1")  # before there is a trainer: to servers, who do not listen
+    job.signal("USR1")  # before there is a trainer: servers ignore it
     user.await_pause(500)
     (first,) = user.folder.glob("servers/*")
     key = (first / "key").read_text().strip()

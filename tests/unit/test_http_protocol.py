@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from opd_lightning.serving.authentication import BODY_BYTES, KEY_FILE_VARIABLE, make_key_file
-from tests import siege
+from tests import hostile_clients
 
 SERVER = """
 import socket, sys, uvicorn
@@ -78,9 +78,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
 
 def test_half_open_connections_make_nobody_wait(server: Stand) -> None:
     server.trainer()
-    with siege.half_open(server.url, 1500) as sockets:
-        assert siege.slowest(server.trainer) < 2
-        assert siege.are_open(sockets) <= 256, "a quarter of the files that it may open"
+    with hostile_clients.half_open(server.url, 1500) as sockets:
+        assert hostile_clients.slowest(server.trainer) < 2
+        assert hostile_clients.are_open(sockets) <= 256, "a quarter of the files that it may open"
         late = sockets[-1]
         late.setblocking(True)
         late.settimeout(30)
@@ -88,9 +88,11 @@ def test_half_open_connections_make_nobody_wait(server: Stand) -> None:
     server.trainer()
 
 
-@pytest.mark.parametrize("message", siege.MALFORMED, ids=range(len(siege.MALFORMED)))
+@pytest.mark.parametrize(
+    "message", hostile_clients.MALFORMED, ids=range(len(hostile_clients.MALFORMED))
+)
 def test_malformed_requests_end_their_connection(server: Stand, message: bytes) -> None:
-    assert siege.send(server.url, message)[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.1 401")
+    assert hostile_clients.send(server.url, message)[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.1 401")
     server.trainer()
 
 
@@ -99,13 +101,13 @@ def test_a_connection_without_the_key_has_one_request(server: Stand, path: str) 
     """A health check needs no key, and must not buy a connection that lasts."""
     one = f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
     status = b"200" if path == "/health" else b"401"
-    assert siege.send(server.url, one * 2).count(b"HTTP/1.1 " + status) == 1
+    assert hostile_clients.send(server.url, one * 2).count(b"HTTP/1.1 " + status) == 1
 
 
 def test_headers_may_not_trickle_in_after_a_response(server: Stand) -> None:
     one = f"GET / HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {server.key}\r\n\r\n"
     began = time.monotonic()
-    assert siege.send(server.url, f"{one}{one}GET".encode()).count(b"HTTP/1.1 200") == 2
+    assert hostile_clients.send(server.url, f"{one}{one}GET".encode()).count(b"HTTP/1.1 200") == 2
     assert time.monotonic() - began > 2, "or it has not waited for the headers"
 
 
@@ -114,11 +116,11 @@ def test_bodies_are_bounded_and_unread_without_a_key(server: Stand) -> None:
     assert server.ask(large).text == str(len(large))
     begun = f"POST / HTTP/1.1\r\nAuthorization: Bearer {server.key}\r\n"
     length = begun + f"Content-Length: {BODY_BYTES + 1}\r\n\r\n"
-    assert siege.send(server.url, length.encode()).startswith(b"HTTP/1.1 413")
+    assert hostile_clients.send(server.url, length.encode()).startswith(b"HTTP/1.1 413")
     chunked = begun + "Transfer-Encoding: chunked\r\n\r\n"
-    assert siege.send(server.url, chunked.encode()).startswith(b"HTTP/1.1 411")
+    assert hostile_clients.send(server.url, chunked.encode()).startswith(b"HTTP/1.1 411")
     wrong = length.replace(server.key, "wrong").encode()
-    assert siege.send(server.url, wrong).startswith(b"HTTP/1.1 401")
+    assert hostile_clients.send(server.url, wrong).startswith(b"HTTP/1.1 401")
 
 
 def test_a_trainers_connection_is_kept(server: Stand) -> None:

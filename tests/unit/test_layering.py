@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "opd_lightning"
 FILES = sorted(p for name in ("opd_lightning", "callbacks") for p in (ROOT / name).rglob("*.py"))
 
-# From bottom to top. A module imports from its own layer and from those before it, and nothing
+# From bottom to top. A module imports from its own room and from those before it, and nothing
 # else; imports under TYPE_CHECKING and inside functions count.
-LAYERS = [
+ROOMS = [
     "terminal",
     "errors",
     "types",
@@ -66,10 +66,10 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def layers_of(path: Path) -> set[str]:
-    """The layers of `opd_lightning` that a file imports from."""
+def rooms_of(path: Path) -> set[str]:
+    """The rooms of `opd_lightning` that a file imports from."""
     ours = {name.split(".")[1] for name in imports(path) if name.startswith("opd_lightning.")}
-    return {"cli" if layer == "main" else layer for layer in ours} - {"__version__"}
+    return {"cli" if room == "main" else room for room in ours} - {"__version__"}
 
 
 def test_imports_point_down() -> None:
@@ -131,9 +131,9 @@ def test_those_that_need_optional_packages_are_there() -> None:
         assert any(imports_at_once(path) & OPTIONAL for path in files), inside
 
 
-def test_every_layer_exists() -> None:
+def test_every_room_has_a_place() -> None:
     inside = {p.name.removesuffix(".py") for p in PACKAGE.iterdir()}
-    assert inside - {"__init__", "__pycache__", "py.typed"} - SHIMS == set(LAYERS)
+    assert inside - {"__init__", "__pycache__", "py.typed"} - SHIMS == set(ROOMS)
 
 
 def test_files_stay_short() -> None:
@@ -165,10 +165,10 @@ def test_methods_are_published_methods() -> None:
         assert path.stem == "__init__" or classes
 
 
-def test_the_readme_has_a_line_for_every_package() -> None:
+def test_the_readme_has_a_line_for_every_room() -> None:
     readme = (ROOT / "README.md").read_text()
-    layers = [p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()]
-    missing = [layer for layer in layers if f"{layer}/" not in readme]
+    rooms = [p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()]
+    missing = [room for room in rooms if f"{room}/" not in readme]
     assert not missing
 
 

@@ -1,4 +1,4 @@
-"""Clients that mean a server harm, on loopback."""
+"""Hostile clients of a server, on loopback."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def place(url: str) -> tuple[str, int]:
 
 @contextmanager
 def half_open(url: str, count: int = CONNECTIONS) -> Iterator[list[socket.socket]]:
-    """Connections that begin a request and then say nothing, as many as the server lets in."""
+    """Open connections with incomplete requests, as many as the server accepts."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     sockets: list[socket.socket] = []
@@ -47,7 +47,7 @@ def half_open(url: str, count: int = CONNECTIONS) -> Iterator[list[socket.socket
 
 
 def are_open(sockets: list[socket.socket]) -> int:
-    """How many the server has not closed."""
+    """Return the number of connections that the server has not closed."""
     count = 0
     for one in sockets:
         one.setblocking(False)
@@ -61,7 +61,7 @@ def are_open(sockets: list[socket.socket]) -> int:
 
 
 def send(url: str, message: bytes, *, most: int = 2**16) -> bytes:
-    """Send bytes; what comes back until the server closes the connection, within 15 s."""
+    """Send bytes; return the answer until the server closes the connection, within 15 s."""
     with socket.create_connection(place(url), timeout=15) as one:
         received = b""
         with suppress(ConnectionError):
@@ -73,7 +73,7 @@ def send(url: str, message: bytes, *, most: int = 2**16) -> bytes:
 
 
 def slowest(ask: Callable[[], None], times: int = 20) -> float:
-    """Seconds that the slowest of several calls takes."""
+    """Return the seconds of the slowest of several calls."""
     seconds = []
     for _ in range(times):
         began = time.monotonic()

@@ -14,7 +14,7 @@ import pytest
 from opd_lightning.errors import UserError
 from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts import Request, Sampling, VLLMServerEngine
-from tests import siege
+from tests import hostile_clients
 from tests.engine_contract import MAX_LENGTH, REQUESTS, assert_scored_by, reference_model
 from tests.servers import RunningServer
 
@@ -48,25 +48,28 @@ def test_the_trainer_is_answered_throughout(
         engine.generate(REQUESTS[:1], SHORT)
 
     ask()  # the first one is slow
-    seconds = {"undisturbed": siege.slowest(ask)}
-    with siege.half_open(url) as sockets:
-        seconds["half-open"] = siege.slowest(ask)
-        kept = siege.are_open(sockets)
-        for message in siege.MALFORMED:
-            siege.send(url, message)
-        seconds["malformed"] = siege.slowest(ask)
+    seconds = {"undisturbed": hostile_clients.slowest(ask)}
+    with hostile_clients.half_open(url) as sockets:
+        seconds["half-open"] = hostile_clients.slowest(ask)
+        kept = hostile_clients.are_open(sockets)
+        for message in hostile_clients.MALFORMED:
+            hostile_clients.send(url, message)
+        seconds["malformed"] = hostile_clients.slowest(ask)
         # Bodies: too large, refused by vLLM, and with ids that no embedding has.
         size = {"Content-Length": str(2**28)}
         begun = "".join(f"{k}: {v}\r\n" for k, v in (headers | size).items())
-        assert siege.send(url, f"POST /sleep HTTP/1.1\r\n{begun}\r\n".encode())[9:12] == b"413"
+        assert (
+            hostile_clients.send(url, f"POST /sleep HTTP/1.1\r\n{begun}\r\n".encode())[9:12]
+            == b"413"
+        )
         body: dict[str, Any] = {"model": "x" * 2**20, "token_ids": "x" * 60_000_000}
         route = f"{url}/inference/v1/generate"
         assert httpx.post(route, json=body, headers=headers, timeout=60).status_code == 400
-        seconds["refused body"] = siege.slowest(ask)
+        seconds["refused body"] = hostile_clients.slowest(ask)
         for beyond in (-1, 64, 2**40):
             with pytest.raises(UserError, match="answered 400"):
                 engine.generate([Request([5, beyond], 0)], SHORT)
-        seconds["ids beyond the vocabulary"] = siege.slowest(ask)
+        seconds["ids beyond the vocabulary"] = hostile_clients.slowest(ask)
     print(json.dumps({"kept open": kept, "seconds": seconds}))
     assert kept <= 256
     assert max(seconds.values()) < 2
