@@ -1,4 +1,4 @@
-"""What a person sees: TensorBoard on a lab run, opened in headless Chromium."""
+"""TensorBoard of a lab run in headless Chromium."""
 
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.tensorboard_server import tensorboard
 
 CONFIG = Path(__file__).parents[2] / "configs" / "lab" / "opd.yaml"
 STEPS = 3
-# By tab: what its page says once the run's data is there, and nowhere without it.
+# By tab: text of its page that depends on the run's data.
 TABS = {
     "scalars": ["reward", "signal", "overlap", "depth_log_ratio_abs", "collapse"],
     "custom_scalars": [
@@ -60,7 +60,7 @@ def test_every_tab_shows_the_run(in_lab: Path, tmp_path: Path) -> None:
     )
     with tensorboard(tmp_path / "run") as address, browsing(tmp_path / "profile") as page:
         for tab, texts in TABS.items():
-            page.open("about:blank")  # what another tab said is gone
+            page.open("about:blank")  # the text of another tab is gone
             page.open(f"{address}#{tab}")
             said = page.wait_for(READ, partial(says, texts))
             assert not [text for text in texts if text not in said], (tab, said)

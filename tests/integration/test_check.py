@@ -49,7 +49,7 @@ Findings = dict[str, dict[str, Any]]
 
 @pytest.fixture
 def check(in_lab: Path, sound_teacher: str, capfd: pytest.CaptureFixture[str]) -> Check:
-    """Run `opd check --json` with changes; hands back what it printed and its exit code."""
+    """Run `opd check --json` with changes; return its output and exit code."""
 
     def run(*changes: str, config: str = CONFIG) -> dict[str, Any]:
         if config == CONFIG:
@@ -68,7 +68,7 @@ def check(in_lab: Path, sound_teacher: str, capfd: pytest.CaptureFixture[str]) -
 
 @pytest.fixture
 def sound_teacher(in_lab: Path, tmp_path: Path) -> str:
-    """The student, a little elsewhere: a random model would talk a language of its own."""
+    """Return the student with noise: a random model would be too different."""
     return changed_weights(tmp_path / "sound", lambda weight: weight * 1.02)
 
 
@@ -291,7 +291,7 @@ def test_an_engine_of_another_model(check: Check, monkeypatch: pytest.MonkeyPatc
     finding = by_subject(check())["weight push"]
     assert finding["level"] == "error"
     assert "the engine holds other weights" in finding["found"]
-    # An engine that does not tell its weights is judged by its log-probs.
+    # An engine without sums of its weights is checked by its log-probs.
     monkeypatch.setattr(HFEngine, "weight_sums", lambda engine: [])
     finding = by_subject(check())["engine and trainer"]
     assert finding["level"] == "error"
@@ -471,7 +471,7 @@ def test_a_teacher_behind_a_server(check: Check, teacher_server: RunningServer) 
     )
     printed = check(*remote, f"{teacher}.path=lab/arithmetic/teacher")
     other = check(*remote, f"{teacher}.path=lab/arithmetic/student")
-    # It is untrained and may find all unlikely: that alone is said.
+    # It is untrained, so low log-probs are the only finding.
     assert not_ok(printed).keys() <= {"teacher"}
     assert by_subject(printed)["teacher from disk"]["values"]["gap_max"] < 1e-4
     assert not_ok(other) == {"set-up": "error", "numbers": "info"}
@@ -554,7 +554,7 @@ def test_one_of_several_processes_looks(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Whether nobody has started the others, or somebody has."""
+    """Run with and without other processes."""
     monkeypatch.setattr(rank_zero_only, "rank", 0)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", str(rank))

@@ -18,7 +18,7 @@ from tests.processes import run_ranks
 
 @pytest.fixture(scope="module")
 def seen(untrained_lab: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What every process saw, by phase and rank, and what each phase printed to stderr."""
+    """Return the observations of every process by phase and rank, and stderr of each phase."""
     folder = tmp_path_factory.mktemp("checkpoints")
     found: dict[str, Any] = {"shards": folder / "toy" / "folder" / "step=4.ckpt"}
     for phase in ("start", "middle", "end"):
@@ -86,7 +86,7 @@ def test_one_process_then_two_then_one(seen: dict[str, Any], way: str) -> None:
 
 
 class Bomb:
-    """What runs a program when it is unpickled."""
+    """Object that runs a program when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

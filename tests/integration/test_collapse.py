@@ -31,7 +31,7 @@ TOKENS = 24
 
 
 class PaysRepetition(Verifier):
-    """A reward that somebody got wrong: the share of characters that repeat the one before."""
+    """Verifier with a wrong reward: the share of characters that repeat the previous one."""
 
     def check(self, prompts: Sequence[Prompt]) -> None: ...
 
@@ -181,7 +181,7 @@ def run(module: OPD, folder: Path, **more: Any) -> Losses:
 def test_a_run_that_stepped_back_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     whole = method()
     expected = run(whole, tmp_path / "whole").of_step
-    # In the first step, of which only its good checkpoint knows.
+    # In the first step, which only its good checkpoint contains.
     folder = tmp_path / "first"
     with pytest.raises(ConnectionError):
         run(method(2), folder)

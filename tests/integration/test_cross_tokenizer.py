@@ -78,7 +78,7 @@ def test_groups_of_tokens_go_through_every_part(pairs: CrossTokenizerTeacher) ->
             max_logprob_gap=1e-4,
         )
 
-    first_look = StabilityWeight(tau=math.inf)  # changes nothing, and asks everybody before
+    first_look = StabilityWeight(tau=math.inf)  # changes nothing, and requests all scores before
     plain, looked = fit(method()), fit(method(first_look))
     assert_alike(looked, plain, 1e-6)
     assert 1 < plain.logged[0]["signal/group_length"] < 3

@@ -65,7 +65,7 @@ def fit(
     trainer: dict[str, Any] | None = None,
     **data: Any,
 ) -> Recorder:
-    """Train in the current (untrained) lab and hand back what was recorded."""
+    """Train in the untrained lab, the working folder; return the records."""
     recorder = Recorder()
     lightning = Trainer(
         accelerator="cpu",
@@ -204,7 +204,7 @@ def test_resume_continues_bit_for_bit(stop: int, tmp_path: Path) -> None:
 
 
 class DeafEngine(HFEngine):
-    """Says that it has the new weights and never looked at them."""
+    """Engine that reports new weights without loading them."""
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         if version == 0:
@@ -229,7 +229,7 @@ class SecretiveEngine(ForgetfulEngine):
 
 
 class StuckEngine(SecretiveEngine):
-    """Takes no weights after its first, and does not say that it did."""
+    """Engine that ignores later pushes and keeps its version."""
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         super().load_weights(version, weights)
@@ -321,7 +321,7 @@ FAST = [
     "--data.sampling.max_new_tokens=16",
 ]
 
-# The quantities that the papers tell their stories by, as far as they apply to OPD.
+# The figures that papers report, as far as they apply to OPD.
 LOGGED = {
     "loss", "reward", "response/degenerate_groups", "tokens_per_second",
     "signal/log_ratio_mean", "signal/log_ratio_abs_mean", "signal/positive", "overlap/ratio",
@@ -339,7 +339,7 @@ LOGGED = {
 
 
 def shown_rows(page: str) -> list[dict[str, Any]]:
-    """What a page of coloured tokens is drawn from."""
+    """Return the data of a page of coloured tokens."""
     _, _, rest = page.partition('id="rows">')
     rows: list[dict[str, Any]] = json.loads(rest.partition("</script>")[0])
     return rows

@@ -1,7 +1,7 @@
 """The first losses of every method on the untrained lab; a refactor must not move them.
 
 After a change that is meant to move them: `pytest tests/integration/test_golden.py --update-golden`
-and say in the commit why they moved.
+and give the reason in the commit.
 """
 
 from pathlib import Path

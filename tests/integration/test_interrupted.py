@@ -45,7 +45,7 @@ class FailingTeacher(FrozenTeacher):
 
 
 class FailingEngine(HFEngine):
-    """Dies at a given call."""
+    """Raises at a given call."""
 
     def __init__(self, at: int = -1) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ def divide_by_zero() -> None:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[Callable[[], None]]:
-    """Presses it; shells make background jobs deaf to it, and Lightning leaves the process so."""
+    """Send SIGINT with Python's handler, which background jobs of shells and Lightning replace."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield lambda: os.kill(os.getpid(), signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)

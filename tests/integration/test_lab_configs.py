@@ -14,7 +14,7 @@ ENGINE = "opd_lightning.rollouts.VLLMEngine"
 
 
 def prepared(name: str, folder: Path, *more: str) -> Path:
-    """The configuration with a run folder of its own, after what its header says comes first."""
+    """Return the configuration with a separate run folder, after the commands of its header."""
     text = (CONFIGS / "lab" / f"{name}.yaml").read_text()
     path = folder / f"{name}.yaml"
     path.write_text(text.replace(f"runs/lab-{name.replace('_', '-')}", str(folder)))

@@ -1,4 +1,4 @@
-"""`--ckpt_path last`: all commands take a run's newest whole checkpoint, and say which."""
+"""`--ckpt_path last`: all commands use a run's newest intact checkpoint and report it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says on stderr, where stderr is a file: what a person would want to read."""
+"""Output of a run on stderr when stderr is a file."""
 
 from __future__ import annotations
 

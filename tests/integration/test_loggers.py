@@ -77,7 +77,7 @@ def test_a_csv_file_keeps_its_earlier_steps(tmp_path: Path) -> None:
     go_on(tmp_path, 2, kind, name="", version="")
     first = rows(tmp_path)
     assert {row["step"] for row in first} == {"0", "1"}
-    # A process that died after the checkpoint has logged more.
+    # A process that was killed after the checkpoint has logged more.
     more = ",".join("7" if name == "step" else "9" for name in first[0])
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write(f"{more}\n{more[:5]}")

@@ -16,7 +16,7 @@ from opd_lightning.cli import main
 from tests.integration.measuring_ranks import CONFIGS, LAYOUTS, PROMPTS, STEPS
 from tests.processes import run_ranks
 
-pytestmark = pytest.mark.timeout(900)  # who comes first starts the processes
+pytestmark = pytest.mark.timeout(900)  # the first test starts the processes
 
 SCRIPT = "tests.integration.measuring_ranks"
 MANY = ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)]
@@ -52,14 +52,14 @@ def suites() -> dict[str, Any]:
 
 
 class Said:
-    """Starts the script for layouts that nobody has asked for yet."""
+    """Runs the script once per layout and caches the output."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._said: dict[str, list[dict[str, Any]]] = {}
 
     def __call__(self, layout: str) -> list[dict[str, Any]]:
-        """Of every process: by command, its exit code and what it wrote."""
+        """Return exit code and output of every process, by command."""
         if layout not in self._said:
             if layout != "one":
                 self("one")

@@ -1,4 +1,4 @@
-"""Every method trains, twice alike, and becomes another where its parameters say so."""
+"""Every method trains reproducibly, and equals another method for certain parameters."""
 
 import json
 from collections.abc import Callable

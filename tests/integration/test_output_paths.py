@@ -1,4 +1,4 @@
-"""Where a command writes is looked at first, and what it measured is shown in any case."""
+"""Output paths are checked before the work; results are printed even if writing fails."""
 
 from __future__ import annotations
 

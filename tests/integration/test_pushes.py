@@ -87,7 +87,7 @@ def test_two_pushes_write_what_the_engine_in_process_does(
 def test_servers_with_several_workers_have_ranks_of_their_own(
     rollout_server: RunningServer, engine: VLLMServerEngine, models: list[Path]
 ) -> None:
-    """Beside the real one, a stand-in whose two workers say what reached them."""
+    """Return a stand-in with two workers, which report the received tensors."""
     model = reference_model(models[1])
     with StandIn(engine._model, workers=2) as other:
         both = engine_of(

@@ -1,4 +1,4 @@
-"""A teacher behind a real vLLM server says what it says in this process, and may be lost."""
+"""A teacher behind a real vLLM server scores as in this process; its server may be lost."""
 
 import threading
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def local(untrained_lab: Path) -> FrozenTeacher:
     return teacher
 
 
-NOBODY: Any = None  # the student, whom neither teacher reads
+NOBODY: Any = None  # the student, which neither teacher reads
 
 
 def ragged() -> RolloutBatch:

@@ -1,4 +1,4 @@
-"""Runs that watch what they forget: logged, kept, acted upon, and the same after a resumption."""
+"""CapabilityRetention in runs: figures, Pareto checkpoints, actions, resumption."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ SUMS = "lab/arithmetic/demonstrations.jsonl"
 
 @pytest.fixture(scope="session")
 def letters(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What who learns to write digits unlearns."""
+    """Texts whose likelihood falls when the student learns to write digits."""
     path = tmp_path_factory.mktemp("letters") / "letters.jsonl"
     rows = [{"messages": f"{i}", "response": "abcdefgh"[i:]} for i in range(4)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

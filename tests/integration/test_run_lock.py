@@ -1,4 +1,4 @@
-"""A run folder belongs to one job at a time, and to nobody once that job is dead."""
+"""A run folder is locked by one job at a time, until the job ends."""
 
 import errno
 import fcntl

@@ -27,7 +27,7 @@ QUICK = ("--trainer.logger=false", "--max_new_tokens=8")
 
 
 class Answered(NamedTuple):
-    """What a call printed, and the rows of its page."""
+    """Return the output of a call and the rows of its page."""
 
     out: str
     err: str
@@ -94,7 +94,7 @@ def test_a_pipe_gets_the_text_alone(
     assert again.out == found.out
 
 
-# Who colours the tokens, under which configuration and with which options.
+# Model that colours the tokens, by configuration and options.
 COLOURS = [
     ("grpo", [], ["student"]),
     ("lightning_opd", [], ["log_ratio", "student", "teacher"]),

@@ -3,7 +3,7 @@
 `tests/saved_run/run` was written at 0.1.0, before modules moved to packages: two of four steps of
 G-OPD with an EMA reference, a policy gradient corrected for the sampler and a validation.
 `at_step_4.json` is what that version made of it two steps later. Do not write either anew: a
-checkpoint that can no longer be read is a break that users must be told of.
+checkpoint that can no longer be loaded is a breaking change.
 """
 
 import json

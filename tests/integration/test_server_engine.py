@@ -273,7 +273,7 @@ def test_ranks_share_a_server_and_one_pushes(
     call_ranks(_rank, *arguments, count=2, timeout=280)
 
 
-# Who may do what ------------------------------------------------------------------------
+# Authorisation -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("method", "path"), [*DEVELOPMENT_ROUTES, *OTHER_ROUTES])

@@ -31,7 +31,7 @@ OPTIMISERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 class OddTeacher(FrozenTeacher):
-    """Says something odd about one token of the given steps' first rows."""
+    """Teacher with a wrong log-prob for one token of the first row, at given steps."""
 
     def __init__(self, path: str, steps: Sequence[int], value: float = float("nan")) -> None:
         super().__init__(path)
@@ -48,7 +48,7 @@ class OddTeacher(FrozenTeacher):
 
 
 class Moved(Callback):
-    """Which steps moved anything: weights, or what the optimiser remembers."""
+    """Record the steps that changed weights or optimiser state."""
 
     def __init__(self) -> None:
         self.of_step: dict[int, bool] = {}

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run that went on from an older checkpoint, asked over HTTP."""
+"""TensorBoard's data of a run that resumed from an older checkpoint, over HTTP."""
 
 import json
 import re
@@ -84,7 +84,7 @@ def whole(untrained_lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def resumed(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, after which somebody went on from step FROM."""
+    """Return the same run, resumed from step FROM."""
     folder = tmp_path_factory.mktemp("resumed") / "copy"
     copytree(whole, folder, symlinks=True)
     start = str(RUN / "checkpoints" / f"epoch=0-step={FROM}.ckpt")
@@ -136,7 +136,7 @@ def test_the_server_shows_one_run(whole: Path, resumed: Path, fast: bool) -> Non
 
 
 def test_every_chart_has_its_figures(whole: Path) -> None:
-    """The layout names tags by regular expressions, which nobody else would miss."""
+    """The layout names tags by regular expressions, which no other test checks."""
     events = EventAccumulator(str(whole / RUN))
     events.Reload()
     (entry,) = events.Tensors(LAYOUT)

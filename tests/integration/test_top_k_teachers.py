@@ -1,4 +1,4 @@
-"""A teacher that tells a few log-probs teaches what one with the whole distribution does."""
+"""A top-k teacher gives the loss of a teacher with the whole distribution."""
 
 from dataclasses import replace
 from pathlib import Path

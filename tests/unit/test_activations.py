@@ -1,4 +1,4 @@
-"""What a micro-batch keeps, counted by autograd itself, against the formula."""
+"""Activation memory of a micro-batch, counted by autograd, against the formula."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def regrouped(student: Tensor, other: Tensor, ends: list[list[int]]) -> Tensor:
 def test_every_token_carries_its_groups_difference() -> None:
     student = torch.tensor([[-1.0, -2.0, -3.0, -4.0, -5.0, 0.0]], dtype=torch.float64)
     other = torch.tensor([[0.0, -1.5, -3.5, -1.0, -6.0, 0.0]], dtype=torch.float64)
-    # Groups of 2, 1 and 1; nothing is said of the fifth token, and the sixth is padding.
+    # Groups of 2, 1 and 1; the fifth token has no group, and the sixth is padding.
     found = regrouped(student, other, [[0, 1, 1, 1, 0, 0]])
     close(found - student, torch.tensor([[1.5, 1.5, -0.5, 3.0, 0.0, 0.0]], dtype=torch.float64))
 

@@ -1,4 +1,4 @@
-"""What vLLM computes otherwise than transformers is refused before it starts."""
+"""Architectures that vLLM computes differently are refused before it starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cached teacher says what the teacher behind it says, and nothing else."""
+"""A cached teacher returns the scores of the wrapped teacher only."""
 
 import json
 from collections.abc import Callable
@@ -62,7 +62,7 @@ Fill = Callable[..., CachedTeacher]
 
 @pytest.fixture
 def filled(tiny_model_dir: TinyModelDir, tmp_path: Path) -> Fill:
-    """Fill a cache with the answers to questions; hand back a teacher who read it."""
+    """Fill a cache with scores; return a teacher that has read it."""
 
     def make(
         asked: list[RecordedQuestion], seed: int = 1, temperature: float = TEMPERATURE

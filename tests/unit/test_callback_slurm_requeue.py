@@ -1,4 +1,4 @@
-"""How a job asks to be started again, and what happens if SLURM refuses."""
+"""Requeue requests of jobs, and refusals by SLURM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opd_lightning.run.signals import SignalAction, SignalledError
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that programs are looked for in, with one that notes what it is told."""
+    """Return a folder on the PATH with a fake `scontrol` that records its arguments."""
     program = tmp_path / "scontrol"
     program.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/told\n')
     program.chmod(0o755)

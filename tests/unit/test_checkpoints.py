@@ -1,4 +1,4 @@
-"""What is on the disk after a kill, a full disk or damage, and what a run makes of it."""
+"""Checkpoints after a kill, a full disk or damage, and their handling."""
 
 import os
 import pickle
@@ -152,7 +152,7 @@ def test_what_a_link_names_is_not_written_through(tmp_path: Path) -> None:
 
 
 class Puts(Callback):
-    """A callback with a state of its own."""
+    """Callback with state."""
 
     def __init__(self, what: Any) -> None:
         self.what = what
@@ -170,7 +170,7 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
 
 
 def stop_at(folder: Path, reason: str) -> None:
-    """A run whose third step finds no room for its larger checkpoint."""
+    """Run whose third checkpoint is too large for the disk."""
     train(folder, 2)
     trainer, module = train(folder, 2)
     module.extra = torch.nn.Parameter(torch.zeros(1 << 18))

@@ -1,4 +1,4 @@
-"""A teacher with other tokens: what it says of a response, and that it is asked no more."""
+"""Teachers with another tokenizer: scores and refused requests."""
 
 import json
 from dataclasses import replace
@@ -103,7 +103,7 @@ def test_other_names_of_the_same_tokens_change_nothing(
     assert torch.equal(found.ends, batch.response_mask)
     assert found.entropy.isnan().all()
     assert found.top_ids.shape == (*batch.response_ids.shape, 0)
-    # That the tokens are called otherwise does matter to one who takes them for the student's.
+    # Other token ids do matter to a teacher that reads the student's ids.
     wrong = score(FrozenTeacher(str(lab["permuted"])), student, batch)
     assert (wrong.logprobs - expected.logprobs).abs().max() > 0.1
 
@@ -127,7 +127,7 @@ def test_groups_hold_the_sums_of_the_teachers_own_tokens(
         assert row[mask][-1]
         assert not (row & ~mask).any()
         assert (found.logprobs[0][~row] == 0).all()
-        if ended:  # the end is a group of its own
+        if ended:  # the end is a separate group
             torch.testing.assert_close(found.logprobs[0][mask][-1], own[-1], atol=1e-5, rtol=0)
             assert row[mask][-2]
 

@@ -1,4 +1,4 @@
-"""Whatever happened to a checkpoint's bytes, one line says so, and not in a library's words."""
+"""Damage to any bytes of a checkpoint gives one line of this program, not of a library."""
 
 import os
 import pickle
@@ -42,7 +42,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refusal(path: Path) -> str:
-    """What is said to be wrong with it."""
+    """Return the message about a damaged checkpoint."""
     with pytest.raises(UserError) as refused:
         whole(path)
     line = str(refused.value)

@@ -1,4 +1,4 @@
-"""A line that several processes end with is told by one of them."""
+"""A line with which several processes end is printed by one of them."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_u2_direct_k1_teaches_nothing() -> None:
 
 def test_u2_gradients() -> None:
     reverse, forward = finite_difference(ReverseKL()), finite_difference(ForwardKL())
-    assert (reverse - forward).abs().max() > 0.01  # the next lines tell them apart
+    assert (reverse - forward).abs().max() > 0.01  # the next lines distinguish them
     close(expected_gradient("k2"), reverse, atol=1e-6)
     close(expected_gradient("k3"), forward, atol=1e-6)
     close(expected_gradient("abs"), finite_difference(None), atol=1e-6)

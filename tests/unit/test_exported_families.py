@@ -1,4 +1,4 @@
-"""What leaves the trainer is the whole model: exports and pushes of many architectures."""
+"""Exports and pushes contain the whole model, for many architectures."""
 
 from __future__ import annotations
 

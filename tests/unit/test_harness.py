@@ -51,7 +51,7 @@ def reader_of(folder: Path, context_length: int | None = None) -> RequestEncoder
 
 @pytest.fixture
 def prepare(tiny_model_dir: TinyModelDir, tasks: str) -> Prepare:
-    """An exam of one of the tasks."""
+    """Suite of one of the tasks."""
 
     def make(
         task: str, *, folder: str = tasks, context_length: int | None = None, **settings: Any
@@ -250,7 +250,7 @@ def test_a_score_is_better_the_higher_it_is() -> None:
     ("share", "error", "trials"), [(0.98, 0.02, 49), (1.0, 0.0, 7), (0.0, 0.0, 7)]
 )
 def test_the_interval_of_a_share_is_wilson_s(share: float, error: float, trials: int) -> None:
-    """Where all documents are right the error is 0, and the number of documents counts."""
+    """If all documents are correct the error is 0, and the number of documents is used."""
     given = results(**{"acc,none": share, "acc_stderr,none": error})
     found = Figures.of(given, "t").judged_by("acc")
     expected = [float(bound) for bound in wilson(torch.tensor(share).double(), trials)]

@@ -36,7 +36,7 @@ TEMPERATURE = 0.7
 
 
 def forward_kl(student: Tensor, teacher: Tensor | None) -> Tensor:
-    """Over the tokens the teacher knows, so that one known by its top-k makes sense."""
+    """Divergence over tokens with teacher log-probs, for teachers with a top-k."""
     assert teacher is not None
     known = teacher.isfinite()
     log_ratio = torch.where(known, teacher, 0.0) - torch.where(known, student, 0.0)

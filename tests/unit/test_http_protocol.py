@@ -1,4 +1,4 @@
-"""Who has no key cannot exhaust a server's connections: uvicorn is real, vLLM is not there."""
+"""Clients without a key cannot exhaust a server's connections; with uvicorn, without vLLM."""
 
 from __future__ import annotations
 

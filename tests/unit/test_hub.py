@@ -26,7 +26,7 @@ def test_a_hub_name_without_a_hub(
     offline: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # no server listens
     source = ModelSource("nobody/nothing", role="student")
     with caplog.at_level(logging.WARNING), pytest.raises(UserError) as raised:
         source.config  # noqa: B018

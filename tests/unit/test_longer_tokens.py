@@ -117,7 +117,7 @@ def answered(ids: tuple[int, ...], *, truncated: bool = False) -> Rollout:
 def difference(
     teacher: World, source: ModelSource, ours: ModelSource, batch: RolloutBatch
 ) -> tuple[Tensor, Tensor]:
-    """Of all groups, to one with the student's tokens: what the teacher is, and what it says."""
+    """Compare a teacher over all groups with one that has the student's tokens."""
     own = logprobs(teacher, ours, batch)
     told = asked(teacher, source, batch, ours)
     assert told.ends is not None
@@ -150,7 +150,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_token_that_tells_what_follows_tells_nothing_too_early() -> None:
-    """The teacher has letters and "ab"; its "a" alone tells that no "b" comes next."""
+    """The teacher has letters and "ab"; its token "a" implies that no "b" follows."""
     world = {"aa": 0.28, "ab": 0.42, "ba": 0.24, "bb": 0.06}
     source = longest_match("a", "b", "ab")
     batch = make_batch([answered(encode(LETTERS, string)) for string in world])
@@ -230,7 +230,7 @@ def test_a_text_that_was_cut_otherwise_before_is_left_out() -> None:
 
 
 def test_what_a_token_of_the_students_tells_the_teacher_knows_later() -> None:
-    """The student's "a" tells that no "b" follows, the teacher's does not."""
+    """The student's "a" implies that no "b" follows, the teacher's does not."""
     world = random_world(0)
     ours = longest_match("a", "b", "ab")
     batch = written(ours)

@@ -54,7 +54,7 @@ def test_full_vocabulary_loss_has_the_same_gradient(student: Tensor, teacher: Te
 
 
 def test_u1_holds_for_draws(student: Tensor, teacher: Tensor) -> None:
-    """A Monte-Carlo estimate lies within four standard errors, in every coordinate."""
+    """A Monte-Carlo estimate is within four standard errors, in every coordinate."""
     draws = 200_000
     generator = torch.Generator().manual_seed(2)
     chosen = torch.multinomial(sequence_probs(student), draws, True, generator=generator)

@@ -1,4 +1,4 @@
-"""What was measured, as a table that a person reads and an object that a program does."""
+"""Reports of measurements as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_row_for_every_suite_and_domain() -> None:
     scored = ["0.250", "0.125-0.500", "0.375"]
     assert ["sums,", "n=2", "8", *scored, "0.300", "20.2", "0.500"] in lines
     assert ["add-2", "5", *scored, "20.2", "0.500"] in lines
-    assert ["chat", "4", "20.2", "0.500"] in lines  # nobody scored it
+    assert ["chat", "4", "20.2", "0.500"] in lines  # not scored
     assert ["texts", "3", "1.649", "0.5000", "0.0000"] in lines
 
 

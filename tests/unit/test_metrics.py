@@ -104,7 +104,7 @@ def test_u23_identical_and_disjoint_supports() -> None:
     assert overlap(model, model) == {"ratio": 1, "advantage": 0, "teacher_weighted": 0, **masses}
     none = {"ratio": 0, "student_mass": 0, "teacher_mass": 0}  # and no advantage, rather than NaN
     assert overlap(model, {3: 0.6, 4: 0.3}) == none
-    one = {1: 0.6, 2: 0.0}  # all that a server told of its top 2
+    one = {1: 0.6, 2: 0.0}  # log-probs that a server returned for its top 2
     assert overlap(model, one)["ratio"] == 0.5
     assert overlap(model, one)["advantage"] == 0  # all of what they share
 
@@ -322,7 +322,7 @@ def test_the_interval_of_single_samples_is_wilson_s(right: int) -> None:
 
 
 def test_an_interval_knows_what_samples_say() -> None:
-    """Samples that always agree say no more than one; scores between 0 and 1 vary less."""
+    """Samples that always agree count as one; scores between 0 and 1 vary less."""
     single = torch.tensor([[1.0], [0.0], [1.0], [1.0]])
     assert interval(single.expand(4, 5)) == interval(single)
     assert interval(torch.ones(4, 5)) == interval(torch.ones(4, 1))

@@ -1,4 +1,4 @@
-"""Who writes: shares, determinism, and what a rollout of each author may be used for."""
+"""Authors of responses: shares, determinism, and use of their rollouts."""
 
 from collections import Counter
 

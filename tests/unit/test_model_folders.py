@@ -31,7 +31,7 @@ def folder(tiny_model_dir: TinyModelDir, tmp_path: Path) -> Path:
 
 
 def check(folder: Path) -> None:
-    """What a run checks before weights load."""
+    """Run the checks of a run before weights load."""
     student = Student(str(folder))
     check_usable(student.source)
     _ = student.source.pad_id

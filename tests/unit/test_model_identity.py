@@ -1,4 +1,4 @@
-"""The same content has the same name wherever it lies; other content has another."""
+"""Equal content has the same name in any folder; other content has another."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a checkpoint's pickles may hold."""
+"""Allowed types in a checkpoint's pickles."""
 
 import pickle
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run's cost is predicted from, and what follows from it without any weights."""
+"""Plans of runs, and cost estimates without weights."""
 
 from __future__ import annotations
 

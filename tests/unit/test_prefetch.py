@@ -1,4 +1,4 @@
-"""Rollouts written beside training: whose weights, who waits for whom, what a checkpoint holds."""
+"""Prefetched rollouts: versions of weights, waiting, content of checkpoints."""
 
 import threading
 import time
@@ -90,7 +90,7 @@ def test_a_failure_in_the_thread_is_raised_as_itself() -> None:
     next(batches)  # step 0 is over
     next(batches)  # step 1 was written; step 2 fails in the thread
     next(batches)
-    # Its rollouts cannot be saved, and saving says nothing: the next step will.
+    # Its rollouts cannot be saved, and saving does not raise: the next step will.
     assert "rollouts" not in run.stream.state_dict()
     with pytest.raises(ConnectionError, match="the engine is gone"):
         run.steps(1)
@@ -143,7 +143,7 @@ def test_waiting_and_hidden_time_are_told_apart() -> None:
     assert prefetch.take(0, timer) is None
     assert prefetch.take(1, timer) == []
     timer.next_step()
-    # Sleeps are at least as long as they say; a busy machine makes them longer.
+    # Sleeps have a minimum duration; a busy machine makes them longer.
     waited, hidden = timer.last["generate"], timer.last["generate_hidden"]
     assert waited < timer.last["step"] - 0.09
     assert hidden > 0.09

@@ -23,14 +23,14 @@ SRUN = "The `srun` command is available on your system but is not used. HINT: If
 
 
 class Terminal(io.StringIO):
-    """What looks like one."""
+    """Stream that is a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """Clock that a test advances."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -47,7 +47,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Log:
-    """What stderr got since it was last asked."""
+    """Return the text written to stderr since the last call."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys

@@ -1,4 +1,4 @@
-"""What a run notes about its prompt files, and what it says when they have changed."""
+"""Records of prompt files, and messages when they have changed."""
 
 from collections.abc import Callable
 from pathlib import Path

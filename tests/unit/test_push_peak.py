@@ -1,4 +1,4 @@
-"""What a push holds beside the model: one full tensor, two while LoRA is merged."""
+"""Memory of a push beside the model: one full tensor, two while LoRA is merged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from opd_lightning.rollouts import HFEngine
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that were alive at once, of all that operations have allocated."""
+    """Dispatch mode that measures the peak of allocated bytes."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is refused of a push through vLLM's weight transfer before any server is asked."""
+"""Refusals of pushes through vLLM's weight transfer before any request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 @pytest.mark.parametrize(
     ("engine", "words", "refusal"),
     [
-        # The servers' address file is not there: who waited for it would not end.
+        # The servers' address file does not exist: a wait for it would not end.
         ("vllm_server_transfer", "nccl", "engine.push: got nccl, but this machine has no GPU"),
         ("vllm", "nccl", "'push' is not accepted"),
         ("vllm_server", "gloo", "engine.push_folder: got one with push: gloo; leave it out"),

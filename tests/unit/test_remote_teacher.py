@@ -20,7 +20,7 @@ from tests.http_server import Server
 pytestmark = pytest.mark.vllm
 
 CPU = torch.device("cpu")
-NOBODY: Any = SimpleNamespace(sharding=None)  # the student, whom no teacher here reads
+NOBODY: Any = SimpleNamespace(sharding=None)  # the student, which no teacher here reads
 LENGTH = 32
 
 
@@ -130,7 +130,7 @@ def test_sampled_tokens(remote: RemoteTeacher, stand_in: StandIn, top_k: int) ->
     ours = stand_in.teacher.score(batch(), "student", top_k=top_k)
     torch.testing.assert_close(theirs.logprobs, ours.logprobs, atol=1e-5, rtol=0)
     assert torch.equal(theirs.top_ids, ours.top_ids)
-    # A matrix where it says all that was asked; nothing of the prompt travels with it.
+    # A matrix if it has all requested log-probs; the prompt is not returned.
     assert sorted(stand_in.sizes) == ([(3, 1), (4, 1)] if stand_in.by_id and not top_k else [])
 
 

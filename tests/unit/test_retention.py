@@ -224,7 +224,7 @@ def test_only_the_front_stays_on_disk(tmp_path: Path) -> None:
         (20, names[1]),
         (40, names[2]),
     ]
-    # A run that goes on from step 10 leaves what lies ahead until it gets there.
+    # A run that resumes from step 10 keeps later files until it reaches their steps.
     saver.global_step = 20
     folder.keep(cast(Any, saver), points[:1], {})
     assert sorted(path.name for path in folder.folder.iterdir()) == ["index.json", names[2]]

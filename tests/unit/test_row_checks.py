@@ -218,7 +218,7 @@ def test_damaged_folders(file: str, content: bytes | None, tmp_path: Path) -> No
     if content is not None:
         damaged.write_bytes(content)
     source = PromptSource(str(tmp_path / "saved"))
-    if file == "dataset_info.json" and content == b"{}":  # says nothing wrong
+    if file == "dataset_info.json" and content == b"{}":  # no warning
         assert len(source.load()) == 3
         return
     with pytest.raises(UserError, match=r"\A.*saved.*\Z"):

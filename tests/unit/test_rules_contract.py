@@ -1,4 +1,4 @@
-"""What holds for every rule: masks only shrink, padding is left alone, a step is a step."""
+"""Contract tests of all rules: masks only shrink, padding has no effect, steps are exact."""
 
 import importlib
 import pkgutil
@@ -101,7 +101,7 @@ def random_step(seed: int, padding: float = 0.0) -> tuple[Scored, Signal]:
     on_policy = [True] * ROWS
     behaviour = student + uniform(-0.3, 0.3)
     on_policy[7], on_policy[8] = False, False
-    behaviour[8] = torch.nan  # recorded: nobody sampled it
+    behaviour[8] = torch.nan  # recorded: no sampler
     rewards = [1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0]
     scored = make_scored(
         student,
@@ -304,7 +304,7 @@ def test_a_configuration_names_it(rule: Rule) -> None:
 
 @every_rule
 def test_the_parser_knows_the_types(rule: Rule) -> None:
-    """Where it cannot tell them it takes anything, a misspelt choice for one."""
+    """Without them it would accept any value, such as a misspelt choice."""
     good = {name: as_written(value) for name, value in vars(rule).items()}
     for name in good:
         with pytest.raises(ArgumentError, match="Expected a "):

@@ -85,7 +85,7 @@ def test_diagnostics_by_hand() -> None:
     for values in (rates, soft):
         torch.testing.assert_close(values["evidence/mean"], row(E))
         torch.testing.assert_close(values["evidence/abs_mean"], row(E).abs())
-        # sign e = sign d; no evidence agrees with no opinion alone.
+        # sign e = sign d; e = 0 agrees with d = 0 only.
         assert values["evidence/agreement"].tolist() == [[1, 0, 1, 0]]
     # exp(0.05) - 1 = 0.0513 is just enough; a mask moves only what it keeps.
     assert rates["evidence/leverage"].tolist() == [[1, 1, 0, 0]]

@@ -78,7 +78,7 @@ def test_u14_padding_does_not_enter_a_sequences_product() -> None:
 
 
 def test_u14_a_sequences_product_is_over_all_it_wrote() -> None:
-    """How likely a response was does not depend on which of its tokens are learned from."""
+    """The probability of a response does not depend on its mask."""
     scored = of_ratios([2.0, 2.0])
     signal = opd_signal(scored, torch.tensor([[True, False]]))
     close(applied(TruncatedImportance("sequence"), scored, signal)[0].weight, [[4.0, 1.0]])

@@ -1,4 +1,4 @@
-"""Callbacks that take part in a run: all of them are heard, in order, and say what they are."""
+"""RunCallbacks: all are called, in order, and their attributes are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `opd serve` refuses before it loads anything, and how servers are found."""
+"""Refusals of `opd serve` before loading, and discovery of servers."""
 
 from __future__ import annotations
 

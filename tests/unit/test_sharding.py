@@ -1,4 +1,4 @@
-"""Which ways of sharing weights are accepted, and how many processes share them."""
+"""Accepted strategies, and the number of processes that share the weights."""
 
 from __future__ import annotations
 

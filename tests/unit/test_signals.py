@@ -1,4 +1,4 @@
-"""Signals are noted while somebody polls them, interrupt before, and reach nobody else."""
+"""Signals are recorded while they are polled, interrupt before, and reach no children."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_save_is_finished_first(number: signal.Signals) -> None:
     signals.close()
     signals.interrupt_on_stops()
     assert list(save(number)) == ["saved", number.name]
-    assert list(save(number, number)) == [number.name]  # whoever insists is obeyed
+    assert list(save(number, number)) == [number.name]  # a second signal acts at once
     assert list(save()) == ["saved"]
     with pytest.raises(KeyboardInterrupt):  # and the handlers are back
         os.kill(os.getpid(), number)

@@ -9,12 +9,12 @@ SLURM = Path(__file__).parents[2] / "slurm"
 SHARED = ("common.sh", "beside.sh")
 SCRIPTS = sorted(path.name for path in SLURM.glob("*.sbatch"))
 
-# Read for what they are, set by others.
+# Set by SLURM or the shell, or for other programs.
 NOT_OURS = r"SLURM_\w+|SECONDS|PWD|SRUN_CPUS_PER_TASK|NCCL_SOCKET_IFNAME|GLOO_SOCKET_IFNAME"
 
 
 def listed() -> dict[str, set[str]]:
-    """Variables in the tables, by their headings."""
+    """Return the variables in the tables, by heading."""
     sections = re.split(r"^## ", (SLURM / "README.md").read_text(), flags=re.MULTILINE)[1:]
     return {
         section.splitlines()[0]: set(re.findall(r"^\| `([A-Z_]+)` \|", section, re.MULTILINE))
@@ -23,13 +23,13 @@ def listed() -> dict[str, set[str]]:
 
 
 def of(script: str) -> set[str]:
-    """What the README says about a script."""
+    """Return the variables that the README lists for a script."""
     tables = [v for heading, v in listed().items() if script in heading or "every" in heading]
     return set().union(*tables)
 
 
 def read_by(*files: str) -> set[str]:
-    """Variables in the code, comments aside."""
+    """Return the variables in the code, without comments."""
     code = "\n".join(re.sub(r"(^|\s)#.*", "", (SLURM / file).read_text()) for file in files)
     names = re.findall(r"\$\{?!?([A-Z][A-Z_]+)\b|\bnumber ([A-Z_]+) ", code)
     names += [(name, "") for name in re.findall(r"\(\((?:[^)]*\W)?([A-Z][A-Z_]+)\b", code)]

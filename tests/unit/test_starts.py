@@ -1,4 +1,4 @@
-"""What is noted of a start."""
+"""Records of starts."""
 
 import json
 import subprocess

@@ -96,7 +96,7 @@ def test_one_side_may_be_clipped_alone() -> None:
 
 
 def test_rows_of_others_keep_the_trainers_ratio() -> None:
-    """Guided rows were sampled under another prompt, recorded ones by nobody (NaN)."""
+    """Guided rows were sampled under another prompt, recorded ones have no sampler (NaN)."""
     student = torch.tensor([[-1.0, -2.0]] * 3, dtype=torch.float64)
     sampler = torch.tensor([[-2.0, -3.0], [-9.0, -9.0], [torch.nan] * 2], dtype=torch.float64)
     rows = torch.tensor([True, False, False])

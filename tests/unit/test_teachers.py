@@ -1,4 +1,4 @@
-"""Teachers: what moves, what does not, and who answers for whom."""
+"""Teachers: updates, fixed weights, and delegation."""
 
 import hashlib
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Loss terms with views of their own, beside a loss that reads others."""
+"""Loss terms with other views than the loss."""
 
 from __future__ import annotations
 

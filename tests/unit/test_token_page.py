@@ -1,4 +1,4 @@
-"""Pages of coloured tokens: what a response says cannot break them."""
+"""Pages of coloured tokens: responses cannot break them."""
 
 import json
 

@@ -78,7 +78,7 @@ def pieces(text: str) -> list[bytes]:
         ("a|b|e\u0301|c|d", "a|b|é|c|d", ["a~a", "b~b", "e\u0301~é", "c~c", "d~d"]),
         ("a|b|x|c", "a|b|c", ["a~a", "bx~b", "c~c"]),
         ("a|b|c", "a|b|x|c", ["a~a", "b~b", "c~xc"]),
-        # At the end, and in two places: what lies between is in one group with them.
+        # At the end, and in two places: the tokens between are in one group with them.
         ("a|b|x", "a|b", ["a~a", "bx~b"]),
         ("a|b", "a|b|x", ["a~a", "b~bx"]),
         ("a|x|b|y|c", "a|X|b|Y|c", ["a~a", "xby~XbY", "c~c"]),

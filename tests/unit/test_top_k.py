@@ -65,7 +65,7 @@ def weighted_score(weights: Tensor) -> Tensor:
 
 
 def support_mask(support: str, k: int = K) -> Tensor:
-    """Which tokens are in the support, by sorting: `[n, V]`."""
+    """Return a mask of the support by sorting: `[n, V]`."""
     ours, theirs = (
         logits >= logits.sort(descending=True).values[:, k - 1 : k] for logits in (STUDENT, TEACHER)
     )

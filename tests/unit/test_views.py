@@ -133,7 +133,7 @@ def test_u10_no_privileged_token_at_loss_time(tokenizer: Any) -> None:
 def test_recorded_ids_are_taken_as_they_are(tokenizer: Any) -> None:
     eos = tokenizer.eos_token_id
     text = tokenizer.encode("me", add_special_tokens=False)
-    # What this tokenizer would never make of its own text, with and without an end.
+    # Ids that this tokenizer does not produce, with and without an end.
     whole, cut = [eos + 1, text[0], eos], [text[1], text[0]]
     renderer = Renderer(tokenizer, {}, {}, (eos,))
     writer = RolloutWriter({}, None, renderer, StepTimer())
@@ -160,7 +160,7 @@ def test_peers_are_other_successes_of_the_students(tokenizer: Any) -> None:
 
 
 class Verbose(Lengths):
-    """Its feedback is longer than anything that the prompt or the responses tell."""
+    """Its feedback is longer than prompt and responses."""
 
     def feedback(self, prompts: Any, responses: Any) -> list[str | None]:
         return ["x" * 50 * i for i in range(len(responses))]

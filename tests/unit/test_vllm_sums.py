@@ -1,4 +1,4 @@
-"""Which tensors of a folder are in which parameter of vLLM's models, without vLLM."""
+"""Mapping of a folder's tensors to parameters of vLLM's models, without vLLM."""
 
 from __future__ import annotations
 
