@@ -68,7 +68,7 @@ def check(in_lab: Path, sound_teacher: str, capfd: pytest.CaptureFixture[str]) -
 
 @pytest.fixture
 def sound_teacher(in_lab: Path, tmp_path: Path) -> str:
-    """Return the student with noise: a random model would be too different."""
+    """Return a model close to the student; a random one would be too different."""
     return changed_weights(tmp_path / "sound", lambda weight: weight * 1.02)
 
 

@@ -213,7 +213,7 @@ class DeafEngine(HFEngine):
 
 
 class ForgetfulEngine(DeafEngine):
-    """Takes the weights and keeps the old ones."""
+    """Engine that consumes new weights and keeps the old ones."""
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         super().load_weights(version, weights)
@@ -222,14 +222,14 @@ class ForgetfulEngine(DeafEngine):
 
 
 class SecretiveEngine(ForgetfulEngine):
-    """And cannot be asked what it holds, as some of vLLM's builds cannot."""
+    """Engine that also has no sums of its weights, as some builds of vLLM."""
 
     def weight_sums(self) -> list[EngineSum]:
         return []
 
 
 class StuckEngine(SecretiveEngine):
-    """Engine that ignores later pushes and keeps its version."""
+    """Engine that ignores pushes and reports version 0."""
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         super().load_weights(version, weights)

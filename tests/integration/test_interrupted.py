@@ -188,7 +188,7 @@ def divide_by_zero() -> None:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[Callable[[], None]]:
-    """Send SIGINT with Python's handler, which background jobs of shells and Lightning replace."""
+    """Yield a function that sends SIGINT, with Python's handler set."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield lambda: os.kill(os.getpid(), signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)

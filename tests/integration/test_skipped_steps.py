@@ -48,7 +48,7 @@ class OddTeacher(FrozenTeacher):
 
 
 class Moved(Callback):
-    """Record the steps that changed weights or optimiser state."""
+    """Callback that records the steps that changed weights or optimiser state."""
 
     def __init__(self) -> None:
         self.of_step: dict[int, bool] = {}

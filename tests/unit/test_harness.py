@@ -51,7 +51,7 @@ def reader_of(folder: Path, context_length: int | None = None) -> RequestEncoder
 
 @pytest.fixture
 def prepare(tiny_model_dir: TinyModelDir, tasks: str) -> Prepare:
-    """Suite of one of the tasks."""
+    """Return a function that prepares a task."""
 
     def make(
         task: str, *, folder: str = tasks, context_length: int | None = None, **settings: Any
