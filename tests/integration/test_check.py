@@ -350,7 +350,7 @@ def test_a_student_that_ends_elsewhere(check: Check, tmp_path: Path) -> None:
     tokens = json.loads((student / "tokenizer_config.json").read_text())
     (student / "tokenizer_config.json").write_text(json.dumps(tokens | {"eos_token": "<|pad|>"}))
     printed = check(f"--model.init_args.student.path={student}")
-    assert "end their turns differently" in by_subject(printed)["models"]["found"]
+    assert "model.student.eos_tokens" in by_subject(printed)["models"]["found"]
 
 
 @pytest.mark.parametrize(

@@ -431,7 +431,7 @@ def test_export_refuses_what_would_surprise(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     (tmp_path / "some.ckpt").touch()
-    cases = (("none.ckpt", "new", "no checkpoint at"), ("some.ckpt", "full", "is not empty"))
+    cases = (("none.ckpt", "new", "error: --ckpt_path: "), ("some.ckpt", "full", "is not empty"))
     for checkpoint, out, message in cases:
         with pytest.raises(SystemExit):
             main(

@@ -67,7 +67,7 @@ def test_behind_a_logger_that_names_each_start(
     for steps in (1, 2):
         go_on(tmp_path, steps, f"{__name__}.NamesEachStart")
     said = capsys.readouterr().err
-    assert said.count("no whole checkpoint is there yet") == 1
+    assert said.count("whole checkpoint") == 1
     assert whole(tmp_path / "checkpoints" / "last.ckpt").step == 2
 
 

@@ -45,5 +45,6 @@ def test_what_cannot_be_written_is_shown(in_lab: Path, capsys: Said) -> None:
     assert ended.value.code == 1
     shown = capsys.readouterr()
     assert "sums" in shown.out
-    assert "--out: could not write '/dev/full'" in shown.err
+    assert "error: --out: " in shown.err
+    assert "'/dev/full'" in shown.err
     assert "Traceback" not in shown.err

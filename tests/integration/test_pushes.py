@@ -150,7 +150,7 @@ def test_members_that_never_come_are_not_waited_for(
 def test_names_that_do_not_fit_stop_the_push(engine: VLLMServerEngine, models: list[Path]) -> None:
     weights = list(reference_model(models[1]).named_parameters())
     engine.load_weights(5, weights)
-    with pytest.raises(UserError, match="'surprise' is not a parameter"):
+    with pytest.raises(UserError, match="'surprise'"):
         engine.load_weights(6, [*weights, ("surprise", torch.zeros(1))])
     with pytest.raises(UserError, match=r"came where .* was announced.*push: folder"):
         engine.load_weights(6, weights[::-1])
@@ -176,7 +176,7 @@ def test_nccl_to_a_server_without_a_gpu_or_on_the_trainers_is_refused(
             nccl.close()
 
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match=r"got nccl, but http://.* has no GPU; use push: gloo"):
+        with pytest.raises(UserError, match=r"http://.* no GPU; use push: gloo"):
             check(rollout_server.url)
     with StandIn(engine._model, workers=2, gpus=["another", "the trainer's"]) as shares:
         with pytest.raises(UserError, match=r"got nccl, but http://.* and the trainer share a GPU"):
@@ -234,7 +234,7 @@ def _rank(rank: int, rendezvous: str, url: str, key_file: Path, models: list[Pat
         engine.load_weights(version, pushed)
         assert pushed.check(version, engine.weight_sums()) == 1.0
         assert_scored_by(whole, REQUESTS[:5], engine.generate(REQUESTS[:5], SHORT), SHORT)
-    with pytest.raises(UserError, match="'surprise' is not a parameter") as caught:
+    with pytest.raises(UserError, match="'surprise'") as caught:
         engine.load_weights(9, [("surprise", torch.zeros(1))])
     assert vars(caught.value)["raised_by_all"], "so that one of them reports it"
     dist.barrier()

@@ -151,9 +151,9 @@ def test_through_the_engine_of_the_config(sample: Sample) -> None:
         (["--prompt=1", "--samples=0"], "--samples: got 0, expected at least 1"),
         (["--prompt=1", "--top_p=2"], "sampling.top_p: got 2.0"),
         (["--prompt=1", "--html=nowhere/p.html"], "--html: got 'nowhere/p.html', expected a file"),
-        (["--prompt=1", "--model.student.path=./nowhere"], "no config.json in './nowhere'"),
-        (["--prompt=1", "--ckpt_path=nowhere.ckpt"], "no checkpoint at 'nowhere.ckpt'"),
-        (["--prompt=1", "--ckpt_path=lab/arithmetic/train.jsonl"], "is damaged or no checkpoint"),
+        (["--prompt=1", "--model.student.path=./nowhere"], "student model: "),
+        (["--prompt=1", "--ckpt_path=nowhere.ckpt"], "'nowhere.ckpt'"),
+        (["--prompt=1", "--ckpt_path=lab/arithmetic/train.jsonl"], "--ckpt_path: 'lab/"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -185,7 +185,7 @@ def test_names_that_do_not_fit_never_reach_the_server(
 ) -> None:
     weights = list(reference_model(tiny_model_dir()).named_parameters())
     engine.load_weights(5, weights)
-    with pytest.raises(UserError, match="'surprise' is not a parameter"):
+    with pytest.raises(UserError, match="'surprise'"):
         engine.load_weights(6, [*weights, ("surprise", torch.zeros(1))])
     assert engine.version == 5
     assert engine.generate(REQUESTS[:1], Sampling(max_new_tokens=1))
@@ -257,7 +257,7 @@ def _rank(rank: int, rendezvous: str, address: str, key: str, push: str, models:
         sampling = Sampling(max_new_tokens=8)
         requests = REQUESTS[: 3 + 4 * rank]  # ranks need not ask for equally much
         assert_scored_by(model, requests, engine.generate(requests, sampling), sampling)
-    with pytest.raises(UserError, match="'surprise' is not a parameter"):
+    with pytest.raises(UserError, match="'surprise'"):
         engine.load_weights(9, [("surprise", torch.zeros(1))])
     dist.barrier()
     engine.close()
@@ -388,7 +388,7 @@ def test_a_lost_servers_work_moves(tiny_model_dir: Any, tmp_path: Path) -> None:
         assert [c.response_ids for c in again] == [c.response_ids for c in whole]
 
         threading.Timer(0.3, servers[1].kill).start()
-        with pytest.raises(ServerAwayError, match="no answer for 3 s"):
+        with pytest.raises(ServerAwayError, match="for 3 s"):
             engine.generate(requests, sampling)
         engine.close()
     finally:

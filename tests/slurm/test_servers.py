@@ -91,7 +91,7 @@ def test_a_run_and_its_servers_are_requeued_together(user: User) -> None:
     for text in (user.log(job), user.log(job, "rollouts-0")):
         assert key not in text
     assert user.log(job).count("opd: server rollouts-0 answers at http://10.77.0.2:") == 2
-    assert "SIGUSR1: saved the beginning of step 4" in user.log(job)
+    assert re.search("SIGUSR1: .* step 4 as ", user.log(job))
     last = torch.load(user.folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 6
     until(lambda: is_clean(user.cluster), "the servers' end", 20)
@@ -124,6 +124,6 @@ def test_a_server_that_does_not_start_ends_the_job(user: User) -> None:
     assert job.wait(200) == "FAILED"
     (line,) = user.errors(job)
     assert "server rollouts-0 has ended" in line
-    assert "model 'nowhere': neither a folder" in line
+    assert "model 'nowhere': " in line
     assert is_clean(user.cluster)
     assert not list(user.folder.glob("servers/*"))

@@ -186,7 +186,7 @@ def test_left_to_the_parser(words: list[str]) -> None:
 
 
 def test_no_such_file() -> None:
-    with pytest.raises(UserError, match=r"^--config: got 'nowhere.yaml', but no such file exists$"):
+    with pytest.raises(UserError, match=r"^--config: got 'nowhere.yaml'"):
         check_keys("fit", ["--config", "nowhere.yaml"])
 
 

@@ -269,5 +269,5 @@ def test_bounds_that_make_no_sense() -> None:
         CapabilityRetention(["hard"], stop_past=-0.1)
     with pytest.raises(UserError, match="lower_to: got 2"):
         CapabilityRetention(["hard"], lower_to=2)
-    with pytest.raises(UserError, match="batch_size of a suite"):
+    with pytest.raises(UserError, match=r"batch_size.*got 0"):
         LikelihoodSuite(prompts=PromptSource("b"), batch_size=0)

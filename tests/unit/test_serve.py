@@ -27,7 +27,7 @@ from opd_lightning.serving.server import bind
         (["--port=-1"], "port: got -1, expected 0"),
         (["--engine_args", '{"middleware": "mine.Guard"}'], "engine_args: middleware"),
         (["--engine_args", '{"api-key": "x"}'], "engine_args: api_key"),
-        (["--model", "./nowhere"], "'./nowhere': neither a folder"),
+        (["--model", "./nowhere"], "'./nowhere': "),
     ],
 )
 def test_mistakes_are_told_in_one_line(

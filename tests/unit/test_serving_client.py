@@ -178,7 +178,7 @@ def test_the_key_may_come_from_the_environment(
 
 @pytest.mark.parametrize(
     ("content", "mode", "told"),
-    [(KEY, 0o644, "others may read"), ("a b", 0o600, "the key alone"), (None, 0, "cannot read")],
+    [(KEY, 0o644, "others may"), ("a b", 0o600, "the key alone"), (None, 0, "cannot read")],
 )
 def test_bad_key_files(
     client: Client, tmp_path: Path, content: str | None, mode: int, told: str
