@@ -1,4 +1,4 @@
-"""Private names of other libraries that the code uses are listed and exist.
+"""What we use of other libraries beside their public interfaces is listed, and is still there.
 
 The list is tests/private_names.yaml.
 """
@@ -134,7 +134,7 @@ def is_own(owner: ast.expr) -> bool:
 
 
 def assigned(tree: ast.Module) -> set[str]:
-    """Return the names of methods and of attributes that a file assigns."""
+    """Names that a file gives to attributes of its own objects, and its methods."""
     attributes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
     own = {node.attr for node in attributes if isinstance(node.ctx, ast.Store)}
     return own | {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
@@ -176,7 +176,7 @@ def imports_vllm(tree: ast.Module) -> bool:
 
 
 def test_private_names_of_base_classes_are_listed() -> None:
-    """Private names that a class uses, overrides or hides in its base are listed."""
+    """A class of ours that uses, overrides or hides a private name of its base says so."""
     missing = []
     for file, tree in TREES.items():
         if imports_vllm(tree) or file.endswith("__main__.py") or "/inside/" in file:
