@@ -136,7 +136,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _end(error: Exception) -> None:
-    """Report an error on one of the processes that raise it, and exit with them."""
+    """Report an error, by one of the processes that have it, and leave together with those."""
     message = shortened(str(error)) if isinstance(error, UserError) else str(error)
     if "torch" not in sys.modules:  # no process group can exist; importing it takes seconds
         report(message)

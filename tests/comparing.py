@@ -60,7 +60,7 @@ def differences(one: Any, other: Any, at: str = "") -> list[str]:
 
 
 def compare(folder: Path, whole: Path) -> list[str]:
-    """Return the differences of two runs, in the last checkpoint and in the log."""
+    """Where the run in `folder` differs from the one in `whole`: last checkpoint and log."""
     one, other = (
         torch.load(at / RUN / "checkpoints" / "last.ckpt", weights_only=True)
         for at in (folder, whole)

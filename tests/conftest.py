@@ -123,7 +123,7 @@ def write_tokenizer(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def untrained_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with both labs at the paths of configs/lab, with untrained models."""
+    """A folder like a user's, with both labs as configs/lab names them, models untrained."""
     from opd_lightning.lab import identity
     from opd_lightning.lab.arithmetic import generate_mixture, write_jsonl
     from opd_lightning.lab.models import new_model

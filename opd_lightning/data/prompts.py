@@ -114,7 +114,7 @@ class PromptSource:
                 if not self._passes(prompt, checks, problems):
                     continue
                 prompts.append(prompt)
-                texts.add(prompt, row, self.columns)
+                texts.see(prompt, row, self.columns)
             if len(prompts) == self.limit:
                 break
         self.skipped = problems.count

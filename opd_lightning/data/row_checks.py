@@ -18,10 +18,10 @@ class RowChecks:
     """Checks that a prompt must pass, and the token ids of those that did.
 
     Args:
-        tokenizer: Tokenizer of the student, for all texts of a row.
+        tokenizer: The student's, which reads all texts of a row.
         verifier: Verifier that must be able to score the responses; None if there is none.
         render: Returns the token ids of a prompt; raises `UserError` if there are none.
-        fits: Raises `UserError` if a prompt, with these ids, does not fit the models.
+        fits: Raises `UserError` if a prompt, with these ids, does not fit its readers.
     """
 
     def __init__(

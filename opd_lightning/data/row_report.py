@@ -47,7 +47,7 @@ class Texts:
         self.both: list[str] = []  # origins
         self.characters: dict[str, str] = {}  # origin of the first row with it, by character
 
-    def add(self, prompt: Prompt, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    def see(self, prompt: Prompt, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
         """Record the findings of a used row."""
         if "messages" not in columns and row.get("messages") and row.get("prompt"):
             self.both.append(prompt.origin)

@@ -51,7 +51,7 @@ class KeyMiddleware:
                 await send({"type": "websocket.close", "code": 1008})
             else:
                 await _refuse(send, 401)
-        elif kind == "http" and b"transfer-encoding" in (names := _headers(scope)):
+        elif kind == "http" and b"transfer-encoding" in (names := _named(scope)):
             await _refuse(send, 411, "give the body's Content-Length")
         elif kind == "http" and int(names.get(b"content-length", b"0")) > BODY_BYTES:
             await _refuse(send, 413, f"the body is larger than {BODY_BYTES} bytes")
@@ -64,7 +64,7 @@ class KeyMiddleware:
         return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
 
 
-def _headers(scope: Message) -> dict[bytes, bytes]:
+def _named(scope: Message) -> dict[bytes, bytes]:
     """Return the headers of a request by lower-case name."""
     return {name.lower(): value for name, value in scope["headers"]}
 

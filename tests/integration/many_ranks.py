@@ -67,9 +67,9 @@ class Record(Callback):
         self.logged: list[dict[str, float]] = []
         self.rollouts: list[tuple[int, int, list[int], int]] = []  # step, prompt, ids, version
         self.held = 0.0  # share of all models' parameters in this process, between two steps
-        self.empty = 0  # micro-batches without tokens in the loss, on all ranks
-        self.proved: list[str] = []  # weights verified in the engine
-        self.dtypes: list[str] = []  # of a layer's weight during its forward pass
+        self.empty = 0  # micro-batches without a token to learn from, on all ranks
+        self.proved: list[str] = []  # weights that the engine was seen to hold
+        self.dtypes: list[str] = []  # of a layer's weight while it is at work
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.weights.append({n: t.clone() for n, t in pl_module.student.weights()})
