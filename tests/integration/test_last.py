@@ -1,4 +1,4 @@
-"""`--ckpt_path last`: all commands use a run's newest intact checkpoint and report it."""
+"""`--ckpt_path last`: all commands use a run's newest whole checkpoint and report it."""
 
 from __future__ import annotations
 
