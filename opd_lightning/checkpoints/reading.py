@@ -112,7 +112,7 @@ def _as_damaged_error(path: Path) -> Iterator[None]:
         raise DamagedError(f"{Path(error.filename or path).name!r} is missing") from error
     except OSError as error:
         if error.errno != errno.EINVAL:  # from seeking to before the file's beginning
-            raise  # an unreadable disk says nothing about the checkpoint
+            raise  # an unreadable disk does not mean a damaged checkpoint
         raise DamagedError(CHANGED) from error
     except Exception as error:  # torch, pickle and zipfile raise too many types to list
         raise DamagedError(CHANGED) from error

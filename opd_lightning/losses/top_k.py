@@ -16,7 +16,7 @@ from opd_lightning.losses.divergence import JSD, Divergence, ForwardKL, ReverseK
 class TopK(Divergence):
     """Divergence between S and T on a support K of top-k tokens, chosen per position.
 
-    Published choices, of the reverse KL unless said otherwise:
+    Published choices, of the reverse KL unless stated otherwise:
 
         SG-TopK (2605.11182)     k 20, intersection, none, stop-gradient
         MOPD (2606.30406)        k 64, teacher, none, corrected

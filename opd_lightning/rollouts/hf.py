@@ -56,7 +56,7 @@ class HFEngine(Engine):
         self._max_length = max_length
         model = load_causal_lm(source, dtype=self.dtype)
         # generate() takes every value that our configuration leaves unset from this one, so the
-        # folder's repetition penalty or top-k would silently change the distribution.
+        # folder's repetition penalty or top-k would change the distribution.
         model.generation_config = GenerationConfig()
         self._device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = model.to(self._device).eval().requires_grad_(False)

@@ -144,7 +144,7 @@ class ScopeWeight(Rule):
     sums_tokens = True
     needs_rewards = True
     shapes_advantage = True
-    step_wide = True  # a prompt's samples may lie in several micro-batches
+    step_wide = True  # a prompt's samples may be in several micro-batches
 
     def __post_init__(self) -> None:
         check(self, "temperature", self.temperature > 0, "more than 0")

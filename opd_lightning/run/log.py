@@ -30,7 +30,7 @@ class RunLog(RunCallback):
     """Callback that keeps loggers and checkpoints consistent.
 
     Everything logged for steps before n is on disk before the checkpoint of step n is. If an
-    earlier process died after step n, a run resumed from n marks its entries for n and later as
+    earlier process ended after step n, a run resumed from n marks its entries for n and later as
     void, with the event that TensorBoard defines for this; a CSV file loses them. Scores and tables
     of a validation at n are not computed again, since the checkpoint contains them.
 
