@@ -181,7 +181,7 @@ class VLLMServerEngine(Engine):
     def close(self) -> None:
         """Close the connections and delete pushed weights; the servers continue to run."""
         self.servers.close()
-        if self._push_method is not None and is_first():  # without waiting: a rank may have been killed
+        if self._push_method is not None and is_first():  # no waiting for lost ranks
             self._push_method.close()
         self._label = FIRST_WEIGHTS
         self.version = -1
