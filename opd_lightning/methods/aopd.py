@@ -1,4 +1,4 @@
-"""AOPD: a policy gradient where the teacher likes a token more, a divergence elsewhere."""
+"""AOPD: a policy gradient on tokens that the teacher prefers, a divergence elsewhere."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class AOPD(ComposedMethod):
 
     Args:
         student: The model to train.
-        teacher: A teacher that can tell the divergence's distributions.
-        divergence: D. The authors take the teacher's top-k; its size is not known here, k 32 is
-            ours.
+        teacher: Teacher that returns the distributions of the divergence.
+        divergence: D. The authors take the teacher's top-k; its size is not known here;
+            k 32 is chosen here.
         shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """
 

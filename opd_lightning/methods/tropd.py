@@ -1,4 +1,4 @@
-"""TrOPD: on-policy distillation in a trust region that is drawn token by token."""
+"""TrOPD: on-policy distillation in a trust region that is sampled per token."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class TrOPD(ComposedMethod):
         outside:  KL(T || S) on the teacher's top-k
 
     The draws follow from the seed, the step, the prompt and the response. The paper's second part,
-    rollouts that continue a prefix of the teacher, is left out.
+    rollouts that continue a prefix of the teacher, is not implemented.
 
     Args:
         student: The model to train.
-        teacher: A teacher that can tell top-k log-probs.
-        outside: Divergence outside of the region; k 32 is ours.
+        teacher: Teacher that returns top-k log-probs.
+        outside: Divergence outside of the region; k 32 is chosen here.
         seed: Seed of the draws.
         shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """

@@ -156,7 +156,7 @@ class JudgeVerifier(Verifier):
 
     @cached_property
     def _served(self) -> list[str]:
-        """Names of the models that the server has."""
+        """Return the names of the models that the server has."""
         try:
             answer = self._client.get("/v1/models")
             answer.raise_for_status()
@@ -196,7 +196,7 @@ class JudgeVerifier(Verifier):
         return self._of_choices(reply) if self.choices else self._of_text(_text(reply))
 
     def _of_text(self, text: str) -> float:
-        """Return the score that a reply tells last; NaN if there is none on the scale."""
+        """Return the last score in a reply; NaN if there is none on the scale."""
         found = None
         for found in self.pattern.finditer(text):  # noqa: B007 - only the last is used
             pass
@@ -279,7 +279,7 @@ class JudgeVerifier(Verifier):
 
 
 class _FailedError(Exception):
-    """A response could not be judged, for a reason that is not in it."""
+    """A response could not be scored, for a reason outside of the response."""
 
 
 class _Template:

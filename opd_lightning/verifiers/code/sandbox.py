@@ -1,4 +1,4 @@
-"""Sandboxes: processes that run programs nobody has read."""
+"""Sandboxes: confined processes for untrusted programs."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Ran:
-    """What became of a program."""
+    """Result of a program."""
 
-    code: int | None  # exit code; None if its time passed
+    code: int | None  # exit code; None after the time limit
     output: bytes
     error: bytes  # what it wrote to standard error
 
@@ -57,12 +57,12 @@ class Sandbox:
     """Starter of confined Python processes.
 
     In both kinds a program can start no process and open no connection (a filter of system calls),
-    has limits of time, memory and files, and a folder of its own. In bubblewrap it also sees a file
+    has limits of time, memory and files, and a separate folder. In bubblewrap it also sees a file
     system with little but Python in it, and other namespaces. In "limits" Landlock hides the files,
     where the kernel has it.
 
     Args:
-        kind: "auto" takes bubblewrap where it works, and says once what it took.
+        kind: "auto" uses bubblewrap where it works, and logs its choice once.
         packages: Whether programs may import the packages of this environment.
 
     Raises:
@@ -116,7 +116,7 @@ class Sandbox:
         binds = [part for path in self.readable for part in ("--ro-bind", path, path)]
         return [
             self.program, "--unshare-all", "--die-with-parent", "--clearenv",
-            # First: what is to be read may lie below /tmp.
+            # First, because readable paths may be below /tmp.
             "--size", str(settings["file_bytes"]), "--tmpfs", "/tmp", "--chdir", "/tmp",
             "--proc", "/proc", "--dev", "/dev", *binds,
             *(part for name, value in ENVIRONMENT.items() for part in ("--setenv", name, value)),
@@ -128,7 +128,7 @@ ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "HOME": "/tmp",
     "LANG": "C.UTF-8",
-    "PYTHONHASHSEED": "0",  # the same verdict each time
+    "PYTHONHASHSEED": "0",  # reproducible verdicts
     "PYTHONIOENCODING": "utf-8",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -247,7 +247,7 @@ def _ends_of(process: subprocess.Popen[bytes]) -> Iterator[int]:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process with its group; bubblewrap's death kills what is inside of it."""
+    """Kill a process with its group; the processes in a bubblewrap end with it."""
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -14,11 +14,11 @@ _PYTHON = ("", "py", "python", "python3")
 
 @dataclass(frozen=True)
 class Tests:
-    """What a program must do.
+    """Tests of one program.
 
     Args:
         source: Python statements with asserts that call the program's functions; empty if none.
-        cases: Pairs of standard input and the output that is expected.
+        cases: Pairs of standard input and expected output.
     """
 
     source: str = ""
@@ -35,7 +35,7 @@ def parse_tests(answer: str) -> Tests:
     with `fn_name` the arguments and values of a function (APPS, TACO).
 
     Raises:
-        ValueError: With what is wrong.
+        ValueError: The answer has no valid tests; the message has the reason.
     """
     try:
         value = json.loads(answer)

@@ -29,7 +29,7 @@ SHOWN = 300  # characters of a text in feedback
 
 @dataclass(frozen=True)
 class Verdict:
-    """What tests said of a program."""
+    """Result of the tests of a program."""
 
     passed: int
     total: int
@@ -93,7 +93,7 @@ class CodeVerifier(Verifier):
 
     @cached_property
     def sandbox(self) -> Sandbox:
-        """The sandbox; found when it is first needed."""
+        """Sandbox, chosen at first use."""
         sandbox = Sandbox(self.kind, self.packages)
         log.info("CodeVerifier: programs run in %s", sandbox)
         return sandbox
@@ -129,7 +129,7 @@ class CodeVerifier(Verifier):
         known = self._failures
         pairs = list(zip(prompts, responses, strict=True))
         if missing := [pair for pair in pairs if (pair[0].id, pair[1]) not in known]:
-            # Another thread has verified others since.
+            # Another thread has called `verify` since.
             self.verify([prompt for prompt, _ in missing], [text for _, text in missing])
             known = known | self._failures
         return [known.get((prompt.id, response)) for prompt, response in pairs]
@@ -188,7 +188,7 @@ class CodeVerifier(Verifier):
     def _run_asserts(
         self, sandbox: Sandbox, tests: Tests, program: str, end: float
     ) -> Verdict | None:
-        """Run the program and its tests side by side, in two processes that talk by pipes."""
+        """Run the program and its tests side by side, in two processes connected by pipes."""
         with Group() as group:
             calls, values = group.pipe(), group.pipe()
             verdict = group.memory_file("verdict")
@@ -204,7 +204,7 @@ class CodeVerifier(Verifier):
             verdict.seek(0)
             try:
                 return Verdict(**json.loads(verdict.read()))
-            except ValueError:  # the tests' process ran out of memory, say
+            except ValueError:  # such as the tests' process out of memory
                 return Verdict(0, 1, f"the tests ended with exit code {judge.returncode}")
 
 
