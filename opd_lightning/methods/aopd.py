@@ -24,8 +24,8 @@ class AOPD(ComposedMethod):
 
         A_t > 0:   -A_t log pi_theta(y_t)      A_t <= 0:   D(S_t, T_t)
 
-    A_t is d_t, or what rules make of it; the choice follows what they make. A token that the
-    teacher dislikes is not only pushed down: the divergence says where its probability goes.
+    A_t is d_t after all rules. For a token that the teacher does not prefer, the divergence also
+    raises the tokens that it prefers.
 
     Args:
         student: The model to train.
