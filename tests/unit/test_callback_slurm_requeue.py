@@ -22,9 +22,9 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def left(action: SignalAction, *, speaks: bool = True) -> int:
+def left(action: SignalAction, *, is_first: bool = True) -> int:
     with pytest.raises(SignalledError) as end:
-        _leave(action, "saved it", speaks)
+        _leave(action, "saved it", is_first)
     return end.value.code
 
 
@@ -44,7 +44,7 @@ def test_a_task_of_an_array_is_requeued_alone(
 
 
 def test_one_rank_asks_and_speaks(scontrol: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert left(SignalAction.REQUEUE, speaks=False) == 0
+    assert left(SignalAction.REQUEUE, is_first=False) == 0
     assert not (scontrol / "told").exists()
     assert capsys.readouterr().err == ""
 
