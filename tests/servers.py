@@ -52,7 +52,7 @@ class RunningServer:
         return self.key_file.read_text().strip()
 
     def wait(self) -> RunningServer:
-        """Wait until the server answers."""
+        """Until it answers."""
         until = time.monotonic() + START_SECONDS
         while not self.address_file.is_file():
             assert self.process.poll() is None, self.log.read_text()
@@ -65,13 +65,13 @@ class RunningServer:
         return self.process.poll() is None
 
     def restart(self, *, elsewhere: bool = False) -> RunningServer:
-        """Start an ended server again, on the same port or another one."""
+        """After it has ended, on the port that it had, or on another."""
         self.address_file.unlink(missing_ok=True)  # `kill` leaves it
         self._start(*([] if elsewhere else ["--port", self._port]))
         return self
 
     def children(self) -> list[int]:
-        """Return the ids of its descendant processes."""
+        """Processes that it started, and theirs."""
         found, parents = [], {self.process.pid}
         while parents:
             parents = {pid for pid in _processes() if _parent(pid) in parents}
@@ -79,12 +79,12 @@ class RunningServer:
         return found
 
     def end(self) -> int:
-        """Send SIGTERM and return the exit code."""
+        """SIGTERM; the exit code."""
         self.process.terminate()
         return self.process.wait(timeout=60)
 
     def kill(self) -> None:
-        """Send SIGKILL, as when a machine fails."""
+        """No chance to tidy up, as when a machine goes down."""
         doomed = [*self.children(), self.process.pid]
         for pid in doomed:
             with suppress(ProcessLookupError):
@@ -93,7 +93,7 @@ class RunningServer:
 
 
 def is_running(pid: int) -> bool:
-    """Return whether a process runs; false for zombies."""
+    """False for what has ended, also if its parent has not taken notice."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False

@@ -1,6 +1,6 @@
-"""Program `many_ranks LAYOUT PART FILE`: trains in the untrained lab, the working folder.
+"""A program: `many_ranks LAYOUT PART FILE` trains in the untrained lab it is run in.
 
-Trains in all ways of a part, on the processes of a layout. Rank 0 writes its records.
+In all the ways of a part, over the processes of a layout. Rank 0 writes what it recorded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TASKS = "tasks"
 
 
 class Layout(NamedTuple):
-    """Processes and strategy of a run."""
+    """Who shares the work."""
 
     ranks: int
     micro_batches: int
@@ -59,10 +59,10 @@ SAVED_AS = ("shards", "file")  # parts beside those of `ways`: a folder of shard
 
 
 class Record(Callback):
-    """Records values that are compared between one process and several."""
+    """What is compared between one process and several."""
 
     def __init__(self) -> None:
-        self.weights: list[dict[str, Tensor]] = []  # as pushed, at the start and at the end
+        self.weights: list[dict[str, Tensor]] = []  # at the start and at the end, for an engine
         self.gradients: list[dict[str, Tensor]] = []  # averaged over ranks, over micro-batches
         self.logged: list[dict[str, float]] = []
         self.rollouts: list[tuple[int, int, list[int], int]] = []  # step, prompt, ids, version
@@ -175,7 +175,7 @@ def main(name: str, part: str, file: str) -> None:
         found = {key: train(way, layout) for key, way in ways(PROMPTS)[part].items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(found, file)
-    if dist.is_initialized():  # gloo may abort a process that exits first
+    if dist.is_initialized():  # gloo's threads may abort a process that leaves first
         dist.barrier()
         dist.destroy_process_group()
 

@@ -16,7 +16,7 @@ from opd_lightning.cli import main
 from tests.integration.measuring_ranks import CONFIGS, LAYOUTS, PROMPTS, STEPS
 from tests.processes import run_ranks
 
-pytestmark = pytest.mark.timeout(900)  # the first test starts the processes
+pytestmark = pytest.mark.timeout(900)  # who comes first starts the processes
 
 SCRIPT = "tests.integration.measuring_ranks"
 MANY = ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)]
@@ -52,14 +52,14 @@ def suites() -> dict[str, Any]:
 
 
 class Said:
-    """Runs the script once per layout and caches the output."""
+    """Starts the script for layouts that nobody has asked for yet."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._said: dict[str, list[dict[str, Any]]] = {}
 
     def __call__(self, layout: str) -> list[dict[str, Any]]:
-        """Return exit code and output of every process, by command."""
+        """Of every process: by command, its exit code and what it wrote."""
         if layout not in self._said:
             if layout != "one":
                 self("one")
@@ -131,9 +131,9 @@ def test_a_table_is_printed_once(said: Said, layout: str) -> None:
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("prompts", "'nowhere.jsonl'"),
-        ("damaged", "--ckpt_path: 'suites.yaml'"),
-        ("none", "'runs/nobody/checkpoints'"),
+        ("prompts", "no prompt file at 'nowhere.jsonl'"),
+        ("damaged", "'suites.yaml' is damaged or no checkpoint"),
+        ("none", "got 'last', but no whole checkpoint is in 'runs/nobody/checkpoints'"),
     ],
 )
 @pytest.mark.parametrize("layout", MANY)
@@ -156,7 +156,7 @@ def test_a_missing_checkpoint_is_one_line_before_others_are_started(
         )  # fmt: skip
     assert ended.value.code == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "opd: " in x]
-    assert "'nowhere.ckpt'" in line
+    assert "no checkpoint at 'nowhere.ckpt'" in line
     assert "'last'" in line
 
 

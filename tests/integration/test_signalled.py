@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -77,7 +76,7 @@ def test_while_it_trains_the_step_is_finished(
     with pytest.raises(SignalledError) as end:
         train(method(staleness=staleness), tmp_path, staleness, callbacks=[SlurmRequeue(), come])
     assert end.value.code == 143
-    assert len(re.findall(r"opd: SIGTERM: .* step 3 ", capsys.readouterr().err)) == 1
+    assert capsys.readouterr().err.count("opd: SIGTERM: saved the beginning of step 3") == 1
     resume_and_compare(tmp_path, whole, staleness, 3)
 
 
@@ -98,7 +97,7 @@ def test_in_its_last_step_a_run_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_lab")
 def test_a_run_without_a_folder_to_save_in_is_refused() -> None:
-    with pytest.raises(UserError, match="ModelCheckpoint"):
+    with pytest.raises(UserError, match="got no ModelCheckpoint"):
         fit(method(), callbacks=[SlurmRequeue()])
 
 
@@ -160,12 +159,11 @@ def test_while_libraries_are_imported_the_answer_is_immediate(
     run.send_signal(TERM)
     _, said = run.communicate(timeout=240)
     assert run.returncode == 143, said
-    (line,) = said.splitlines()
-    assert line.startswith("opd: SIGTERM: ")
+    assert said.splitlines() == ["opd: SIGTERM: ended before it was done"]
 
 
 NOTHING = "no step was finished since the start, so there is nothing to save"
-SAVED = r".* step 2: --ckpt_path "
+SAVED = "saved the beginning of step 2: --ckpt_path "
 
 
 @pytest.mark.parametrize(
@@ -185,7 +183,7 @@ def test_without_the_callback_one_line_says_what_is_saved(
     run.send_signal(number)
     _, said = run.communicate(timeout=120)
     assert run.returncode == 128 + number, said
-    assert re.search(f"^opd: {number.name}: {line}", said, re.MULTILINE)
+    assert f"\nopd: {number.name}: {line}" in "\n" + said
     assert "Traceback" not in said
     assert "KeyboardInterrupt" not in said
 

@@ -1,4 +1,4 @@
-"""Small training runs in the untrained lab, for comparison over several processes."""
+"""Ways to train in the untrained lab, small enough to be tried over several processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SAMPLES = 2  # of a prompt
 
 
 class FewWords(HFEngine):
-    """Engine with empty responses, except the first `spoken` ones of rank 0."""
+    """Responses of no token at all, but for the first of rank 0's."""
 
     def __init__(self, spoken: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class FewWords(HFEngine):
 
 @dataclass(frozen=True)
 class FirstPrompt(Rule):
-    """Rule that masks all prompts of a step except the first, which is on rank 0."""
+    """Masks everything but the first prompt of a step, which is rank 0's."""
 
     prompts: int  # of a step
 
@@ -61,7 +61,7 @@ class FirstPrompt(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """Method, with its settings of trainer and data."""
+    """A method, and what differs from the other ways in trainer and data."""
 
     method: Callable[[], DistillationModule]
     steps: int = 3
@@ -71,7 +71,7 @@ class Way:
 
 
 class MovedStudent(Student):
-    """Student with adapters that are not zero, so that its base differs from it."""
+    """A student whose adapters are away from zero, so that without them it is another model."""
 
     def build(self, *, empty: bool = False) -> Any:
         model = super().build(empty=empty)
@@ -82,7 +82,7 @@ class MovedStudent(Student):
 
 
 def student(path: str = STUDENT, lora: Sequence[str] = (), **more: Any) -> Student:
-    torch.manual_seed(0)  # for the adapters
+    torch.manual_seed(0)  # of the adapters
     config = LoraConfig(r=4, target_modules=list(lora), use_rslora=True)
     return MovedStudent(path, lora=config if lora else None, **more)
 
@@ -96,7 +96,7 @@ def frozen() -> Teacher:
 
 
 def sampled(*more: Rule, **shared: Any) -> DistillationModule:
-    # Step-wide rules need all ranks.
+    # What looks at the whole step must look at all of its ranks.
     rules = [StabilityWeight(tau=0.5), PhasedFloor(mixing=0.3, switch_step=1)]
     shared = {"aggregation": "mask-mean", "optimizer": sgd, **shared}
     return OPD(student(), frozen(), rules=[*rules, *more], **shared)
@@ -126,7 +126,7 @@ def adapters() -> DistillationModule:
 
 
 def domains() -> DistillationModule:
-    # By the order of prompts, some micro-batches have a single domain.
+    # The order of prompts gives some micro-batches one domain alone.
     teachers: dict[str, Teacher] = {"add-2": frozen(), "sub-2": FrozenTeacher(STUDENT)}
     return OPD(student(), ByDomainTeacher(teachers), optimizer=sgd)
 
@@ -158,12 +158,12 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 
 def few(method: Callable[[], DistillationModule], *, spoken: int = SAMPLES, **more: Any) -> Way:
-    """Return a way with tokens on the first rank only."""
+    """Without a token on all ranks but the first."""
     return Way(method=method, steps=2, data={"engine": FewWords(spoken), **more})
 
 
 def masked(method: Callable[..., DistillationModule], prompts: int, **more: Any) -> Way:
-    """Return a way in which rules exclude the tokens of all ranks except the first."""
+    """With tokens everywhere, of which rules leave those of rank 0 at most."""
     return Way(method=lambda: method(FirstPrompt(prompts)), steps=2, data=more)
 
 
@@ -172,7 +172,7 @@ GUIDED: dict[str, Any] = {"mix": RolloutMix(guided=0.5)}
 
 
 def ways(prompts: int) -> dict[str, dict[str, Way]]:
-    """Return the ways by part and name, for `prompts` prompts per step."""
+    """By part and name; `prompts` of a step."""
     return {
         "core": {
             "sampled": Way(method=sampled, trainer={"gradient_clip_val": 0.05}, watched=True),

@@ -159,7 +159,7 @@ def test_the_package_root_stays_small() -> None:
 
 
 def test_methods_are_published_methods() -> None:
-    """A file of `methods/` defines one family; common code is in `training/`."""
+    """What all methods share is in `training/`: a file of `methods/` defines one family."""
     for path in (PACKAGE / "methods").glob("*.py"):
         classes = [n for n in parsed(path).body if isinstance(n, ast.ClassDef)]
         assert path.stem == "__init__" or classes
