@@ -14,13 +14,18 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from peft import LoraConfig
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from callbacks import EMATeacherUpdate
 from opd_lightning.cli import main
 from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.errors import NotReadyError
-from opd_lightning.methods import OPD
+from opd_lightning.evaluation.texts import LikelihoodSuite
+from opd_lightning.lab.arithmetic import ANSWER_PATTERN
+from opd_lightning.methods import OPD, DivergenceOPD
+from opd_lightning.models.causal_lm import Dtype
 from opd_lightning.models.head import TopLogprobs
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.student import Student
@@ -28,14 +33,16 @@ from opd_lightning.preflight.memory import student_bytes
 from opd_lightning.rollouts import HFEngine, Request, Sampling
 from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.serving.vllm_process import vllm_unavailable
-from opd_lightning.teachers import EMATeacher, FrozenTeacher, TopKTeacher
+from opd_lightning.teachers import EMATeacher, FrozenTeacher, Teacher, TopKTeacher
 from opd_lightning.teachers.local import OwnModelTeacher
 from opd_lightning.teachers.start import start_of
 from opd_lightning.types import Completion, RolloutBatch, TokenScores
+from opd_lightning.verifiers import ExactMatch
 from tests.servers import RunningServer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = str(CONFIGS / "lab" / "opd.yaml")
+STUDENT = "lab/arithmetic/student"
 SMALL = (
     "--data.sampling.max_new_tokens=8",
     "--data.prompts_per_step=8",
@@ -44,6 +51,7 @@ SMALL = (
 )
 
 Check = Callable[..., dict[str, Any]]
+Look = Callable[..., dict[str, Any]]
 Findings = dict[str, dict[str, Any]]
 
 
@@ -67,13 +75,59 @@ def check(in_lab: Path, sound_teacher: str, capfd: pytest.CaptureFixture[str]) -
 
 
 @pytest.fixture
+def look(in_lab: Path, sound_teacher: str, capfd: pytest.CaptureFixture[str]) -> Look:
+    """Check a run like that of `CONFIG`, made in Python: the parser costs more than a check."""
+
+    def run(
+        kind: type[OPD | DivergenceOPD] = OPD,
+        *,
+        student: str | Path = STUDENT,
+        teacher: str | Path | Teacher = sound_teacher,
+        lora: LoraConfig | None = None,
+        dtype: Dtype = "float32",
+        max_logprob_gap: float = 1e-4,
+        trainer: dict[str, Any] | None = None,
+        **data: Any,
+    ) -> dict[str, Any]:
+        lightning = Trainer(
+            accelerator="cpu",
+            **{"max_steps": 200, "logger": False, "enable_progress_bar": False, **(trainer or {})},
+        )
+        asked = teacher if isinstance(teacher, Teacher) else FrozenTeacher(str(teacher))
+        module = kind(
+            Student(str(student), lora=lora),
+            asked,
+            optimizer=lambda p: torch.optim.AdamW(p, lr=2.5e-3),
+            lr_scheduler=lambda o: OneCycleLR(o, max_lr=2.5e-3, total_steps=200),
+            max_logprob_gap=max_logprob_gap,
+        )
+        given: dict[str, Any] = {
+            "train": PromptSource("lab/arithmetic/train.jsonl"),
+            "engine": HFEngine(dtype=dtype),
+            "verifier": ExactMatch(ANSWER_PATTERN),
+            "sampling": Sampling(max_new_tokens=8),
+            "prompts_per_step": 8,
+        }
+        ready = True
+        try:
+            lightning.check(module, RolloutDataModule(**given | data), samples=4, json=True)
+        except NotReadyError:
+            ready = False
+        printed: dict[str, Any] = json.loads(capfd.readouterr().out)
+        assert printed["ready"] is ready
+        return printed
+
+    return run
+
+
+@pytest.fixture
 def sound_teacher(in_lab: Path, tmp_path: Path) -> str:
     """Return a model close to the student; a random one would be too different."""
     return changed_weights(tmp_path / "sound", lambda weight: weight * 1.02)
 
 
 def changed_weights(folder: Path, change: Callable[[Tensor], Tensor]) -> str:
-    shutil.copytree("lab/arithmetic/student", folder)
+    shutil.copytree(STUDENT, folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -88,13 +142,6 @@ def not_ok(printed: dict[str, Any]) -> dict[str, str]:
 
 def by_subject(printed: dict[str, Any]) -> Findings:
     return {f["subject"]: f for f in printed["findings"]}
-
-
-def both(student: Path, teacher: Path) -> tuple[str, str]:
-    return (
-        f"--model.init_args.student.path={student}",
-        f"--model.init_args.teacher.init_args.path={teacher}",
-    )
 
 
 # Good ----------------------------------------------------------------------------------
@@ -113,6 +160,14 @@ def test_a_good_configuration(check: Check) -> None:
     assert findings["time (estimate)"]["values"]["step_seconds"] > 0
 
 
+def test_a_good_run_made_in_python(look: Look) -> None:
+    """What the faults below are planted in."""
+    printed = look()
+    assert not not_ok(printed)
+    assert by_subject(printed).keys() >= {"weight push", "seeds", "teacher", "time (estimate)"}
+
+
+@pytest.mark.slow  # an engine's start, for what is like the other engine
 @pytest.mark.vllm
 def test_a_good_configuration_on_vllm(check: Check) -> None:
     if reason := vllm_unavailable():
@@ -122,12 +177,11 @@ def test_a_good_configuration_on_vllm(check: Check) -> None:
     assert by_subject(printed)["weight push"]["values"]["gap_to_pushed"] < 1e-5
 
 
-def test_several_processes_are_checked_in_one(check: Check) -> None:
-    two = ("--trainer.strategy=ddp", "--trainer.devices=2")
-    assert not not_ok(check(*two))
-    assert (
-        "7 for 2 processes" in by_subject(check(*two, "--data.prompts_per_step=7"))["step"]["found"]
-    )
+def test_several_processes_are_checked_in_one(look: Look) -> None:
+    two = {"strategy": "ddp", "devices": 2}
+    assert not not_ok(look(trainer=two))
+    found = by_subject(look(trainer=two, prompts_per_step=7))
+    assert "7 for 2 processes" in found["step"]["found"]
 
 
 def test_a_sharded_run_cannot_put_its_teacher_aside(check: Check) -> None:
@@ -174,14 +228,14 @@ def test_methods_with_other_authors_and_views(name: str, check: Check) -> None:
     ],
 )  # fmt: skip
 def test_families_that_name_their_sizes_otherwise(
-    kind: str, settings: dict[str, Any], check: Check, tmp_path: Path
+    kind: str, settings: dict[str, Any], look: Look, tmp_path: Path
 ) -> None:
     folder = tmp_path / kind
-    shutil.copytree("lab/arithmetic/student", folder)
+    shutil.copytree(STUDENT, folder)
     ids = {"vocab_size": 64, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
     config = CONFIG_MAPPING[kind](**settings, **ids, tie_word_embeddings=True)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    printed = check(*both(folder, folder))
+    printed = look(student=folder, teacher=folder)
     assert not_ok(printed) == {"teacher": "warning"}, "there is nothing to learn from itself"
     assert by_subject(printed)["memory (estimate)"]["values"]["activations_bytes"] > 0
 
@@ -189,12 +243,12 @@ def test_families_that_name_their_sizes_otherwise(
 # Planted faults --------------------------------------------------------------------------
 
 
-def test_an_engine_that_takes_no_weights(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_takes_no_weights(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     def forget(engine: HFEngine, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         engine.version = version
 
     monkeypatch.setattr(HFEngine, "load_weights", forget)
-    assert not_ok(check()) == {"weight push": "error"}
+    assert not_ok(look()) == {"weight push": "error"}
 
 
 Weights = Iterable[tuple[str, Tensor]]
@@ -222,34 +276,34 @@ def permuted(engine: HFEngine, weights: Weights) -> None:
         engine._model.get_parameter(name).copy_(weight.roll(1, 0))
 
 
-BF16 = (
-    "--trainer.precision=bf16-mixed",
-    "--data.engine.init_args.dtype=bfloat16",
-    "--model.init_args.max_logprob_gap=0.1",
-)
-LORA = "--model.init_args.student.lora={r: 4, target_modules: [q_proj, v_proj, down_proj]}"
+BF16: dict[str, Any] = {
+    "trainer": {"precision": "bf16-mixed"},
+    "dtype": "bfloat16",
+    "max_logprob_gap": 0.1,
+}
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
 
 
 @pytest.mark.parametrize(
     ("sums", "lora", "faults"),
     [
-        (True, (), (suppressed, permuted)),
-        pytest.param(False, (), (half_done, foreign), marks=pytest.mark.slow),
-        (False, (LORA,), (suppressed, half_done)),
+        (True, None, (suppressed, permuted)),
+        (False, None, (half_done, foreign)),
+        (False, LORA, (suppressed, half_done)),
     ],
     ids=["sums", "no sums", "lora without sums"],
 )
 def test_pushes_in_bfloat16(
     sums: bool,
-    lora: tuple[str, ...],
+    lora: LoraConfig | None,
     faults: Sequence[Callable[[HFEngine, Weights], None]],
-    check: Check,
+    look: Look,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first push, of the initial weights, is right; the next one is of the noisy student."""
     if not sums:
         monkeypatch.setattr(HFEngine, "weight_sums", lambda engine: [])
-    sound = by_subject(check(*BF16, *lora))["weight push"]
+    sound = by_subject(look(lora=lora, **BF16))["weight push"]
     assert sound["level"] == ("ok" if sums else "info")
     assert sound["values"]["gap_to_pushed"] < sound["values"]["gap_to_old"] / 10
 
@@ -270,7 +324,7 @@ def test_pushes_in_bfloat16(
                 load(engine, version, weights)
 
         monkeypatch.setattr(HFEngine, "load_weights", load_wrong)
-        found = by_subject(check(*BF16, *lora))
+        found = by_subject(look(lora=lora, **BF16))
         push = found["weight push"]
         assert push["level"] in ("error", "warning"), wrong
         assert push["level"] == "error" or wrong is half_done, wrong
@@ -279,7 +333,7 @@ def test_pushes_in_bfloat16(
         assert "time (estimate)" in found, "a push that fails does not end the check"
 
 
-def test_an_engine_of_another_model(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_of_another_model(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     @torch.no_grad()
     def shift(engine: HFEngine, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         parameters = dict(engine._model.named_parameters())
@@ -288,17 +342,17 @@ def test_an_engine_of_another_model(check: Check, monkeypatch: pytest.MonkeyPatc
         engine.version = version
 
     monkeypatch.setattr(HFEngine, "load_weights", shift)
-    finding = by_subject(check())["weight push"]
+    finding = by_subject(look())["weight push"]
     assert finding["level"] == "error"
     assert "the engine holds other weights" in finding["found"]
     # An engine without sums of its weights is checked by its log-probs.
     monkeypatch.setattr(HFEngine, "weight_sums", lambda engine: [])
-    finding = by_subject(check())["engine and trainer"]
+    finding = by_subject(look())["engine and trainer"]
     assert finding["level"] == "error"
     assert "max_logprob_gap" in finding["change"]
 
 
-def test_an_engine_that_ignores_seeds(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_ignores_seeds(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     generate = HFEngine.generate
     calls = iter(range(1000))
 
@@ -307,11 +361,11 @@ def test_an_engine_that_ignores_seeds(check: Check, monkeypatch: pytest.MonkeyPa
         return generate(engine, [Request(r.prompt_ids, r.seed + by) for r in requests], how)
 
     monkeypatch.setattr(HFEngine, "generate", drift)
-    assert not_ok(check()) == {"seeds": "warning"}
+    assert not_ok(look()) == {"seeds": "warning"}
 
 
 def test_a_student_that_trains_otherwise_than_it_is_read(
-    check: Check, monkeypatch: pytest.MonkeyPatch
+    look: Look, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = Student.load
 
@@ -325,31 +379,30 @@ def test_a_student_that_trains_otherwise_than_it_is_read(
             )
 
     monkeypatch.setattr(Student, "load", noisy)
-    assert by_subject(check())["itself as teacher"]["level"] == "error"
+    assert by_subject(look())["itself as teacher"]["level"] == "error"
 
 
-def test_a_teacher_with_more_padding(check: Check, sound_teacher: str) -> None:
+def test_a_teacher_with_more_padding(look: Look, sound_teacher: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(sound_teacher)
     model.resize_token_embeddings(80, mean_resizing=False)
     model.save_pretrained(sound_teacher)
-    printed = check()
+    printed = look()
     assert not_ok(printed) == {"vocabulary padding": "info"}
     assert "64 rows, the teacher's 80" in by_subject(printed)["vocabulary padding"]["found"]
-    printed = check("--model=opd_lightning.methods.DivergenceOPD")
-    assert not_ok(printed)["models"] == "error"
+    assert not_ok(look(DivergenceOPD))["models"] == "error"
 
 
-def test_a_student_that_ends_elsewhere(check: Check, tmp_path: Path) -> None:
+def test_a_student_that_ends_elsewhere(look: Look, tmp_path: Path) -> None:
     student = tmp_path / "student"
-    shutil.copytree("lab/arithmetic/student", student)
+    shutil.copytree(STUDENT, student)
     config = json.loads((student / "generation_config.json").read_text())
     (student / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [1, 9]}))
-    printed = check(f"--model.init_args.student.path={student}")
+    printed = look(student=student)
     assert not_ok(printed) == {"end of a response": "warning"}
     (student / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [9]}))
     tokens = json.loads((student / "tokenizer_config.json").read_text())
     (student / "tokenizer_config.json").write_text(json.dumps(tokens | {"eos_token": "<|pad|>"}))
-    printed = check(f"--model.init_args.student.path={student}")
+    printed = look(student=student)
     assert "model.student.eos_tokens" in by_subject(printed)["models"]["found"]
 
 
@@ -367,22 +420,22 @@ def test_a_student_that_ends_elsewhere(check: Check, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_template_at_odds_with_itself(
-    old: str, new: str, level: str, words: str, check: Check, sound_teacher: str, tmp_path: Path
+    old: str, new: str, level: str, words: str, look: Look, sound_teacher: str, tmp_path: Path
 ) -> None:
-    shutil.copytree("lab/arithmetic/student", tmp_path / "student")
+    shutil.copytree(STUDENT, tmp_path / "student")
     for folder in (tmp_path / "student", Path(sound_teacher)):
         template = (folder / "chat_template.jinja").read_text()
         assert old in template
         (folder / "chat_template.jinja").write_text(template.replace(old, new))
-    printed = check(f"--model.init_args.student.path={tmp_path / 'student'}")
+    printed = look(student=tmp_path / "student")
     assert not_ok(printed) == {"chat template": level}
     assert words in by_subject(printed)["chat template"]["found"]
 
 
-def test_a_prompt_that_is_too_long(check: Check, tmp_path: Path) -> None:
+def test_a_prompt_that_is_too_long(look: Look, tmp_path: Path) -> None:
     row = {"messages": "1+" * 150, "answer": "1"}
     (tmp_path / "long.jsonl").write_text(json.dumps(row))
-    printed = check(f"--data.train.path={tmp_path / 'long.jsonl'}")
+    printed = look(train=PromptSource(str(tmp_path / "long.jsonl")))
     assert not_ok(printed) == {"set-up": "error", "numbers": "info"}
     assert "long.jsonl:1: prompt of 303 tokens" in by_subject(printed)["set-up"]["found"]
 
@@ -394,27 +447,24 @@ def test_several_mistakes_at_once(check: Check) -> None:
     assert by_subject(printed)["chat template"]["level"] == "ok", "it depends on none of these"
 
 
-def test_a_teacher_of_something_else(check: Check, tmp_path: Path) -> None:
+def test_a_teacher_of_something_else(look: Look, tmp_path: Path) -> None:
     path = changed_weights(tmp_path / "other", lambda weight: 4 * weight.flip(0))
-    printed = check(f"--model.init_args.teacher.init_args.path={path}")
-    assert not_ok(printed) == {"teacher": "warning"}
+    assert not_ok(look(teacher=path)) == {"teacher": "warning"}
 
 
-def test_a_teacher_that_is_the_student(check: Check) -> None:
-    printed = check("--model.init_args.teacher.init_args.path=lab/arithmetic/student")
+def test_a_teacher_that_is_the_student(look: Look) -> None:
+    printed = look(teacher=STUDENT)
     assert not_ok(printed) == {"teacher": "warning"}
     assert "nothing to learn" in by_subject(printed)["teacher"]["meaning"]
 
 
-def test_a_teacher_that_overflows(check: Check, tmp_path: Path) -> None:
+def test_a_teacher_that_overflows(look: Look, tmp_path: Path) -> None:
     path = changed_weights(tmp_path / "broken", lambda weight: weight * torch.nan)
-    printed = check(f"--model.init_args.teacher.init_args.path={path}")
-    assert not_ok(printed) == {"weights": "error"}
+    assert not_ok(look(teacher=path)) == {"weights": "error"}
 
 
-def test_a_schedule_that_is_too_short(check: Check) -> None:
-    printed = check("--trainer.max_steps=300")
-    assert not_ok(printed) == {"optimiser": "error"}
+def test_a_schedule_that_is_too_short(look: Look) -> None:
+    assert not_ok(look(trainer={"max_steps": 300})) == {"optimiser": "error"}
 
 
 # A teacher elsewhere -----------------------------------------------------------------------
@@ -443,21 +493,9 @@ class TeacherElsewhere(TopKTeacher):
 
 @pytest.mark.parametrize(("off_by", "level"), [(0.0, "ok"), (0.5, "warning")])
 def test_a_teacher_elsewhere_is_compared_with_its_folder(
-    off_by: float, level: str, sound_teacher: str, capsys: pytest.CaptureFixture[str]
+    off_by: float, level: str, look: Look, sound_teacher: str
 ) -> None:
-    trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_progress_bar=False)
-    data = RolloutDataModule(
-        PromptSource("lab/arithmetic/train.jsonl"),
-        HFEngine(),
-        sampling=Sampling(max_new_tokens=8),
-        prompts_per_step=8,
-    )
-    method = OPD(
-        Student("lab/arithmetic/student"), TeacherElsewhere(sound_teacher, off_by),
-        max_logprob_gap=1e-4,
-    )  # fmt: skip
-    trainer.check(method, data, samples=4, json=True)
-    printed = json.loads(capsys.readouterr().out)
+    printed = look(teacher=TeacherElsewhere(sound_teacher, off_by))
     assert by_subject(printed)["teacher from disk"]["level"] == level
 
 
@@ -481,7 +519,7 @@ def test_from_python_errors_raise(in_lab: Path, capsys: pytest.CaptureFixture[st
     trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_progress_bar=False)
     with pytest.raises(NotReadyError, match="1 error"):
         trainer.check(
-            OPD(Student("lab/arithmetic/student"), FrozenTeacher("lab/arithmetic/student")),
+            OPD(Student(STUDENT), FrozenTeacher(STUDENT)),
             RolloutDataModule(None, HFEngine()),
         )
     assert "data.train: got nothing" in capsys.readouterr().out
@@ -503,7 +541,7 @@ def test_from_python_errors_raise(in_lab: Path, capsys: pytest.CaptureFixture[st
 def test_memory_of_the_student_is_counted_exactly(
     lora: LoraConfig | None, kind: Any, options: dict[str, Any], in_lab: Path
 ) -> None:
-    student = Student("lab/arithmetic/student", lora=lora)
+    student = Student(STUDENT, lora=lora)
     student.load()
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = kind(trained, lr=0.1, **options)
@@ -522,32 +560,31 @@ def measured(tensors: Iterable[Any]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
-def test_memory_of_copies_of_the_student_is_counted_exactly(check: Check) -> None:
+def test_memory_of_copies_of_the_student_is_counted_exactly(look: Look) -> None:
     """A start that validations compare with, and a running average."""
-    student = Student("lab/arithmetic/student")
+    student = Student(STUDENT)
     student.load()
-    start = start_of(student, None)
+    start, average = start_of(student, None), EMATeacher()
     assert isinstance(start, OwnModelTeacher)
-    start.load(torch.device("cpu"), student)
-    retention = f"{CONFIGS}/lab/retention.yaml"
-    of_lora = ("--model.student.lora.r=2", "--model.student.lora.target_modules=all-linear")
-    for changes, expected in (
-        ((), measured(start.model().parameters())),
-        (of_lora, 0),
-        (("--data.texts=null",), 0),
-    ):
-        found = by_subject(check("--trainer.callbacks=null", *changes, config=retention))
-        assert found["memory (estimate)"]["values"]["start_bytes"] == expected
-    average = EMATeacher()
-    found = by_subject(check(config=str(CONFIGS / "lab" / "sdft.yaml")))
-    student = Student("lab/identity/base")
-    student.load()
-    average.load(torch.device("cpu"), student)
+    for copy in (start, average):
+        copy.load(torch.device("cpu"), student)
+    texts = {"sums": LikelihoodSuite(prompts=PromptSource("lab/arithmetic/demonstrations.jsonl"))}
+    lora = LoraConfig(r=2, target_modules="all-linear")
+    cases: list[tuple[dict[str, Any], int]] = [
+        ({"texts": texts}, measured(start.model().parameters())),
+        ({"texts": texts, "lora": lora}, 0),
+        ({}, 0),
+    ]
+    for changes, expected in cases:
+        values = by_subject(look(**changes))["memory (estimate)"]["values"]
+        assert values["start_bytes"] == expected
+    moved = {"callbacks": [EMATeacherUpdate()]}
+    found = by_subject(look(teacher=EMATeacher(), trainer=moved))
     values = found["memory (estimate)"]["values"]
     assert values["teachers_bytes"] == measured(average.model().parameters())
 
 
-@pytest.mark.parametrize("rank", [None, 0, 1])
+@pytest.mark.parametrize("rank", [None, pytest.param(0, marks=pytest.mark.slow), 1])
 def test_one_of_several_processes_looks(
     in_lab: Path,
     rank: int | None,
