@@ -4,21 +4,27 @@ import errno
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
 from opd_lightning.cli import main
-from opd_lightning.data.mix import RolloutMix
+from opd_lightning.commands.trainer import Trainer
+from opd_lightning.data.mix import RolloutMix, TeacherSampler
 from opd_lightning.data.prompts import PromptSource
+from opd_lightning.data.views import PromptView
+from opd_lightning.errors import RunStoppedError, UserError
+from opd_lightning.lab.arithmetic import ANSWER_PATTERN
 from opd_lightning.losses.top_k import TopK
-from opd_lightning.methods import OPD, DivergenceOPD, LightningOPD
+from opd_lightning.methods import OPD, OPSDK1, SFT, DivergenceOPD, LightningOPD
 from opd_lightning.models.student import Student
-from opd_lightning.rollouts import HFEngine
+from opd_lightning.rollouts import HFEngine, Sampling
+from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.teachers import CachedTeacher, FrozenTeacher, Teacher
 from opd_lightning.types import Rollout
+from opd_lightning.verifiers import ExactMatch
 from tests.integration.test_fit import Recorder, fit
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "lab" / "lightning_opd.yaml")
@@ -27,39 +33,54 @@ TRAIN = "lab/arithmetic/train.jsonl"
 pytestmark = pytest.mark.usefixtures("in_lab")
 
 
-def write(out: Path, *more: str) -> None:
-    main(
-        [
-            "write-responses",
-            *("--config", CONFIG, "--out", str(out)),
-            f"--data.train.path={TRAIN}",
-            "--data.sampling.max_new_tokens=12",
-            "--batch_size=6",
-            *more,
-        ]
+def trainer() -> Trainer:
+    return Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+
+
+def write(
+    out: Path,
+    *,
+    author: Literal["student", "teacher"] = "student",
+    samples: int = 1,
+    limit: int | None = None,
+    ckpt_path: str | None = None,
+    **data: Any,
+) -> None:
+    """What the command of `folder` does, without its parser, which costs more than the writing."""
+    source = RolloutDataModule(
+        train=PromptSource(TRAIN, limit=limit),
+        engine=HFEngine(),
+        verifier=ExactMatch(ANSWER_PATTERN),
+        sampling=Sampling(max_new_tokens=12),
+        **data,
     )
-
-
-def cache(folder: Path, *more: str) -> None:
-    """Fill `folder/teacher` with the scores of `folder/responses.jsonl`."""
-    main(["cache-teacher", *("--config", CONFIG), *files(folder), "--batch_tokens=200", *more])
-
-
-def files(folder: Path) -> list[str]:
-    return [
-        f"--data.train.path={folder / 'responses.jsonl'}",
-        f"--model.init_args.teacher.init_args.cache={folder / 'teacher'}",
-    ]
+    asks_nobody = SFT(Student("lab/arithmetic/student"))
+    trainer().write_responses(
+        asks_nobody,
+        str(out),
+        author=author,
+        samples=samples,
+        batch_size=6,
+        ckpt_path=ckpt_path,
+        datamodule=source,
+    )
 
 
 @pytest.fixture(scope="module")
 def folder(untrained_lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two responses to every prompt, and the teacher's scores of them."""
+    """Two responses to every prompt, and the teacher's scores of them, by the commands."""
     made = tmp_path_factory.mktemp("offline")
+    responses = made / "responses.jsonl"
+    short = ["--data.sampling.max_new_tokens=12", "--batch_size=6", "--samples=2"]
+    files = [
+        f"--data.train.path={responses}",
+        f"--model.init_args.teacher.init_args.cache={made / 'teacher'}",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(untrained_lab)
-        write(made / "responses.jsonl", "--samples=2")
-        cache(made)
+        main(["write-responses", "--config", CONFIG, f"--out={responses}",
+              f"--data.train.path={TRAIN}", *short])  # fmt: skip
+        main(["cache-teacher", "--config", CONFIG, *files, "--batch_tokens=200"])
     return made
 
 
@@ -75,22 +96,27 @@ def cached(folder: Path, teacher: Teacher | None = None) -> CachedTeacher:
     return CachedTeacher(str(folder / "teacher"), teacher or frozen())
 
 
-def train(method: type[OPD | DivergenceOPD], teacher: Teacher, file: Path, **more: Any) -> Recorder:
+def train(
+    method: type[OPD | DivergenceOPD],
+    teacher: Teacher,
+    file: Path | str,
+    data: dict[str, Any] | None = None,
+    **more: Any,
+) -> Recorder:
     module = method(
         Student("lab/arithmetic/student"),
         teacher=teacher,
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
         **more,
     )
-    return fit(
-        module,
-        engine=None,
-        micro_batches=2,
-        mix=RolloutMix(recorded=1),
-        train=PromptSource(str(file)),
-        samples_per_prompt=1,
-        prompts_per_step=8,
-    )
+    given: dict[str, Any] = {
+        "engine": None,
+        "mix": RolloutMix(recorded=1),
+        "train": PromptSource(str(file)),
+        "samples_per_prompt": 1,
+        "prompts_per_step": 8,
+    }
+    return fit(module, micro_batches=2, **given | (data or {}))
 
 
 # Writing --------------------------------------------------------------------------------
@@ -117,7 +143,7 @@ def test_writing_goes_on_where_it_was_cut(folder: Path, tmp_path: Path) -> None:
     whole = (folder / "responses.jsonl").read_bytes()
     out = tmp_path / "responses.jsonl"
     out.write_bytes(whole[: len(whole) // 2])
-    write(out, "--samples=2")
+    write(out, samples=2)
     assert out.read_bytes() == whole
 
 
@@ -128,24 +154,23 @@ def test_a_first_row_that_was_cut_is_written_again(
     first, *_ = (folder / "responses.jsonl").read_bytes().split(b"\n")
     out = tmp_path / "responses.jsonl"
     out.write_bytes(first[:length])
-    write(out, "--samples=2", "--data.train.limit=1")
+    write(out, samples=2, limit=1)
     assert rows(out) == rows(folder / "responses.jsonl")[:2]
 
 
 @pytest.mark.parametrize(
     "content", ["notes", '{"id": "1", "prompt": "2+2="}', '{"id": "1", "prompt": "2+2="}\n']
 )
-def test_a_foreign_file_is_left_as_it_is(
-    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_foreign_file_is_left_as_it_is(content: str, tmp_path: Path) -> None:
     out = tmp_path / "mine.jsonl"
     out.write_text(content)
-    assert "not written by this command" in refusal(capsys, lambda: write(out))
+    with pytest.raises(UserError, match="not written by this command"):
+        write(out)
     assert out.read_text() == content
 
 
 def test_a_full_disk_keeps_what_is_complete(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "responses.jsonl"
 
@@ -154,12 +179,10 @@ def test_a_full_disk_keeps_what_is_complete(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(SystemExit) as ended:
-            write(out, "--data.train.limit=2")
-    assert ended.value.code == 1
-    assert "error: --out: " in capsys.readouterr().err
+        with pytest.raises(RunStoppedError, match="--out: "):
+            write(out, limit=2)
     before = rows(out)
-    write(out, "--data.train.limit=3")
+    write(out, limit=3)
     assert rows(out)[: len(before)] == before
     assert len(rows(out)) == 3
 
@@ -167,52 +190,46 @@ def test_a_full_disk_keeps_what_is_complete(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--seed_everything=1"], "but this would be"),
-        (["--author=teacher"], "data.teacher: got nothing for --author teacher"),
-        (["--samples=0"], "--samples: got 0, expected at least 1"),
+        ({"seed": 1}, "but this would be"),
+        ({"author": "teacher"}, "data.teacher: got nothing for --author teacher"),
+        ({"samples": 0}, "--samples: got 0, expected at least 1"),
     ],
 )
-def test_writing_refuses(
-    folder: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
-) -> None:
+def test_writing_refuses(folder: Path, more: dict[str, Any], message: str) -> None:
     before = (folder / "responses.jsonl").read_bytes()
-    assert message in refusal(capsys, lambda: write(folder / "responses.jsonl", *more))
+    with pytest.raises(UserError, match=message):
+        write(folder / "responses.jsonl", **{"samples": 2, **more})
     assert (folder / "responses.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("given", ["file", "folder"])
-def test_a_checkpoint_must_be_one(
-    given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_must_be_one(given: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("weights")
     (tmp_path / "folder").mkdir()
     place = str(tmp_path / given)
     out = tmp_path / "responses.jsonl"
-    complaint = refusal(capsys, lambda: write(out, f"--ckpt_path={place}"))
-    assert repr(place) in complaint
-    assert "no checkpoint" in complaint
+    with pytest.raises(UserError, match="no checkpoint") as refused:
+        write(out, ckpt_path=place)
+    assert repr(place) in str(refused.value)
 
 
 def test_weights_that_do_not_arrive_write_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: list[HFEngine] = []
     monkeypatch.setattr(HFEngine, "load_weights", lambda *_: None)
     monkeypatch.setattr(HFEngine, "close", lambda engine: closed.append(engine))
     out = tmp_path / "responses.jsonl"
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(RunStoppedError, match="did not take the weights"):
         write(out)
-    assert stopped.value.code == 1
-    assert capsys.readouterr().err.count("opd: error: ") == 1
     assert closed
     assert not out.read_bytes()
 
 
 def test_the_teacher_writes_too(tmp_path: Path) -> None:
     out = tmp_path / "responses.jsonl"
-    engine = '{"class_path": "opd_lightning.rollouts.HFEngine"}'
-    more = ["--data.teacher.path=lab/arithmetic/teacher", f"--data.teacher.engine={engine}"]
-    write(out, "--author=teacher", "--data.train.limit=4", *more)
+    teacher = TeacherSampler(path="lab/arithmetic/teacher", engine=HFEngine())
+    write(out, author="teacher", limit=4, teacher=teacher)
     written = rows(out)
     assert len(written) == 4
     assert written[0]["written_by"].startswith("teacher opd-")
@@ -284,81 +301,68 @@ def test_u20_the_first_gradient_is_that_of_opd(tmp_path: Path) -> None:
 
 # Refusals -------------------------------------------------------------------------------
 
-
-def refusal(capsys: pytest.CaptureFixture[str], command: Any) -> str:
-    """The one line of a command that ends with code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        command()
-    assert ended.value.code == 2
-    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opd: error:")]
-    assert len(lines) == 1
-    return lines[0]
+OTHER = "lab/arithmetic/student"
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("change", "message"),
     [
-        ("model.init_args.teacher.init_args.cache=nowhere", "'nowhere'"),
+        ({"cache": "nowhere"}, "'nowhere'"),
+        ({"teacher": FrozenTeacher(OTHER)}, "teacher opd-"),
+        ({"file": TRAIN}, "no 'response'"),
         (
-            "model.init_args.teacher.init_args.teacher.init_args.path=lab/arithmetic/student",
-            "teacher opd-",
-        ),
-        (f"data.train.path={TRAIN}", "no 'response'"),
-        (
-            "data.train.path=lab/arithmetic/demonstrations.jsonl",
+            {"file": "lab/arithmetic/demonstrations.jsonl"},
             "demonstrations.jsonl:1: ",
         ),
-        ("data.mix.recorded=0.5", "LightningOPD learns"),
-        ("model.init_args.overlap_top_k=20", "but 20"),
-        ("model.init_args.imitation=1", "would take all of LightningOPD's responses"),
+        (
+            {"data": {"mix": RolloutMix(recorded=0.5), "engine": "hf"}},
+            "LightningOPD learns",
+        ),
+        ({"overlap_top_k": 20}, "but 20"),
+        ({"imitation": 1.0}, "would take all of LightningOPD's responses"),
+        (
+            {"kind": OPD, "data": {"mix": RolloutMix(), "engine": "hf"}},
+            "CachedTeacher",
+        ),
+        (
+            {"kind": OPSDK1, "view": "corrected",
+             "data": {"views": {"corrected": PromptView(template="{{ feedback }}")}}},
+            "data.views: 'corrected'",
+        ),
     ],
-)
+)  # fmt: skip
 def test_fit_refuses(
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    more: str,
-    message: str,
+    folder: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
 ) -> None:
     def no_weights(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were loaded before the mistake was found")
 
     monkeypatch.setattr("opd_lightning.models.student.load_causal_lm", no_weights)
     monkeypatch.setattr("opd_lightning.teachers.frozen.load_causal_lm", no_weights)
-    command = ["fit", "--config", CONFIG, *files(folder), "--trainer.logger=false", f"--{more}"]
-    assert message in refusal(capsys, lambda: main(command))
+    given = {"kind": LightningOPD, "file": folder / "responses.jsonl", **change}
+    place = str(given.pop("cache", folder / "teacher"))
+    teacher = CachedTeacher(place, given.pop("teacher", None) or frozen())
+    with pytest.raises(UserError, match=message):
+        train(given.pop("kind"), teacher, given.pop("file"), **given)
 
 
-def test_live_responses_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["--model=opd_lightning.methods.OPD", "--data.mix.recorded=0", "--trainer.logger=false"]
-    line = refusal(capsys, lambda: main(["fit", "--config", CONFIG, *files(folder), *more]))
-    assert "responses that are yet to be sampled, which a CachedTeacher cannot" in line
-
-
-def test_views_of_what_is_not_known_in_advance_are_refused(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    more = [
-        "--model=opd_lightning.methods.OPSDK1",
-        "--model.init_args.view=corrected",
-        '--data.views={"corrected": {"template": "{{ feedback }}"}}',
-        "--trainer.logger=false",
-    ]
-    line = refusal(capsys, lambda: main(["fit", "--config", CONFIG, *files(folder), *more]))
-    assert "data.views: 'corrected' depends on how responses are verified" in line
-
-
-def test_ids_beyond_the_vocabulary_are_refused(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ids_beyond_the_vocabulary_are_refused(folder: Path, tmp_path: Path) -> None:
     row = rows(folder / "responses.jsonl")[0] | {"response_ids": [5, 64]}
     (tmp_path / "responses.jsonl").write_text(json.dumps(row))
-    line = refusal(capsys, lambda: cache(tmp_path))
-    assert "responses.jsonl:1: 'response_ids' holds token 64, but the student's vocabulary" in line
+    module = LightningOPD(Student("lab/arithmetic/student"), cached(tmp_path))
+    data = RolloutDataModule(
+        PromptSource(str(tmp_path / "responses.jsonl")), mix=RolloutMix(recorded=1)
+    )
+    message = "responses.jsonl:1: 'response_ids' holds token 64, but the student's vocabulary"
+    with pytest.raises(UserError, match=message):
+        trainer().cache_teacher(module, datamodule=data)
 
 
 def test_there_must_be_something_to_cache(capsys: pytest.CaptureFixture[str]) -> None:
     config = CONFIG.replace("lightning_opd", "opd")
-    line = refusal(capsys, lambda: main(["cache-teacher", "--config", config]))
-    assert "it asks no CachedTeacher" in line
+    with pytest.raises(SystemExit) as ended:
+        main(["cache-teacher", "--config", config])
+    assert ended.value.code == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opd: error:")]
+    assert len(lines) == 1
+    assert "it asks no CachedTeacher" in lines[0]

@@ -8,7 +8,7 @@ import os
 import pty
 import re
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -18,8 +18,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd_lightning.cli import main
+from opd_lightning.commands.trainer import Trainer
+from opd_lightning.errors import UserError
 from opd_lightning.lab.tokenizer import END_OF_TURN
+from opd_lightning.methods import GRPO
+from opd_lightning.models.student import Student
+from opd_lightning.rollouts import HFEngine, Request, Sampling
+from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.serving.vllm_process import vllm_unavailable
+from opd_lightning.types import Completion
 from tests.processes import Process
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "lab"
@@ -121,16 +128,31 @@ def test_of_a_checkpoint(sample: Sample, in_lab: Path, tmp_path: Path) -> None:
          "--model.optimizer.lr=0.05", "--model.lr_scheduler=null"]
     )  # fmt: skip
     checkpoint = f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"
-    before, after = (sample("--prompt=1+1=", *args).rows[0] for args in ((), (checkpoint,)))
-    text = "".join(after["tokens"])
-    start = logprobs("lab/arithmetic/student", "1+1=", "".join(before["tokens"]))
-    assert torch.tensor(before["figures"]["student"]) == pytest.approx(start, abs=1e-4)
-    moved = logprobs("lab/arithmetic/student", "1+1=", text)
-    assert (torch.tensor(after["figures"]["student"]) - moved).abs().max() > 0.01
+    (after,) = sample("--prompt=1+1=", checkpoint).rows
+    # The other tests show that without a checkpoint it is the start that answers.
+    start = logprobs("lab/arithmetic/student", "1+1=", "".join(after["tokens"]))
+    assert (torch.tensor(after["figures"]["student"]) - start).abs().max() > 0.01
 
 
+class Counted(HFEngine):
+    """Counts the requests to all of its kind."""
+
+    asked = 0
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        Counted.asked += len(requests)
+        return super().generate(requests, sampling)
+
+
+def test_the_engine_of_the_config_is_asked(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Counted, "asked", 0)
+    sample("--prompt=1+1=", "--samples=3", f"--data.engine={__name__}.Counted")
+    assert Counted.asked == 3
+
+
+@pytest.mark.slow  # an engine's start
 @pytest.mark.vllm
-def test_through_the_engine_of_the_config(sample: Sample) -> None:
+def test_vllm_answers_what_transformers_do(sample: Sample) -> None:
     """Greedy, so that vLLM writes what transformers does."""
     if reason := vllm_unavailable():
         pytest.skip(reason)
@@ -143,28 +165,36 @@ def test_through_the_engine_of_the_config(sample: Sample) -> None:
         assert values == pytest.approx(here["figures"][name], abs=1e-4)
 
 
+@pytest.mark.usefixtures("in_lab")
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (["--prompt="], "prompt: got an empty one with --prompt"),
-        (["--prompt=" + "1+" * 150], "prompt of 303 tokens + max_new_tokens 8 exceeds"),
-        (["--prompt=1", "--samples=0"], "--samples: got 0, expected at least 1"),
-        (["--prompt=1", "--top_p=2"], "sampling.top_p: got 2.0"),
-        (["--prompt=1", "--html=nowhere/p.html"], "--html: got 'nowhere/p.html', expected a file"),
-        (["--prompt=1", "--model.student.path=./nowhere"], "student model: "),
-        (["--prompt=1", "--ckpt_path=nowhere.ckpt"], "'nowhere.ckpt'"),
-        (["--prompt=1", "--ckpt_path=lab/arithmetic/train.jsonl"], "--ckpt_path: 'lab/"),
+        ({"prompt": ""}, "prompt: got an empty one with --prompt"),
+        ({"prompt": "1+" * 150}, r"prompt of 303 tokens \+ max_new_tokens 8 exceeds"),
+        ({"samples": 0}, "--samples: got 0, expected at least 1"),
+        ({"top_p": 2.0}, "sampling.top_p: got 2.0"),
+        ({"html": "nowhere/p.html"}, "--html: got 'nowhere/p.html', expected a file"),
+        ({"student": "./nowhere"}, "student model: "),
+        ({"ckpt_path": "lab/arithmetic/train.jsonl"}, "--ckpt_path: 'lab/"),
     ],
 )
-def test_mistakes_are_one_line(
-    in_lab: Path, capsys: pytest.CaptureFixture[str], change: list[str], line: str
-) -> None:
+def test_mistakes_are_refused(change: dict[str, Any], line: str) -> None:
+    given = {"prompt": "1", "max_new_tokens": 8, **change}
+    student = Student(given.pop("student", "lab/arithmetic/student"))
+    trainer = Trainer(accelerator="cpu", logger=False)
+    with pytest.raises(UserError, match=line):
+        trainer.sample(GRPO(student), RolloutDataModule(engine=HFEngine()), **given)
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["sample", "--config", str(CONFIGS / "opd.yaml"), *QUICK, *change])
+        main(["sample", "--config", str(CONFIGS / "opd.yaml"), *QUICK, "--prompt=1",
+              "--ckpt_path=nowhere.ckpt"])  # fmt: skip
     assert ended.value.code == 2
     errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opd: error:")]
     assert len(errors) == 1
-    assert line in errors[0]
+    assert "'nowhere.ckpt'" in errors[0]
 
 
 def test_a_conversation_on_a_terminal(in_lab: Path) -> None:
