@@ -1,5 +1,6 @@
 """A prompt file that changes while a run goes on, and before it is resumed."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,20 @@ class Meddler(Callback):
 
 def run(folder: Path, *changes: str, more: str = "", stops: bool = False) -> dict[str, Tensor]:
     """The student's weights after a run on the folder's own prompt files."""
-    meddler = [
-        "--trainer.callbacks+=ModelCheckpoint",
-        "--trainer.callbacks.every_n_train_steps=1",
-        "--trainer.callbacks.save_last=true",
-        f"--trainer.callbacks+={__name__}.Meddler",
-        f"--trainer.callbacks.more={more}",
-        f"--trainer.callbacks.stops={stops}",
-    ]
+    callbacks: list[dict[str, Any]] = [
+        {"class_path": "ModelCheckpoint",
+         "init_args": {"every_n_train_steps": 1, "save_last": True}},
+        {"class_path": f"{__name__}.Meddler", "init_args": {"more": more, "stops": stops}},
+    ]  # fmt: skip
+    # Given one by one, each option would parse all callbacks again.
+    short = {"trainer": {"callbacks": callbacks, "val_check_interval": 2 * 6}}
+    (folder / "short.yaml").write_text(json.dumps(short))
     prompts = ("data.train.path", "data.validation.sums.prompts.path")
     paths = [f"--{name}={folder / file}.jsonl" for name, file in zip(prompts, FILES, strict=True)]
     save = f"--trainer.logger.init_args.save_dir={folder / 'run'}"
     limits = ("--data.train.limit=null", "--data.validation.sums.prompts.limit=null")
-    main(["fit", "--config", CONFIG, *FAST, *limits, save, *paths, *meddler, *changes])
+    files = ("--config", CONFIG, *FAST, "--config", str(folder / "short.yaml"))
+    main(["fit", *files, *limits, save, *paths, *changes])
     saved = torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     weights: dict[str, Tensor] = saved["state_dict"]
     return weights
