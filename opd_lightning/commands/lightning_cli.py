@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch import LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -97,9 +98,10 @@ class OPDCLI(LightningCLI):
         # jsonargparse requires a value for the flag.
         args = ["--json=true" if word == "--json" else word for word in args]
         commands = self.subcommands()
-        if args and args[0] in commands:
+        self.command = args[0] if args and args[0] in commands else None
+        if self.command is not None:
             # Building the parser of a command takes a second; build only the requested one.
-            only = {args[0]: commands[args[0]]}
+            only = {self.command: commands[self.command]}
             self.subcommands = lambda: only  # type: ignore[method-assign]
         super().__init__(
             DistillationModule,
@@ -129,8 +131,6 @@ class OPDCLI(LightningCLI):
         }
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        from jsonargparse import ActionConfigFile
-
         parser = _Parser(**kwargs)
         parser.add_argument(
             "-c",
@@ -138,11 +138,18 @@ class OPDCLI(LightningCLI):
             action=ActionConfigFile,
             help="YAML file; several are merged, later ones win, the command line last",
         )
+        self.newest_parser = parser  # after construction, the command's
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # Lightning's method warns if arguments are passed from Python, as `main` does.
-        self.config = parser.parse_args(args)
+        asks_to_print = any(word.startswith("--print_config") for word in args)
+        if self.command is None or asks_to_print:  # only the top-level parser prints
+            self.config = parser.parse_args(args)
+            return
+        # The top-level parser would parse everything twice, which costs half a CPU second.
+        config = self.newest_parser.parse_args(args[1:])
+        self.config = Namespace(subcommand=self.command, **{self.command: config})
 
     def before_instantiate_classes(self) -> None:
         command = self.config.subcommand

@@ -1,6 +1,7 @@
 """Every shipped YAML is accepted, and its classes are built without a weight being loaded."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,3 +38,22 @@ def test_instantiates(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_there_are_configs() -> None:
     assert len(CONFIGS) >= 4
+
+
+@pytest.mark.parametrize("command", [["fit"], ["write_responses", "--out=responses.jsonl"]])
+def test_the_parser_of_a_command_reads_what_that_of_the_program_would(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def through_the_program(cli: OPDCLI, parser: Any, args: list[str]) -> None:
+        cli.config = parser.parse_args(args)
+
+    monkeypatch.setattr(OPDCLI, "instantiate_classes", lambda cli: None)
+    monkeypatch.setattr(OPDCLI, "_run_subcommand", lambda cli, subcommand: None)
+    config = str(ROOT / "configs" / "lab" / "sdpo.yaml")
+    words = [*command, "--config", config, "--seed_everything=3", "--trainer.max_steps=2"]
+    alone = OPDCLI(words).config
+    monkeypatch.setattr(OPDCLI, "parse_arguments", through_the_program)
+    whole = OPDCLI(words).config
+    assert whole.pop("config") is None  # every parser has this option
+    assert alone == whole
+    assert alone[command[0]].data.seed == 3
