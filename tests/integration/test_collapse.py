@@ -177,26 +177,43 @@ def run(module: OPD, folder: Path, **more: Any) -> Losses:
     return train(module, folder, 0, callbacks=[watch_all(at_most=2)], **more)
 
 
+@pytest.fixture(scope="module")
+def whole(
+    untrained_lab: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[int, float], dict[str, torch.Tensor]]:
+    """The losses of a run that nothing happens to but the step back, and its weights."""
+    module = method()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(untrained_lab)
+        return run(module, tmp_path_factory.mktemp("whole")).of_step, weights(module)
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_lab")
-def test_a_run_that_stepped_back_is_resumed_bit_for_bit(tmp_path: Path) -> None:
-    whole = method()
-    expected = run(whole, tmp_path / "whole").of_step
-    # In the first step, which only its good checkpoint contains.
-    folder = tmp_path / "first"
+def test_only_the_good_checkpoint_contains_the_first_step(tmp_path: Path, whole: Any) -> None:
     with pytest.raises(ConnectionError):
-        run(method(2), folder)
-    assert [path.name for path in folder.iterdir()] == ["good-step=0.ckpt"]
-    assert run(method(), folder, ckpt_path="last").of_step == expected
-    # Before it steps back, one step out of its band already; and after it.
-    for step in (BACK - 1, BACK + 1):
-        folder = tmp_path / str(step)
-        with pytest.raises(ConnectionError):
-            run(method(PARTS * step + 2), folder)
-        resumed = method()
-        seen = run(resumed, folder, ckpt_path=str(folder / "last.ckpt")).of_step
-        # The step before is what callbacks can still see when the first micro-batch ends.
-        assert seen == {n: loss for n, loss in expected.items() if n >= step - 1}
-        exactly(weights(resumed), weights(whole))
+        run(method(2), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["good-step=0.ckpt"]
+    assert run(method(), tmp_path, ckpt_path="last").of_step == whole[0]
+
+
+@pytest.mark.usefixtures("in_lab")
+@pytest.mark.parametrize(
+    # One step out of its band already, and after it has stepped back.
+    "step",
+    [BACK - 1, pytest.param(BACK + 1, marks=pytest.mark.slow)],
+)
+def test_a_run_that_steps_back_is_resumed_bit_for_bit(
+    step: int, tmp_path: Path, whole: Any
+) -> None:
+    expected, final = whole
+    with pytest.raises(ConnectionError):
+        run(method(PARTS * step + 2), tmp_path)
+    resumed = method()
+    seen = run(resumed, tmp_path, ckpt_path=str(tmp_path / "last.ckpt")).of_step
+    # The step before is what callbacks can still see when the first micro-batch ends.
+    assert seen == {n: loss for n, loss in expected.items() if n >= step - 1}
+    exactly(weights(resumed), final)
 
 
 @pytest.mark.usefixtures("in_lab")

@@ -17,6 +17,7 @@ from opd_lightning.cli import main
 from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
+from opd_lightning.errors import RunStoppedError, UserError
 from opd_lightning.evaluation.responses import EvaluationSuite
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
 from opd_lightning.methods import OPD, SFT, DistillationModule, DivergenceOPD
@@ -31,11 +32,6 @@ from opd_lightning.types import Prompt
 from opd_lightning.verifiers import ExactMatch, Verifier
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "lab" / "opd.yaml")
-ENGINES = [
-    pytest.param(HFEngine, id="hf"),
-    pytest.param(VLLMEngine, id="vllm", marks=pytest.mark.vllm),
-]
-METHODS = [OPD, DivergenceOPD]
 
 
 class Recorder(Callback):
@@ -135,8 +131,15 @@ def test_progress_bars_show_what_is_logged() -> None:
 
 
 @pytest.mark.usefixtures("in_lab")
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [
+        (OPD, HFEngine),
+        (DivergenceOPD, HFEngine),
+        pytest.param(OPD, VLLMEngine, marks=pytest.mark.vllm),
+        pytest.param(DivergenceOPD, VLLMEngine, marks=[pytest.mark.vllm, pytest.mark.slow]),
+    ],
+)
 def test_engine_and_trainer_agree_at_every_step(
     kind: type[OPD | DivergenceOPD], engine: type[Engine]
 ) -> None:
@@ -152,8 +155,7 @@ def test_engine_and_trainer_agree_at_every_step(
 
 
 @pytest.mark.usefixtures("in_lab")
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize(("kind", "temperature"), [(OPD, 1.0), (DivergenceOPD, 0.6)])
 def test_u3_a_student_that_is_its_own_teacher_stands_still(
     kind: type[OPD | DivergenceOPD], temperature: float
 ) -> None:
@@ -189,18 +191,29 @@ def test_a_run_repeats_itself_and_another_seed_does_not() -> None:
     assert not all(torch.equal(runs[0][name], runs[2][name]) for name in runs[0])
 
 
+@pytest.fixture(scope="module")
+def unbroken(untrained_lab: Path) -> tuple[Recorder, dict[str, Tensor]]:
+    """A run of ten steps, and the weights that it ends with."""
+    whole = method_of()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(untrained_lab)
+        return fit(whole, steps=10, micro_batches=2), weights(whole)
+
+
 @pytest.mark.usefixtures("in_lab")
 @pytest.mark.parametrize("stop", [3, 8])  # in the first pass over the prompts, and at its end
-def test_resume_continues_bit_for_bit(stop: int, tmp_path: Path) -> None:
-    whole, first, second = (method_of() for _ in range(3))
-    unbroken = fit(whole, steps=10, micro_batches=2)
+def test_resume_continues_bit_for_bit(
+    stop: int, unbroken: tuple[Recorder, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    whole, final = unbroken
+    first, second = method_of(), method_of()
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=stop, save_last=True, save_top_k=0)
     fit(first, steps=stop, micro_batches=2, callbacks=[saver])
     resumed = fit(second, steps=10, micro_batches=2, ckpt_path=str(tmp_path / "last.ckpt"))
     assert len(resumed.gradients) == 10 - stop
     for step, gradients in enumerate(resumed.gradients, start=stop):
-        torch.testing.assert_close(gradients, unbroken.gradients[step], atol=0, rtol=0)
-    torch.testing.assert_close(weights(second), weights(whole), atol=0, rtol=0)
+        torch.testing.assert_close(gradients, whole.gradients[step], atol=0, rtol=0)
+    torch.testing.assert_close(weights(second), final, atol=0, rtol=0)
 
 
 class DeafEngine(HFEngine):
@@ -240,22 +253,26 @@ class StuckEngine(SecretiveEngine):
 @pytest.mark.parametrize(
     ("engine", "said"),
     [
-        ("DeafEngine", "step 1: the engine did not take the weights that were pushed"),
-        ("ForgetfulEngine", "step 1: after the push the engine's 'model.embed_tokens.weight' has"),
-        ("SecretiveEngine", "step 1: engine and trainer log-probs of the sampled tokens differ by"),
-        ("StuckEngine", "step 1: got rollouts of weights of version 0, expected version 1"),
+        (DeafEngine, "step 1: the engine did not take the weights that were pushed"),
+        (ForgetfulEngine, "step 1: after the push the engine's 'model.embed_tokens.weight' has"),
+        (SecretiveEngine, "step 1: engine and trainer log-probs of the sampled tokens differ by"),
+        (StuckEngine, "step 1: got rollouts of weights of version 0, expected version 1"),
     ],
 )
-def test_a_stale_engine_stops_the_run_in_the_same_step(
-    engine: str, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    deaf = f"--data.engine={__name__}.{engine}"
+def test_a_stale_engine_stops_the_run_in_the_same_step(engine: type[Engine], said: str) -> None:
+    with pytest.raises(RunStoppedError, match=said):
+        fit(method_of(), engine=engine())
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_a_run_that_is_stopped_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    deaf = f"--data.engine={__name__}.DeafEngine"
     with pytest.raises(SystemExit) as ended:
         main(["fit", "--config", CONFIG, "--trainer.logger=false", deaf, *FAST])
     assert ended.value.code == 1
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opd: error:")]
     assert len(lines) == 1
-    assert said in lines[0]
+    assert "step 1: the engine did not take the weights that were pushed" in lines[0]
 
 
 @pytest.mark.usefixtures("in_lab")
@@ -302,13 +319,9 @@ def test_a_step_logs_no_figure_of_an_earlier_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_lab")
-def test_a_step_that_would_be_cut_short_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(
-            ["fit", "--config", CONFIG, "--trainer.logger=false", *FAST,
-             "--trainer.limit_train_batches=3"]
-        )  # fmt: skip
-    assert "limit_train_batches: got 3 micro-batches" in capsys.readouterr().err
+def test_a_step_that_would_be_cut_short_is_refused() -> None:
+    with pytest.raises(UserError, match="limit_train_batches: got 3 micro-batches"):
+        fit(method_of(), micro_batches=2, trainer={"limit_train_batches": 3})
 
 
 FAST = [
@@ -345,10 +358,20 @@ def shown_rows(page: str) -> list[dict[str, Any]]:
     return rows
 
 
-def test_a_user_sees_the_run_and_exports_the_student(in_lab: Path, tmp_path: Path) -> None:
-    run, out = tmp_path / "run", tmp_path / "student"
-    main(["fit", "--config", CONFIG, f"--trainer.logger.init_args.save_dir={run}", *FAST])
+@pytest.fixture(scope="module")
+def finished(untrained_lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of `opd fit`; only a test marked `last` may write to it."""
+    run = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(untrained_lab)
+        main(["fit", "--config", CONFIG, f"--trainer.logger.init_args.save_dir={run}", *FAST])
+    return run
 
+
+def test_a_user_sees_the_run_and_exports_the_student(
+    finished: Path, in_lab: Path, tmp_path: Path
+) -> None:
+    run, out = finished, tmp_path / "student"
     events = EventAccumulator(str(run))
     events.Reload()
     scalars = set(events.Tags()["scalars"])
@@ -377,14 +400,11 @@ def test_a_user_sees_the_run_and_exports_the_student(in_lab: Path, tmp_path: Pat
     exported.load()
     for name, tensor in exported.weights():
         assert torch.equal(tensor, saved[f"student.model.{name}"]), name
-    validate = ["validate", "--config", config, f"--model.init_args.student.path={out}"]
-    main([*validate, "--trainer.logger=false"])
 
 
-def test_measuring_a_run_leaves_it_alone(in_lab: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    save_dir = f"--trainer.logger.init_args.save_dir={run}"
-    main(["fit", "--config", CONFIG, save_dir, *FAST])
+@pytest.mark.last
+def test_measuring_a_run_leaves_it_alone(finished: Path, in_lab: Path) -> None:
+    run = finished
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     main(["validate", "--config", str(run / "config.yaml")])
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
@@ -425,20 +445,18 @@ def test_a_datamodule_serves_twice() -> None:
     assert "test/sums/score" in values
 
 
-def test_export_refuses_what_would_surprise(
-    in_lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("in_lab")
+def test_export_refuses_what_would_surprise(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     (tmp_path / "some.ckpt").touch()
-    cases = (("none.ckpt", "new", "error: --ckpt_path: "), ("some.ckpt", "full", "is not empty"))
+    cases = (("none.ckpt", "new", "--ckpt_path: "), ("some.ckpt", "full", "is not empty"))
     for checkpoint, out, message in cases:
-        with pytest.raises(SystemExit):
-            main(
-                ["export", "--config", CONFIG, "--trainer.logger=false",
-                 f"--ckpt_path={tmp_path / checkpoint}", f"--out={tmp_path / out}"]
-            )  # fmt: skip
-        assert message in capsys.readouterr().err
+        with pytest.raises(UserError, match=message):
+            Trainer(accelerator="cpu", logger=False).export(
+                method_of(), str(tmp_path / checkpoint), str(tmp_path / out)
+            )
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.usefixtures("in_lab")

@@ -25,10 +25,9 @@ def prepared(name: str, folder: Path, *more: str) -> Path:
     return path
 
 
-def curve(name: str, run: Path, *more: str) -> dict[str, list[float]]:
-    """Train two small steps and return every scalar that is no time."""
+def curve(name: str, run: Path, *more: str, steps: int) -> dict[str, list[float]]:
+    """Train a few small steps and return every scalar that is no time."""
     text = (CONFIGS / "lab" / f"{name}.yaml").read_text()
-    steps = 2
     several = int(re.findall(r"samples_per_prompt: (\d+)", text)[0] if "samples_per" in text else 1)
     run.mkdir()
     shorter = [
@@ -55,7 +54,7 @@ def curve(name: str, run: Path, *more: str) -> dict[str, list[float]]:
 @pytest.mark.usefixtures("in_lab")
 @pytest.mark.parametrize("name", LAB)
 def test_trains(name: str, tmp_path: Path) -> None:
-    found = curve(name, tmp_path / "run")
+    found = curve(name, tmp_path / "run", steps=1)
     # Nothing that these random models write earns a reward.
     learns = name not in ("grpo", "rlsd", "sdpo", "seqkd")
     assert (max(found["optim/gradient_norm"]) > 0) is learns
@@ -67,5 +66,5 @@ def test_trains(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", LAB)
 def test_trains_on_vllm_twice_alike(name: str, tmp_path: Path) -> None:
     vllm = ("--config", str(CONFIGS / "engine" / "vllm.yaml"))
-    first = curve(name, tmp_path / "first", *vllm)
-    assert first == curve(name, tmp_path / "second", *vllm)
+    first, second = (curve(name, tmp_path / run, *vllm, steps=2) for run in ("first", "second"))
+    assert first == second

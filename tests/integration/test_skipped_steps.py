@@ -85,8 +85,10 @@ def method(steps: Sequence[int], value: float = float("nan"), **more: Any) -> OP
     )
 
 
-@pytest.mark.parametrize("optimizer", OPTIMISERS)
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+    ("optimizer", "value"),
+    [*((name, float("nan")) for name in OPTIMISERS), ("adamw", float("-inf"))],
+)
 def test_nothing_moves_and_the_run_goes_on(
     optimizer: str, value: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
