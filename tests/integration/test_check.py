@@ -209,7 +209,9 @@ def test_a_table_for_people(
     assert not (tmp_path / "run").exists(), "a check leaves the run folder alone"
 
 
-@pytest.mark.parametrize("name", ["sdpo", "sft", "seqkd", "sg_opd"])
+@pytest.mark.parametrize(
+    "name", ["sdpo", "sft", "sg_opd", pytest.param("seqkd", marks=pytest.mark.slow)]
+)
 def test_methods_with_other_authors_and_views(name: str, check: Check) -> None:
     printed = check(config=str(Path(CONFIG).with_name(f"{name}.yaml")))
     assert printed["ready"]

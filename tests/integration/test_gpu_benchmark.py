@@ -11,13 +11,20 @@ from benchmarks.guarded import Measurement, MissingError, attempt
 from tests.processes import run
 
 
-def test_dry_run_measures_everything(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("only", "kinds"),
+    [
+        ("16 tokens, padded", {"training"}),
+        pytest.param("", {"training", "head", "engine"}, marks=pytest.mark.slow),
+    ],
+)
+def test_dry_run_measures_what_is_asked_for(only: str, kinds: set[str], tmp_path: Path) -> None:
     done = run(
         "benchmarks.gpu", "--dry_run", "--budget", "3000", "--peak", "1e9", "--out", "gpu.json",
-        cwd=tmp_path, timeout=280, check=True,
+        "--only", only, cwd=tmp_path, timeout=280, check=True,
     )  # fmt: skip
     report = json.loads((tmp_path / "gpu.json").read_text())
-    assert {row["kind"] for row in report["rows"]} == {"training", "head", "engine"}
+    assert {row["kind"] for row in report["rows"]} == kinds
     for row in report["rows"]:
         assert row["status"] == "measured" or "trl" in row["name"], row
         assert f"| {row['name']} |" in done.stdout

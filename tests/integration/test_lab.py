@@ -33,6 +33,9 @@ SMALL = ArithmeticRecipe(
     teacher=model(2, steps=30),
     student=model(1, steps=2),
 )
+SHORT = {
+    "max_steps": 2, "val_check_interval": 1, "prompts_per_step": 16, "max_new_tokens": 16
+}  # fmt: skip
 SMALL_IDENTITY = IdentityRecipe(lessons=64, base=model(1, steps=2))
 
 
@@ -198,11 +201,14 @@ def test_the_demonstration_from_end_to_end(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Three steps."""
+    """Two steps."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     config = tmp_path / "configs" / "lab" / "opd_full_vocabulary.yaml"
-    text = re.sub(r"max_steps: \d+", "max_steps: 3", config.read_text())
-    config.write_text(text.replace("val_check_interval: 25", "val_check_interval: 1"))
+    text = config.read_text()
+    for setting, value in SHORT.items():
+        text, found = re.subn(rf"\b{setting}: \d+", f"{setting}: {value}", text)
+        assert found == 1, setting
+    config.write_text(text)
     monkeypatch.setattr(demo_module, "ArithmeticRecipe", lambda: SMALL)
     main(["lab", "demo", "--run", "runs/small", "--require", "0"])
     shown = capsys.readouterr().out

@@ -244,7 +244,7 @@ def test_u20_a_cached_teacher_trains_like_the_one_behind_it(
 ) -> None:
     file = folder / "responses.jsonl"
     kind: type[OPD | DivergenceOPD] = LightningOPD if divergence is None else DivergenceOPD
-    more = {} if divergence is None else {"divergence": divergence}
+    more: dict[str, Any] = {} if divergence is None else {"divergence": divergence}
     live = train(kind, frozen(), file, **more)
 
     def no_weights(*args: object, **kwargs: object) -> None:

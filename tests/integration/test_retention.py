@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -148,24 +148,40 @@ def test_a_task_of_the_harness_is_an_ability(letters: str, tmp_path: Path) -> No
     assert found["retention/worst"][-1] <= found["retention/delta/prose"][-1] < 0
 
 
+def lowering() -> CapabilityRetention:
+    return CapabilityRetention(["target"], lower_past=0.01, lower_to=0.5)
+
+
+class Whole(NamedTuple):
+    """A run that nothing interrupted, saved after every step."""
+
+    folder: Path
+    callback: CapabilityRetention
+    weights: dict[str, Tensor]  # at the end
+
+
+@pytest.fixture(scope="module")
+def whole(untrained_lab: Path, letters: str, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder, callback = tmp_path_factory.mktemp("whole"), lowering()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(untrained_lab)
+        return Whole(folder, callback, fit(folder, letters, callback, save_every=1))
+
+
 @pytest.mark.usefixtures("in_lab")
 @pytest.mark.parametrize("stop", [2, 3, 4])  # before a validation, between two, at an epoch's end
-def test_a_resumed_run_retains_alike(stop: int, letters: str, tmp_path: Path) -> None:
-    def watch() -> CapabilityRetention:
-        return CapabilityRetention(["target"], lower_past=0.01, lower_to=0.5)
-
-    whole, first, second = watch(), watch(), watch()
-    unbroken = fit(tmp_path / "whole", letters, whole, save_every=stop)
-    fit(tmp_path / "cut", letters, first, steps=stop, save_every=stop)
-    last = str(tmp_path / "whole" / "checkpoints" / f"step={stop}.ckpt")
-    resumed = fit(tmp_path / "cut", letters, second, save_every=stop, resume=last)
-    assert whole.lowered
-    assert second.state_dict() == whole.state_dict()
-    torch.testing.assert_close(resumed, unbroken, atol=0, rtol=0)
-    one, other = (json.loads((tmp_path / n / "pareto" / "index.json").read_text())
-                  for n in ("whole", "cut"))  # fmt: skip
+def test_a_resumed_run_retains_alike(stop: int, whole: Whole, letters: str, tmp_path: Path) -> None:
+    fit(tmp_path, letters, lowering(), steps=stop, save_every=1)
+    last = str(whole.folder / "checkpoints" / f"step={stop}.ckpt")
+    second = lowering()
+    resumed = fit(tmp_path, letters, second, save_every=1, resume=last)
+    assert whole.callback.lowered
+    assert second.state_dict() == whole.callback.state_dict()
+    torch.testing.assert_close(resumed, whole.weights, atol=0, rtol=0)
+    fronts = [folder / "pareto" for folder in (whole.folder, tmp_path)]
+    one, other = (json.loads((front / "index.json").read_text()) for front in fronts)
     assert one == other
-    kept = [sorted(f.name for f in (tmp_path / n / "pareto").iterdir()) for n in ("whole", "cut")]
+    kept = [sorted(file.name for file in front.iterdir()) for front in fronts]
     assert kept[0] == kept[1]
 
 
@@ -187,21 +203,20 @@ def test_what_a_validation_wrote_before_its_checkpoint_is_there_once(
     assert steps == list(range(0, STEPS + 1, EVERY))
 
 
+PLANNED = [1e-2 * (1 / 3 + 2 / 3 * step / STEPS) for step in range(STEPS)]
+
+
+def test_past_a_bound_the_rate_falls(whole: Whole) -> None:
+    assert whole.callback.lowered
+    rates = logged(whole.folder)["optim/learning_rate"]
+    factors = [now / planned for now, planned in zip(rates, PLANNED, strict=True)]
+    assert factors == pytest.approx([1.0] * EVERY + [0.5] * (STEPS - EVERY))
+
+
 @pytest.mark.usefixtures("in_lab")
-def test_past_a_bound_the_rate_falls_or_the_run_ends(letters: str, tmp_path: Path) -> None:
-    runs: dict[str, dict[str, Any]] = {
-        "free": {},
-        "lowered": {"lower_past": 0.01, "lower_to": 0.25},
-        "stopped": {"stop_past": 0.01},
-    }
-    rates = {}
-    for name, bounds in runs.items():
-        callback = CapabilityRetention(["target"], keep_pareto=False, **bounds)
-        fit(tmp_path / name, letters, callback)
-        assert callback.lowered is (name == "lowered")
-        rates[name] = logged(tmp_path / name)["optim/learning_rate"]
-        assert not (tmp_path / name / "pareto").exists()
-    assert len(rates["free"]) == STEPS
-    assert rates["stopped"] == rates["free"][:EVERY]
-    factors = [now / planned for now, planned in zip(rates["lowered"], rates["free"], strict=True)]
-    assert factors == pytest.approx([1.0] * EVERY + [0.25] * (STEPS - EVERY))
+def test_past_a_bound_the_run_ends(letters: str, tmp_path: Path) -> None:
+    callback = CapabilityRetention(["target"], keep_pareto=False, stop_past=0.01)
+    fit(tmp_path, letters, callback)
+    assert not callback.lowered
+    assert logged(tmp_path)["optim/learning_rate"] == pytest.approx(PLANNED[:EVERY])
+    assert not (tmp_path / "pareto").exists()

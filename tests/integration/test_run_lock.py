@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from opd_lightning.errors import UserError
 from opd_lightning.run.lock import LOCK, held
 from tests.integration.test_fit import CONFIG
 from tests.integration.test_interrupted import FAST
+from tests.integration.test_offline import write
 
 # Holds the folder or file, with a forked child beside it, until it is ended.
 HOLDER = """
@@ -132,29 +134,15 @@ def test_a_finished_run_lets_go(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_lab")
-def test_two_jobs_do_not_write_responses_to_one_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "responses.jsonl"
-
-    def write(out: Path) -> None:
-        main(
-            ["write-responses", "--config", CONFIG, "--out", str(out), "--data.train.limit=2",
-             "--data.sampling.max_new_tokens=4", "--trainer.logger=false"]
-        )  # fmt: skip
-
+def test_two_jobs_do_not_write_responses_to_one_file(tmp_path: Path) -> None:
+    out, others = tmp_path / "responses.jsonl", tmp_path / "others.jsonl"
     with another_job(out, hold="held_file") as process:
-        with pytest.raises(SystemExit) as exit_:
-            write(out)
-        assert exit_.value.code == 2
-        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("opd: error")]
-        assert line.startswith(
-            f"opd: error: --out: {str(out)!r} is in use by process {process.pid}"
-        )
+        refusal = f"--out: {str(out)!r} is in use by process {process.pid}"
+        with pytest.raises(UserError, match=re.escape(refusal)):
+            write(out, limit=2)
         assert not out.exists()
-        write(tmp_path / "others.jsonl")
-    write(out)
-    assert out.read_text() == (tmp_path / "others.jsonl").read_text()
-    with pytest.raises(SystemExit):
+        write(others, limit=2)
+    write(out, limit=2)
+    assert out.read_text() == others.read_text()
+    with pytest.raises(UserError, match="expected a file"):
         write(tmp_path)
-    assert "expected a file" in capsys.readouterr().err

@@ -104,7 +104,10 @@ def test_readers_of_event_files_see_one_run(whole: Path, resumed: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("fast", [False, True], ids=["python", "fast"])
+@pytest.mark.parametrize(
+    "fast",
+    [pytest.param(False, id="python", marks=pytest.mark.slow), pytest.param(True, id="fast")],
+)
 def test_the_server_shows_one_run(whole: Path, resumed: Path, fast: bool) -> None:
     if fast:
         pytest.importorskip("tensorboard_data_server")
