@@ -148,7 +148,7 @@ def exactly(a: Any, b: Any) -> None:
 
 
 @pytest.mark.usefixtures("in_lab")
-@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("staleness", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_everything_goes_back_but_the_clock(staleness: int, tmp_path: Path) -> None:
     method = OPD(
         Student("lab/arithmetic/student"),

@@ -51,8 +51,16 @@ def curve(name: str, run: Path, *more: str, steps: int) -> dict[str, list[float]
     return found
 
 
+# Each has something that the others of these lack: commands that come first, demonstrations, views,
+# a running average, measurements of the start.  All configurations are built, and all methods
+# trained, by other tests that are not slow.
+QUICK = ("edge_opd", "lightning_opd", "opd", "retention", "sdft", "sg_opd")
+
+
 @pytest.mark.usefixtures("in_lab")
-@pytest.mark.parametrize("name", LAB)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in LAB]
+)
 def test_trains(name: str, tmp_path: Path) -> None:
     found = curve(name, tmp_path / "run", steps=1)
     # Nothing that these random models write earns a reward.

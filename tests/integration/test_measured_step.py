@@ -16,7 +16,7 @@ TINY = "--hidden 128 --layers 2 --vocabulary 511 --rows 2 --tokens 8 --steps 2"
 @pytest.mark.parametrize(
     ("strategy", "more"),
     [
-        ("ddp", ""),
+        pytest.param("ddp", "", marks=pytest.mark.slow),
         ("fsdp2", "--precision bf16-mixed --checkpointing --lora"),
         pytest.param("fsdp2", "--lora --adapter_off", marks=pytest.mark.slow),
         pytest.param("fsdp2", "--precision bf16-mixed", marks=pytest.mark.slow),

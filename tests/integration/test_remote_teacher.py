@@ -171,12 +171,15 @@ TOP_K: dict[str, Any] = {"k": 5, "normalise": "tail"}
     ("kind", "more"),
     [
         pytest.param(OPD, {}, id="sampled"),
-        pytest.param(OPD, {"overlap_top_k": 0}, id="sampled, no overlap"),
+        pytest.param(OPD, {"overlap_top_k": 0}, id="sampled, no overlap", marks=pytest.mark.slow),
         pytest.param(
             DivergenceOPD, {"divergence": TopK(support="teacher", **TOP_K)}, id="teacher's top k"
         ),
         pytest.param(
-            DivergenceOPD, {"divergence": TopK(support="student", **TOP_K)}, id="student's top k"
+            DivergenceOPD,
+            {"divergence": TopK(support="student", **TOP_K)},
+            id="student's top k",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             DivergenceOPD,

@@ -169,7 +169,11 @@ def whole(untrained_lab: Path, letters: str, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.usefixtures("in_lab")
-@pytest.mark.parametrize("stop", [2, 3, 4])  # before a validation, between two, at an epoch's end
+@pytest.mark.parametrize(
+    # Before a validation, between two, at the end of an epoch.
+    "stop",
+    [pytest.param(2, marks=pytest.mark.slow), 3, 4],
+)
 def test_a_resumed_run_retains_alike(stop: int, whole: Whole, letters: str, tmp_path: Path) -> None:
     fit(tmp_path, letters, lowering(), steps=stop, save_every=1)
     last = str(whole.folder / "checkpoints" / f"step={stop}.ckpt")

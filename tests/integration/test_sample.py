@@ -104,7 +104,9 @@ def test_a_pipe_gets_the_text_alone(
 # Model that colours the tokens, by configuration and options.
 COLOURS = [
     ("grpo", [], ["student"]),
-    ("lightning_opd", [], ["log_ratio", "student", "teacher"]),
+    pytest.param(
+        *("lightning_opd", [], ["log_ratio", "student", "teacher"]), marks=pytest.mark.slow
+    ),
     ("edge_opd", ["--privileged=you are zorba."], ["log_ratio", "student", "teacher"]),
     ("edge_opd", [], ["student"]),
     ("sdpo", ["--privileged=you are zorba."], ["student"]),  # no success to show
