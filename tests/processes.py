@@ -3,7 +3,7 @@
 `start("opd_lightning", "fit", ...)` behaves like `python -m opd_lightning fit ...`, but it is
 forked from a process that has imported PyTorch, Transformers, Lightning and the package, which
 costs a real start about ten CPU seconds. A test process has one such parent, started at the
-first use. What a child may rely on, because the parent does nothing but import:
+first use. What a child may rely on, because the parent imports, reads signatures and no more:
 
 - one thread, no process group, no random state in use, no signal handler of ours;
 - working directory, arguments, environment, standard streams and session of its own;
@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -283,6 +284,8 @@ def _serve(control: socket.socket) -> dict[str, Any] | None:
     for name in PRELOADED:
         import_module(name)
     gc.collect()
+    gc.freeze()  # or every collection below would pass over all that is loaded
+    _read_signatures()
     gc.freeze()  # a child's collections do not copy what it shares
     if len(threads := sorted(_threads())) > 1:
         raise RuntimeError(f"cannot fork: threads {threads} after importing {PRELOADED}")
@@ -321,6 +324,24 @@ def _serve(control: socket.socket) -> dict[str, Any] | None:
         with status:
             status.send(os.getpid().to_bytes(8, "little", signed=True))
         return request
+
+
+def _read_signatures() -> None:
+    """Parse a configuration, so that no child has to read the same signatures from the sources."""
+    from opd_lightning.commands.known_keys import check_keys
+    from opd_lightning.commands.lightning_cli import OPDCLI
+
+    class ParsedError(Exception):
+        pass
+
+    class Parser(OPDCLI):
+        def instantiate_classes(self) -> None:
+            raise ParsedError
+
+    words = ["--config", str(ROOT / "configs" / "lab" / "opd.yaml"), "--seed_everything=false"]
+    check_keys("fit", words)
+    with suppress(ParsedError):
+        Parser(["fit", *words])
 
 
 def _threads() -> Iterator[str]:
