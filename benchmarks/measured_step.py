@@ -156,7 +156,7 @@ def predicted(student: Student, trainer: Trainer, options: argparse.Namespace) -
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--strategy", choices=["single", "ddp", "fsdp2", "hsdp"], default="single")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--precision", default="32-true")
