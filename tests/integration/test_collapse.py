@@ -174,7 +174,7 @@ def method(at: int = -1) -> OPD:
 
 
 def run(module: OPD, folder: Path, **more: Any) -> Losses:
-    return train(module, folder, 0, callbacks=[watch_all(at_most=2)], **more)
+    return train(module, folder, 0, steps=STEPS, callbacks=[watch_all(at_most=2)], **more)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_a_run_that_steps_back_is_resumed_bit_for_bit(
 )
 def test_a_run_ends_where_it_is_told_to(action: str, step: int, told: str, tmp_path: Path) -> None:
     with pytest.raises(CollapseError, match=f"step {step}: Length: response/length is .*{told}"):
-        train(method(), tmp_path, 0, callbacks=[watch_all(action)])
+        train(method(), tmp_path, 0, steps=STEPS, callbacks=[watch_all(action)])
 
 
 @pytest.mark.parametrize(

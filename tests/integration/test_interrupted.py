@@ -86,13 +86,15 @@ class Losses(Callback):
             self.of_step[trainer.global_step - 1] = float(trainer.callback_metrics["loss"])
 
 
-def train(module: DistillationModule, folder: Path, staleness: int, **more: Any) -> Losses:
+def train(
+    module: DistillationModule, folder: Path, staleness: int, *, steps: int = STEPS, **more: Any
+) -> Losses:
     """A run with checkpoints in `folder`."""
     losses = Losses()
     saver = ModelCheckpoint(folder, every_n_train_steps=100, save_last=True)
     fit(
         module,
-        steps=STEPS,
+        steps=steps,
         micro_batches=PARTS,
         callbacks=[losses, saver, *more.pop("callbacks", [])],
         train=PromptSource("lab/arithmetic/train.jsonl", limit=16),
