@@ -134,7 +134,7 @@ def _prompts(
         raise UserError("data.train: got nothing, expected a file of prompts to answer")
     sampler = data.teacher if author.kind is Author.TEACHER else None
     fits = PromptCheck(module, renderer, author.sampling, RolloutMix(), sampler, training=False)
-    checks = RowChecks(renderer.tokenizer, data.verifier, renderer.plain, fits)
+    checks = RowChecks(renderer, data.verifier, fits)
     prompts = data.train.load(checks=checks)
     return prompts, checks.ids_of(prompts)
 

@@ -8,8 +8,9 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from opd_lightning.data.row_checks import RowChecks
 from opd_lightning.data.row_report import Problems, Texts
@@ -19,10 +20,27 @@ from opd_lightning.types import Message, Prompt
 
 log = logging.getLogger(__name__)
 
+BATCH = 256  # rows that are read and tokenised together
 TEXTS = ("answer", "response", "privileged", "domain", "id")
 FIELDS = ("messages", *TEXTS, "response_ids")
 NUMBERS_TOO = ("answer", "id")  # fields where 7 is as good as "7"
 ROLES = ("system", "user", "assistant")
+
+
+class _Used(NamedTuple):
+    """A row that is of use if it passes the checks."""
+
+    prompt: Prompt
+    row: Mapping[str, Any]
+
+
+class _Seen:
+    """What was seen in the rows so far."""
+
+    def __init__(self, columns: dict[str, str]) -> None:
+        self.lacking = columns  # those that no row had, by field
+        self.lines: dict[str, int] = {}  # by id of the prompt
+        self.domains: set[str] = set()
 
 
 class PromptSource:
@@ -87,42 +105,52 @@ class PromptSource:
         """
         prompts: list[Prompt] = []
         problems = Problems()
-        lines_by_id: dict[str, int] = {}
-        unseen = dict(self.columns)
-        domains: set[str] = set()
+        seen = _Seen(dict(self.columns))
         texts = Texts(self.path, checks)
-        for line, raw in read_rows(self.path, size):
-            try:
-                if isinstance(raw, BadRowError):
-                    raise raw
-                row = _decode(raw) if isinstance(raw, bytes) else raw
-                unseen = {field: name for field, name in unseen.items() if name not in row}
-                prompt = self._prompt(row, line)
-                if prompt.id in lines_by_id:
-                    earlier = lines_by_id[prompt.id]
-                    raise BadRowError(f"'id' must be unique, got {prompt.id!r} as in row {earlier}")
-                prompt = self._without_control_tokens(prompt, checks)
-            except BadRowError as error:
-                problems.add("cannot be read", f"{self.path}:{line}: {error}")
-                if self.on_bad_row == "error":
-                    advice = "fix the row or set on_bad_row: skip"
-                    raise UserError(f"{problems.first}; {advice}") from error
-                continue
-            lines_by_id[prompt.id] = line
-            domains.add(prompt.domain)
-            if self.domains is None or prompt.domain in self.domains:
-                if not self._passes(prompt, checks, problems):
-                    continue
-                prompts.append(prompt)
-                texts.see(prompt, row, self.columns)
-            if len(prompts) == self.limit:
+        rows = read_rows(self.path, size)
+        # In batches, as prompts are tokenised faster together, and none is read beyond the limit.
+        while room := BATCH if self.limit is None else min(BATCH, self.limit - len(prompts)):
+            batch = [self._read(line, raw, seen, checks) for line, raw in islice(rows, room)]
+            if not batch:  # every row was read
+                self._check_domains(seen.domains)
                 break
+            used = [one for one in batch if isinstance(one, _Used)]
+            if checks is not None:
+                checks.prepare([one.prompt for one in used])
+            for one in batch:
+                if isinstance(one, BadRowError):
+                    problems.add("cannot be read", str(one))
+                    if self.on_bad_row == "error":
+                        advice = "fix the row or set on_bad_row: skip"
+                        raise UserError(f"{problems.first}; {advice}") from one
+                elif one is not None and self._passes(one.prompt, checks, problems):
+                    prompts.append(one.prompt)
+                    texts.see(one.prompt, one.row, self.columns)
         self.skipped = problems.count
-        if len(prompts) != self.limit:  # every row was read
-            self._check_domains(domains)
-        self._report(prompts, problems, unseen)
+        self._report(prompts, problems, seen.lacking)
         texts.report(len(prompts))
         return prompts
+
+    def _read(
+        self, line: int, raw: Any, seen: _Seen, checks: RowChecks | None
+    ) -> _Used | BadRowError | None:
+        """Return a row as a prompt, or why it is none; None if it is of a domain not asked for."""
+        try:
+            if isinstance(raw, BadRowError):
+                raise raw
+            row = _decode(raw) if isinstance(raw, bytes) else raw
+            seen.lacking = {field: name for field, name in seen.lacking.items() if name not in row}
+            prompt = self._prompt(row, line)
+            if prompt.id in seen.lines:
+                earlier = seen.lines[prompt.id]
+                raise BadRowError(f"'id' must be unique, got {prompt.id!r} as in row {earlier}")
+            prompt = self._without_control_tokens(prompt, checks)
+        except BadRowError as error:
+            return BadRowError(f"{self.path}:{line}: {error}")
+        seen.lines[prompt.id] = line
+        seen.domains.add(prompt.domain)
+        wanted = self.domains is None or prompt.domain in self.domains
+        return _Used(prompt, row) if wanted else None
 
     def _passes(self, prompt: Prompt, checks: RowChecks | None, problems: Problems) -> bool:
         """Return whether a prompt passes all checks; raise the error unless rows are skipped."""

@@ -6,8 +6,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
 
+from opd_lightning.data.views import Renderer
 from opd_lightning.types import Prompt
 from opd_lightning.verifiers.base import Verifier
 
@@ -18,24 +18,26 @@ class RowChecks:
     """Checks that a prompt must pass, and the token ids of those that did.
 
     Args:
-        tokenizer: The student's, which reads all texts of a row.
+        renderer: The student's, whose tokenizer reads all texts of a row.
         verifier: Verifier that must be able to score the responses; None if there is none.
-        render: Returns the token ids of a prompt; raises `UserError` if there are none.
         fits: Raises `UserError` if a prompt, with these ids, does not fit its readers.
     """
 
     def __init__(
         self,
-        tokenizer: Any,
+        renderer: Renderer,
         verifier: Verifier | None,
-        render: Callable[[Prompt], list[int]],
         fits: Callable[[Prompt, list[int]], None],
     ) -> None:
-        self.tokenizer = tokenizer
+        self.renderer = renderer
+        self.tokenizer = renderer.tokenizer
         self.verifier = verifier
-        self.render = render
         self.fits = fits
         self.ids: dict[str, list[int]] = {}  # by id of the prompt
+
+    def prepare(self, prompts: Sequence[Prompt]) -> None:
+        """Tokenise prompts together that are checked next."""
+        self.renderer.prepare(prompts)
 
     def steps(self) -> Iterator[tuple[str, Check]]:
         """Yield the checks in order, each with the reason that is counted for failing rows."""
@@ -51,6 +53,7 @@ class RowChecks:
         `Prompt.id` need not be unique. Raises the `UserError` of the first failing check.
         """
         ids = []
+        self.prepare(prompts)
         for prompt in prompts:
             for _, check in self.steps():
                 check(prompt)
@@ -62,7 +65,7 @@ class RowChecks:
         return [self.ids[prompt.id] for prompt in prompts]
 
     def _render(self, prompt: Prompt) -> None:
-        self.ids[prompt.id] = self.render(prompt)
+        self.ids[prompt.id] = self.renderer.plain(prompt)
 
     # Texts ----------------------------------------------------------------------------------
 

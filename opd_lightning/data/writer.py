@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from opd_lightning.data.views import Renderer, recorded_response_ids
+from opd_lightning.data.views import Renderer
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.time_limit import TimeLimit
 from opd_lightning.timing import StepTimer
@@ -147,7 +147,7 @@ class RolloutWriter:
         return ids
 
     def _recorded(self, prompt: Prompt) -> Completion:
-        ids = recorded_response_ids(prompt, self.renderer.tokenizer)
+        ids = self.renderer.recorded(prompt)
         ended = ids[-1] in self.renderer.eos_ids
         stop_reason = StopReason.EOS if ended else StopReason.LENGTH
         return Completion(ids, [float("nan")] * len(ids), stop_reason)

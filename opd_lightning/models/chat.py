@@ -11,6 +11,7 @@ from opd_lightning.errors import UserError, reason_of
 from opd_lightning.types import Message, Prompt
 
 TIME_LIMIT = 20.0  # seconds to render one conversation; a template may loop for years
+_BATCH = 256  # conversations rendered in one call
 
 Rendered = TypeVar("Rendered")
 
@@ -47,6 +48,47 @@ def render(
             f"{_reason(error)}; change the row or the template"
         ) from error
     return list(ids)
+
+
+def render_all(
+    chats: Sequence[Sequence[Message]], tokenizer: Any, template_args: dict[str, Any]
+) -> list[list[int] | None]:
+    """Render many chats to token ids, each up to the start of its reply.
+
+    `_BATCH` of them in one call, which takes a fraction of the time of `render` for each.
+
+    Args:
+        chats: Messages of every chat.
+        tokenizer: A tokenizer with a chat template.
+        template_args: Extra template variables.
+
+    Returns:
+        Token ids of every chat; None for those of a call that failed, of which `render` says why.
+    """
+    found: list[list[int] | None] = []
+    for start in range(0, len(chats), _BATCH):
+        batch = [list(messages) for messages in chats[start : start + _BATCH]]
+        found += _render_batch(batch, tokenizer, template_args) or [None] * len(batch)
+    return found
+
+
+def _render_batch(
+    chats: list[list[Message]], tokenizer: Any, template_args: dict[str, Any]
+) -> list[list[int]] | None:
+    if not all(chats):  # transformers refuses an empty chat, but not among others
+        return None
+    try:
+        return _within_time(
+            lambda: tokenizer.apply_chat_template(
+                chats,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **template_args,
+            )
+        )
+    except Exception:  # whatever the template's expressions raise
+        return None
 
 
 def dropped_roles(

@@ -119,6 +119,7 @@ class RolloutDataModule(LightningDataModule):
         self.engines = Engines(engine, writer, self._push_weights, limit)
         self._train: Loaded | None = None
         self.loaded: dict[str, Any] = {}  # result of `Suite.load`, by suite
+        self._renderer: tuple[DistillationModule, Renderer] | None = None  # of training
 
     @property
     def module(self) -> DistillationModule:
@@ -208,7 +209,7 @@ class RolloutDataModule(LightningDataModule):
 
         def checks(verifier: Verifier | None, sampling: Sampling, mix: RolloutMix) -> RowChecks:
             fits = PromptCheck(self.module, renderer, sampling, mix, training=False)
-            return RowChecks(renderer.tokenizer, verifier, renderer.plain, fits)
+            return RowChecks(renderer, verifier, fits)
 
         return Bench(
             source=source,
@@ -245,12 +246,26 @@ class RolloutDataModule(LightningDataModule):
         )
 
     def renderer(self, *, training: bool) -> Renderer:
-        """Return a renderer of the student's prompts and, for training, of the views in use."""
-        names = self.module.views() | ({self.mix.guided_view} if self.mix.guided else set())
-        views = {name: self.views[name] for name in sorted(names)} if training else {}
+        """Return a renderer of the student's prompts and, for training, of the views in use.
+
+        That of training is one object as long as the module is, since it keeps what it tokenised.
+        """
         source = self.module.student.source
-        bound = context_of(self.module) if views else None
-        return Renderer(source.tokenizer, self.template_args, views, source.eos_ids, bound)
+        if not training:
+            return Renderer(source.tokenizer, self.template_args, {}, source.eos_ids)
+        if self._renderer is None or self._renderer[0] is not self.module:
+            names = self.module.views() | ({self.mix.guided_view} if self.mix.guided else set())
+            views = {name: self.views[name] for name in sorted(names)}
+            renderer = Renderer(
+                source.tokenizer,
+                self.template_args,
+                views,
+                source.eos_ids,
+                context_of(self.module) if views else None,
+                self.mix.reads_records,
+            )
+            self._renderer = self.module, renderer
+        return self._renderer[1]
 
     def _add_suites(self, **sections: Mapping[str, Suite] | None) -> None:
         """Add suites to both stages. Raise UserError if a name is taken."""

@@ -28,7 +28,7 @@ def load_training(data: RolloutDataModule) -> Loaded:
     data.prompt_files.agree({"data.train": data.train, **files}, Ranks.of(data.trainer))
     renderer = data.renderer(training=True)
     fits = PromptCheck(data.module, renderer, data.sampling, data.mix, data.teacher)
-    checks = RowChecks(renderer.tokenizer, data.verifier, renderer.plain, fits)
+    checks = RowChecks(renderer, data.verifier, fits)
     prompts = data.train.load(data.prompt_files.size(data.train), checks)
     ids = checks.ids_of(prompts)
     samplings = samplings_by_author(data.sampling, data.mix, data.teacher)

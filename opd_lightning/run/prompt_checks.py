@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from opd_lightning.data.mix import RolloutMix, TeacherSampler
-from opd_lightning.data.views import Renderer, recorded_response_ids
+from opd_lightning.data.views import Renderer
 from opd_lightning.errors import UserError
 from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts.base import Sampling
@@ -60,7 +60,7 @@ class PromptCheck:
         budgets = {"max_new_tokens": self.longest_response} if sampled else {}
         recorded: list[int] = []
         if self.mix.reads_records:
-            recorded = recorded_response_ids(prompt, self.renderer.tokenizer)
+            recorded = self.renderer.recorded(prompt)
             budgets["its response of"] = len(recorded)
         what, budget = max(budgets.items(), key=lambda item: item[1])
         longest = len(ids)
@@ -108,7 +108,7 @@ def check_teachers(
         teacher.check(prompts, temperature)
     for prompt, ids in zip(prompts, prompt_ids, strict=True):
         if mix.reads_records:
-            recorded = recorded_response_ids(prompt, renderer.tokenizer)
+            recorded = renderer.recorded(prompt)
             _check_scorable(module, prompt, ids, recorded, renderer)
 
 

@@ -11,6 +11,7 @@ import pytest
 from pyarrow import parquet
 from transformers import AutoTokenizer
 
+from opd_lightning.data import prompts as prompts_module
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.row_checks import RowChecks
 from opd_lightning.data.views import PromptView, Renderer
@@ -45,7 +46,7 @@ def checks_of(tokenizer: Any, template: str | None = None) -> RowChecks:
         if template and len(ids) > 12:
             raise UserError(f"{prompt.origin}: too long")
 
-    return RowChecks(tokenizer, ExactMatch(), renderer.plain, fits)
+    return RowChecks(renderer, ExactMatch(), fits)
 
 
 def load(source: PromptSource, checks: RowChecks) -> list[str]:
@@ -94,6 +95,26 @@ def test_without_skipping_the_reason_is_told(i: int, tokenizer: Any, tmp_path: P
     source = PromptSource(write(tmp_path, ROWS[0], ROWS[i]))
     with pytest.raises(UserError, match=r"train\.jsonl:2: "):
         source.load(checks=checks_of(tokenizer, NO_SYSTEM))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 100])
+@pytest.mark.parametrize("limit", [1, 2, None])
+def test_rows_are_read_together(
+    batch: int, limit: int | None, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if one by one: in order, with the first problem, and none of what is behind the limit."""
+    monkeypatch.setattr(prompts_module, "BATCH", batch)
+    file = write(tmp_path, *ROWS)
+    source = PromptSource(file, on_bad_row="skip", limit=limit)
+    good = ["good", "good too"]
+    assert load(source, checks_of(tokenizer, NO_SYSTEM)) == good[:limit]
+    assert source.skipped == (0 if limit == 1 else 4)
+    source = PromptSource(file, limit=limit)
+    if limit == 1:
+        assert load(source, checks_of(tokenizer, NO_SYSTEM)) == good[:1]
+    else:
+        with pytest.raises(UserError, match=r"train\.jsonl:2: "):
+            load(source, checks_of(tokenizer, NO_SYSTEM))
 
 
 def test_rows_of_other_domains_are_not_checked(tokenizer: Any, tmp_path: Path) -> None:

@@ -3,21 +3,28 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from transformers import AutoTokenizer
 
 from opd_lightning.data.collate import collate
+from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.views import PromptView, Renderer
 from opd_lightning.data.writer import RolloutWriter, Row
 from opd_lightning.errors import UserError
 from opd_lightning.losses.advantage import group_advantage
+from opd_lightning.methods import DivergenceOPD
+from opd_lightning.models.student import Student
 from opd_lightning.rollouts.base import Sampling
+from opd_lightning.run.datamodule import RolloutDataModule
+from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Prompt, Rollout, StepTotals, StopReason, Totals
 from opd_lightning.verifiers.base import Verifier
 from tests.batches import make_batch, make_rollout
+from tests.conftest import TinyModelDir
 from tests.unit.test_stream import FakeEngine
 
 PROMPT = Prompt(
@@ -242,3 +249,101 @@ def test_rows_without_a_view_show_the_students_prompt() -> None:
     assert view.input_ids.tolist() == [[5, 5, 5, 7, 2], [3, 9, 8, 2, 0]]
     assert view.prompt_lengths.tolist() == [3, 2]
     assert view.available.tolist() == [True, False]
+
+
+# Together ---------------------------------------------------------------------------------
+
+
+class Counting:
+    """A tokenizer that counts its calls."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls += name in ("apply_chat_template", "encode")
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self._tokenizer(*args, **kwargs)
+
+
+def prompts_of(*words: str) -> list[Prompt]:
+    return [
+        replace(PROMPT, id=word, messages=({"role": "user", "content": word},), response=word * 2)
+        for word in words
+    ]
+
+
+VIEWS = {
+    "privileged": PromptView(),
+    "told": PromptView(template="see {{ feedback }}"),
+    "answer": PromptView(template="{{ question }}={{ answer }}", place="user"),
+}
+
+
+def everything(renderer: Renderer, prompts: list[Prompt]) -> list[Any]:
+    early = [name for name in VIEWS if name != "told"]
+    return [
+        [renderer.plain(p), renderer.recorded(p), *(renderer.view(name, p) for name in early)]
+        for p in prompts
+    ]
+
+
+def test_prompts_that_are_tokenised_together(tokenizer: Any) -> None:
+    """They get the same ids, in as many calls as there are kinds of texts."""
+    prompts = prompts_of("who", "", "2+2=", "a longer one")
+    eos = tokenizer.eos_token_id
+    apart = everything(Renderer(tokenizer, {}, VIEWS, (eos,)), prompts)
+    counting = Counting(tokenizer)
+    renderer = Renderer(counting, {}, VIEWS, (eos,), reads_records=True)
+    renderer.plain(prompts[0])  # looks once at what the template leaves out
+    counting.calls = 0
+    renderer.prepare(prompts)
+    assert counting.calls == 4  # plain, two views, responses
+    assert everything(renderer, prompts) == apart
+    assert counting.calls == 4 + (not prompts[1].response)
+    # What depends on the prompt alone is kept, and is the caller's own.
+    kept = renderer.view("privileged", prompts[0])
+    assert kept is not None
+    kept.clear()
+    assert renderer.view("privileged", prompts[0]) == apart[0][2]
+    assert renderer.recorded(prompts[0]) == apart[0][1]
+    assert counting.calls == 5
+
+
+def test_rows_that_cannot_be_rendered_spoil_no_others(tokenizer: Any) -> None:
+    good, odd = prompts_of("who", "odd")
+    lacking = replace(good, id="lacking", privileged=None)
+    refusing = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    refusing.chat_template = (
+        "{% if 'odd' in messages[-1].content %}{{ raise_exception('odd') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    renderer = Renderer(refusing, {}, {"privileged": PromptView()}, (1,))
+    renderer.prepare([good, odd, lacking])
+    assert renderer.plain(good) == Renderer(tokenizer, {}, {}, (1,)).plain(good)
+    assert renderer.view("privileged", good) is not None
+    with pytest.raises(UserError, match="odd"):
+        renderer.plain(odd)
+    with pytest.raises(UserError, match="'privileged'"):
+        renderer.view("privileged", lacking)
+
+
+def test_a_run_tokenises_with_one_renderer(tiny_model_dir: TinyModelDir) -> None:
+    """So that checks, engine and training share what it keeps; a new method gets a new one."""
+    folder = str(tiny_model_dir())
+
+    def method() -> Any:
+        return DivergenceOPD(Student(folder), FrozenTeacher(folder))
+
+    data = RolloutDataModule(mix=RolloutMix(recorded=1.0))
+    data.trainer = cast(Any, SimpleNamespace(lightning_module=method()))
+    first = data.renderer(training=True)
+    assert first.reads_records
+    assert data.renderer(training=True) is first
+    assert not data.renderer(training=False).reads_records
+    data.trainer = cast(Any, SimpleNamespace(lightning_module=method()))
+    assert data.renderer(training=True) is not first
