@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CASES = {"logprob": ("ours", "plain", "trl"), "reverse_kl": ("ours", "plain", "trl")}
+CASES = dict.fromkeys(("logprob", "reverse_kl", "reverse_kl_sum"), ("ours", "plain", "trl"))
 TEMPERATURE = 0.7
 MIB = 2**20
 RESULT = "RESULT "
@@ -46,10 +46,12 @@ class Problem:
         tokens = max(options.tokens)
         self.student, self.teacher = self._weight(True), None
         self.hidden, self.theirs = self._states(tokens).requires_grad_(), None
-        if options.case == "reverse_kl":
+        if options.case != "logprob":
             self.teacher, self.theirs = self._weight(False), self._states(tokens)
         self.targets = torch.randint(options.vocab, (tokens,), device=options.device)
         self.upstream = torch.rand(tokens, device=options.device)
+        if options.case == "reverse_kl_sum":
+            self.upstream.fill_(1 / tokens)
 
     def _weight(self, trained: bool) -> nn.Linear:
         o = self.options
@@ -72,7 +74,9 @@ class Problem:
 
         comparisons = {}
         if self.teacher is not None and self.theirs is not None:
-            comparisons["kl"] = Comparison(states(self.theirs, self.teacher), reverse_kl)
+            is_summed = self.options.case == "reverse_kl_sum"
+            theirs = states(self.theirs, self.teacher)
+            comparisons["kl"] = Comparison(theirs, reverse_kl, is_summed=is_summed)
         found = score(states(self.hidden, self.student), self.targets[:n], comparisons=comparisons)
         return found.values["kl"] if comparisons else found.student.logprobs
 

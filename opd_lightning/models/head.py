@@ -1,6 +1,7 @@
 """Output heads; only here is the vocabulary matrix applied, in chunks of response tokens.
 
-A chunk's logits are processed in blocks that fit a cache and recomputed in the backward pass.
+A chunk's logits are processed in blocks that fit a cache and recomputed in the backward pass. Where
+the loss is a multiple of the sum of a comparison, gradients are computed with the values instead.
 Axes: N response tokens of a micro-batch, n of a chunk or block, H hidden size, V vocabulary.
 """
 
@@ -67,6 +68,9 @@ class Comparison(NamedTuple):
     teacher: Distribution | None  # None: `function` uses the student only and gets None
     function: Divergence
     given: Sequence[Tensor] = ()  # [N, ...] each; their rows are passed as further arguments
+    # The loss is expected to be a multiple of the sum of the values. Gradients are then computed
+    # in the forward pass, which spares both models' heads a second one, and again if it is not.
+    is_summed: bool = False
 
 
 class FlatScores(NamedTuple):
@@ -114,6 +118,9 @@ class _Reader:
     def __init__(self, head: Head, targets: Tensor, top_k: int, *comparisons: Comparison) -> None:
         self.head, self.targets, self.top_k, self.comparisons = head, targets, top_k, comparisons
         self.teachers = {id(c.teacher): c.teacher for c in comparisons if c.teacher is not None}
+        # Place of the output of `read` that the loss is expected to sum.
+        summed = (i for i, c in enumerate(comparisons, 1) if c.is_summed)
+        self.summed = next(summed, None) if torch.is_grad_enabled() else None
 
     def slices(self, rows: slice, elements: int) -> Iterator[slice]:
         """Split `rows` into slices of at most `elements` logits; no rows give one empty slice."""
@@ -144,8 +151,9 @@ class _Reader:
             others = {k: _full(t, theirs.get(k), rows, ours) for k, t in self.teachers.items()}
             targets = self.targets[rows, None]
             found = [ours.gather(1, targets).squeeze(1)]
-            for of, function, given in self.comparisons:
-                found.append(function(ours, others.get(id(of)), *(x[rows] for x in given)))
+            for one in self.comparisons:
+                given = (x[rows] for x in one.given)
+                found.append(one.function(ours, others.get(id(one.teacher)), *given))
             for x in (ours, *others.values()) if describe else ():
                 found += _describe(x, targets, self.top_k)
             return found
@@ -160,6 +168,28 @@ class _Reader:
         values, up = [x for x, _ in used], [g for _, g in used]
         return torch.autograd.grad(values, leaf, up)[0] if used else torch.zeros_like(raw)
 
+    @torch.enable_grad()
+    def read_with_gradient(self, block: _Block) -> tuple[list[Tensor], Tensor]:
+        """Return `read`'s outputs, and the gradient `[n, V]` of the sum of the summed one."""
+        raw, theirs, rows = block
+        assert self.summed is not None
+        leaf = raw.detach().requires_grad_()
+        found = self.read((leaf, theirs, rows), describe=True)
+        values = found[self.summed].sum()
+        no_gradient = not values.requires_grad
+        gradient = torch.zeros_like(raw) if no_gradient else torch.autograd.grad(values, leaf)[0]
+        return [x.detach() for x in found], gradient
+
+    def common_factor(self, upstream: Sequence[Tensor | None]) -> Tensor | None:
+        """Return the gradient of all values of the summed output; None if it is not one number."""
+        used = [i for i, x in enumerate(upstream) if x is not None]
+        if self.summed is None or used != [self.summed]:
+            return None
+        gradient = upstream[self.summed]
+        assert gradient is not None
+        is_one = len(gradient) > 0 and bool((gradient == gradient[0]).all())
+        return gradient[0] if is_one else None
+
     def chunks(self, hidden: Tensor, matrix: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield (rows, raw logits `[n, V]` in a reused buffer, hidden states `[n, H]`)."""
         runs = list(self.slices(slice(0, len(hidden)), MAX_CHUNK_ELEMENTS))
@@ -167,6 +197,34 @@ class _Reader:
         for rows in runs:
             states = hidden[rows].to(matrix.dtype)
             yield rows, torch.mm(states, matrix.t(), out=buffer[: len(states)]), states
+
+
+class _Gradients:
+    """Gradients of hidden states `[N, H]` and weight `[V, H]`, from those of logits in chunks."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, *, of_weight: bool) -> None:
+        sums = torch.promote_types(weight.dtype, torch.float32)
+        self.dtype = weight.dtype
+        self.to_hidden = torch.empty_like(hidden)
+        self.to_weight = torch.zeros_like(weight, dtype=sums) if of_weight else None
+
+    def add(self, rows: slice, raw: Tensor, states: Tensor, matrix: Tensor) -> None:
+        """Add a chunk: gradient of its logits `[n, V]`, its hidden states and the vocabulary's."""
+        self.to_hidden[rows] = raw @ matrix
+        if self.to_weight is not None:  # in parts: no second [V, H]
+            for total, part in zip(self.to_weight.split(4096), raw.split(4096, 1), strict=True):
+                if total.dtype == part.dtype:
+                    total.addmm_(part.t(), states)
+                else:
+                    total += part.t() @ states
+
+    def result(self, factor: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return both, multiplied by a scalar; the object is of no use afterwards."""
+        if factor is not None:
+            self.to_hidden.mul_(factor)
+            if self.to_weight is not None:
+                self.to_weight.mul_(factor)
+        return self.to_hidden, None if self.to_weight is None else self.to_weight.to(self.dtype)
 
 
 class _LinearHead(torch.autograd.Function):
@@ -179,13 +237,23 @@ class _LinearHead(torch.autograd.Function):
         ctx.dtype = nn.functional.linear(hidden[:0], weight[:0]).dtype
         ctx.save_for_backward(hidden, weight)
         ctx.set_materialize_grads(False)  # values unused by the loss must not add 0 * inf
-        outputs: list[Tensor] = []
-        for rows, raw, _ in reader.chunks(hidden, weight.to(ctx.dtype)):
+        matrix, outputs, ctx.gradients = weight.to(ctx.dtype), list[Tensor](), None
+        # float16 needs the loss scale, which only the backward pass knows.
+        if reader.summed is not None and any(ctx.needs_input_grad) and ctx.dtype != torch.float16:
+            ctx.gradients = _Gradients(hidden, weight, of_weight=ctx.needs_input_grad[2])
+        for rows, raw, states in reader.chunks(hidden, matrix):
             for block in reader.blocks(raw, rows):
-                found = reader.read(block, describe=True)
+                if ctx.gradients is None:
+                    found = reader.read(block, describe=True)
+                else:
+                    found, gradient = reader.read_with_gradient(block)
+                    block[0].copy_(gradient)
                 outputs = outputs or [x.new_empty(len(hidden), *x.shape[1:]) for x in found]
                 for output, x in zip(outputs, found, strict=True):
                     output[block[2]] = x  # keeping small parts in a list would fragment the heap
+            if ctx.gradients is not None:
+                with torch.autocast(hidden.device.type, enabled=False):
+                    ctx.gradients.add(rows, raw, states, matrix)
         ctx.mark_non_differentiable(*outputs[1 + len(reader.comparisons) :])
         return tuple(outputs)
 
@@ -193,21 +261,18 @@ class _LinearHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         (hidden, weight), reader = ctx.saved_tensors, ctx.reader
-        matrix, sums = weight.to(ctx.dtype), torch.promote_types(weight.dtype, torch.float32)
-        to_hidden = torch.empty_like(hidden)
-        to_weight = torch.zeros_like(weight, dtype=sums) if ctx.needs_input_grad[2] else None
+        gradients, ctx.gradients = ctx.gradients, None
+        factor = reader.common_factor(upstream)
+        if gradients is not None and factor is not None:
+            return None, *gradients.result(factor)
+        matrix = weight.to(ctx.dtype)
+        gradients = _Gradients(hidden, weight, of_weight=ctx.needs_input_grad[2])
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, raw, states in reader.chunks(hidden, matrix):
                 for block in reader.blocks(raw, rows):
                     block[0].copy_(reader.pull_back(block, upstream))
-                to_hidden[rows] = raw @ matrix
-                if to_weight is not None:  # in parts: no second [V, H]
-                    for total, part in zip(to_weight.split(4096), raw.split(4096, 1), strict=True):
-                        if total.dtype == part.dtype:
-                            total.addmm_(part.t(), states)
-                        else:
-                            total += part.t() @ states
-        return None, to_hidden, None if to_weight is None else to_weight.to(weight.dtype)
+                gradients.add(rows, raw, states, matrix)
+        return None, *gradients.result()
 
 
 def _any_head(reader: _Reader, hidden: Tensor) -> list[Tensor]:

@@ -250,7 +250,19 @@ class ComposedMethod(DistillationModule):
             known=known or {},
             top_k=self.overlap_top_k,
             timer=self.timer,
+            sums_loss=self.sums_loss(batch),
         )
+
+    def sums_loss(self, batch: RolloutBatch) -> bool:
+        """Return whether the loss is a multiple of the sum of the comparison named "loss".
+
+        That is known before the forward pass where nothing weighs tokens or leaves some out.
+        """
+        weighs = self.rules or self.terms or self.imitation is not None
+        overridden = type(self).token_loss is not ComposedMethod.token_loss
+        if self.aggregation != "token-mean" or weighs or overridden:
+            return False
+        return LOSS in self.comparisons() and bool(self._has_views(batch, self._names_read()).all())
 
     # Parts and properties -----------------------------------------------------------------
 

@@ -41,6 +41,7 @@ def score_batch(
     known: Mapping[str, TokenScores],
     top_k: int,
     timer: StepTimer,
+    sums_loss: bool = False,
 ) -> BatchScores:
     """Score a micro-batch with one pass per model, and one of the head for all comparisons.
 
@@ -54,6 +55,8 @@ def score_batch(
         known: Scores of this batch from an earlier call.
         top_k: Size of the top-k sets of the student and of the teacher named "teacher".
         timer: Timer of the stages "teacher" and "student".
+        sums_loss: Whether the loss is a multiple of the sum of the comparison named "loss", as far
+            as is known. Nothing but time depends on it.
     """
     compared = {
         compare.other: name for name, compare in comparisons.items() if compare.other is not None
@@ -72,7 +75,11 @@ def score_batch(
                 others[name] = by_ask[ask]
         for name, compare in comparisons.items():
             if compare.other is None or compare.other in states:
-                pairs[name] = Comparison(states.get(compare.other or ""), compare.function)
+                pairs[name] = Comparison(
+                    states.get(compare.other or ""),
+                    compare.function,
+                    is_summed=sums_loss and name == LOSS,
+                )
             else:
                 query = TopKQuery(compare.other, asks[compare.other], batch, top_k, others, timer)
                 pairs[name] = query.comparison(compare.function)

@@ -1,5 +1,6 @@
 """The chunked head equals the model's own logits, whole, in value and gradient."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +52,9 @@ def kl(student: Tensor, teacher: Tensor | None) -> Tensor:
 def sharpness(student: Tensor, teacher: Tensor | None) -> Tensor:
     assert teacher is None
     return student.exp().square().sum(-1)
+
+
+SHARP = Comparison(None, sharpness)
 
 
 def states(
@@ -188,6 +192,59 @@ def test_a_shared_teacher_is_read_once_per_chunk(monkeypatch: pytest.MonkeyPatch
     assert calls == [10, 10, 10, 7]
 
 
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a multiple of the sum": lambda value, logprobs: value.sum() / 7,
+    "weights": lambda value, logprobs: (value * torch.arange(N)).sum(),
+    "some left out": lambda value, logprobs: value[1:].sum(),
+    "log-probs too": lambda value, logprobs: value.sum() + logprobs[0],
+    "log-probs alone": lambda value, logprobs: logprobs.sum(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("chunk", [1, 5, N])
+def test_gradients_that_come_with_the_values(
+    monkeypatch: pytest.MonkeyPatch, loss: str, chunk: int
+) -> None:
+    """They are those of any loss; if it only sums the values, both heads are read once."""
+    small_chunks(monkeypatch, chunk)
+    mine, linear = states(0, softcap=1.5)
+    theirs, matrix = states(1)
+    reads = []
+
+    def project(hidden: Tensor) -> Tensor:
+        reads.append(len(hidden))
+        return matrix(hidden)
+
+    teacher = TokenStates(theirs.hidden, replace(theirs.head, project=project))
+    found = {}
+    for is_summed in (False, True):
+        reads.clear()
+        comparison = Comparison(teacher, kl, is_summed=is_summed)
+        got = score(mine, targets_of(), top_k=2, comparisons={"other": SHARP, "r": comparison})
+        gradients = torch.autograd.grad(
+            LOSSES[loss](got.values["r"], got.student.logprobs), [mine.hidden, linear.weight]
+        )
+        found[is_summed] = [*gradients, got.values["r"], *got.student, *got.teachers["r"]]
+        assert sum(reads) == (N if is_summed and loss == "a multiple of the sum" else 2 * N)
+    for a, b in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_come_with_the_values_once() -> None:
+    mine, linear = states(0)
+    comparison = Comparison(teacher_of("states")[0], kl, is_summed=True)
+    value = score(mine, targets_of(), comparisons={"r": comparison}).values["r"].sum()
+    first, second = (
+        torch.autograd.grad(value, [mine.hidden, linear.weight], retain_graph=True)
+        for _ in range(2)
+    )
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():  # as before a step that is prepared as a whole
+        assert not score(mine, targets_of(), comparisons={"r": comparison}).values["r"].grad_fn
+
+
 def test_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     small_chunks(monkeypatch, 2, 1)
     made, _ = states(0, rows=3, softcap=2.0)
@@ -222,24 +279,28 @@ def test_an_unused_infinite_value_spoils_nothing() -> None:
     assert mine.hidden.grad.isfinite().all()
 
 
-def test_a_value_that_ignores_the_student_has_no_gradient() -> None:
+@pytest.mark.parametrize("is_summed", [False, True])
+def test_a_value_that_ignores_the_student_has_no_gradient(is_summed: bool) -> None:
     mine, _ = states(0)
     teacher, _ = teacher_of("logprobs")
-    comparisons = {"t": Comparison(teacher, lambda _, t: kl(t, t - 1))}
+    comparisons = {"t": Comparison(teacher, lambda _, t: kl(t, t - 1), is_summed=is_summed)}
     score(mine, targets_of(), comparisons=comparisons).values["t"].sum().backward()
     assert mine.hidden.grad is not None
     assert not mine.hidden.grad.any()
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_no_tokens(biased: bool) -> None:
+@pytest.mark.parametrize("is_summed", [False, True])
+def test_no_tokens(biased: bool, is_summed: bool) -> None:
     mine, linear = states(0, rows=0)
     if biased:
         linear.bias = nn.Parameter(torch.randn(V, dtype=torch.float64))
     teacher, _ = teacher_of("states", rows=0)
-    got = score(mine, targets_of(0), top_k=3, comparisons={"r": Comparison(teacher, kl)})
+    comparisons = {"r": Comparison(teacher, kl, is_summed=is_summed)}
+    got = score(mine, targets_of(0), top_k=3, comparisons=comparisons)
     assert got.student.top_ids.shape == (0, 3)
-    (got.student.logprobs.sum() + got.values["r"].sum()).backward()
+    value = got.values["r"].sum()
+    (value if is_summed else value + got.student.logprobs.sum()).backward()
     assert linear.weight.grad is not None
     assert not linear.weight.grad.any()
     assert mine.hidden.grad is not None
@@ -247,14 +308,16 @@ def test_no_tokens(biased: bool) -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "autocast"])
+@pytest.mark.parametrize("is_summed", [False, True])
 def test_bfloat16_is_as_exact_as_the_plain_computation(
-    monkeypatch: pytest.MonkeyPatch, autocast: bool
+    monkeypatch: pytest.MonkeyPatch, autocast: bool, is_summed: bool
 ) -> None:
     small_chunks(monkeypatch, 5)
     mine, linear = states(0, dtype=torch.float32 if autocast else torch.bfloat16)
     theirs, _ = states(1, dtype=torch.float32)
+    comparisons = {"r": Comparison(theirs, kl, is_summed=is_summed)}
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        got = score(mine, targets_of(), comparisons={"r": Comparison(theirs, kl)})
+        got = score(mine, targets_of(), comparisons=comparisons)
         ours = whole(mine)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             full = whole(theirs)

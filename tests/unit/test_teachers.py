@@ -3,6 +3,7 @@
 import hashlib
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.lab.models import new_model
 from opd_lightning.losses.advantage import log_ratio
+from opd_lightning.methods import GKD, OPD, OPSD
 from opd_lightning.models.lora import moves_base, starts_elsewhere
 from opd_lightning.models.student import Student
+from opd_lightning.rules import EntropyBonus, PrefixWindow
 from opd_lightning.teachers import AdapterOffTeacher, ByDomainTeacher, EMATeacher, FrozenTeacher
 from opd_lightning.teachers.frozen import _copy_to
 from opd_lightning.teachers.local import LocalTeacher
@@ -321,3 +324,26 @@ def test_an_offloaded_teacher_is_on_the_device_from_its_first_answer_to_its_rest
     away = _copy_to(torch.device("meta"), offloaded._reader)  # stands for a GPU: memory elsewhere
     assert {x.device.type for x in (*away.parameters(), *away.buffers())} == {"meta"}
     assert {x.device.type for x in offloaded._reader.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "sums"),
+    [
+        (GKD, {}, True),
+        (GKD, {"rules": [PrefixWindow(3)]}, False),
+        (GKD, {"terms": [EntropyBonus()]}, False),
+        (GKD, {"imitation": 0.0}, False),
+        (GKD, {"aggregation": "seq-mean-token-mean"}, False),
+        (OPD, {}, False),
+        (OPSD, {}, True),
+        (OPSD, {"views": {"privileged": None}}, False),
+    ],
+)
+def test_losses_that_sum_a_divergence(
+    method: Any, settings: dict[str, Any], sums: bool, folders: list[Path]
+) -> None:
+    """Only their gradients are computed with their values."""
+    seen = settings.pop("views", {"privileged": [4, 5]})
+    batch = make_batch([make_rollout([6, 7], views=seen), make_rollout([8], views={**seen})])
+    module = method(Student(str(folders[0])), FrozenTeacher(str(folders[1])), **settings)
+    assert module.sums_loss(batch) is sums
