@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
     EventAccumulator as ServedEvents,
 )
 from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from opd_lightning.checkpoints.writing import META
 from tests.full_run import RUN
 
 CLOCK = ("time/", "cost/", "tokens_per_second")  # figures that differ from run to run
@@ -60,13 +63,31 @@ def differences(one: Any, other: Any, at: str = "") -> list[str]:
 
 
 def compare(folder: Path, whole: Path) -> list[str]:
-    """Where the run in `folder` differs from the one in `whole`: last checkpoint and log."""
-    one, other = (
-        torch.load(at / RUN / "checkpoints" / "last.ckpt", weights_only=True)
-        for at in (folder, whole)
-    )
+    """Where the run in `folder` differs from that in `whole`: last checkpoint, log, rollouts."""
+    one, other = (state(at / RUN / "checkpoints" / "last.ckpt") for at in (folder, whole))
     found = differences(one, other, "last.ckpt")
-    readers: dict[str, Callable[[Path], Any]] = {"scalars": scalars, "tensors": tensors}
+    readers: dict[str, Callable[[Path], Any]] = {
+        "scalars": scalars,
+        "tensors": tensors,
+        "files": files,
+    }
     for name, read in readers.items():
         found += differences(read(folder / RUN), read(whole / RUN), name)
     return found
+
+
+def state(checkpoint: Path) -> dict[str, Any]:
+    """Content of a checkpoint, a file or a folder of shards."""
+    if checkpoint.is_file():
+        return dict(torch.load(checkpoint, weights_only=True))
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch, "whole.pt")
+        dcp_to_torch_save(checkpoint, file)
+        tensors = torch.load(file, weights_only=True)
+    return {"tensors": tensors, **torch.load(checkpoint / META, weights_only=True)}
+
+
+def files(run: Path) -> dict[str, str]:
+    """The sampled rollouts that it wrote, as lines and as pages."""
+    paths = [*run.glob("rollouts.jsonl*"), *run.glob("rollouts/*.html")]
+    return {str(path.relative_to(run)): path.read_bytes().hex() for path in paths}

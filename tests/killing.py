@@ -6,17 +6,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from tests import processes
 from tests.full_run import RUN, Place, place, resumed_at
-from tests.processes import Process
 
-AnyProcess = Process | subprocess.Popen[bytes]
+AnyProcess = processes.Process | subprocess.Popen[bytes]
 PHASES = ("start-up", "step", "saving", "validation")
 
 
@@ -25,10 +25,12 @@ class Tale:
     """What happened to a run."""
 
     kills: list[Place] = field(default_factory=list)
+    cold: int = 0  # of the kills, those of a start by a shell's command
     half_written: int = 0  # checkpoints in the middle of which a kill fell
     redone: int = 0  # optimiser steps that were made again
     seconds: float = 0.0
-    startup: float = 0.0  # seconds to the first step, of the last start that got so far
+    # Seconds to the first step, of the last start that got so far, for cold and warm ones.
+    startup: dict[str, float] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)  # lines of ours on stderr
 
     def by_phase(self) -> dict[str, int]:
@@ -42,8 +44,9 @@ def run_under_fire(
     kills: int,
     steps: int,
     random: Random,
-    startup: float = 0,
-    warm: bool = False,
+    startup: Mapping[str, float] | None = None,
+    cold: float = 0.0,
+    ranks: int = 1,
 ) -> Tale:
     """Run the command, kill it `kills` times, starting it again each time, and let it end.
 
@@ -53,30 +56,34 @@ def run_under_fire(
     Args:
         folder: To run in.
         command: Starts and restarts the run.
-        kills: SIGKILLs to the whole process group.
+        kills: SIGKILLs to all processes of the run.
         steps: Of the whole run.
         random: Decides when.
-        startup: Seconds in which kills during start-up fall.
-        warm: Whether the command is forked from a warm parent, which leaves the imports out.
+        startup: Seconds in which kills during start-up fall, by kind of start.
+        cold: Share of starts by a shell's command; the others are forked from a warm parent,
+            which leaves the imports out.
+        ranks: Processes of the run; a cold start is given one, which starts the others.
     """
-    tale, began, reached = Tale(startup=startup), time.monotonic(), 0
+    tale, began, reached = Tale(startup=dict(startup or {})), time.monotonic(), 0
     while True:
         aim = _aim(random, reached, steps, kills - len(tale.kills))
         for name in ("whereabouts", "whereabouts.resumed"):
             (folder / name).unlink(missing_ok=True)
         errors = folder / f"log-{len(tale.kills)}.txt"
-        with started(folder, command, errors, warm=warm) as process:
-            fell = _fire(process, folder, aim, random, tale)
+        kind = "cold" if random.random() < cold else "warm"
+        with started(folder, command, errors, ranks=ranks if kind == "warm" else 0) as running:
+            fell = _fire(running, folder, aim, random, tale, kind)
         lines = errors.read_text(errors="replace").splitlines()
         tale.said += [line for line in lines if line.startswith("opd: ")]
         if (again := resumed_at(folder)) is not None:
             tale.redone += reached - again
             reached = again
         if fell is None:
-            if process.returncode:
+            if any(process.returncode for process in running):
                 raise RuntimeError("\n".join(lines[-30:]))
             tale.seconds = time.monotonic() - began
             return tale
+        tale.cold += kind == "cold"
         tale.kills.append(fell)
         reached = max(reached, fell.step)
         tale.half_written += len(list((folder / RUN / "checkpoints").glob(".*.writing")))
@@ -92,19 +99,27 @@ def _aim(random: Random, reached: int, steps: int, left: int) -> Place | None:
 
 
 def _fire(
-    process: AnyProcess, folder: Path, aim: Place | None, random: Random, tale: Tale
+    run: Sequence[AnyProcess],
+    folder: Path,
+    aim: Place | None,
+    random: Random,
+    tale: Tale,
+    kind: str,
 ) -> Place | None:
-    """Kill the process where `aim` says; where it fell, or None if it ended by itself."""
+    """Kill the processes where `aim` says; where it fell, or None if they ended by themselves."""
     began, running = time.monotonic(), False
-    fuse = random.uniform(0, tale.startup)
-    while process.poll() is None:
+    fuse = random.uniform(0, tale.startup.get(kind, 0.0))
+    while any(process.poll() is None for process in run):
         here, seconds = place(folder), time.monotonic() - began
         if here.phase != "start-up" and not running:
-            running, tale.startup = True, seconds
+            running, tale.startup[kind] = True, seconds
         if aim is not None and _hits(aim, here, seconds > fuse):
             time.sleep(random.uniform(0, 0.06 if aim.phase == "saving" else 0.15))
-            os.killpg(process.pid, signal.SIGKILL)
-            return place(folder) if process.wait() == -signal.SIGKILL else None
+            for process in random.sample(run, len(run)):
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            killed = [process.wait() == -signal.SIGKILL for process in run]
+            return place(folder) if any(killed) else None
         time.sleep(0.0005 if aim else 0.01)
     return None
 
@@ -118,21 +133,28 @@ def _hits(aim: Place, here: Place, fuse_is_over: bool) -> bool:
 
 @contextmanager
 def started(
-    folder: Path, command: list[str], errors: Path, *, warm: bool = False
-) -> Iterator[AnyProcess]:
-    """The command in a process group of its own, with all of which it ends."""
+    folder: Path, command: list[str], errors: Path, *, ranks: int = 0
+) -> Iterator[Sequence[AnyProcess]]:
+    """The command's processes, in process groups of their own, with all of which they end.
+
+    Args:
+        ranks: Processes to fork from a warm parent; 0 for a cold start of one.
+    """
     with errors.open("wb") as log:
-        options: dict[str, Any] = {"cwd": folder, "stdout": log, "stderr": log}
-        process: AnyProcess
-        if warm:
+        options: dict[str, Any] = {
+            "cwd": folder, "stdout": log, "stderr": log, "start_new_session": True,
+        }  # fmt: skip
+        running: Sequence[AnyProcess]
+        if ranks:
             python, dash_m, module, *words = command
             assert (python, dash_m) == (sys.executable, "-m")
-            process = Process(module, *words, start_new_session=True, **options)
+            running = processes.ranks(module, *words, count=ranks, **options)
         else:
-            process = subprocess.Popen(command, start_new_session=True, **options)
+            running = [subprocess.Popen(command, **options)]
         try:
-            yield process
+            yield running
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            for process in running:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()

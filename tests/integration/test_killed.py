@@ -1,6 +1,6 @@
 """SIGKILL at random moments, and the same command again: the run ends as if nothing had happened.
 
-`benchmarks/kills.py` does the same thirty times, on a trained lab, with other engines and ranks.
+`benchmarks/kills.py` does so hundreds of times, on a trained lab, with other engines and ranks.
 """
 
 from pathlib import Path
@@ -23,12 +23,12 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(untrained_lab: Path, tmp_p
         path = settings(folder, steps=STEPS)
         (folder / "lab").symlink_to(untrained_lab / "lab")
     command, random = fit_command(CONFIG, path), Random(0)
-    quiet = run_under_fire(whole, command, kills=0, steps=STEPS, random=random, warm=True)
+    quiet = run_under_fire(whole, command, kills=0, steps=STEPS, random=random)
     logged = scalars(whole / RUN)
     assert [step for step, _ in logged["loss"]] == list(range(STEPS))
     assert [step for step, _ in logged["val/sums/length"]] == [5]
     tale = run_under_fire(
-        killed, command, kills=KILLS, steps=STEPS, random=random, startup=quiet.startup, warm=True
+        killed, command, kills=KILLS, steps=STEPS, random=random, startup=quiet.startup
     )
     assert len(tale.kills) == KILLS, tale
     assert not compare(killed, whole), tale
