@@ -18,6 +18,7 @@ import yaml
 
 from opd_lightning.errors import UserError, reason_of
 
+MAX_BYTES = 2**22  # of a file; configurations have about 2**12
 MAX_DEPTH = 100  # of nested values; configurations have about ten
 MAX_VALUES = 100_000  # with every alias counted as what it stands for
 
@@ -35,24 +36,41 @@ def read_config(given: str) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: It is not a readable file, not YAML, or not a mapping of settings.
     """
-    path = Path(os.path.expanduser(given))
     try:
-        mode = path.stat().st_mode
+        os.stat(os.path.expanduser(given))
     except (OSError, ValueError) as error:
         if ":" in given:
-            return "--config", _settings("--config", given)
+            return "--config", _settings("--config", parse("--config", given))
         name = given if len(given) <= 100 else f"{given[:97]}..."
         too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
         why = "its name is too long for a file" if too_long else "no such file exists"
         raise UserError(f"--config: got {name!r}, but {why}") from error
+    return given, _settings(given, read_yaml("--config", given))
+
+
+def read_yaml(option: str, given: str) -> Any:
+    """Read a YAML file that an option names.
+
+    Args:
+        option: The option, as messages name it.
+        given: Path of the file, which exists; `~` is the home folder.
+
+    Raises:
+        UserError: It cannot be read, is no YAML, or is refused by `parse`.
+    """
+    path = Path(os.path.expanduser(given))
+    mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
-        raise UserError(f"--config: got {given!r}, which is {kind}, expected a YAML file")
+        raise UserError(f"{option}: got {given!r}, which is {kind}, expected a YAML file")
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         reason = error.strerror
-        raise UserError(f"--config: cannot read {given!r}: {reason}; check its mode") from error
+        raise UserError(f"{option}: cannot read {given!r}: {reason}; check its mode") from error
+    if len(raw) > MAX_BYTES:
+        raise UserError(f"{option}: {given!r} has more than {MAX_BYTES} bytes, expected settings")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -60,7 +78,7 @@ def read_config(given: str) -> tuple[str, dict[str, Any]]:
         raise UserError(
             f"{given}:{line}: byte {error.start} is not UTF-8; save the file as UTF-8"
         ) from error
-    return given, _settings(given, text)
+    return parse(given, text)
 
 
 def check_configs(words: Sequence[str]) -> None:
@@ -71,8 +89,7 @@ def check_configs(words: Sequence[str]) -> None:
             read_config(value if equals else following)
 
 
-def _settings(source: str, text: str) -> dict[str, Any]:
-    tree = parse(source, text)
+def _settings(source: str, tree: Any) -> dict[str, Any]:
     if not isinstance(tree, dict):
         got = "nothing" if tree is None or is_blank(tree) else f"a {type(tree).__name__}"
         raise UserError(f"{source}: holds {got}, expected settings, as 'key: value'")
@@ -95,12 +112,8 @@ def parse(source: str, text: str) -> Any:
         UserError: It is no YAML, repeats a key, contains itself, or is nested too deeply.
     """
     try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _check(source, node, {}, ())
-        return loader.construct_document(node)
+        loader, node = _checked(source, text)
+        return None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{source}:{mark.line + 1}" if mark else source
@@ -112,6 +125,29 @@ def parse(source: str, text: str) -> Any:
         deep = isinstance(error, RecursionError)
         reason = "values are nested too deeply" if deep else reason_of(error)
         raise UserError(f"{source}: is no usable YAML: {reason}; correct it") from error
+
+
+def check_text(source: str, text: str) -> None:
+    """Refuse what `parse` refuses, except for a text that is no YAML.
+
+    Raises:
+        UserError: The text repeats a key, contains itself, or is nested too deeply.
+    """
+    try:
+        _checked(source, text)
+    except yaml.YAMLError:
+        return
+    except RecursionError as error:
+        raise UserError(f"{source}: values are nested too deeply; write them flatter") from error
+
+
+def _checked(source: str, text: str) -> tuple[yaml.SafeLoader, yaml.Node | None]:
+    """Return the root of a text's nodes, checked, with its loader."""
+    loader = yaml.SafeLoader(text)
+    node = loader.get_single_node()
+    if node is not None:
+        _check(source, node, {}, ())
+    return loader, node
 
 
 def _check(source: str, node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> int:

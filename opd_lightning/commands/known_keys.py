@@ -7,7 +7,9 @@ source code does not decide are left to the parser.
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -15,7 +17,7 @@ from typing import Any, NoReturn
 import yaml
 
 from opd_lightning.commands.callback_names import INSTALLED, SHORT, is_our_package
-from opd_lightning.commands.config_files import is_blank, parse, read_config
+from opd_lightning.commands.config_files import is_blank, parse, read_config, read_yaml
 from opd_lightning.commands.known_values import Word, kinds_of, problem, shown, words_of
 from opd_lightning.commands.signatures import Class, Parameter, find, load, parameters
 from opd_lightning.errors import UserError
@@ -101,6 +103,7 @@ class _Checker:
     command: str
     options: dict[str, Parameter | None]
     classes: dict[str, Class | None] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)  # that name the one being read
 
     def check(self, source: str, tree: Mapping[str, Any]) -> None:
         self.source = source
@@ -115,6 +118,10 @@ class _Checker:
 
     def section(self, key: str, value: Any) -> None:
         """Check the tree of the model, the data or the trainer."""
+        if (file := self.file_of(value)) is not None:
+            with self.reading(key, file) as value:
+                self.section(key, value)
+            return
         if isinstance(value, str) and key == "model" and is_name(value):
             value = {"class_path": str(value)}
         if isinstance(value, Mapping):
@@ -124,6 +131,27 @@ class _Checker:
         elif not isinstance(value, _Unknown | str) or is_blank(value):
             kind = "a method (class_path and init_args)" if key == "model" else "a table of options"
             self.refuse(key, f"got {shown(value)}, expected {kind}")
+
+    def file_of(self, value: Any) -> str | None:
+        """Return the path of the file that a text names in place of settings; None if it cannot."""
+        if isinstance(value, str) and not is_blank(value):
+            for folder in (os.path.dirname(self.source), ""):  # that of the file it stands in first
+                path = os.path.join(folder, os.path.expanduser(value))
+                if os.path.exists(path) and not os.path.isdir(path):
+                    return path
+        return None
+
+    @contextmanager
+    def reading(self, place: str, file: str) -> Iterator[Any]:
+        """Read a file of settings, which errors name meanwhile; a text in it is left alone."""
+        if file in self.files:
+            self.refuse(place, f"{file!r} names itself; write the settings out")
+        source, self.source = self.source, file
+        self.files.append(file)
+        value = read_yaml(f"--{place}", file)
+        yield _Unknown() if isinstance(value, str) else value
+        self.files.pop()
+        self.source = source
 
     def expect(self, place: str, key: object, known: list[str]) -> None:
         """Refuse a key that is not known. Abbreviations are not accepted."""
@@ -196,6 +224,10 @@ class _Checker:
     def value(self, place: str, value: Any, parameter: Parameter) -> None:
         """Check the value of a parameter and nested trees, as far as its annotation allows."""
         self.expect_value(place, value, parameter)
+        if takes_settings(parameter) and (file := self.file_of(value)) is not None:
+            with self.reading(place, file) as value:
+                self.value(place, value, parameter)
+            return
         if isinstance(value, str) and is_name(value) and takes_class(parameter):
             value = {"class_path": str(value)}
         if isinstance(value, list):
@@ -267,6 +299,12 @@ def takes_class(parameter: Parameter) -> bool:
     if kinds is None:
         return parameter.annotation is None
     return "class" in kinds.names and "str" not in kinds.names
+
+
+def takes_settings(parameter: Parameter) -> bool:
+    """Return whether the parser reads the file that a text for the parameter names."""
+    kinds = None if "str" in words_of(parameter) else kinds_of(parameter)
+    return kinds is not None and bool(kinds.names & {"class", "list"})
 
 
 def _class_of(parameter: Parameter) -> tuple[Class | None, bool]:

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from opd_lightning.checkpoints import LAST, needed, settle_folders
+from opd_lightning.commands import checked_yaml  # noqa: F401, for all parsers
 from opd_lightning.commands.callback_names import explain_taken_name
 from opd_lightning.commands.command_table import TRAINER_COMMANDS
 from opd_lightning.commands.parser_messages import hint, one_line

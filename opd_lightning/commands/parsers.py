@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
+from opd_lightning.commands import checked_yaml  # noqa: F401, for all parsers
 from opd_lightning.commands.config_files import check_configs
 from opd_lightning.commands.parser_messages import hint, one_line
 from opd_lightning.errors import report

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_lightning.commands.config_files import check_configs, read_config
+from opd_lightning.commands.config_files import MAX_BYTES, check_configs, read_config
 from opd_lightning.errors import UserError
 
 
@@ -61,11 +61,18 @@ def test_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "which is a pipe or device" in refusal(str(tmp_path / "pipe"))
     (tmp_path / "a.yaml").write_text("a: 1\n")
 
-    def denied(path: Path) -> bytes:
+    def denied(path: Path, mode: str) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr(Path, "open", denied)
     assert "cannot read" in refusal(str(tmp_path / "a.yaml"))
+
+
+def test_a_file_that_is_too_large(tmp_path: Path) -> None:
+    (tmp_path / "large.yaml").write_text("a: 1\n# " + "x" * (MAX_BYTES - 8) + "\n")
+    assert read_config(str(tmp_path / "large.yaml"))[1] == {"a": 1}
+    os.truncate(tmp_path / "large.yaml", MAX_BYTES + 1)
+    assert f"more than {MAX_BYTES} bytes" in refusal(str(tmp_path / "large.yaml"))
 
 
 def test_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Values that no type of an option allows are refused from the source, before heavy imports."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,40 @@ def test_a_long_message_keeps_its_beginning_and_its_end() -> None:
     words = one_line("start " + "word " * 500 + "end")
     assert len(words) <= 400
     assert (words[:5], words[-3:]) == ("start", "end")
+
+
+ENGINE = "{class_path: opd_lightning.rollouts.HFEngine, init_args: {max_batch_size: 4%s}}"
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "said"),
+    [
+        ("data.engine", ENGINE % ", max_batch_size: 8", ":1: 'max_batch_size' is set a second"),
+        ("data.engine", ENGINE % ", max_batch: 8", ": data.engine.max_batch: 'max_batch' is not"),
+        ("data.sampling", "max_new_tokens: 4\nmax_new_tokens: 5", ":2: 'max_new_tokens' is set a"),
+        ("data", "seed: 1", ": data.seed: is seed_everything's"),
+        ("model", "class_path: a\nclass_path: b", ":2: 'class_path' is set a second time"),
+        ("trainer.callbacks", "- a: &a [*a]", ":1: an anchor contains an alias of itself"),
+        ("model.rules", "- {class_path: opd_lightning.rules.SignGat}", ": model.rules.0: there is"),
+        ("data.engine", "# \udce9", ":1: byte 2 is not UTF-8"),
+    ],
+)
+def test_files_of_settings_are_read(option: str, text: str, said: str, tmp_path: Path) -> None:
+    """Named on the command line, or in a file beside them."""
+    (tmp_path / "part.yaml").write_text(text, errors="surrogateescape")
+    part = str(tmp_path / "part.yaml")
+    assert refusal(f"--{option}={part}").startswith(part + said)
+    assert refusal("--config", in_file(tmp_path, option, "part.yaml")).startswith(part + said)
+
+
+def test_files_of_settings_that_are_good_or_no_files(tmp_path: Path) -> None:
+    (tmp_path / "part.yaml").write_text(ENGINE % "")
+    check(f"--data.engine={tmp_path / 'part.yaml'}", "--data.engine.max_batch_size=2")
+    check(f"--data.train.path={tmp_path / 'part.yaml'}")  # a text
+    (tmp_path / "text.yaml").write_text("text.yaml")
+    check(f"--data.engine={tmp_path / 'text.yaml'}")  # the parser knows best
+    itself = "{class_path: opd_lightning.methods.OPD, init_args: {teacher: again.yaml}}"
+    (tmp_path / "again.yaml").write_text(itself)
+    assert "names itself" in refusal(f"--model={tmp_path / 'again.yaml'}")
+    os.mkfifo(tmp_path / "pipe")
+    assert "a pipe or device" in refusal(f"--data.engine={tmp_path / 'pipe'}")

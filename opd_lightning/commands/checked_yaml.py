@@ -1,0 +1,35 @@
+"""jsonargparse's YAML loader, which refuses what `config_files` refuses.
+
+Every text that a parser takes for YAML passes here: files that options name in place of settings,
+those that such files name, and values of the command line.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader, set_loader
+
+from opd_lightning.commands.config_files import check_text
+from opd_lightning.errors import UserError
+
+_load = get_loader("yaml")
+
+
+def load(text: str) -> Any:
+    """Load a text.
+
+    Raises:
+        TypeError: It repeats a key, contains itself, or is nested too deeply. Parsers add the name
+            of the option.
+        yaml.YAMLError: It is no YAML, so that it may be a value.
+    """
+    try:
+        check_text("YAML", text)
+    except UserError as error:
+        raise TypeError(str(error)) from error
+    return _load(text)
+
+
+set_loader("yaml", load, (yaml.YAMLError,))
