@@ -120,10 +120,9 @@ def _author(
         raise UserError("data.teacher: got nothing for --author teacher; name its path and engine")
     if ckpt_path is not None:
         raise UserError("--ckpt_path: got one with --author teacher, which has none; leave it out")
-    source = ModelSource(data.teacher.path, role="data.teacher")
-    check_usable(source)
-    check_same_tokens(student, source, writes=True)
-    return _Author(kind, source, data.teacher.engine, sampling[kind])
+    check_usable(data.teacher.source)
+    check_same_tokens(student, data.teacher.source, writes=True)
+    return _Author(kind, data.teacher.source, data.teacher.engine, sampling[kind])
 
 
 def _prompts(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from opd_lightning.errors import UserError
+from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts.base import Engine, Sampling
 from opd_lightning.seeding import AUTHOR, GUIDANCE, derive_seed
 from opd_lightning.types import Author
@@ -138,11 +140,26 @@ class TeacherSampler:
         path: Model folder or hub name; it must use the student's token ids.
         engine: Samples its responses: a separate engine, whose weights never change.
         max_new_tokens: Longest response, in tokens; None uses the training sampling's.
+        chat_template: Jinja text or file that it is taken to expect, instead of the folder's.
+            Prompts are always rendered with the student's.
+        eos_tokens: Tokens that end its responses, instead of the folder's.
     """
 
     path: str
     engine: Engine
     max_new_tokens: int | None = None
+    chat_template: str | None = None
+    eos_tokens: list[str] | None = None
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """The model's folder, with its tokenizer and stop tokens."""
+        return ModelSource(
+            self.path,
+            role="data.teacher",
+            chat_template=self.chat_template,
+            eos_tokens=self.eos_tokens,
+        )
 
 
 def samplings_by_author(

@@ -128,9 +128,8 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
             "engine"
         )
     if data.teacher is not None:
-        source = ModelSource(data.teacher.path, role="data.teacher")
-        check_usable(source)
-        check_same_tokens(module.student.source, source, writes=True)
+        check_usable(data.teacher.source)
+        check_same_tokens(module.student.source, data.teacher.source, writes=True)
     foreign = data.mix.teacher or data.mix.reads_records
     if module.needs_demonstrations and data.mix.samples:
         raise UserError(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from opd_lightning.errors import UserError
 from opd_lightning.evaluation.base import EngineNeeds
-from opd_lightning.models.source import ModelSource
 from opd_lightning.types import Author
 
 if TYPE_CHECKING:
@@ -29,9 +28,8 @@ def plan_engines(data: RolloutDataModule, longest: int, needs: Iterable[EngineNe
         most = longest + max([budget, *(need.response_tokens for need in needs)])
         data.engines.plan(Author.STUDENT, data.module.student.source, most)
     if data.teacher is not None:
-        source = ModelSource(data.teacher.path, role="data.teacher")
         most = longest + (data.teacher.max_new_tokens or budget)
-        data.engines.plan(Author.TEACHER, source, most)
+        data.engines.plan(Author.TEACHER, data.teacher.source, most)
 
 
 def check_engines(data: RolloutDataModule, stage: str, *, evaluated: bool) -> None:

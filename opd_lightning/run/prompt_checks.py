@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from opd_lightning.data.mix import RolloutMix, TeacherSampler
 from opd_lightning.data.views import Renderer
 from opd_lightning.errors import UserError
-from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts.base import Sampling
 from opd_lightning.run.configuration import teacher_sources
 from opd_lightning.teachers.base import RecordedQuestion
@@ -43,7 +42,7 @@ class PromptCheck:
         sources = [module.student.source, *(teacher_sources(module) if training else [])]
         self.longest_response = sampling.max_new_tokens
         if sampler is not None:
-            sources.append(ModelSource(sampler.path, role="data.teacher"))
+            sources.append(sampler.source)
             self.longest_response = max(self.longest_response, sampler.max_new_tokens or 0)
         self.context, self.role = min((source.context_length, source.role) for source in sources)
         self.module = module
