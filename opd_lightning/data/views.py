@@ -13,8 +13,9 @@ from typing import Any, Literal
 from jinja2 import TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from opd_lightning.errors import UserError
-from opd_lightning.models.chat import dropped_roles, render, render_all
+from opd_lightning.errors import UserError, reason_of
+from opd_lightning.models.bounded import bounded
+from opd_lightning.models.chat import dropped_roles, render, render_all, why_not_rendered
 from opd_lightning.types import Message, Prompt
 
 log = logging.getLogger(__name__)
@@ -51,9 +52,10 @@ class PromptView:
     def __post_init__(self) -> None:
         try:
             unknown = self.variables - VARIABLES
-        except TemplateError as error:
+        except (TemplateError, TimeoutError) as error:
             raise UserError(
-                f"data.views: {self.template!r} is no Jinja template: {error}; correct it"
+                f"data.views: {self.template[:100]!r} is no Jinja template: {reason_of(error)}; "
+                "correct it"
             ) from error
         if unknown:
             raise UserError(
@@ -64,7 +66,9 @@ class PromptView:
     @cached_property
     def variables(self) -> frozenset[str]:
         """Names that the template reads."""
-        return frozenset(meta.find_undeclared_variables(_TEMPLATES.parse(self.template)))
+        # Bounded, since Jinja computes what is constant.
+        tree = _TEMPLATES.parse(self.template)
+        return frozenset(bounded(lambda: meta.find_undeclared_variables(tree)))
 
     @property
     def is_late(self) -> bool:
@@ -88,12 +92,19 @@ class PromptView:
         users = [i for i, message in enumerate(prompt.messages) if message["role"] == "user"]
         question = prompt.messages[users[-1]]["content"] if users else ""
         try:
-            text = _compiled(self.template).render(question=question, **own, **late)
-        except TemplateError as error:
+            text = bounded(lambda: self._render(question=question, **own, **late))
+        except Exception as error:  # whatever the template's expressions raise
             raise UserError(
-                f"{prompt.origin or prompt.id}: data.views: {self.template!r} cannot be rendered: "
-                f"{error}; correct it"
+                f"{prompt.origin or prompt.id}: data.views: {self.template[:100]!r} cannot be "
+                f"rendered: {why_not_rendered(error)}; correct it"
             ) from error
+        return self._placed(text, prompt, users)
+
+    def _render(self, **variables: str | None) -> str:
+        return _compiled(self.template).render(**variables)
+
+    def _placed(self, text: str, prompt: Prompt, users: Sequence[int]) -> tuple[Message, ...]:
+        """Return the prompt's messages with the view's text; `users` are those of users."""
         if not text.strip():
             return prompt.messages
         if self.place == "user":

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from queue import Empty, SimpleQueue
-from threading import Thread, local
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from opd_lightning.errors import UserError, reason_of
+from opd_lightning.models.bounded import bounded
 from opd_lightning.types import Message, Prompt
 
-TIME_LIMIT = 20.0  # seconds to render one conversation; a template may loop for years
-_BATCH = 256  # conversations rendered in one call
+# Of a conversation's text: more than four million tokens, which take about `TIME_LIMIT` to encode.
+MAX_CHARACTERS = 2**24
+_BATCH = 256  # conversations encoded in one call
 
-Rendered = TypeVar("Rendered")
+# Where a text ends: at the start of the reply, after the last message, or inside of it.
+End = Literal["reply", "message", "open"]
+
+# Arguments of `apply_chat_template` that are about the token ids and not about the text.
+_ENCODING = {"max_length", "padding", "return_tensors", "tokenizer_kwargs", "truncation"}
+
+
+class ChatTemplateError(ValueError):
+    """A chat template refuses a conversation, or takes more time, memory or text than allowed."""
 
 
 def render(
@@ -31,23 +39,17 @@ def render(
         template_args: Extra template variables, e.g. {"enable_thinking": False}.
         messages: Messages to render instead of the prompt's.
         role: Model that the tokenizer belongs to; named in errors.
+
+    Raises:
+        UserError: The template refuses the messages, or exceeds a limit.
     """
     try:
-        ids = _within_time(
-            lambda: tokenizer.apply_chat_template(
-                list(messages or prompt.messages),
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                **template_args,
-            )
-        )
-    except Exception as error:  # whatever the template's expressions raise
+        return template_ids(messages or prompt.messages, tokenizer, template_args)
+    except ChatTemplateError as error:
         raise UserError(
             f"{prompt.origin or prompt.id}: the {role}'s chat template refuses the messages: "
-            f"{_reason(error)}; change the row or the template"
+            f"{error}; change the row or the template"
         ) from error
-    return list(ids)
 
 
 def render_all(
@@ -55,7 +57,8 @@ def render_all(
 ) -> list[list[int] | None]:
     """Render many chats to token ids, each up to the start of its reply.
 
-    `_BATCH` of them in one call, which takes a fraction of the time of `render` for each.
+    `_BATCH` of them are encoded in one call, which takes a fraction of the time of `render` for
+    each.
 
     Args:
         chats: Messages of every chat.
@@ -67,27 +70,20 @@ def render_all(
     """
     found: list[list[int] | None] = []
     for start in range(0, len(chats), _BATCH):
-        batch = [list(messages) for messages in chats[start : start + _BATCH]]
+        batch = chats[start : start + _BATCH]
         found += _render_batch(batch, tokenizer, template_args) or [None] * len(batch)
     return found
 
 
 def _render_batch(
-    chats: list[list[Message]], tokenizer: Any, template_args: dict[str, Any]
+    chats: Sequence[Sequence[Message]], tokenizer: Any, template_args: dict[str, Any]
 ) -> list[list[int]] | None:
-    if not all(chats):  # transformers refuses an empty chat, but not among others
-        return None
     try:
-        return _within_time(
-            lambda: tokenizer.apply_chat_template(
-                chats,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                **template_args,
-            )
-        )
-    except Exception:  # whatever the template's expressions raise
+        if not _encodes_text(tokenizer, template_args):
+            return [template_ids(messages, tokenizer, template_args) for messages in chats]
+        texts = [template_text(messages, tokenizer, template_args) for messages in chats]
+        return _encode(texts, tokenizer)
+    except ChatTemplateError:
         return None
 
 
@@ -108,83 +104,100 @@ def dropped_roles(
 
 
 def render_text(
-    messages: Sequence[Message],
-    tokenizer: Any,
-    template_args: dict[str, Any],
-    *,
-    continues: bool = False,
+    messages: Sequence[Message], tokenizer: Any, template_args: dict[str, Any], end: End = "reply"
 ) -> str:
-    """Render messages to text, up to the reply, or with `continues` inside the last turn."""
+    """Render messages to text.
+
+    Raises:
+        UserError: The template refuses the messages, or exceeds a limit.
+    """
     try:
-        text = _within_time(
-            lambda: tokenizer.apply_chat_template(
-                list(messages),
-                add_generation_prompt=not continues,
-                continue_final_message=continues,
-                tokenize=False,
-                **template_args,
-            )
-        )
-    except Exception as error:  # whatever the template's expressions raise
+        return template_text(messages, tokenizer, template_args, end)
+    except ChatTemplateError as error:
         raise UserError(
-            f"the student's chat template refuses the messages: {_reason(error)}; leave out "
+            f"the student's chat template refuses the messages: {error}; leave out "
             "apply_chat_template, or change the template"
         ) from error
+
+
+def template_text(
+    messages: Sequence[Message], tokenizer: Any, template_args: dict[str, Any], end: End = "reply"
+) -> str:
+    """Apply a tokenizer's chat template without encoding the text.
+
+    Raises:
+        ChatTemplateError: The template raises, or exceeds a limit.
+    """
+    try:
+        text = bounded(lambda: _apply(messages, tokenizer, template_args, end, tokenize=False))
+    except Exception as error:  # whatever the template's expressions raise
+        raise ChatTemplateError(why_not_rendered(error)) from error
+    if len(text) > MAX_CHARACTERS:
+        raise ChatTemplateError(
+            f"it makes a text of {len(text)} characters of them, expected at most {MAX_CHARACTERS}"
+        )
     return str(text)
 
 
-class _Worker:
-    """A thread that renders one conversation after another for one calling thread.
+def template_ids(
+    messages: Sequence[Message], tokenizer: Any, template_args: dict[str, Any], end: End = "reply"
+) -> list[int]:
+    """Apply a tokenizer's chat template and encode the text.
 
-    Nothing stops Jinja, so a thread that is late goes on until the process ends, and is replaced.
+    Raises:
+        ChatTemplateError: The template raises, or exceeds a limit.
     """
-
-    def __init__(self) -> None:
-        self._calls: SimpleQueue[Callable[[], Any]] = SimpleQueue()
-        self._results: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
-        self._thread = Thread(target=self._work, name="chat template", daemon=True)
-        self._thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        """False in a forked process, which inherits no thread."""
-        return self._thread.is_alive()
-
-    def run(self, function: Callable[[], Rendered]) -> Rendered:
-        """Return the result of `function`, or raise its exception; `queue.Empty` if it is late."""
-        self._calls.put(function)
-        result, error = self._results.get(timeout=TIME_LIMIT)
-        if error is not None:
-            raise error
-        return result
-
-    def _work(self) -> None:
-        while True:
-            function = self._calls.get()
-            try:
-                self._results.put((function(), None))
-            except Exception as error:
-                self._results.put((None, error))
-
-
-_workers = local()
-
-
-def _within_time(function: Callable[[], Rendered]) -> Rendered:
-    """Return the result of `function`, or raise TimeoutError after `TIME_LIMIT`."""
-    worker: _Worker | None = getattr(_workers, "worker", None)
-    if worker is None or not worker.is_alive:
-        worker = _workers.worker = _Worker()
+    if _encodes_text(tokenizer, template_args):
+        return _encode([template_text(messages, tokenizer, template_args, end)], tokenizer)[0]
+    template_text(messages, tokenizer, template_args, end)  # within its limits
     try:
-        return worker.run(function)
-    except Empty:
-        del _workers.worker
-        raise TimeoutError(f"it takes more than {TIME_LIMIT:g} s to render") from None
+        ids = bounded(lambda: _apply(messages, tokenizer, template_args, end, tokenize=True))
+    except Exception as error:
+        raise ChatTemplateError(why_not_rendered(error)) from error
+    return list(ids)
 
 
-def _reason(error: Exception) -> str:
-    """Return the message of an error, with its class where that says more."""
-    from jinja2 import TemplateError
+def _encodes_text(tokenizer: Any, template_args: dict[str, Any]) -> bool:
+    """Return whether encoding the text of a template gives the ids of `apply_chat_template`."""
+    from transformers import PreTrainedTokenizerBase
 
-    known = isinstance(error, TemplateError | TimeoutError)
+    own_way = getattr(type(tokenizer), "apply_chat_template", None)
+    return own_way is PreTrainedTokenizerBase.apply_chat_template and not (
+        _ENCODING & template_args.keys()
+    )
+
+
+def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    try:
+        # Tokenizers abort the process when memory ends.
+        encoded = bounded(lambda: tokenizer(texts, add_special_tokens=False), memory=False)
+    except Exception as error:
+        raise ChatTemplateError(why_not_rendered(error)) from error
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def _apply(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    template_args: dict[str, Any],
+    end: End,
+    *,
+    tokenize: bool,
+) -> Any:
+    return tokenizer.apply_chat_template(
+        list(messages),
+        add_generation_prompt=end == "reply",
+        continue_final_message=end == "open",
+        tokenize=tokenize,
+        return_dict=False,
+        **template_args,
+    )
+
+
+def why_not_rendered(error: Exception) -> str:
+    """Return the message of a template's error, with its class where that says more."""
+    import jinja2
+
+    known = isinstance(error, jinja2.TemplateError | TimeoutError | MemoryError)
     return reason_of(error) if known else f"{type(error).__name__}: {reason_of(error)}"

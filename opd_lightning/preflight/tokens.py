@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
-from opd_lightning.models.chat import render
+from opd_lightning.models.chat import ChatTemplateError, render, template_ids, template_text
 from opd_lightning.models.source import ModelSource
 from opd_lightning.preflight.finding import Finding
 from opd_lightning.run.configuration import teacher_sources
@@ -28,7 +26,7 @@ def check_tokens(
     student = module.student.source
     others = teacher_sources(module)
     if data.teacher is not None:
-        others.append(ModelSource(data.teacher.path, role="data.teacher"))
+        others.append(data.teacher.source)
     unique = {source.path: source for source in others if source.path != student.path}
     ours = student.tokenizer.get_vocab()
     others = [s for s in unique.values() if s.tokenizer.get_vocab() == ours]
@@ -94,10 +92,10 @@ def _template(student: ModelSource, prompt: Prompt, data: RolloutDataModule) -> 
     reply: Message = {"role": "assistant", "content": REPLY}
     conversation = (*prompt.messages, reply)
     try:
-        asked = _rendered(student, prompt.messages, data.template_args, ask=True)
-        whole = _rendered(student, conversation, data.template_args, ask=False)
-        ids = _rendered(student, conversation, data.template_args, ask=False, tokenize=True)
-    except TemplateError as error:
+        asked = template_text(prompt.messages, student.tokenizer, data.template_args)
+        whole = template_text(conversation, student.tokenizer, data.template_args, "message")
+        ids = template_ids(conversation, student.tokenizer, data.template_args, "message")
+    except ChatTemplateError as error:
         return Finding("warning", "chat template", f"it refuses a whole conversation: {error}")
     if not whole.startswith(asked):
         at = next(i for i, c in enumerate(asked) if whole[i : i + 1] != c)
@@ -164,21 +162,3 @@ def _same_prompts(
         for other in others
         if render(prompt, other.tokenizer, template_args) != ours
     ]
-
-
-def _rendered(
-    source: ModelSource,
-    messages: Sequence[Message],
-    template_args: dict[str, Any],
-    *,
-    ask: bool,
-    tokenize: bool = False,
-) -> Any:
-    """Render a conversation to text or ids, with a generation prompt if `ask`."""
-    return source.tokenizer.apply_chat_template(
-        list(messages),
-        add_generation_prompt=ask,
-        tokenize=tokenize,
-        return_dict=False,
-        **template_args,
-    )

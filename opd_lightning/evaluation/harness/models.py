@@ -57,7 +57,7 @@ class RecordingModel(TemplateLM):
             chat_history,
             self.tokenizer,
             self.encoder.template_args,
-            continues=not add_generation_prompt,
+            "reply" if add_generation_prompt else "open",
         )
 
     def tok_encode(
