@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft.tuners.lora import ParamWrapper
 from torch import Tensor
 
 from opd_lightning.errors import UserError
@@ -20,9 +22,9 @@ def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, full detached tensor), one at a time; see `stored_tensors`.
 
     LoRA is merged on the fly, weight by weight. Shards are gathered, so all ranks must iterate
-    together. At most one full tensor exists beside the model, two while LoRA is merged, provided
-    the caller releases each before the next. Modules that peft trains fully (`modules_to_save`)
-    have their names in the model without peft.
+    together; no sharded model has LoRA on fused experts. At most one full tensor exists beside the
+    model, two while LoRA is merged, provided the caller releases each before the next. Modules that
+    peft trains fully (`modules_to_save`) have their names in the model without peft.
     """
     if not hasattr(model, "peft_config"):
         for name, tensor in stored_tensors(model):
@@ -31,6 +33,7 @@ def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 
     modules = dict(model.named_modules())
     (adapter,) = model.active_adapters
+    experts = {id(w.get_param()): w for w in modules.values() if _is_of_experts(w)}
     for name, tensor in stored_tensors(model):
         plain = _without_peft(name, adapter)
         if plain is None:
@@ -39,6 +42,9 @@ def full_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         if found and adapter in getattr(modules[owner], "lora_A", {}):
             weight = _delta(modules[owner], adapter).to(tensor.dtype)
             weight += full_tensor(tensor.detach())
+        elif id(tensor) in experts:
+            with torch.no_grad():
+                weight = experts[id(tensor)].get_delta_weight(adapter).add_(tensor)
         elif found and adapter in getattr(modules[owner], TOKEN_ROWS, {}):
             weight = _with_rows(full_tensor(tensor.detach()), modules[owner], adapter)
         else:
@@ -52,7 +58,8 @@ def _without_peft(name: str, adapter: str) -> str | None:
     if ".lora_" in name or ".original_module." in name or TOKEN_ROWS in name:
         return None
     plain = name.removeprefix("base_model.model.").replace(f".modules_to_save.{adapter}.", ".")
-    return plain.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
+    # Wrappers of several parameters of a module are inside of one another.
+    return re.sub(r"(\.token_adapter)?(\.base_layer)+\.", ".", plain)
 
 
 @torch.no_grad()
@@ -92,10 +99,23 @@ def check_mergeable(model: Any) -> None:
         if ".lora_" not in name:
             continue
         owner, _, kind = name.partition(".lora_")
+        layer = model.get_submodule(owner)
+        if _is_of_experts(layer):
+            continue
         is_plain = kind in (f"A.{adapter}.weight", f"B.{adapter}.weight")
+        is_plain &= getattr(layer, "parameter_name", "weight") == "weight"
         # A tied weight is listed under its first name only, so its LoRA could not be merged.
         if not is_plain or f"{owner}.base_layer.weight" not in parameters:
             raise UserError(
                 f"student.lora: cannot merge {name!r} into the weights an engine needs; use plain "
-                "LoRA on linear layers (no DoRA, no lora_bias, not on embeddings or a tied head)"
+                "LoRA on linear layers or fused experts (target_parameters), without DoRA and "
+                "lora_bias, and not on embeddings or a tied head"
             )
+
+
+def _is_of_experts(module: Any) -> bool:
+    """Return whether peft adapts a module's parameter `[experts, in, out]` or `[experts, out, in]`.
+
+    Another module's weight, if it is a target parameter, is adapted as by plain LoRA.
+    """
+    return isinstance(module, ParamWrapper) and module.get_param().ndim == 3

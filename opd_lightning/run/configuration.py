@@ -97,10 +97,16 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
         )
     parts = [part for teacher in module.teachers() for part in teacher.parts()]
     offloaded = [part for part in parts if isinstance(part, FrozenTeacher) and part.offload]
-    if offloaded and isinstance(trainer.strategy, ModelParallelStrategy):
+    if offloaded and _shards(trainer):
         raise UserError(
             f"teacher.offload: got true for {offloaded[0].source.path!r}, but this run shards its "
             "models, which leaves each process a part; leave offload out"
+        )
+    lora = module.student.lora
+    if lora is not None and lora.target_parameters and _shards(trainer):
+        raise UserError(
+            f"student.lora.target_parameters: got {sorted(lora.target_parameters)}, but this run "
+            "shards its models, whose experts are not adapted in parts; use DDP, or target_modules"
         )
     coarse = module.student.lora is None and module.student.dtype != "float32"
     moving = [part for part in parts if isinstance(part, EMATeacher) and part.rate > 0]
@@ -151,6 +157,10 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
             f"data.mix: got responses that the student did not write, which {name} takes for its "
             "own; set model.init_args.imitation to their weight, or take them out of the mix"
         )
+
+
+def _shards(trainer: Trainer) -> bool:
+    return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 def _check_prepared(module: DistillationModule, data: RolloutDataModule) -> None:

@@ -138,12 +138,40 @@ def test_lora_on_all_linear_layers_trains_and_merges(
         said, targets = NOT_ALL_LINEAR[name]
         with pytest.raises(UserError, match=said):
             Student(path, lora=LoraConfig(r=2, target_modules="all-linear")).check()
-    student = Student(path, lora=LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    assert_merges(path, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "qwen3_moe"])
+def test_lora_on_fused_experts_trains_and_merges(
+    folder_of: Callable[[str], Path], name: str
+) -> None:
+    lora = LoraConfig(
+        r=2,
+        target_modules=["o_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        init_lora_weights=False,
+    )
+    assert_merges(str(folder_of(name)), lora)
+
+
+def test_lora_on_a_weight_by_its_parameter_merges(folder_of: Callable[[str], Path]) -> None:
+    lora = LoraConfig(
+        r=2,
+        target_modules=["o_proj"],
+        target_parameters=["lm_head.weight"],
+        init_lora_weights=False,
+    )
+    assert_merges(str(folder_of("mixtral")), lora)
+
+
+def assert_merges(path: str, lora: LoraConfig) -> None:
+    """A student's weights, LoRA merged, are a plain model with the student's log-probs."""
+    student = Student(path, lora=lora)
     student.check()
     student.load()
     before = our_logprobs(student)
     assert all("lora_" in n for n in gradients(student, before))
-    merged, plain = dict(student.weights()), reference(folder_of(name))
+    merged, plain = dict(student.weights()), reference(Path(path))
     assert merged.keys() >= dict(plain.named_parameters()).keys()
     start = own_logprobs(plain)
     plain.load_state_dict(merged, strict=False)
