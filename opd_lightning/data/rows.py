@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from opd_lightning.errors import UserError
 
 READABLE = "a .jsonl or .parquet file or a folder written by Dataset.save_to_disk"
+
+LINE_BYTES = 2**27  # of a JSON line; a conversation has `chat.MAX_CHARACTERS` at most
 
 
 class BadRowError(ValueError):
@@ -52,15 +54,26 @@ def _read(place: Path, size: int | None) -> Iterator[tuple[int, Row]]:
     raise UserError(f"cannot read {str(place)!r}: unknown suffix {place.suffix!r}; give {READABLE}")
 
 
-def _read_jsonl(path: Path, size: int | None) -> Iterator[tuple[int, bytes]]:
+def _read_jsonl(path: Path, size: int | None) -> Iterator[tuple[int, Row]]:
     taken = 0
     with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
+        for line, (raw, length) in enumerate(_lines(file), start=1):
             if size is not None:
-                raw = raw[: size - taken]
-            taken += len(raw)
-            if raw.strip():
+                length = min(length, size - taken)
+            taken += length
+            if length > LINE_BYTES:
+                yield line, BadRowError(f"must have at most {LINE_BYTES} bytes, got {length}")
+            elif (raw := raw[:length]).strip():
                 yield line, raw
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Yield the beginning of every line, no longer than is needed to refuse it, and its length."""
+    while raw := file.readline(LINE_BYTES + 1):
+        length, last = len(raw), raw
+        while not last.endswith(b"\n") and (last := file.readline(LINE_BYTES)):
+            length += len(last)
+        yield raw, length
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:

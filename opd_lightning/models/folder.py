@@ -22,6 +22,7 @@ TOKENIZER = (
 _TEXTS = ("chat_template.jinja", "merges.txt", "tokenizer.model", "spiece.model")
 _LFS = b"version https://git-lfs.github.com/spec/"
 _MAX_HEADER = 100_000_000  # bytes; safetensors refuses larger ones
+_MAX_JSON = 2**28  # bytes of a JSON file; large tokenizers have 2**25
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"  # in transformers' order
 
 Shapes = dict[str, tuple[int, ...]]
@@ -125,6 +126,8 @@ def _refuse_pointer(file: Path, role: str) -> None:
 
 def _read_object(file: Path, role: str) -> Mapping[str, Any]:
     """Return the object in a JSON file."""
+    if (size := file.stat().st_size) > _MAX_JSON:
+        raise _error(file, role, f"has {size} bytes, expected at most {_MAX_JSON}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

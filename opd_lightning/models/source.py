@@ -14,6 +14,7 @@ from opd_lightning.models.folder import CONFIGURATION, TOKENIZER, check_texts
 from opd_lightning.models.hub import hub_unavailable
 from opd_lightning.models.identity import model_identity
 
+_TEMPLATE_BYTES = 2**20  # of a chat template; long ones have 2**15
 _CONTEXT = ("max_position_embeddings", "max_seq_len", "seq_length")  # MPT's is the second
 
 
@@ -144,13 +145,16 @@ class ModelSource:
             return given
         file = Path(given).expanduser()
         try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise UserError(
-                f"{self.role}.chat_template: cannot read {given!r}: {reason}; give a Jinja file or "
-                "its text"
-            ) from error
+            size = file.stat().st_size
+            if file.is_file() and size <= _TEMPLATE_BYTES:
+                return file.read_text(encoding="utf-8")
+            reason: str | None = f"it has {size} bytes" if size else "it is no file"
+        except (OSError, ValueError) as error:  # not UTF-8, or a null in the name
+            reason = error.strerror if isinstance(error, OSError) else reason_of(error)
+        raise UserError(
+            f"{self.role}.chat_template: cannot read {given[:100]!r}: {reason}; give a Jinja file "
+            "or its text"
+        )
 
     def _check_eos_tokens(self, tokens: Sequence[str], tokenizer: Any) -> None:
         known = tokenizer.get_vocab()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "text for a number": (lambda f: change(f, "config.json", hidden_size="x"), "config.json"),
     "unknown model": (lambda f: change(f, "config.json", model_type="nobodys"), "config.json"),
     "configuration is a list": (write("config.json", "[]"), "config.json"),
+    "configuration is huge": (lambda f: os.truncate(f / "config.json", 2**28 + 1), "at most"),
     "configuration is cut": (write("config.json", '{"model_type": "qw'), "config.json"),
     "configuration is a pointer": (write("config.json", POINTER), "config.json"),
     "tokenizer is cut": (write("tokenizer.json", '{"version": "1'), "tokenizer.json"),

@@ -12,6 +12,7 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from opd_lightning.data import prompts as prompts_module
+from opd_lightning.data import rows
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.row_checks import RowChecks
 from opd_lightning.data.views import PromptView, Renderer
@@ -207,6 +208,18 @@ def test_deep_and_long_values(tmp_path: Path) -> None:
     first, second = PromptSource(path, on_bad_row="skip").load()
     assert first.answer == str(10**400)
     assert second.messages[0]["content"] == "2"
+
+
+def test_lines_that_are_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "LINE_BYTES", 50)
+    fits = json.dumps({"prompt": "1", "other": "x" * 21})  # with its end, 50 bytes
+    path = write(tmp_path, fits, fits.replace("1", "12"), {"prompt": "x" * 200}, {"prompt": "3"})
+    with pytest.raises(UserError, match=r":2: must have at most 50 bytes, got 51"):
+        PromptSource(path).load()
+    found = PromptSource(path, on_bad_row="skip").load()
+    assert [prompt.messages[0]["content"] for prompt in found] == ["1", "3"]
+    # A file that has grown is read as far as it was.
+    assert len(PromptSource(path).load(size=100)) == 2
 
 
 def test_damaged_parquet_pages(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ import torch
 from lightning.pytorch import callbacks
 from transformers import AutoTokenizer
 
+from opd_lightning.data.mix import TeacherSampler
 from opd_lightning.errors import UserError
 from opd_lightning.models.source import ModelSource
+from opd_lightning.rollouts import HFEngine
 from opd_lightning.run.configuration import check_optimizer, check_trainer
 from opd_lightning.run.model_checks import check_same_tokens, check_usable
 from opd_lightning.run.settings import differences
@@ -162,6 +164,10 @@ def test_a_template_where_the_folder_has_none(folder: Path) -> None:
     ("settings", "said"),
     [
         ({"chat_template": "nowhere.jinja"}, "student.chat_template: cannot read 'nowhere.jinja'"),
+        (
+            {"chat_template": "/dev/zero"},
+            "student.chat_template: cannot read '/dev/zero': it is no",
+        ),
         ({"eos_tokens": ["<end>"]}, "student.eos_tokens: got '<end>', which is no token"),
         ({"eos_tokens": []}, "student.eos_tokens: got none"),
     ],
@@ -170,6 +176,19 @@ def test_wrong_templates_and_ends(settings: dict[str, Any], said: str, folder: P
     with pytest.raises(UserError) as caught:
         _ = source(folder, **settings).tokenizer
     assert str(caught.value).startswith(said)
+
+
+def test_a_teacher_that_writes_takes_a_template_and_ends(folder: Path) -> None:
+    chat: dict[str, Any] = {"chat_template": template(";"), "eos_tokens": [";", "<eos>"]}
+    student, engine = source(folder, **chat), HFEngine()
+    bare = TeacherSampler(path=str(folder), engine=engine, eos_tokens=chat["eos_tokens"])
+    with pytest.raises(UserError, match="have different chat templates"):
+        check_same_tokens(student, bare.source, writes=True)
+    writer = TeacherSampler(path=str(folder), engine=engine, **chat)
+    check_same_tokens(student, writer.source, writes=True)
+    assert writer.source.eos_ids == student.eos_ids
+    with pytest.raises(UserError, match=r"^data\.teacher\.eos_tokens: got none"):
+        _ = TeacherSampler(path=str(folder), engine=engine, eos_tokens=[]).source.tokenizer
 
 
 def test_an_export_keeps_template_and_end(folder: Path, tmp_path: Path) -> None:
