@@ -90,7 +90,7 @@ def _diagnostics(trainer: Any, module: Any) -> Iterator[tuple[Any, str, Callable
     yield module.responses, "update", _nothing
     for callback in trainer.callbacks:
         if isinstance(callback, RolloutLog | SignalPlots | CollapseWatch):
-            for name in ("on_before_optimizer_step", "on_train_batch_end"):
+            for name in ("on_before_optimizer_step", "after_loss", "on_train_batch_end"):
                 yield callback, name, _nothing
 
 

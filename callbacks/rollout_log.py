@@ -63,14 +63,7 @@ class RolloutLog(RunCallback):
         if self._folder is not None and trainer.is_global_zero:
             _drop_from(self._folder / LINES, trainer.global_step)
 
-    def on_train_batch_end(  # type: ignore[override]
-        self,
-        trainer: Trainer,
-        module: DistillationModule,
-        outputs: Any,
-        batch: RolloutBatch,
-        batch_idx: int,
-    ) -> None:
+    def after_loss(self, trainer: Trainer, module: DistillationModule, batch: RolloutBatch) -> None:
         step = batch.totals.step
         if step == self._last_step or step % self.every_n_steps or not trainer.is_global_zero:
             return

@@ -185,6 +185,8 @@ class RolloutBatch(_Movable):
     temperature: float  # of the sampler; student's and teachers' logits are divided by it
     totals: StepTotals  # loss normalisers of the optimiser step
     rollouts: tuple[Rollout, ...]  # one per row, for logs
+    # Repeats a rollout, without response tokens, because other ranks have more micro-batches.
+    is_filler: bool = False
 
     def unflatten(self, values: Tensor) -> Tensor:
         """Scatter `values [N, ...]`, in the order of the mask, to `[B, R, ...]`; 0 elsewhere."""
@@ -205,6 +207,10 @@ class RolloutBatch(_Movable):
         }
         rollouts = tuple(self.rollouts[i] for i in rows)
         return replace(self, views=views, rollouts=rollouts, **taken)
+
+
+class WholeStep(list[RolloutBatch]):
+    """The micro-batches of an optimiser step, if their number differs from step to step."""
 
 
 def _expand(mask: Tensor, like: Tensor) -> Tensor:

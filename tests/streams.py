@@ -18,7 +18,15 @@ from opd_lightning.models.source import ModelSource
 from opd_lightning.processes import Ranks
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.timing import StepTimer
-from opd_lightning.types import Author, Completion, Prompt, Rollout, RolloutBatch, StopReason
+from opd_lightning.types import (
+    Author,
+    Completion,
+    Prompt,
+    Rollout,
+    RolloutBatch,
+    StopReason,
+    WholeStep,
+)
 from opd_lightning.verifiers.base import Verifier
 
 PROMPTS = [Prompt(id=str(i), messages=({"role": "user", "content": str(i)},)) for i in range(10)]
@@ -90,6 +98,7 @@ class Run:
         rank: int = 0,
         world: int = 1,
         micro: int = 2,
+        max_tokens: int | None = None,
         per_step: int = 4,
         staleness: int = 0,
         step: int = 0,
@@ -121,6 +130,7 @@ class Run:
             prompts_per_step=per_step,
             samples_per_prompt=3,
             micro_batches=micro,
+            max_tokens=max_tokens,
             seed=5,
             ranks=Ranks(rank=rank, world_size=world, sum=lambda n: n * world, gather=gather),
             pad_id=0,
@@ -134,8 +144,21 @@ class Run:
     def __iter__(self) -> Iterator[RolloutBatch]:
         """Iterate; the optimiser steps after the last micro-batch of a step."""
         for i, batch in enumerate(self.stream, start=1):
+            assert isinstance(batch, RolloutBatch)
             self.step += i % self.micro == 0
             yield batch
+
+    def whole_steps(self, count: int) -> list[WholeStep]:
+        """The next steps of a stream with a budget."""
+        taken: list[WholeStep] = []
+        while len(taken) < count:
+            for step in self.stream:
+                assert isinstance(step, WholeStep)
+                self.step += 1
+                taken.append(step)
+                if len(taken) == count:
+                    break
+        return taken
 
     def steps(self, count: int) -> list[RolloutBatch]:
         """Return the micro-batches of the next `count` steps."""

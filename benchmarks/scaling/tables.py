@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.scaling.models import SHAPES, TEACHERS, cached_bytes, model, weight_bytes
@@ -85,6 +86,24 @@ def activations_table() -> str:
             ]
             tokens = f"{many} x {LONGEST:,}"
             rows.append([name, tokens, *(gb(x["activations"]) for x in both), gb(both[1]["head"])])
+    return table(heads, rows)
+
+
+def budget_table() -> str:
+    """Micro-batches of eight processes that shard: by rows of the longest, and by a budget."""
+    heads = ["student", "`max_tokens_per_micro_batch`", "activations", "micro-batches without it",
+             "with it", "sent in a step without it", "with it"]  # fmt: skip
+    rows = []
+    for name in TEACHERS:
+        for many in (1, 2, 4):
+            run, budget = Run(name, 8, 8, rows=many, remote=True, servers=1), many * LONGEST
+            needed = math.ceil(ROLLOUTS / 8 * (PROMPT + MEAN) / budget)
+            sent = [
+                sum(step_traffic(replace(run.plan(), micro_batches=n)).values())
+                for n in (run.micro_batches, needed)
+            ]
+            rows.append([name, f"{budget:,}", gb(run.memory().training["activations"]),
+                         run.micro_batches, needed, *map(gb, sent)])  # fmt: skip
     return table(heads, rows)
 
 
@@ -195,6 +214,7 @@ TABLES = {
     "models": models_table,
     "memory": memory_table,
     "activations": activations_table,
+    "budget": budget_table,
     "others": others_table,
     "engines": engines_table,
     "traffic": traffic_table,

@@ -23,8 +23,7 @@ def split_by_cost(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollout]
     """
     if len(rollouts) < parts:
         raise ValueError(f"{len(rollouts)} rollouts cannot fill {parts} micro-batches")
-    longest_first = sorted(rollouts, key=lambda rollout: sum(_lengths(rollout)), reverse=True)
-    lengths = [_lengths(rollout) for rollout in longest_first]
+    longest_first, lengths = _in_order(rollouts)
     # The smallest limit of the cost under which `parts` micro-batches suffice.
     low, high = sum(lengths[0]), _cost(lengths)
     while low < high:
@@ -39,6 +38,20 @@ def split_by_cost(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollout]
         start, end = max(bounds, key=lambda bound: _cost(lengths[slice(*bound)]))
         ends = sorted([*ends, (start + end) // 2])
     return [longest_first[start:end] for start, end in pairwise(ends)]
+
+
+def micro_batches_within(rollouts: Sequence[Rollout], budget: int) -> int:
+    """Return into how few micro-batches `split_by_cost` can split, each of cost `budget` at most.
+
+    A rollout that costs more by itself is a micro-batch of its own.
+    """
+    return sum(1 for _ in _ends(_in_order(rollouts)[1], budget))
+
+
+def _in_order(rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[Lengths]]:
+    """Return the rollouts and their lengths, longest first."""
+    ordered = sorted(rollouts, key=lambda rollout: sum(_lengths(rollout)), reverse=True)
+    return ordered, [_lengths(rollout) for rollout in ordered]
 
 
 def _lengths(rollout: Rollout) -> Lengths:

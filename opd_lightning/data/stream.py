@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from opd_lightning.data.collate import collate, count
 from opd_lightning.data.engines import Engines
-from opd_lightning.data.micro_batches import split_by_cost
+from opd_lightning.data.micro_batches import micro_batches_within, split_by_cost
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prefetch import from_plain, to_plain
 from opd_lightning.data.writer import RolloutWriter, Row
@@ -18,7 +19,7 @@ from opd_lightning.processes import Ranks
 from opd_lightning.rollouts.base import Sampling
 from opd_lightning.seeding import PROMPT_ORDER, TRAINING_SAMPLE, derive_seed
 from opd_lightning.timing import StepTimer
-from opd_lightning.types import Author, Prompt, Rollout, RolloutBatch, StepTotals, Totals
+from opd_lightning.types import Author, Prompt, Rollout, RolloutBatch, StepTotals, Totals, WholeStep
 
 
 class PromptOrder:
@@ -52,6 +53,9 @@ class PromptOrder:
 class TrainingStream:
     """Micro-batches of rollouts, `micro_batches` per optimiser step.
 
+    With `max_tokens` there are as few as have at most so many positions each, in one item per step;
+    their number differs from step to step, and is the same on all ranks.
+
     All rollouts of a step are generated at once. The stream has a length, so Lightning does not
     prefetch, and a step is requested after the previous optimiser step: rollouts are strictly
     on-policy. With `max_staleness` 1 the rollouts of the next step are written while this one
@@ -82,6 +86,7 @@ class TrainingStream:
         prompts_per_step: int,
         samples_per_prompt: int,
         micro_batches: int,
+        max_tokens: int | None,
         seed: int,
         ranks: Ranks,
         pad_id: int,
@@ -100,6 +105,7 @@ class TrainingStream:
         self.prompts_per_step = prompts_per_step
         self.samples_per_prompt = samples_per_prompt
         self.micro_batches = micro_batches
+        self.max_tokens = max_tokens
         self.seed = seed
         self.ranks = ranks
         self.pad_id = pad_id
@@ -109,7 +115,7 @@ class TrainingStream:
         self._in_training: tuple[int, list[Rollout]] = (-1, [])  # a step and its rollouts
 
     def __len__(self) -> int:
-        """Return the number of micro-batches in an epoch (about one pass over the prompts)."""
+        """Return the number of items in an epoch (about one pass over the prompts)."""
         return self.steps_per_epoch * self.micro_batches
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,7 +159,7 @@ class TrainingStream:
             "max_staleness": self.max_staleness,
         }
 
-    def __iter__(self) -> Iterator[RolloutBatch]:
+    def __iter__(self) -> Iterator[RolloutBatch | WholeStep]:
         """Yield the rest of the current epoch."""
         first = self.now()
         end_of_epoch = (first // self.steps_per_epoch + 1) * self.steps_per_epoch
@@ -173,7 +179,10 @@ class TrainingStream:
             with self.timer.stage("collate"):
                 batches = self._collate(step, rollouts)
             self.prepare(batches)
-            yield from batches
+            if self.max_tokens is None:
+                yield from batches
+            else:
+                yield WholeStep(batches)
 
     def _prefetch(self, step: int) -> None:
         """Push to the engines, and hand them to the prefetch thread."""
@@ -187,15 +196,21 @@ class TrainingStream:
             for kind in (False, True)
         )
         totals = StepTotals(step=step, written=written, demonstrated=demonstrated)
-        return [
-            collate(
-                part,
-                totals=totals,
-                temperature=self.samplings[Author.STUDENT].temperature,
-                pad_id=self.pad_id,
-            )
-            for part in split_by_cost(rollouts, self.micro_batches)
-        ]
+
+        def collated(part: Sequence[Rollout]) -> RolloutBatch:
+            temperature = self.samplings[Author.STUDENT].temperature
+            return collate(part, totals=totals, temperature=temperature, pad_id=self.pad_id)
+
+        parts = self.micro_batches
+        if self.max_tokens is not None:
+            parts = max(self.ranks.gather(micro_batches_within(rollouts, self.max_tokens)))
+        split = split_by_cost(rollouts, min(parts, len(rollouts)))
+        batches = [collated(part) for part in split]
+        if missing := parts - len(batches):
+            # All ranks take part in the collectives of every micro-batch.
+            nothing = replace(split[-1][-1], dropped=True)
+            batches += [replace(collated([nothing]), is_filler=True)] * missing
+        return batches
 
     def _positions(self, step: int) -> range:
         """Return this rank's slice of the step's prompts, by position in the prompt order."""

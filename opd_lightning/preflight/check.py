@@ -109,7 +109,7 @@ def _numbers(probe: Probe, compare_teachers: bool) -> Iterator[Finding]:
     if own:
         yield from gather("weight push", weight_push.check_push(probe))
     tokens = cost.step_tokens(probe)
-    yield cost.tokens(tokens)
+    yield cost.tokens(probe, tokens)
     for optimizer in optimizers:
         yield from _cost(probe, optimizer)
     yield cost.time(probe, tokens)

@@ -51,12 +51,18 @@ def step_tokens(probe: Probe) -> dict[str, float]:
     }
 
 
-def tokens(counts: dict[str, float]) -> Finding:
-    """Report the counts of `step_tokens`."""
+def tokens(probe: Probe, counts: dict[str, float]) -> Finding:
+    """Report the counts of `step_tokens`, and into how many micro-batches a budget cuts them."""
     found = (
         f"{counts['rollouts']:,.0f} rollouts a step: {counts['prompt_tokens']:,.0f} tokens of "
         f"prompts, {counts['response_tokens']:,.0f} of responses"
     )
+    if (most := probe.stream.max_tokens) is not None:
+        counts = {**counts, "micro_batches": probe.micro_batches}
+        found += (
+            f"; {probe.micro_batches} micro-batches of at most {most:,} positions with responses "
+            "like the probe's"
+        )
     return Finding("ok", "tokens (estimate)", found, values=counts)
 
 
@@ -79,9 +85,9 @@ def plan(probe: Probe, optimizer: Optimizer) -> Plan:
         checkpointing=student.gradient_checkpointing,
         on_gpu=probe.module.device.type == "cuda",
         rows=probe.rows_per_batch,
-        length=_longest(probe),
+        length=probe.longest,
         response=probe.sampling.max_new_tokens,
-        micro_batches=probe.stream.micro_batches,
+        micro_batches=probe.micro_batches,
         teachers=[
             TeacherModel(p.model(), sharded=True, offloaded=getattr(p, "offload", False))
             for p in models
@@ -111,13 +117,8 @@ def engine_bytes(probe: Probe) -> int:
     copy = itemsize * sum(shape.numel() for shape in parameter_shapes(source).values())
     if isinstance(engine, VLLMEngine):
         return copy + engine.cpu_kv_cache_gib * 2**30
-    rows = min(probe.rows_per_batch * probe.stream.micro_batches, engine.max_batch_size)
-    return copy + rows * _longest(probe) * Widths.of(source.config).cache * itemsize
-
-
-def _longest(probe: Probe) -> int:
-    """Return the tokens of the longest possible sequence."""
-    return max(map(len, probe.stream.prompt_ids)) + probe.sampling.max_new_tokens
+    rows = min(probe.rows, engine.max_batch_size)
+    return copy + rows * probe.longest * Widths.of(source.config).cache * itemsize
 
 
 def memory(probe: Probe, plan: Plan) -> Finding:
@@ -142,13 +143,16 @@ def memory(probe: Probe, plan: Plan) -> Finding:
     found += f"; the GPU has {_size(available)}"
     if total <= available:
         return Finding("ok", "memory (estimate)", found, values=values)
+    smaller = "raise trainer.accumulate_grad_batches"
+    if probe.stream.max_tokens is not None:
+        smaller = "lower data.max_tokens_per_micro_batch"
     return Finding(
         "warning",
         "memory (estimate)",
         found,
         "a step of the longest responses may not fit",
-        "raise trainer.accumulate_grad_batches, set student.gradient_checkpointing, or lower the "
-        "engine's share; docs/scaling.md says what else",
+        f"{smaller}, set student.gradient_checkpointing, or lower the engine's share; "
+        "docs/scaling.md says what else",
         values,
     )
 

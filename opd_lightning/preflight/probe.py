@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import cycle, islice
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.data.collate import collate, count
-from opd_lightning.data.micro_batches import split_by_cost
+from opd_lightning.data.micro_batches import micro_batches_within, split_by_cost
 from opd_lightning.data.stream import TrainingStream
 from opd_lightning.data.writer import Row
 from opd_lightning.rollouts.base import Engine, Request, Sampling
@@ -79,12 +80,36 @@ class Probe:
         return [Request(row.prompt_ids, row.seed) for row in self._rows(Author.STUDENT)]
 
     @property
-    def rows_per_batch(self) -> int:
-        """Rollouts of the run's largest micro-batch."""
+    def rows(self) -> int:
+        """Rollouts of a step of a process that writes most."""
         mix, prompts = self.data.mix, self.data.prompts_per_step // self.stream.ranks.world_size
         samples = self.data.samples_per_prompt if mix.samples else 1
-        per_prompt = samples + mix.add_recorded
-        return -(-prompts * per_prompt // self.stream.micro_batches)
+        return prompts * (samples + mix.add_recorded)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest possible sequence, under the student's prompt."""
+        return max(map(len, self.stream.prompt_ids)) + self.sampling.max_new_tokens
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Rollouts of the run's largest micro-batch, if all responses have the greatest length."""
+        if self.stream.max_tokens is None:
+            return -(-self.rows // self.stream.micro_batches)
+        return min(self.rows, -(-self.stream.max_tokens // (self.views * self.longest)))
+
+    @property
+    def views(self) -> int:
+        """Number of prompts under which a rollout is read."""
+        return 1 + len(self.stream.writer.renderer.views)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step; with `max_tokens`, of one with the probe's responses."""
+        if self.stream.max_tokens is None:
+            return self.stream.micro_batches
+        seen = [*(self.own if self.data.mix.samples else []), *self.given]
+        return micro_batches_within(list(islice(cycle(seen), self.rows)), self.stream.max_tokens)
 
     def generate(self, requests: list[Request], at_most: int | None = None) -> list[Completion]:
         """Time the student's engine on `requests`, with at most `at_most` tokens each."""
@@ -116,7 +141,10 @@ class Probe:
             Totals(*count(rollouts, demonstrated=kind)) for kind in (False, True)
         )
         totals = StepTotals(step=0, written=written, demonstrated=demonstrated)
-        parts = -(-len(rollouts) // self.rows_per_batch)
+        if self.stream.max_tokens is None:
+            parts = -(-len(rollouts) // self.rows_per_batch)
+        else:
+            parts = micro_batches_within(rollouts, self.stream.max_tokens)
         return [
             collate(
                 part,

@@ -185,6 +185,12 @@ def _check_prepared(module: DistillationModule, data: RolloutDataModule) -> None
 def check_step_size(trainer: Trainer, data: RolloutDataModule) -> None:
     """Check that a step divides into ranks and micro-batches."""
     world, parts = trainer.world_size, trainer.accumulate_grad_batches
+    if parts > 1 and data.max_tokens_per_micro_batch is not None:
+        raise UserError(
+            f"trainer.accumulate_grad_batches: got {parts} and data.max_tokens_per_micro_batch "
+            f"{data.max_tokens_per_micro_batch}, which decides the number of micro-batches; leave "
+            "one of them out"
+        )
     if data.prompts_per_step % world:
         raise UserError(
             f"data.prompts_per_step: got {data.prompts_per_step} for {world} processes, "

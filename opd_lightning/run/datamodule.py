@@ -61,6 +61,10 @@ class RolloutDataModule(LightningDataModule):
         sampling: Sampling of responses.
         prompts_per_step: Prompts per optimiser step, over all ranks.
         samples_per_prompt: Responses of the student per prompt.
+        max_tokens_per_micro_batch: Most positions of a micro-batch, padding included, over all
+            views of the method. A step then has as few micro-batches as keep to it, of about equal
+            cost, and is one batch of the Trainer: leave accumulate_grad_batches at 1, and count
+            val_check_interval in steps. None: `trainer.accumulate_grad_batches` micro-batches.
         max_staleness: 0 is strictly on-policy. 1 lets the engine generate a step's rollouts while
             the previous step trains, with weights that are one optimiser step old.
         engine_time_limit: Seconds after which a call of an engine ends the run; 0: no limit.
@@ -84,6 +88,7 @@ class RolloutDataModule(LightningDataModule):
         sampling: Sampling = Sampling(),  # noqa: B008
         prompts_per_step: int = 64,
         samples_per_prompt: int = 1,
+        max_tokens_per_micro_batch: int | None = None,
         max_staleness: Literal[0, 1] = 0,
         engine_time_limit: float = 3600.0,
         template_args: dict[str, Any] | None = None,
@@ -107,11 +112,12 @@ class RolloutDataModule(LightningDataModule):
         self.sampling = sampling
         self.prompts_per_step = prompts_per_step
         self.samples_per_prompt = samples_per_prompt
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.max_staleness = max_staleness
         self.template_args = template_args or {}
         self.seed = seed
-        for name in ("prompts_per_step", "samples_per_prompt"):
-            if (value := getattr(self, name)) < 1:
+        for name in ("prompts_per_step", "samples_per_prompt", "max_tokens_per_micro_batch"):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"data.{name}: got {value}, expected at least 1")
         self.prompt_files = PromptFiles()  # `Trainer.fit` sets those of the run
         limit = TimeLimit(engine_time_limit, self._where, "data.engine_time_limit")
@@ -166,6 +172,7 @@ class RolloutDataModule(LightningDataModule):
             prompts_per_step=self.prompts_per_step,
             samples_per_prompt=self.samples_per_prompt,
             micro_batches=self.module.trainer.accumulate_grad_batches,
+            max_tokens=self.max_tokens_per_micro_batch,
             seed=self.seed,
             ranks=Ranks.of(self.trainer),
             pad_id=self.module.student.source.pad_id,

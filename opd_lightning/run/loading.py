@@ -27,7 +27,14 @@ def load_training(data: RolloutDataModule) -> Loaded:
     files = {name: source for name, source in sources.items() if source is not None}
     data.prompt_files.agree({"data.train": data.train, **files}, Ranks.of(data.trainer))
     renderer = data.renderer(training=True)
-    fits = PromptCheck(data.module, renderer, data.sampling, data.mix, data.teacher)
+    fits = PromptCheck(
+        data.module,
+        renderer,
+        data.sampling,
+        data.mix,
+        data.teacher,
+        max_tokens=data.max_tokens_per_micro_batch,
+    )
     checks = RowChecks(renderer, data.verifier, fits)
     prompts = data.train.load(data.prompt_files.size(data.train), checks)
     ids = checks.ids_of(prompts)

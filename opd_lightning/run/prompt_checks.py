@@ -27,6 +27,7 @@ class PromptCheck:
         mix: Authors of the responses.
         sampler: Teacher that writes responses; None if there is none.
         training: Whether the prompts are trained on.
+        max_tokens: Most positions of a micro-batch; None for any number.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class PromptCheck:
         sampler: TeacherSampler | None = None,
         *,
         training: bool = True,
+        max_tokens: int | None = None,
     ) -> None:
         sources = [module.student.source, *(teacher_sources(module) if training else [])]
         self.longest_response = sampling.max_new_tokens
@@ -49,6 +51,7 @@ class PromptCheck:
         self.renderer = renderer
         self.sampling = sampling
         self.mix = mix
+        self.max_tokens = max_tokens
         self.teachers = module.teachers() if training else []
 
     def __call__(self, prompt: Prompt, ids: list[int]) -> None:
@@ -62,7 +65,7 @@ class PromptCheck:
             recorded = self.renderer.recorded(prompt)
             budgets["its response of"] = len(recorded)
         what, budget = max(budgets.items(), key=lambda item: item[1])
-        longest = len(ids)
+        longest = positions = len(ids)
         for name, view in self.renderer.views.items():
             # A peer's response may have the maximum length.
             peer = "?" if view.is_late else None
@@ -75,11 +78,19 @@ class PromptCheck:
                 )
             late = self.sampling.max_new_tokens if view.is_late else 0
             longest = max(longest, len(seen) + late)
+            positions += (len(seen) or len(ids)) + late
         if longest + budget > self.context:
             raise UserError(
                 f"{prompt.origin or prompt.id}: prompt of {longest} tokens + {what} {budget} "
                 f"exceeds the {self.role}'s context of {self.context}; shorten the row"
                 + (" or lower sampling.max_new_tokens" if sampled else "")
+            )
+        positions += budget * (1 + len(self.renderer.views))
+        if self.max_tokens is not None and positions > self.max_tokens:
+            raise UserError(
+                f"data.max_tokens_per_micro_batch: got {self.max_tokens}, but "
+                f"{prompt.origin or prompt.id} with {what} {budget} has {positions} positions over "
+                "all views; raise it, or shorten the row"
             )
         if recorded:
             _check_vocabulary(self.module, prompt, recorded)

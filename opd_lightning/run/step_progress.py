@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from opd_lightning.errors import note
 from opd_lightning.terminal.progress import Progress, say
 from opd_lightning.training.callback import RunCallback
+from opd_lightning.types import WholeStep
 
 if TYPE_CHECKING:
     from opd_lightning.evaluation.module import EvaluatedModule
@@ -70,10 +71,15 @@ class StepProgressBar(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._parts is None:
-            parts = trainer.accumulate_grad_batches
+            parts = len(batch) if isinstance(batch, WholeStep) else trainer.accumulate_grad_batches
             self._parts = Progress(
                 "learn", parts, "micro-batch", within=True, disable=not self._enabled
             )
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        parts = self._parts
+        if parts is not None and parts.done + 1 < (parts.total or 0):  # else the step is done
+            parts.update()
 
     def on_train_batch_end(
         self,
@@ -86,9 +92,7 @@ class StepProgressBar(ProgressBar):
         steps, parts = self._steps, self._parts
         if steps is None or parts is None or not self._enabled:
             return
-        if steps.done == trainer.global_step:
-            parts.update()
-        else:
+        if steps.done < trainer.global_step:
             parts.close()
             self._parts = None
             steps.figures = ", ".join(_figures(self.get_metrics(trainer, pl_module)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,11 +27,13 @@ from opd_lightning.models.student import Student
 from opd_lightning.processes import Ranks
 from opd_lightning.rules.base import Rates, Scored, Signal
 from opd_lightning.timing import StepTimer
+from opd_lightning.training.accumulation import accumulating
+from opd_lightning.training.callback import run_callbacks
 from opd_lightning.training.contract import Contract
 from opd_lightning.training.learning_rates import scaled
 from opd_lightning.training.resumption import check_whole_steps, rewind
 from opd_lightning.training.skipped_steps import SkippedSteps, check_weights
-from opd_lightning.types import RolloutBatch, TokenScores
+from opd_lightning.types import RolloutBatch, TokenScores, WholeStep
 
 
 class DistillationModule(Contract, EvaluatedModule):
@@ -80,6 +82,7 @@ class DistillationModule(Contract, EvaluatedModule):
         self.rates = Means()
         # [B, R] or [B, 1] values of the latest micro-batch, by name, for logs.
         self.token_figures: Mapping[str, Tensor] = {}
+        self._later: list[RolloutBatch] = []  # the step's micro-batches after the first
         self._tokens = 0.0  # of the last logged step
         self.moving = False  # an update of weights, scheduler and callbacks is in progress
         # Factors on the learning rate, by name. Callbacks add theirs and checkpoint them.
@@ -147,12 +150,18 @@ class DistillationModule(Contract, EvaluatedModule):
         for teacher in self.teachers():
             teacher.close()
 
-    def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: RolloutBatch | WholeStep, batch_idx: int) -> Tensor:
+        """Return the loss of a micro-batch, the first one of a whole step."""
+        if isinstance(batch, WholeStep):
+            batch = batch[0]
         assert batch.totals.step == self.trainer.global_step
         loss = self.loss(batch)
         self.loss_sum.update(loss.detach())
-        self.responses.update(batch)
-        self.reward_parts.update(batch)
+        if not batch.is_filler:
+            self.responses.update(batch)
+            self.reward_parts.update(batch)
+        for callback in run_callbacks(self.trainer):
+            callback.after_loss(self.trainer, self, batch)
         # Lightning divides by the micro-batches, and DDP and FSDP average over ranks; `loss` is
         # already this micro-batch's share of the whole step.
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
@@ -164,6 +173,9 @@ class DistillationModule(Contract, EvaluatedModule):
             metric.reset()  # an exception may have interrupted a step
         self.skipped.reset()
         self.moving = False
+
+    def on_train_batch_start(self, batch: RolloutBatch | WholeStep, batch_idx: int) -> None:
+        self._later = batch[1:] if isinstance(batch, WholeStep) else []
 
     def _metrics(self) -> tuple[Metric, ...]:
         about_teacher = (self.signal, self.overlap, self.depth)
@@ -192,13 +204,22 @@ class DistillationModule(Contract, EvaluatedModule):
         self.moving = True
         self.validation_is_over = False
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        assert optimizer_closure is not None
+        closure = accumulating(optimizer_closure, self._later, self.trainer, batch_idx)
         with scaled(self.trainer.optimizers, math.prod(self.rate_scales.values())):
-            super().optimizer_step(*args, **kwargs)
+            super().optimizer_step(epoch, batch_idx, optimizer, closure)
         check_weights(self.trainer.global_step, self.student, Ranks.of(self.trainer))
         self.timer.stop("optimizer")
 
     def on_train_batch_end(self, *_: Any) -> None:
+        self._later = []
         self.moving = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from opd_lightning.data.mix import RolloutMix
 
 if TYPE_CHECKING:
     from opd_lightning.training.base import DistillationModule
+    from opd_lightning.types import RolloutBatch
 
 # By category and chart title: the kind of chart and regular expressions of its tags. The tags of a
 # "Margin" are value, lower bound and upper bound.
@@ -41,6 +42,13 @@ class RunCallback(Callback):
 
         An exception ends the run at this point; callbacks after this one are not called then.
         With `data.max_staleness` 1 their generation began one step earlier.
+        """
+
+    def after_loss(self, trainer: Trainer, module: DistillationModule, batch: RolloutBatch) -> None:
+        """Called on all ranks after the loss of a micro-batch, before its backward pass.
+
+        `module.token_figures` are those of `batch`. Lightning's `on_train_batch_*` get the
+        micro-batch too or, with `data.max_tokens_per_micro_batch`, a `WholeStep` of them.
         """
 
     def mix_at(self, step: int, mix: RolloutMix) -> RolloutMix:

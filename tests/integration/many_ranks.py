@@ -29,6 +29,7 @@ from opd_lightning.processes import Ranks
 from opd_lightning.rollouts import HFEngine, Sampling
 from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.teachers.local import OwnModelTeacher
+from opd_lightning.types import WholeStep
 from opd_lightning.verifiers import ExactMatch
 from tests.integration.ways import SAMPLES, TEACHER, Way, adam, moving, ways
 
@@ -67,6 +68,8 @@ class Record(Callback):
         self.logged: list[dict[str, float]] = []
         self.rollouts: list[tuple[int, int, list[int], int]] = []  # step, prompt, ids, version
         self.held = 0.0  # share of all models' parameters in this process, between two steps
+        self.parts: list[int] = []  # micro-batches of each of Lightning's batches
+        self.fillers = 0  # on all ranks
         self.empty = 0  # micro-batches without a token to learn from, on all ranks
         self.proved: list[str] = []  # weights that the engine was seen to hold
         self.dtypes: list[str] = []  # of a layer's weight while it is at work
@@ -80,12 +83,18 @@ class Record(Callback):
                 )
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
-        empty = (~batch.response_mask.any()).long()
-        self.empty += int(trainer.strategy.reduce(empty, reduce_op="sum"))
         self.proved = [n for held in trainer.datamodule.engine.weight_sums() for n in held.names]
-        step = batch.totals.step
-        mine = [(step, r.group, r.response_ids, r.policy_version) for r in batch.rollouts]
-        self.rollouts += [row for rows in Ranks.of(trainer).gather(mine) for row in rows]
+        batches = batch if isinstance(batch, WholeStep) else [batch]
+        self.parts.append(len(batches))
+        for one in batches:
+            filler = torch.tensor(int(one.is_filler))
+            self.fillers += int(trainer.strategy.reduce(filler, reduce_op="sum"))
+            empty = (~one.response_mask.any()).long()
+            self.empty += int(trainer.strategy.reduce(empty, reduce_op="sum"))
+            rollouts = [] if one.is_filler else one.rollouts
+            step = one.totals.step
+            mine = [(step, r.group, r.response_ids, r.policy_version) for r in rollouts]
+            self.rollouts += [row for rows in Ranks.of(trainer).gather(mine) for row in rows]
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         named = [(n, p.grad) for n, p in pl_module.student.named_parameters() if p.requires_grad]
@@ -111,6 +120,7 @@ def train(
     record = Record()
     callbacks: list[Callback] = [record, EMATeacherUpdate()]
     often, texts, tasks = {}, {}, {}
+    budget = "max_tokens_per_micro_batch"
     if way.watched:  # one text more than two ranks have rows, and a batch that one of them has
         callbacks.append(CapabilityRetention(["sub-2"], keep_pareto=False))
         for domain, limit in (("sub-2", 5), ("add-2", 3)):
@@ -126,7 +136,7 @@ def train(
         strategy=layout.strategy(folder),
         max_steps=way.steps,
         max_epochs=-1,
-        accumulate_grad_batches=layout.micro_batches,
+        accumulate_grad_batches=1 if budget in way.data else layout.micro_batches,
         use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
@@ -152,7 +162,8 @@ def train(
     trainer.fit(way.method(), datamodule=data, ckpt_path=resume)
     if save:
         trainer.save_checkpoint(save)
-    names = ("weights", "gradients", "logged", "rollouts", "held", "empty", "proved", "dtypes")
+    counted = ("held", "parts", "fillers", "empty")
+    names = ("weights", "gradients", "logged", "rollouts", *counted, "proved", "dtypes")
     return {name: getattr(record, name) for name in names}
 
 

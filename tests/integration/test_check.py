@@ -160,6 +160,13 @@ def test_a_good_configuration(check: Check) -> None:
     assert findings["time (estimate)"]["values"]["step_seconds"] > 0
 
 
+def test_a_budget_of_positions_is_reckoned_with(check: Check) -> None:
+    """Eight rollouts of 11 to 19 positions: two or three in a micro-batch."""
+    findings = by_subject(check("--data.max_tokens_per_micro_batch=40"))
+    assert findings["tokens (estimate)"]["values"]["micro_batches"] in (3, 4)
+    assert "at most 40 positions" in findings["tokens (estimate)"]["found"]
+
+
 def test_a_good_run_made_in_python(look: Look) -> None:
     """What the faults below are planted in."""
     printed = look()

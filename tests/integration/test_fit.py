@@ -28,7 +28,8 @@ from opd_lightning.rules import TruncatedImportance
 from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.serving.vllm_process import vllm_unavailable
 from opd_lightning.teachers import FrozenTeacher
-from opd_lightning.types import Prompt
+from opd_lightning.training.callback import RunCallback
+from opd_lightning.types import Prompt, RolloutBatch
 from opd_lightning.verifiers import ExactMatch, Verifier
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "lab" / "opd.yaml")
@@ -48,6 +49,18 @@ class Recorder(Callback):
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         if trainer.global_step > len(self.logged):
             self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+class MicroBatches(RunCallback):
+    """Counts the micro-batches of every step."""
+
+    def __init__(self) -> None:
+        self.of_step: list[int] = []
+
+    def after_loss(self, trainer: Any, module: Any, batch: RolloutBatch) -> None:
+        if batch.totals.step == len(self.of_step):
+            self.of_step.append(0)
+        self.of_step[-1] += 1
 
 
 def fit(
@@ -178,6 +191,40 @@ def test_u5_four_micro_batches_are_one(aggregation: Any) -> None:
     for name in same:
         assert one.logged[0][name] == pytest.approx(four.logged[0][name], abs=1e-5)
     assert max(g.abs().max() for g in one.gradients[0].values()) > 1e-3
+
+
+@pytest.mark.usefixtures("in_lab")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_budget_is_the_run_of_as_many_micro_batches(precision: str) -> None:
+    """Bit for bit, clipped gradients and figures too; and one micro-batch, to rounding."""
+    settings: dict[str, Any] = {"trainer": {"precision": precision, "gradient_clip_val": 0.05}}
+    settings |= {"steps": 1, "micro_batches": 1}
+    counted = MicroBatches()
+    loose = {"max_logprob_gap": 1.0}
+    budget = fit(method_of(**loose), **settings, max_tokens_per_micro_batch=48, callbacks=[counted])
+    (parts,) = counted.of_step
+    assert parts > 2
+    many = fit(method_of(**loose), **settings | {"micro_batches": parts})
+    torch.testing.assert_close(budget.gradients, many.gradients, atol=0, rtol=0)
+    clock = ("time/", "cost/", "tokens_per_second")
+    same = {name: value for name, value in many.logged[0].items() if not name.startswith(clock)}
+    assert {name: budget.logged[0][name] for name in same} == pytest.approx(
+        same, abs=0, nan_ok=True
+    )
+    if precision == "32-true":
+        one = fit(method_of(**loose), **settings)
+        torch.testing.assert_close(budget.gradients, one.gradients, atol=1e-6, rtol=0)
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_steps_of_different_numbers_of_micro_batches_move_the_optimiser_once_each() -> None:
+    counted, method = MicroBatches(), method_of(lr=1e-3)
+    method.lr_scheduler = lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5)
+    seen = fit(method, steps=4, callbacks=[counted], max_tokens_per_micro_batch=30)
+    assert len(counted.of_step) == len(seen.gradients) == 4
+    assert len(set(counted.of_step)) > 1
+    rates = [logged["optim/learning_rate"] for logged in seen.logged]
+    assert rates == pytest.approx([1e-3, 5e-4, 2.5e-4, 1.25e-4])
 
 
 @pytest.mark.usefixtures("in_lab")

@@ -22,7 +22,7 @@ from opd_lightning.rollouts import HFEngine, Request, Sampling
 from opd_lightning.rules import TruncatedImportance
 from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.types import Completion, RolloutBatch, TokenScores
-from tests.integration.test_fit import CONFIG, fit, weights
+from tests.integration.test_fit import CONFIG, MicroBatches, fit, weights
 
 STEPS = 6
 PARTS = 3  # micro-batches of a step
@@ -95,7 +95,7 @@ def train(
     fit(
         module,
         steps=steps,
-        micro_batches=PARTS,
+        micro_batches=more.pop("micro_batches", PARTS),
         callbacks=[losses, saver, *more.pop("callbacks", [])],
         train=PromptSource("lab/arithmetic/train.jsonl", limit=16),
         samples_per_prompt=1,
@@ -150,6 +150,27 @@ def test_an_absent_teacher_costs_the_step_and_no_more(
     with pytest.raises(ConnectionError, match="the teacher is away"):
         train(method(PARTS * step + part, staleness=staleness), tmp_path, staleness)
     resume_and_compare(tmp_path, whole, staleness, step)
+
+
+@pytest.mark.usefixtures("in_lab")
+@pytest.mark.parametrize("part", [1, 3])
+def test_a_step_under_a_budget_is_repeated_whole(part: int, tmp_path: Path) -> None:
+    """The teacher fails in the first micro-batch of a step or, from `part` 2 on, within it."""
+    budget = {"micro_batches": 1, "max_tokens_per_micro_batch": 24}
+    counted, module = MicroBatches(), method()
+    expected = train(module, tmp_path / "whole", 0, callbacks=[counted], **budget)
+    done = sum(counted.of_step[:3])
+    assert counted.of_step[3] >= part
+    with pytest.raises(ConnectionError, match="the teacher is away"):
+        train(method(done + part), tmp_path, 0, **budget)
+    last = str(tmp_path / "last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    resumed = method()
+    seen = train(resumed, tmp_path, 0, ckpt_path=last, **budget)
+    assert list(seen.gradients) == list(range(3, STEPS))
+    for step, gradients in seen.gradients.items():
+        torch.testing.assert_close(gradients, expected.gradients[step], atol=0, rtol=0)
+    torch.testing.assert_close(weights(resumed), weights(module), atol=0, rtol=0)
 
 
 @pytest.mark.usefixtures("in_lab")

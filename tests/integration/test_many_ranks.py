@@ -157,6 +157,15 @@ def test_micro_batches_without_a_token_take_part(runs: Runs, layout: str) -> Non
     assert runs(layout, "core")["few"]["empty"] == 2 * (others * micro_batches + micro_batches - 1)
 
 
+@pytest.mark.parametrize("layout", ["one", *LAYOUTS])
+def test_a_budget_gives_all_ranks_equally_many_micro_batches(runs: Runs, layout: str) -> None:
+    found = runs(layout, "core")["budget"]
+    assert len(found["parts"]) == 3  # as many as steps
+    assert min(found["parts"]) > 2
+    assert layout != "one" or len(set(found["parts"])) > 1
+    assert (found["fillers"] > 0) is (layout != "one")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ways(1)["bfloat16"])
 @pytest.mark.parametrize("layout", SHARDED)

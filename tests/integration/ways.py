@@ -29,6 +29,7 @@ from opd_lightning.types import Completion, StopReason
 
 STUDENT, TEACHER = "lab/arithmetic/student", "lab/arithmetic/teacher"
 SAMPLES = 2  # of a prompt
+BUDGET = 40  # positions of a micro-batch: one of the longest rollouts
 
 
 class FewWords(HFEngine):
@@ -179,6 +180,11 @@ def ways(prompts: int) -> dict[str, dict[str, Way]]:
             "moving": Way(method=moving),
             "adapters": Way(method=adapters, trainer={"gradient_clip_val": 0.05}, watched=True),
             "few": few(sampled),
+            # The teacher writes one response for a prompt: ranks have different numbers of them.
+            "budget": Way(
+                method=divergence,
+                data={"mix": RolloutMix(teacher=0.5), "max_tokens_per_micro_batch": BUDGET},
+            ),
         },
         "more": {
             "ahead": Way(

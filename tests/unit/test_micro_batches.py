@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from opd_lightning.data.micro_batches import split_by_cost
+from opd_lightning.data.micro_batches import micro_batches_within, split_by_cost
 from opd_lightning.types import Rollout
 from tests.batches import make_rollout
 
@@ -64,19 +64,41 @@ def least_cost(ordered: list[Rollout], parts: int) -> int:
     )
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_no_split_in_order_of_length_has_a_lower_maximum(seed: int) -> None:
-    random = Random(seed)
+def random_rollouts(random: Random) -> list[Rollout]:
+    """One to nine, under two views."""
     count = random.randint(1, 9)
     views = [
         {"other": None if random.random() < 0.2 else [1] * random.randint(1, 40)}
         for _ in range(count)
     ]
-    rollouts = rollouts_of([random.randint(0, 30) for _ in range(count)], views)
-    parts = random.randint(1, count)
+    return rollouts_of([random.randint(0, 30) for _ in range(count)], views)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_split_in_order_of_length_has_a_lower_maximum(seed: int) -> None:
+    random = Random(seed)
+    rollouts = random_rollouts(random)
+    parts = random.randint(1, len(rollouts))
     split = split_by_cost(rollouts, parts)
     ordered = [r for part in split for r in part]
     assert max(map(cost, split)) == least_cost(ordered, parts)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_budget_needs_no_more_micro_batches_than_any_split_in_order(seed: int) -> None:
+    random = Random(seed)
+    rollouts = random_rollouts(random)
+    (ordered,) = split_by_cost(rollouts, 1)
+    largest = cost(ordered[:1])
+    budget = random.randint(largest, 3 * largest)
+    fits = [n for n in range(1, len(ordered) + 1) if least_cost(ordered, n) <= budget]
+    assert micro_batches_within(rollouts, budget) == min(fits)
+    assert max(map(cost, split_by_cost(rollouts, min(fits)))) <= budget
+
+
+def test_a_rollout_beyond_the_budget_is_alone() -> None:
+    rollouts = rollouts_of([20, 3, 2, 2])
+    assert micro_batches_within(rollouts, 9) == 3  # 21; 2 x 4; 3
 
 
 DRAWS = {

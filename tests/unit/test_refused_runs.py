@@ -85,6 +85,17 @@ def test_more_micro_batches_than_rollouts(refusal: Refusal) -> None:
     assert "trainer.accumulate_grad_batches: got 3 for 2 rollouts" in line
 
 
+def test_a_budget_of_positions(refusal: Refusal, tmp_path: Path) -> None:
+    name = "max_tokens_per_micro_batch"
+    with pytest.raises(UserError, match=f"data.{name}: got 0"):
+        RolloutDataModule(max_tokens_per_micro_batch=0)
+    line = refusal(trainer={"accumulate_grad_batches": 2}, **{name: 100})
+    assert f"trainer.accumulate_grad_batches: got 2 and data.{name}" in line
+    path = written(tmp_path, json.dumps({"messages": "1+1=", "answer": "2"}))
+    line = refusal(path=path, sampling=Sampling(max_new_tokens=64), **{name: 64})
+    assert "rows.jsonl:1 with max_new_tokens 64 has" in line
+
+
 def test_heads_of_different_size(refusal: Refusal, tmp_path: Path) -> None:
     teacher = tmp_path / "teacher"
     shutil.copytree(TEACHER, teacher)

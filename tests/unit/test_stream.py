@@ -3,7 +3,7 @@
 import itertools
 import statistics
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from torch import Tensor
@@ -19,7 +19,7 @@ from opd_lightning.processes import Ranks
 from opd_lightning.rollouts.base import Sampling
 from opd_lightning.seeding import derive_seed
 from opd_lightning.timing import StepTimer
-from opd_lightning.types import Author
+from opd_lightning.types import Author, RolloutBatch, WholeStep
 from tests.batches import make_rollout
 from tests.streams import IDS, PROMPTS, FakeEngine, FakeTokenizer, Run, plain, rows, written
 
@@ -76,6 +76,52 @@ def test_resume_repeats_and_skips_nothing(taken: int, staleness: int) -> None:
     whole = taken // 2
     resumed = written(second.steps(6 - whole))
     assert seen[: 2 * whole] + resumed == expected
+
+
+def positions(batch: RolloutBatch) -> int:
+    return batch.views["student"].input_ids.numel()
+
+
+def test_a_budget_decides_how_many_micro_batches_a_step_has() -> None:
+    steps = Run(micro=1, max_tokens=12).whole_steps(6)
+    assert max(positions(batch) for step in steps for batch in step) <= 12
+    assert len({len(step) for step in steps}) > 1
+    expected = Run(micro=1).steps(6)
+    assert [sorted(rows(step)) for step in steps] == [sorted(rows([batch])) for batch in expected]
+    assert [batch.totals for (batch, *_) in steps] == [batch.totals for batch in expected]
+    assert not any(batch.is_filler for step in steps for batch in step)
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3])
+def test_a_budget_cuts_a_resumed_step_alike(taken: int) -> None:
+    expected = [written(step) for step in Run(micro=1, max_tokens=12).whole_steps(4)]
+    first = Run(micro=1, max_tokens=12)
+    first.whole_steps(taken)
+    second = Run(micro=1, max_tokens=12, step=taken)
+    second.stream.load_state_dict(plain(first.stream.state_dict()))
+    assert [written(step) for step in second.whole_steps(4 - taken)] == expected[taken:]
+
+
+def test_ranks_have_as_many_micro_batches_as_the_one_that_needs_most() -> None:
+    """Also if a rank has fewer rollouts: it reads one of them again then, and learns nothing."""
+
+    def run(others: int) -> WholeStep:
+        mine: dict[str, Any] = {"rank": 1, "world": 2, "micro": 1, "max_tokens": 24}
+        (step,) = Run(**mine, gather=lambda needed: [others, needed]).whole_steps(1)
+        return step
+
+    alone = run(0)
+    assert len(alone) < 5
+    for others in (5, 6):
+        assert len(run(others)) == others
+        assert not any(batch.is_filler for batch in run(others))
+    *six, one, two = run(8)
+    assert written(six) == written(run(6))
+    for filler in (one, two):
+        assert filler.is_filler
+        assert not filler.response_mask.any()
+        assert rows([filler]) == [rows(six)[-1]]
+        assert filler.totals == six[0].totals
 
 
 def test_groups_carry_their_mean_and_spread() -> None:
