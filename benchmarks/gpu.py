@@ -72,6 +72,7 @@ class Sizes:
     vocabulary: int = 151_936
     responses: tuple[int, int, int] = (64, 128, 128)  # rows, tokens of prompt and response
     backend: str = "inductor"
+    flash: str = "flash_attention_2"  # kernel that packed rows are measured with
     expected: float = 1.0  # factor on the expected seconds
 
 
@@ -86,6 +87,7 @@ TINY = Sizes(
     vocabulary=512,
     responses=(2, 4, 4),
     backend="eager",  # inductor would call a C++ compiler
+    flash="sdpa",
     expected=0.0,
 )
 
@@ -114,8 +116,11 @@ def training(folders: Mapping[str, Path], sizes: Sizes, peak: float) -> Iterator
     short, long = sizes.lengths
     plain = [(name, length, "padded") for name in sizes.models for length in sizes.lengths]
     full = [(small, short, "full"), (large, long, "full")]
+    flash = {"attention": sizes.flash}
     chosen: list[tuple[tuple[str, int, str], float, dict[str, Any]]] = [
         *((one, 25, {}) for one in (*plain, *full)),
+        # Packing on and off, with one kernel.
+        *(((large, long, layout), 25, flash) for layout in ("padded", "packed")),
         *(((name, long, "padded"), 25, {"checkpointing": True}) for name in sizes.models),
         # Last, because compilation takes longest; fixed shapes before varying ones.
         ((small, short, "full"), 70, {"compiled": sizes.backend}),
@@ -128,8 +133,8 @@ def training(folders: Mapping[str, Path], sizes: Sizes, peak: float) -> Iterator
             teacher=folders[large],
             length=length,
             prompt=sizes.prompt,
-            # About as many positions in both layouts.
-            rows=sizes.tokens * (3 if layout == "padded" else 2) // (2 * length),
+            # About as many positions, full or padded.
+            rows=sizes.tokens * (2 if layout == "full" else 3) // (2 * length),
             layout=layout,
             device=sizes.device,
             **options,

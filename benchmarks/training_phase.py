@@ -27,6 +27,7 @@ from benchmarks.operations import forward_operations
 from opd_lightning.data.collate import collate
 from opd_lightning.data.micro_batches import split_by_cost
 from opd_lightning.methods import OPD
+from opd_lightning.models.packing import Packing
 from opd_lightning.models.student import Student
 from opd_lightning.preflight.layout import Layout
 from opd_lightning.preflight.memory import process_memory
@@ -71,8 +72,8 @@ class Case:
         micro_batches: Micro-batches of a step.
         layout: "full": all responses are as long as the longest. "padded": their lengths are
             uniform from 1/8 to all of it, micro-batches are split by cost and their rows padded on
-            the right. Rows packed without padding would be a third layout, made in
-            `micro_batches_of`; the program cannot pack them yet.
+            the right. "packed": these lengths, in one row without padding.
+        attention: transformers' attention kernel of student and teacher; None for its default.
         checkpointing: Whether activations are recomputed in the backward pass.
         compiled: torch.compile's backend for the decoder layers of student and teacher, one by one
             (regional compilation: all layers of a model share their code); "" compiles nothing.
@@ -86,6 +87,7 @@ class Case:
     rows: int
     micro_batches: int = 2
     layout: str = "padded"
+    attention: str | None = None
     checkpointing: bool = False
     compiled: str = ""
     device: str = "cuda"
@@ -125,7 +127,7 @@ def micro_batches_of(case: Case, vocabulary: int) -> list[RolloutBatch]:
     totals = StepTotals(step=0, written=written, demonstrated=Totals(0, 0))
     return [
         collate(part, totals=totals, temperature=1.0, pad_id=0)
-        for part in split_by_cost(rollouts, case.micro_batches)
+        for part in split_by_cost(rollouts, case.micro_batches, packed=case.layout == "packed")
     ]
 
 
@@ -247,8 +249,10 @@ def measure(case: Case, repeats: Repeats, peak_operations: float) -> dict[str, A
         tokens per second and bytes, with the quantities that they are computed from.
     """
     times = StepTimes(repeats, case.device)
-    student = Student(str(case.student), gradient_checkpointing=case.checkpointing)
-    teacher = FrozenTeacher(str(case.teacher), dtype="bfloat16")
+    packing: Packing = "on" if case.layout == "packed" else "off"
+    kernel: dict[str, Any] = {"attn_implementation": case.attention, "packing": packing}
+    student = Student(str(case.student), gradient_checkpointing=case.checkpointing, **kernel)
+    teacher = FrozenTeacher(str(case.teacher), dtype="bfloat16", **kernel)
     with random_weights(case.device):
         student.load()
         teacher.load(torch.device(case.device), student)
@@ -277,8 +281,11 @@ def measure(case: Case, repeats: Repeats, peak_operations: float) -> dict[str, A
         trainer.fit(module, datamodule=CollatedSteps(batches, steps))
     peak = times.peak()
     lengths = [int(n) for b in batches for n in b.views["student"].attention_mask.sum(1)]
+    places = sum(batch.views["student"].input_ids.numel() for batch in batches)
+    if case.layout == "packed":
+        places = sum(lengths)
     return {
-        **_figures(case, times, lengths, batches, peak_operations),
+        **_figures(case, times, lengths, batches, places, peak_operations),
         "peak_gib": peak / GIB,
         "held_gib": times.held / GIB,
         "predicted_gib": predicted_bytes(case, batches, module, trainer) / GIB,
@@ -290,6 +297,7 @@ def _figures(
     times: StepTimes,
     lengths: Sequence[int],
     batches: Sequence[RolloutBatch],
+    places: int,
     peak_operations: float,
 ) -> dict[str, Any]:
     read = sum(int(batch.response_mask.sum()) for batch in batches)
@@ -297,7 +305,6 @@ def _figures(
         forward_operations(Widths.of(AutoConfig.from_pretrained(folder)), lengths, read)
         for folder in (case.student, case.teacher)
     )
-    places = sum(batch.views["student"].input_ids.numel() for batch in batches)
     operations = {"student": student, "teacher": teacher, "backward": 2 * student}
     step = median(times.whole)
     stages = {name: median(s.get(name, 0.0) for s in times.stages) for name in STAGES}

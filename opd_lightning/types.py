@@ -152,14 +152,19 @@ class View(_Movable):
     )
     available: Tensor  # [B] bool; False where the row has no such prompt and holds the student's
 
-    def predicting_positions(self, response_mask: Tensor) -> Tensor:
-        """Return flat indices `[N]` into `[B * L]` of the positions that predict response tokens.
+    def predicting_positions(self, response_mask: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Return flat indices `[N]` of the positions that predict response tokens.
 
         Row-major over `response_mask [B, R]`, so results scatter back with the same mask. A token
         is predicted by the position before it.
+
+        Args:
+            response_mask: `[B, R]` bool.
+            starts: `[B]` index of each row's first token; None for rows of `[B, L]`.
         """
         rows, columns = response_mask.nonzero(as_tuple=True)
-        return rows * self.input_ids.shape[1] + self.prompt_lengths[rows] - 1 + columns
+        first = rows * self.input_ids.shape[1] if starts is None else starts[rows]
+        return first + self.prompt_lengths[rows] - 1 + columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

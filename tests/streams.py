@@ -131,6 +131,7 @@ class Run:
             samples_per_prompt=3,
             micro_batches=micro,
             max_tokens=max_tokens,
+            packed=lambda: False,
             seed=5,
             ranks=Ranks(rank=rank, world_size=world, sum=lambda n: n * world, gather=gather),
             pad_id=0,

@@ -10,42 +10,46 @@ from opd_lightning.types import Rollout
 Lengths = tuple[int, ...]  # tokens of a rollout under each view, the student's first
 
 
-def split_by_cost(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollout]]:
+def split_by_cost(
+    rollouts: Sequence[Rollout], parts: int, *, packed: bool = False
+) -> list[list[Rollout]]:
     """Split rollouts into `parts` non-empty micro-batches, longest rollouts first.
 
-    The cost of a micro-batch is its number of positions, padding included, over all views. In order
-    of length the rollouts of a micro-batch need little padding; of all splits in that order this
-    one has the smallest maximum cost, so that a short micro-batch has more rows. All ranks use the
-    same order: micro-batches that are computed at the same time have similar lengths.
+    The cost of a micro-batch is its number of positions over all views, padding included unless
+    they are packed. In order of length the rollouts of a micro-batch need little padding; of all
+    splits in that order this one has the smallest maximum cost, so that a short micro-batch has
+    more rows. All ranks use the same order: micro-batches that are computed at the same time have
+    similar lengths.
 
     Raises:
         ValueError: If there are fewer rollouts than parts.
     """
     if len(rollouts) < parts:
         raise ValueError(f"{len(rollouts)} rollouts cannot fill {parts} micro-batches")
+    cost = _packed_cost if packed else _padded_cost
     longest_first, lengths = _in_order(rollouts)
     # The smallest limit of the cost under which `parts` micro-batches suffice.
-    low, high = sum(lengths[0]), _cost(lengths)
+    low, high = sum(lengths[0]), cost(lengths)
     while low < high:
         limit = (low + high) // 2
-        if sum(1 for _ in _ends(lengths, limit)) <= parts:
+        if sum(1 for _ in _ends(lengths, limit, packed)) <= parts:
             high = limit
         else:
             low = limit + 1
-    ends = [0, *_ends(lengths, high)]
+    ends = [0, *_ends(lengths, high, packed)]
     while len(ends) <= parts:
         bounds = [(start, end) for start, end in pairwise(ends) if end - start > 1]
-        start, end = max(bounds, key=lambda bound: _cost(lengths[slice(*bound)]))
+        start, end = max(bounds, key=lambda bound: cost(lengths[slice(*bound)]))
         ends = sorted([*ends, (start + end) // 2])
     return [longest_first[start:end] for start, end in pairwise(ends)]
 
 
-def micro_batches_within(rollouts: Sequence[Rollout], budget: int) -> int:
+def micro_batches_within(rollouts: Sequence[Rollout], budget: int, *, packed: bool = False) -> int:
     """Return into how few micro-batches `split_by_cost` can split, each of cost `budget` at most.
 
     A rollout that costs more by itself is a micro-batch of its own.
     """
-    return sum(1 for _ in _ends(_in_order(rollouts)[1], budget))
+    return sum(1 for _ in _ends(_in_order(rollouts)[1], budget, packed))
 
 
 def _in_order(rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[Lengths]]:
@@ -60,18 +64,24 @@ def _lengths(rollout: Rollout) -> Lengths:
     return tuple(prompt + response for prompt in (student, *others))
 
 
-def _cost(lengths: Sequence[Lengths]) -> int:
+def _padded_cost(lengths: Sequence[Lengths]) -> int:
     """Return the number of positions of one micro-batch, padding included."""
     return len(lengths) * sum(map(max, zip(*lengths, strict=True)))
 
 
-def _ends(lengths: Sequence[Lengths], limit: int) -> Iterator[int]:
+def _packed_cost(lengths: Sequence[Lengths]) -> int:
+    """Return the number of positions of one micro-batch without padding."""
+    return sum(map(sum, lengths))
+
+
+def _ends(lengths: Sequence[Lengths], limit: int, packed: bool) -> Iterator[int]:
     """Yield where each micro-batch ends if it takes as many rows as cost at most `limit`."""
-    rows, longest = 0, lengths[0]
+    rows, tokens, longest = 0, 0, lengths[0]
     for place, row in enumerate(lengths):
+        tokens += sum(row)
         together = tuple(map(max, longest, row))
-        if rows and (rows + 1) * sum(together) > limit:
+        if rows and (tokens if packed else (rows + 1) * sum(together)) > limit:
             yield place
-            rows, together = 0, row
+            rows, tokens, together = 0, sum(row), row
         rows, longest = rows + 1, together
     yield len(lengths)

@@ -53,8 +53,9 @@ class PromptOrder:
 class TrainingStream:
     """Micro-batches of rollouts, `micro_batches` per optimiser step.
 
-    With `max_tokens` there are as few as have at most so many positions each, in one item per step;
-    their number differs from step to step, and is the same on all ranks.
+    Their cost is that of the student reading them `packed()` or padded. With `max_tokens` there are
+    as few as have at most so many positions each, in one item per step; their number differs from
+    step to step, and is the same on all ranks.
 
     All rollouts of a step are generated at once. The stream has a length, so Lightning does not
     prefetch, and a step is requested after the previous optimiser step: rollouts are strictly
@@ -87,6 +88,7 @@ class TrainingStream:
         samples_per_prompt: int,
         micro_batches: int,
         max_tokens: int | None,
+        packed: Callable[[], bool],
         seed: int,
         ranks: Ranks,
         pad_id: int,
@@ -106,6 +108,7 @@ class TrainingStream:
         self.samples_per_prompt = samples_per_prompt
         self.micro_batches = micro_batches
         self.max_tokens = max_tokens
+        self.packed = packed
         self.seed = seed
         self.ranks = ranks
         self.pad_id = pad_id
@@ -203,8 +206,9 @@ class TrainingStream:
 
         parts = self.micro_batches
         if self.max_tokens is not None:
-            parts = max(self.ranks.gather(micro_batches_within(rollouts, self.max_tokens)))
-        split = split_by_cost(rollouts, min(parts, len(rollouts)))
+            needed = micro_batches_within(rollouts, self.max_tokens, packed=self.packed())
+            parts = max(self.ranks.gather(needed))
+        split = split_by_cost(rollouts, min(parts, len(rollouts)), packed=self.packed())
         batches = [collated(part) for part in split]
         if missing := parts - len(batches):
             # All ranks take part in the collectives of every micro-batch.

@@ -13,8 +13,14 @@ from torch import nn
 from opd_lightning.errors import UserError, reason_of
 from opd_lightning.models.folder import Shapes, check_weights
 from opd_lightning.models.head import TokenStates
+from opd_lightning.models.packing import (
+    PackedRow,
+    Packing,
+    check_packing,
+    is_packed,
+    set_packing,
+)
 from opd_lightning.models.readout import (
-    UnknownReadoutError,
     check_logits,
     measure,
     readout_of,
@@ -33,6 +39,7 @@ def load_causal_lm(
     dtype: Dtype,
     attn_implementation: str | None = None,
     training: bool = False,
+    packing: Packing = "off",
 ) -> Any:
     """Load the model of `source`.
 
@@ -62,7 +69,10 @@ def load_causal_lm(
     _check_complete(source, found)
     with _explained(source, "cannot use it"):
         model.opd_readout = measure(model)
+        set_packing(model, packing)
         check_logits(model, attention=attn_implementation, training=training)
+        if model.opd_packing != "off":
+            check_packing(model, attention=attn_implementation)
     if training:
         train_without_noise(model)
     return model
@@ -74,6 +84,7 @@ def empty_causal_lm(
     dtype: Dtype,
     attn_implementation: str | None = None,
     training: bool = False,
+    packing: Packing = "off",
 ) -> Any:
     """Build what `load_causal_lm` loads without its weights, on the meta device.
 
@@ -91,6 +102,7 @@ def empty_causal_lm(
     _check_shapes(source, model, shapes)
     with _explained(source, "cannot use it"):
         model.opd_readout = measure(model)
+        set_packing(model, packing)
     if training:
         train_without_noise(model)
     return model
@@ -136,7 +148,7 @@ def _explained(source: ModelSource, what: str) -> Iterator[None]:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except UnknownReadoutError as error:
+    except UserError as error:
         raise UserError(f"{source.role} {source.path!r}: {error}") from error
     except Exception as error:
         reason = f"{type(error).__name__}: {reason_of(error)}"
@@ -217,8 +229,12 @@ def response_states(model: Any, batch: RolloutBatch, view: str) -> TokenStates:
     seen = batch.views[view]
     readout = readout_of(lm)
     backbone: nn.Module = lm.get_submodule(readout.backbone)
+    head = readout.head(lm, batch.temperature)
+    if is_packed(lm, seen.input_ids.device):
+        row = PackedRow.of(seen, batch.response_mask)
+        return TokenStates(row.read(backbone)[row.predicting], head)
     hidden = backbone(
         input_ids=seen.input_ids, attention_mask=seen.attention_mask, use_cache=False
     ).last_hidden_state
     kept = hidden.flatten(0, 1)[seen.predicting_positions(batch.response_mask)]
-    return TokenStates(kept, readout.head(lm, batch.temperature))
+    return TokenStates(kept, head)

@@ -183,7 +183,7 @@ def check_logits(lm: Any, *, attention: str | None, training: bool = False) -> N
     kind = type(lm).__name__
     readout = readout_of(lm)
     ids, mask = _probe(lm.config.get_text_config())
-    with _runs_on_cpu(lm, attention) as result:
+    with runs_on_cpu(lm, attention) as result:
         own = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
         if training:
             train_without_noise(lm)
@@ -228,16 +228,21 @@ def train_without_noise(lm: Any) -> None:
 
 
 @contextmanager
-def _runs_on_cpu(lm: Any, attention: str | None) -> Iterator[list[Tensor]]:
+def runs_on_cpu(lm: Any, attention: str | None, stand_in: str = "eager") -> Iterator[list[Tensor]]:
     """Use an attention kernel of the CPU; print a line if the model does not run there at all.
 
     Yields a list for the results, which is empty then.
+
+    Args:
+        lm: The model.
+        attention: Its kernel, which `stand_in` replaces unless it is one of the CPU.
+        stand_in: A kernel of the CPU.
     """
     results: list[Tensor] = []
     swaps = attention not in _CPU_ATTENTION
     try:
         if swaps:
-            lm.set_attn_implementation("eager")
+            lm.set_attn_implementation(stand_in)
         yield results
     except (RuntimeError, NotImplementedError, ImportError) as error:
         results.clear()

@@ -28,6 +28,7 @@ from opd_lightning.models.head import (
     score,
 )
 from opd_lightning.models.lora import check_lora, with_lora
+from opd_lightning.models.packing import Packing, is_packed
 from opd_lightning.models.sharding import Sharding
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.weights import full_weights
@@ -53,6 +54,9 @@ class Student(nn.Module):
             with `trainer.precision`.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         attn_implementation: transformers' attention kernel; None uses its default.
+        packing: Whether a micro-batch is read as one row without padding. "auto" does so on GPUs
+            with flash attention, unless the architecture mixes packed sequences; "on" with any
+            kernel, some of which need a mask of all pairs of tokens.
         trust_remote_code: Run code that ships with the model.
         chat_template: Jinja text or file, used instead of the folder's; exported with the student.
         eos_tokens: Tokens that end a response, instead of the folder's EOS; exported likewise.
@@ -71,6 +75,7 @@ class Student(nn.Module):
         trust_remote_code: bool = False,
         chat_template: str | None = None,
         eos_tokens: list[str] | None = None,
+        packing: Packing = "auto",
     ) -> None:
         super().__init__()
         if lora is not None:
@@ -86,6 +91,7 @@ class Student(nn.Module):
         self.dtype: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
+        self.packing: Packing = packing
         self.model = None
         self.sharding = None
 
@@ -113,6 +119,7 @@ class Student(nn.Module):
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
             training=True,
+            packing=self.packing,
         )
         if self.gradient_checkpointing:
             if not model.supports_gradient_checkpointing:
@@ -125,6 +132,12 @@ class Student(nn.Module):
             with torch.device("meta") if empty else nullcontext():
                 model = with_lora(model, self.lora, empty=empty)
         return model
+
+    @property
+    def is_packed(self) -> bool:
+        """Return whether the loaded model reads micro-batches without padding."""
+        lm = self.model.get_base_model() if self.lora is not None else self.model
+        return is_packed(lm, next(self.parameters()).device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over (Hugging Face name, full tensor), LoRA merged, for engines and exports."""

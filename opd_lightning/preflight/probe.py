@@ -109,7 +109,8 @@ class Probe:
         if self.stream.max_tokens is None:
             return self.stream.micro_batches
         seen = [*(self.own if self.data.mix.samples else []), *self.given]
-        return micro_batches_within(list(islice(cycle(seen), self.rows)), self.stream.max_tokens)
+        rollouts = list(islice(cycle(seen), self.rows))
+        return micro_batches_within(rollouts, self.stream.max_tokens, packed=self.stream.packed())
 
     def generate(self, requests: list[Request], at_most: int | None = None) -> list[Completion]:
         """Time the student's engine on `requests`, with at most `at_most` tokens each."""
@@ -144,7 +145,9 @@ class Probe:
         if self.stream.max_tokens is None:
             parts = -(-len(rollouts) // self.rows_per_batch)
         else:
-            parts = micro_batches_within(rollouts, self.stream.max_tokens)
+            parts = micro_batches_within(
+                rollouts, self.stream.max_tokens, packed=self.stream.packed()
+            )
         return [
             collate(
                 part,
@@ -152,7 +155,7 @@ class Probe:
                 temperature=self.sampling.temperature,
                 pad_id=self.stream.pad_id,
             ).to(self.module.device)
-            for part in split_by_cost(rollouts, parts)
+            for part in split_by_cost(rollouts, parts, packed=self.stream.packed())
         ]
 
     def logprobs(self, batch: RolloutBatch) -> Tensor:

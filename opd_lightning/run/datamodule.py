@@ -173,6 +173,7 @@ class RolloutDataModule(LightningDataModule):
             samples_per_prompt=self.samples_per_prompt,
             micro_batches=self.module.trainer.accumulate_grad_batches,
             max_tokens=self.max_tokens_per_micro_batch,
+            packed=lambda: self.module.student.is_packed,
             seed=self.seed,
             ranks=Ranks.of(self.trainer),
             pad_id=self.module.student.source.pad_id,

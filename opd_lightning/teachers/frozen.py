@@ -10,6 +10,7 @@ from torch import nn
 
 from opd_lightning.models.causal_lm import Dtype, Reader, empty_causal_lm, load_causal_lm
 from opd_lightning.models.head import TokenStates
+from opd_lightning.models.packing import Packing
 from opd_lightning.models.source import ModelSource
 from opd_lightning.teachers.local import OwnModelTeacher
 from opd_lightning.types import RolloutBatch
@@ -32,6 +33,7 @@ class FrozenTeacher(OwnModelTeacher):
         chat_template: Jinja text or file that the teacher is taken to expect, instead of the
             folder's. Prompts are always rendered with the student's.
         eos_tokens: Tokens that end a response, instead of the folder's.
+        packing: Whether a micro-batch is read as one row without padding, as for the student.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class FrozenTeacher(OwnModelTeacher):
         offload: bool = False,
         chat_template: str | None = None,
         eos_tokens: list[str] | None = None,
+        packing: Packing = "auto",
     ) -> None:
         self.source: ModelSource = ModelSource(
             path,
@@ -53,6 +56,7 @@ class FrozenTeacher(OwnModelTeacher):
         )
         self.dtype: Dtype = dtype
         self.attn_implementation = attn_implementation
+        self.packing: Packing = packing
         self.offload = offload
         self._device: torch.device | None = None  # device of an offloaded model's copy
         self._device_copy: Reader | None = None  # that copy
@@ -76,7 +80,12 @@ class FrozenTeacher(OwnModelTeacher):
 
     def _build(self, *, empty: bool) -> Any:
         make = empty_causal_lm if empty else load_causal_lm
-        return make(self.source, dtype=self.dtype, attn_implementation=self.attn_implementation)
+        return make(
+            self.source,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+            packing=self.packing,
+        )
 
     def release(self) -> None:
         super().release()

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from callbacks import EMATeacherUpdate
 from opd_lightning.cli import main
 from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.mix import RolloutMix
@@ -20,14 +21,14 @@ from opd_lightning.data.prompts import PromptSource
 from opd_lightning.errors import RunStoppedError, UserError
 from opd_lightning.evaluation.responses import EvaluationSuite
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
-from opd_lightning.methods import OPD, SFT, DistillationModule, DivergenceOPD
+from opd_lightning.methods import GOPD, OPD, SFT, DistillationModule, DivergenceOPD
 from opd_lightning.models.student import Student
 from opd_lightning.models.weight_sums import EngineSum
 from opd_lightning.rollouts import Engine, HFEngine, Sampling, VLLMEngine
 from opd_lightning.rules import TruncatedImportance
 from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.serving.vllm_process import vllm_unavailable
-from opd_lightning.teachers import FrozenTeacher
+from opd_lightning.teachers import AdapterOffTeacher, EMATeacher, FrozenTeacher
 from opd_lightning.training.callback import RunCallback
 from opd_lightning.types import Prompt, RolloutBatch
 from opd_lightning.verifiers import ExactMatch, Verifier
@@ -115,6 +116,10 @@ def method_of(
         optimizer=lambda p: torch.optim.AdamW(p, lr=lr),
         **{"max_logprob_gap": 1e-4, **more},
     )
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
 
 
 def sft_method() -> SFT:
@@ -214,6 +219,27 @@ def test_a_budget_is_the_run_of_as_many_micro_batches(precision: str) -> None:
     if precision == "32-true":
         one = fit(method_of(**loose), **settings)
         torch.testing.assert_close(budget.gradients, one.gradients, atol=1e-6, rtol=0)
+
+
+@pytest.mark.usefixtures("in_lab")
+@pytest.mark.parametrize("adapts", [False, True])
+def test_packed_rows_train_as_padded_ones(adapts: bool) -> None:
+    """The student, a teacher of its own and the student as its own teacher, under two prompts."""
+    lora = LoraConfig(r=4, target_modules="all-linear") if adapts else None
+
+    def run(packing: Literal["on", "off"]) -> Recorder:
+        torch.manual_seed(0)
+        student = Student("lab/arithmetic/student", lora=lora, packing=packing)
+        frozen = FrozenTeacher("lab/arithmetic/teacher", packing=packing)
+        other = AdapterOffTeacher() if adapts else EMATeacher(rate=0.5)
+        method = GOPD(student, frozen, other, scale=1.5, optimizer=sgd)
+        return fit(method, callbacks=[EMATeacherUpdate()], steps=3, micro_batches=2)
+
+    packed, padded = run("on"), run("off")
+    for ours, expected in zip(packed.gradients, padded.gradients, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+    losses = [[logged["loss"] for logged in seen.logged] for seen in (packed, padded)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 @pytest.mark.usefixtures("in_lab")

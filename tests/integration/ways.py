@@ -107,6 +107,11 @@ def divergence(**more: Any) -> DistillationModule:
     return DivergenceOPD(student(), frozen(), optimizer=sgd, **more)
 
 
+def packed() -> DistillationModule:
+    teacher = FrozenTeacher(TEACHER, packing="on")
+    return DivergenceOPD(student(packing="on"), teacher, optimizer=sgd)
+
+
 def top_k() -> DistillationModule:
     return divergence(divergence=TopK(k=8, support="student", normalise="tail"))
 
@@ -182,7 +187,7 @@ def ways(prompts: int) -> dict[str, dict[str, Way]]:
             "few": few(sampled),
             # The teacher writes one response for a prompt: ranks have different numbers of them.
             "budget": Way(
-                method=divergence,
+                method=packed,
                 data={"mix": RolloutMix(teacher=0.5), "max_tokens_per_micro_batch": BUDGET},
             ),
         },

@@ -118,3 +118,13 @@ def test_there_is_little_padding(kind: str, parts: int) -> None:
     assert sum(map(cost, split)) / real < 1.11
     # No micro-batch costs more than the same number of rows of the greatest length.
     assert max(map(cost, split)) <= 512 // parts * (1 + max(lengths))
+
+
+@pytest.mark.parametrize("parts", [1, 5, 16])
+def test_packed_micro_batches_have_equal_numbers_of_tokens(parts: int) -> None:
+    lengths = [(i * 37) % 101 + 1 for i in range(50)]
+    split = split_by_cost(rollouts_of(lengths), parts, packed=True)
+    tokens = [sum(1 + len(r.response_ids) for r in part) for part in split]
+    fair = sum(1 + n for n in lengths) / parts
+    assert max(tokens) < fair + max(lengths) + 1
+    assert micro_batches_within(rollouts_of(lengths), max(tokens), packed=True) <= parts

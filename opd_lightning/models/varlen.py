@@ -1,0 +1,89 @@
+"""Attention to the sequences of a packed row, in plain operations of the CPU.
+
+It stands in for flash attention where there is no GPU: it is called as transformers calls that
+kernel, and has no mask but the bounds of sequences that the model hands on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+# Names in transformers. It makes no masks for kernels that it knows no masks of.
+VARLEN = "opd_varlen"
+BOUNDS = "opd_varlen_bounds"
+
+
+class ReachedError(Exception):
+    """The first call of an attention kernel.
+
+    Args:
+        has_bounds: Whether it got the bounds of sequences.
+    """
+
+    def __init__(self, has_bounds: bool) -> None:
+        super().__init__()
+        self.has_bounds = has_bounds
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Return the outputs of causal attention, `[1, T, heads, D]`, as flash attention does.
+
+    Args:
+        module: The attention layer; not read.
+        query: `[1, heads, T, D]`.
+        key: `[1, key heads, T, D]`.
+        value: Likewise.
+        attention_mask: None.
+        scaling: Factor of the products; None for 1 / sqrt(D).
+        sliding_window: Number of tokens that a token sees, itself included.
+        softcap: Products become softcap * tanh(products / softcap).
+        s_aux: `[heads]` logits of attention sinks, which take a share and return nothing.
+        cu_seq_lens_q: `[B + 1]` where sequences begin, and T.
+    """
+    assert cu_seq_lens_q is not None
+    assert attention_mask is None
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    lengths = cu_seq_lens_q.diff().tolist()
+    outputs = []
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        scores = factor * (q @ k.transpose(2, 3)).float()
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+        if sliding_window is not None:
+            seen = seen.triu(1 - sliding_window)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if s_aux is not None:
+            sinks = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sinks], dim=3)
+        shares = scores.softmax(dim=3)[..., : q.shape[2]]
+        outputs.append(shares.to(v.dtype) @ v)
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _reach(*_: Any, cu_seq_lens_q: Tensor | None = None, **__: Any) -> None:
+    """Raise ReachedError in place of attention."""
+    raise ReachedError(cu_seq_lens_q is not None)
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
+AttentionInterface.register(BOUNDS, _reach)
