@@ -49,8 +49,12 @@ class PackedRow(NamedTuple):
 
     def to(self, device: torch.device) -> PackedRow:
         """Return the row on `device`."""
-        moved = {k: v.to(device) for k, v in self._asdict().items() if isinstance(v, Tensor)}
-        return self._replace(**moved)
+        return self._replace(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            bounds=self.bounds.to(device),
+            predicting=self.predicting.to(device),
+        )
 
     def read(self, backbone: nn.Module) -> Tensor:
         """Return the last hidden states of all tokens, `[T, H]`."""

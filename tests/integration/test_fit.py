@@ -205,7 +205,7 @@ def test_a_budget_is_the_run_of_as_many_micro_batches(precision: str) -> None:
     settings: dict[str, Any] = {"trainer": {"precision": precision, "gradient_clip_val": 0.05}}
     settings |= {"steps": 1, "micro_batches": 1}
     counted = MicroBatches()
-    loose = {"max_logprob_gap": 1.0}
+    loose: dict[str, Any] = {"max_logprob_gap": 1.0}
     budget = fit(method_of(**loose), **settings, max_tokens_per_micro_batch=48, callbacks=[counted])
     (parts,) = counted.of_step
     assert parts > 2
