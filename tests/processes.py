@@ -23,6 +23,7 @@ import runpy
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,7 @@ PRELOADED = (
     "pytest",
 )
 MAX_MESSAGE = 1 << 20
+END = struct.Struct("<qd")  # exit code and CPU seconds
 
 Stream = int | IO[Any] | None
 
@@ -76,6 +78,10 @@ class Process:
         stdout: A file or descriptor; None for a temporary file.
         stderr: The same, or `subprocess.STDOUT`.
         start_new_session: Whether it leads a session and a process group.
+        parent: Connection to a process that waits in `serve`; None for this process's warm parent.
+
+    Attributes:
+        cpu_seconds: CPU time that it took, with its children that have ended; known at its end.
     """
 
     def __init__(
@@ -88,7 +94,9 @@ class Process:
         stdout: Stream = None,
         stderr: Stream = None,
         start_new_session: bool = False,
+        parent: socket.socket | None = None,
     ) -> None:
+        self.cpu_seconds = 0.0
         self.args = [sys.executable, "-m", module, *arguments]
         self.returncode: int | None = None
         self._captured: list[IO[bytes] | None] = [
@@ -107,7 +115,7 @@ class Process:
             out = self._captured[0] or stdout
             err = self._captured[1] or (out if stderr == subprocess.STDOUT else stderr)
             fds = [_descriptor(stream) for stream in (stdin or empty, out, err)]
-            _send(_parent(), request, [theirs.fileno(), *fds])
+            _send(parent or _parent(), request, [theirs.fileno(), *fds])
         if not (answer := self._status.recv(8)):
             raise RuntimeError("the warm parent of test processes could not fork")
         self.pid = int.from_bytes(answer, "little", signed=True)
@@ -124,11 +132,11 @@ class Process:
 
     def _exit_code(self, timeout: float | None) -> int | None:
         if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
-            answer = self._status.recv(8)
+            answer = self._status.recv(END.size)
             self._status.close()
             if not answer:
                 raise RuntimeError("the warm parent of test processes has ended")
-            self.returncode = int.from_bytes(answer, "little", signed=True)
+            self.returncode, self.cpu_seconds = END.unpack(answer)
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
@@ -279,16 +287,17 @@ def _send(to: socket.socket, request: dict[str, Any], fds: list[int]) -> None:
     socket.send_fds(to, [json.dumps(request).encode()], fds)
 
 
-def _serve(control: socket.socket) -> dict[str, Any] | None:
-    """Fork a child for every request, and report its end; in a child, return its request."""
-    for name in PRELOADED:
-        import_module(name)
+def serve(control: socket.socket) -> dict[str, Any] | None:
+    """Fork a child for every request, and report its end; in a child, return its request.
+
+    Returns None when nobody asks any more.
+    """
     gc.collect()
     gc.freeze()  # or every collection below would pass over all that is loaded
     _read_signatures()
     gc.freeze()  # a child's collections do not copy what it shares
     if len(threads := sorted(_threads())) > 1:
-        raise RuntimeError(f"cannot fork: threads {threads} after importing {PRELOADED}")
+        raise RuntimeError(f"cannot fork: threads {threads}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -355,13 +364,13 @@ def _threads() -> Iterator[str]:
 def _report(children: dict[int, socket.socket]) -> None:
     """Send the exit code of every child that has ended."""
     while children:
-        pid, status = os.waitpid(-1, os.WNOHANG)
+        pid, status, used = os.wait4(-1, os.WNOHANG)
         if not pid:
             return
         with children.pop(pid) as connection:
             code = os.waitstatus_to_exitcode(status)
             try:
-                connection.send(code.to_bytes(8, "little", signed=True))
+                connection.send(END.pack(code, used.ru_utime + used.ru_stime))
             except OSError:
                 continue  # nobody waits for it any more
 
@@ -401,8 +410,10 @@ def _main() -> None:
     if sys.argv[1] == "call":
         _call(sys.argv[2])
         return
+    for name in PRELOADED:
+        import_module(name)
     with socket.socket(fileno=int(sys.argv[2])) as control:
-        request = _serve(control)
+        request = serve(control)
     if request is not None:
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
 
