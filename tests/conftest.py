@@ -124,13 +124,19 @@ def write_tokenizer(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def untrained_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like a user's, with both labs as configs/lab names them, models untrained."""
+    root = tmp_path_factory.mktemp("user")
+    (root / "configs").symlink_to(Path(__file__).parents[1] / "configs")
+    write_untrained_lab(root / "lab")
+    return root
+
+
+def write_untrained_lab(folder: Path) -> None:
+    """Write both labs, models untrained, to the folders `arithmetic` and `identity`."""
     from opd_lightning.lab import identity
     from opd_lightning.lab.arithmetic import generate_mixture, write_jsonl
     from opd_lightning.lab.models import new_model
 
-    root = tmp_path_factory.mktemp("user")
-    (root / "configs").symlink_to(Path(__file__).parents[1] / "configs")
-    lab = root / "lab" / "arithmetic"
+    lab = folder / "arithmetic"
     for role, hidden_size in (("teacher", 64), ("student", 32)):
         (lab / role).mkdir(parents=True)
         new_model(lab / role, layers=2, hidden_size=hidden_size, seed=hidden_size)
@@ -141,12 +147,11 @@ def untrained_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     demonstrations = generate_mixture(domains, 16, seed=0, held_out=False)
     write_jsonl(lab / "demonstrations.jsonl", demonstrations, with_response=True)
 
-    lab = root / "lab" / "identity"
+    lab = folder / "identity"
     (lab / "base").mkdir(parents=True)
     new_model(lab / "base", layers=2, hidden_size=32, seed=1)
     for name, rows in {"train": identity.training_rows(), **identity.probe_rows()}.items():
         identity.write_jsonl(lab / f"{name}.jsonl", rows)
-    return root
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from random import Random
 from typing import Any
 
 from tests.fuzz.outcome import Outcome
+from tests.processes import Process
 
 KINDS = {
     "configurations": "tests.fuzz.configurations:Configurations",
@@ -138,3 +139,10 @@ def copied(base: Path, folder: Path, leave_out: Sequence[str] = ()) -> None:
     shutil.copytree(
         base, folder, ignore=shutil.ignore_patterns(*leave_out), dirs_exist_ok=True, symlinks=True
     )
+
+
+def done(process: Process) -> None:
+    """Wait for a process that must succeed."""
+    out, err = process.communicate(600)
+    if process.returncode:
+        raise RuntimeError(f"{out}{err}")

@@ -22,11 +22,11 @@ NUMBERS: tuple[Any, ...] = (
     "1,5", "٣", True,
 )  # fmt: skip
 TEXTS: tuple[str, ...] = (
-    "", " ", "\n", "\ufeff", "\u200b", "null", "None", "~", "true", "yes", "no", "{}", "[]", "{", "}",
-    "[", ":", "- a", "a: b", "#", "%s %d {x}", "${HOME}", "../x", "./", "/", "nowhere", "a/b/c", "é",
-    "\u202e", "日本語", "🙂", "\x00", "\x07", "\x1b[31m", "\r\n", "\ud83d", "x" * 300, "x" * 5000,
-    "\\", "'", '"', "!!python/object:os.system", "*a", "&a", "<|end|>", "os.system", "torch.nn.Linear",
-    "builtins.print", "2026-01-01", "1:30",
+    "", " ", "\n", "\ufeff", "\u200b", "null", "None", "~", "true", "yes", "no", "{}", "[]", "{",
+    "}", "[", ":", "- a", "a: b", "#", "%s %d {x}", "${HOME}", "../x", "./", "/", "nowhere", "a/b/c",
+    "é", "\u202e", "日本語", "🙂", "\x00", "\x07", "\x1b[31m", "\r\n", "\ud83d", "x" * 300, "x" * 5000,
+    "\\", "'", '"', "!!python/object:os.system", "*a", "&a", "<|end|>", "os.system",
+    "torch.nn.Linear", "builtins.print", "2026-01-01", "1:30",
 )  # fmt: skip
 OTHERS: tuple[Any, ...] = (
     None, True, False, [], {}, [None], [1, "a"], [[]], {"a": 1}, {"": None}, {"class_path": "x"},
@@ -174,7 +174,7 @@ def changed(random: Random, tree: Any, among: Sequence[Path] | None = None) -> M
         again = (*path[:-1], f"{TWICE}{path[-1]}")
         return Mutation(put(tree, again, random.choice((old, 1))), path, "key twice", old)
     if kind == "swapped":
-        other = random.choice([p for p in places(tree)])
+        other = random.choice([*places(tree)])
         return Mutation(put(tree, path, at(tree, other)), path, "another's value", at(tree, other))
     if kind == "wrapped":
         value = random.choice(([old], {"a": old}, [old, old], str(old)))

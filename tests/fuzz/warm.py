@@ -7,6 +7,7 @@ before that point is done twice, and exit code and lines are those of the comman
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import resource
@@ -82,10 +83,8 @@ class Warm:
             process.wait(seconds * WALL)
         except subprocess.TimeoutExpired:
             late = True
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
-        except ProcessLookupError:
-            pass
         out, err = process.communicate(60)
         late = late or process.wait() == -signal.SIGXCPU
         after = files(folder.parent)
