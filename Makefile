@@ -24,7 +24,12 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist loadscope --no-loadscope-reorder --randomly-dont-reset-seed
 
-.PHONY: demo test test-all lint format docs dist constraints clean
+# Of `make fuzz`: seconds for each kind of input, and kinds; none named means all.
+SECONDS ?= 60
+KINDS ?=
+SEED ?= 0
+
+.PHONY: demo test test-all fuzz lint format docs dist constraints clean
 
 demo: $(VENV)/.installed ## Distil a small teacher into a smaller student and show the result
 	$(BIN)/opd lab demo
@@ -34,6 +39,9 @@ test: $(VENV)/.dev ## All tests but the slow ones
 
 test-all: $(VENV)/.dev ## The slow ones too
 	$(BIN)/pytest $(PARALLEL)
+
+fuzz: $(VENV)/.dev ## The program on mutated inputs; those that break a rule are kept as cases
+	$(BIN)/python -m tests.fuzz $(KINDS) --seconds $(SECONDS) --seed $(SEED)
 
 lint: $(VENV)/.dev ## Style and types
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -12,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from opd_lightning import strict_json
 from opd_lightning.data.row_checks import RowChecks
 from opd_lightning.data.row_report import Problems, Texts
 from opd_lightning.data.rows import BadRowError, read_rows
@@ -295,7 +295,7 @@ def _encodable(text: str, where: str) -> str:
 
 def _decode(raw: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(raw.decode("utf-8-sig"))
+        row = strict_json.loads(raw.decode("utf-8-sig"))
     except RecursionError as error:
         raise BadRowError("is nested too deeply to be read") from error
     except UnicodeDecodeError as error:

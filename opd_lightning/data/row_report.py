@@ -45,12 +45,18 @@ class Texts:
         self.checks = checks
         self.control: list[tuple[str, str]] = []  # origins and tokens
         self.both: list[str] = []  # origins
+        self.unread: dict[str, list[str]] = {}  # origins, by key of a message
         self.characters: dict[str, str] = {}  # origin of the first row with it, by character
 
     def see(self, prompt: Prompt, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
         """Record the findings of a used row."""
         if "messages" not in columns and row.get("messages") and row.get("prompt"):
             self.both.append(prompt.origin)
+        chat = row.get(columns.get("messages", "messages")) or row.get("prompt")
+        messages = chat if isinstance(chat, list) else []
+        given = {key for message in messages for key, value in message.items() if value is not None}
+        for key in sorted(given - {"role", "content"}):
+            self.unread.setdefault(key, []).append(prompt.origin)
         if self.checks is None:
             return
         if (token := self.checks.control_token(prompt)) is not None:
@@ -69,6 +75,16 @@ class Texts:
                 rows,
                 self.path,
                 self.both[0],
+            )
+        for key, origins in self.unread.items():
+            log.warning(
+                "messages of %d of %d rows of %s hold %r, which is not read: a chat template is "
+                "given role and content; first: %s",
+                len(origins),
+                rows,
+                self.path,
+                key,
+                origins[0],
             )
         if self.control:
             log.warning(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from opd_lightning import strict_json
 from opd_lightning.errors import UserError
 
 CONFIGURATION = ("config.json", "generation_config.json")
@@ -96,7 +96,7 @@ def _shapes(file: Path, role: str) -> Shapes:
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise _error(file, role, f"is no whole safetensors file ({size} bytes)")
         try:
-            header = json.loads(stream.read(length))
+            header = strict_json.loads(stream.read(length))
             tensors = {name: x for name, x in header.items() if name != "__metadata__"}
             end = max((x["data_offsets"][1] for x in tensors.values()), default=0)
             shapes = {name: tuple(x["shape"]) for name, x in tensors.items()}
@@ -129,7 +129,7 @@ def _read_object(file: Path, role: str) -> Mapping[str, Any]:
     if (size := file.stat().st_size) > _MAX_JSON:
         raise _error(file, role, f"has {size} bytes, expected at most {_MAX_JSON}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = strict_json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise _error(file, role, f"is no JSON file ({str(error)[:100]})") from error
     if not isinstance(content, dict):

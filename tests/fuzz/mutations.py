@@ -23,9 +23,9 @@ NUMBERS: tuple[Any, ...] = (
 )  # fmt: skip
 TEXTS: tuple[str, ...] = (
     "", " ", "\n", "\ufeff", "\u200b", "null", "None", "~", "true", "yes", "no", "{}", "[]", "{",
-    "}", "[", ":", "- a", "a: b", "#", "%s %d {x}", "${HOME}", "../x", "./", "/", "nowhere", "a/b/c",
-    "é", "\u202e", "日本語", "🙂", "\x00", "\x07", "\x1b[31m", "\r\n", "\ud83d", "x" * 300, "x" * 5000,
-    "\\", "'", '"', "!!python/object:os.system", "*a", "&a", "<|end|>", "os.system",
+    "}", "[", ":", "- a", "a: b", "#", "%s %d {x}", "${HOME}", "../x", "./", "/", "nowhere",
+    "a/b/c", "é", "\u202e", "日本語", "🙂", "\x00", "\x07", "\x1b[31m", "\r\n", "\ud83d", "x" * 300,
+    "x" * 5000, "\\", "'", '"', "!!python/object:os.system", "*a", "&a", "<|end|>", "os.system",
     "torch.nn.Linear", "builtins.print", "2026-01-01", "1:30",
 )  # fmt: skip
 OTHERS: tuple[Any, ...] = (

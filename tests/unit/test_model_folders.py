@@ -90,6 +90,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "configuration is a list": (write("config.json", "[]"), "config.json"),
     "configuration is huge": (lambda f: os.truncate(f / "config.json", 2**28 + 1), "at most"),
     "configuration is cut": (write("config.json", '{"model_type": "qw'), "config.json"),
+    "configuration with a key twice": (
+        write("config.json", '{"model_type": "qwen3", "model_type": "gpt2"}'),
+        "'model_type' is set twice",
+    ),
     "configuration is a pointer": (write("config.json", POINTER), "config.json"),
     "tokenizer is cut": (write("tokenizer.json", '{"version": "1'), "tokenizer.json"),
     "tokenizer is a pointer": (write("tokenizer.json", POINTER), "tokenizer.json"),

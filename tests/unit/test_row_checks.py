@@ -171,6 +171,22 @@ def test_characters_that_the_tokenizer_lacks(
     assert line.endswith(f"é雪; first: {path}:2")
 
 
+def test_messages_with_more_than_role_and_content(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chat = [{"role": "user", "content": "1"}]
+    rows = [
+        {"messages": chat, "id": "a"},
+        {"messages": [chat[0] | {"name": "x", "tool_calls": None}], "id": "b"},
+    ]
+    caplog.set_level(logging.WARNING)
+    assert [prompt.id for prompt in PromptSource(write(tmp_path, *rows)).load()] == ["a", "b"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("messages of 1 of 2 rows")
+    assert "'name'" in line
+    assert line.endswith("train.jsonl:2")
+
+
 def test_messages_beside_a_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     row = {"messages": "1", "prompt": "2"}
     path = write(tmp_path, {"prompt": "3"}, row)
