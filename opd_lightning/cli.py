@@ -13,7 +13,7 @@ from typing import NoReturn
 from opd_lightning import __version__
 from opd_lightning.commands.callback_names import install_callback_names
 from opd_lightning.commands.command_table import check_command, overview
-from opd_lightning.errors import RunStoppedError, UserError, note, report, shortened
+from opd_lightning.errors import RunStoppedError, UserError, note, report
 from opd_lightning.run import signals
 from opd_lightning.run.signals import SignalledError, signal_of
 from opd_lightning.terminal.quiet import quiet_libraries
@@ -137,7 +137,7 @@ def one_line_errors() -> Iterator[None]:
 
 def _end(error: Exception) -> None:
     """Report an error, by one of the processes that have it, and leave together with those."""
-    message = shortened(str(error)) if isinstance(error, UserError) else str(error)
+    message = str(error)
     if "torch" not in sys.modules:  # no process group can exist; importing it takes seconds
         report(message)
         return

@@ -85,12 +85,15 @@ def raised_by_all(error: Error) -> Error:
 
 
 def shortened(text: str, limit: int = 400) -> str:
-    """Return a text as one line of at most `limit` characters.
+    """Return a text as one printable line of at most `limit` characters.
 
     Words longer than a path is likely to be are cut first, then the middle of the line: it begins
-    with the place of a mistake and ends with what to do.
+    with the place of a mistake and ends with what to do. Characters that a terminal would act on
+    or not show are written as Python escapes them.
     """
     line = " ".join(text.split())
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     if len(line) > limit:
         line = re.sub(r"\S{161,}", lambda word: f"{word[0][:120]}...", line)
     if len(line) > limit:
@@ -107,8 +110,8 @@ def reason_of(error: BaseException, length: int = 200) -> str:
 
 
 def report(message: str) -> None:
-    """Print an error as one line."""
-    print(f"opd: error: {message}", file=sys.stderr)
+    """Print an error as one line, shortened."""
+    print(f"opd: error: {shortened(message)}", file=sys.stderr)
 
 
 def note(message: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Sequence
 from itertools import pairwise
@@ -21,6 +22,8 @@ from opd_lightning.errors import UserError, reason_of
 MAX_BYTES = 2**22  # of a file; configurations have about 2**12
 MAX_DEPTH = 100  # of nested values; configurations have about ten
 MAX_VALUES = 100_000  # with every alias counted as what it stands for
+# YAML can write NUL and half a surrogate pair, but no path or UTF-8 file can hold them.
+_NO_TEXT = re.compile("[\\x00\\ud800-\\udfff]")
 
 
 def read_config(given: str) -> tuple[str, dict[str, Any]]:
@@ -175,6 +178,8 @@ def _check(source: str, node: yaml.Node, sizes: dict[int, int], above: tuple[int
             lines[key.value] = key.start_mark.line + 1
     elif isinstance(node, yaml.SequenceNode):
         inner = node.value
+    elif found := _NO_TEXT.search(node.value):
+        raise _refusal(source, node, f"a text holds {found[0]!r}, which none can; take it out")
     size = 1 + sum(_check(source, one, sizes, (*above, id(node))) for one in inner)
     if size > MAX_VALUES:
         raise _refusal(source, node, f"aliases stand for more than {MAX_VALUES} values")

@@ -179,6 +179,8 @@ class _Checker:
     def expect_seed(self, value: Any) -> None:
         try:
             seed = int(value)
+        except OverflowError:  # infinity
+            seed = 2**63
         except (TypeError, ValueError):
             return
         if not 0 <= seed < 2**32:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from difflib import get_close_matches
@@ -83,7 +84,7 @@ def _plainly_allows(value: Any, parameter: Parameter) -> bool:
     if isinstance(value, bool):
         return "bool" in words
     if isinstance(value, int | float):
-        return "float" in words and not math.isnan(value)
+        return "float" in words and _is_float(value)
     if isinstance(value, str):
         return "str" in words and not is_blank(value)
     if isinstance(value, dict):
@@ -169,13 +170,12 @@ def _allows(value: Any, kinds: Kinds, parameter: Parameter) -> bool:
     if isinstance(value, bool):
         return bool(names & {"bool", "int", "float", "str"} or kinds.literals)
     if isinstance(value, int | float):
-        if isinstance(value, float) and math.isnan(value):
+        if value != value:  # NaN
             return not names & {"int", "float"}
-        if names & {"float", "str", "bool"}:
+        if "float" in names and _is_float(value) or "int" in names and _is_int(value):
             return True
-        if "int" in names:
-            return value == int(value) if math.isfinite(value) else False
-        return value in kinds.literals
+        numbers = names & {"int", "float"}
+        return "str" in names or ("bool" in names and not numbers) or value in kinds.literals
     if isinstance(value, str):
         return _allows_text(value, kinds)
     if isinstance(value, list):
@@ -199,7 +199,17 @@ def _allows_text(text: str, kinds: Kinds) -> bool:
         return number is None or bool(names & {"bool", "int", "float"})
     if number is None or math.isnan(number) or not names & {"int", "float"}:
         return False
-    return "float" in names or (math.isfinite(number) and number == int(number))
+    return "float" in names or _is_int(number)
+
+
+def _is_float(value: float) -> bool:
+    """Whether a float can hold a number; NaN is none."""
+    return value == value and (isinstance(value, float) or abs(value) <= sys.float_info.max)
+
+
+def _is_int(value: float) -> bool:
+    """Whether a number is whole and of 64 bits, as tensors and counters are."""
+    return abs(value) < 2**63 and value == int(value)
 
 
 def _number(text: str) -> float | None:

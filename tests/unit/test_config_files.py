@@ -37,6 +37,8 @@ def refusal(given: str) -> str:
         ("a: 1\nb: ü\n".encode("latin-1"), ":2: byte 8 is not UTF-8"),
         ("a: 1\n".encode("utf-16"), ":1: byte 0 is not UTF-8"),
         (b"a: 1\0", "is no usable YAML: unacceptable character"),
+        (b'a: 1\nb: "x\\0"\n', r":2: a text holds '\x00', which none can"),
+        (b'a: 1\n"\\uD83D": 2\n', r":2: a text holds '\ud83d', which none can"),
         (b"a:\n\tb: 1\n", ":2: is no YAML: while scanning for the next token"),
         (b"", ": holds nothing, expected settings, as 'key: value'"),
         (b"# a comment\n", ": holds nothing,"),

@@ -31,7 +31,7 @@ REFUSED = "opd: error: data.train.path: no prompt file at 'x'; give another"
         (Outcome(0, err=[REFUSED]), "lines"),
         (Outcome(2, err=[f"{REFUSED}\x1b[2J"]), "lines"),
         (Outcome(2, err=[REFUSED + "x" * 400]), "long"),
-        (Outcome(1, err=["Traceback (most recent call last):", "  ...", "KeyError: 1"]), "traceback"),
+        (Outcome(1, err=["Traceback (most recent call last):", "KeyError: 1"]), "traceback"),
         (Outcome(3, err=[REFUSED]), "code"),
         (Outcome(-11), "killed"),
         (Outcome(-9, late=True), "hang"),

@@ -195,8 +195,8 @@ def test_a_folder_of_splits_is_refused(tmp_path: Path) -> None:
         ),
         (
             '{"prompt": "b", "id": 1, "id": 2}',
-            """must be one JSON object per line, got b'{"prompt": "b", "id": 1, "id": 2}\\n' (the """
-            "key 'id' is set twice)",
+            """must be one JSON object per line, got b'{"prompt": "b", "id": 1, "id": 2}\\n' """
+            "(the key 'id' is set twice)",
         ),
         ({"prompt": "b", "id": "x"}, "'id' must be unique, got 'x' as in row 1"),
         ({"prompt": "b", "domain": 3}, "'domain' must be a text, got 3"),
