@@ -109,6 +109,11 @@ def reason_of(error: BaseException, length: int = 200) -> str:
     return " ".join(str(error).split())[:length] or type(error).__name__
 
 
+def is_panic(error: BaseException) -> bool:
+    """Return whether a library written in Rust gave up, which is raised beside `Exception`."""
+    return type(error).__name__ == "PanicException"
+
+
 def report(message: str) -> None:
     """Print an error as one line, shortened."""
     print(f"opd: error: {shortened(message)}", file=sys.stderr)

@@ -6,9 +6,9 @@ The check is one-sided: a type that the source does not explain is taken to allo
 from __future__ import annotations
 
 import ast
-import math
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -172,7 +172,7 @@ def _allows(value: Any, kinds: Kinds, parameter: Parameter) -> bool:
     if isinstance(value, int | float):
         if value != value:  # NaN
             return not names & {"int", "float"}
-        if "float" in names and _is_float(value) or "int" in names and _is_int(value):
+        if ("float" in names and _is_float(value)) or ("int" in names and _is_int(value)):
             return True
         numbers = names & {"int", "float"}
         return "str" in names or ("bool" in names and not numbers) or value in kinds.literals
@@ -194,12 +194,11 @@ def _allows_text(text: str, kinds: Kinds) -> bool:
     if text in [str(value) for value in kinds.literals]:
         return True
     number = _number(text)
-    if names & {"class", "list", "dict", "bool"}:
-        # The parser accepts other texts, but no numbers.
-        return number is None or bool(names & {"bool", "int", "float"})
-    if number is None or math.isnan(number) or not names & {"int", "float"}:
-        return False
-    return "float" in names or _is_int(number)
+    if number is None:  # a text that the parser may accept
+        return bool(names & {"class", "list", "dict", "bool"})
+    if not names & {"int", "float"}:
+        return "bool" in names
+    return _is_float(number) if "float" in names else _is_int(number)
 
 
 def _is_float(value: float) -> bool:
@@ -208,11 +207,13 @@ def _is_float(value: float) -> bool:
 
 
 def _is_int(value: float) -> bool:
-    """Whether a number is whole and of 64 bits, as tensors and counters are."""
+    """Whether a number is whole and of 64 bits, as tensors and counters are; NaN is not."""
     return abs(value) < 2**63 and value == int(value)
 
 
 def _number(text: str) -> float | None:
+    with suppress(ValueError):
+        return int(text)
     try:
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
     except ValueError:

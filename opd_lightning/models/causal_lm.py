@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from opd_lightning.errors import UserError, reason_of
-from opd_lightning.models.folder import Shapes, check_weights
+from opd_lightning.models.folder import Tensors, check_weights
 from opd_lightning.models.head import TokenStates
 from opd_lightning.models.packing import (
     PackedRow,
@@ -94,12 +94,12 @@ def empty_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    shapes = _check_files(source)
+    stored = _check_files(source)
     with _explained(source, "cannot build what config.json describes"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             source.config, **_settings(source, dtype, attn_implementation)
         ).eval()
-    _check_shapes(source, model, shapes)
+    _check_tensors(source, model, stored)
     with _explained(source, "cannot use it"):
         model.opd_readout = measure(model)
         set_packing(model, packing)
@@ -116,10 +116,17 @@ def _settings(source: ModelSource, dtype: Dtype, attention: str | None) -> dict[
     }
 
 
-def _check_files(source: ModelSource) -> Shapes:
-    """Check architecture and weight files; return the shapes of tensors as far as known."""
+def _check_files(source: ModelSource) -> Tensors:
+    """Check architecture and weight files; return what tensors they hold, as far as known."""
     _check_kind(source)
-    return check_weights(source.folder, source.role) if source.folder else {}
+    stored = check_weights(source.folder, source.role) if source.folder else {}
+    layers = getattr(source.config.get_text_config(), "num_hidden_layers", 0)
+    if stored and layers > len(stored):  # building that many might not end
+        raise UserError(
+            f"{source.role} {source.path!r}: its weights do not fit config.json: num_hidden_layers "
+            f"is {layers}, and the folder holds {len(stored)} tensors; get the file again"
+        )
+    return stored
 
 
 def _check_kind(source: ModelSource) -> None:
@@ -155,15 +162,24 @@ def _explained(source: ModelSource, what: str) -> Iterator[None]:
         raise UserError(f"{source.role} {source.path!r}: {what} ({reason})") from error
 
 
-def _check_shapes(source: ModelSource, model: Any, shapes: Shapes) -> None:
-    """Raise UserError if a tensor in the folder has another shape than in the model."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in sorted(shapes.keys() & expected.keys()):
-        if shapes[name] != expected[name]:
+def _check_tensors(source: ModelSource, model: Any, stored: Tensors) -> None:
+    """Raise UserError if a tensor in the folder has another shape or kind than in the model."""
+    expected = model.state_dict()
+    is_quantized = getattr(source.config, "quantization_config", None) is not None
+    for name in sorted(stored.keys() & expected.keys()):
+        dtype, shape = stored[name]
+        if shape != tuple(expected[name].shape):
             raise UserError(
                 f"{source.role} {source.path!r}: its weights do not fit config.json: {name!r} has "
-                f"shape {list(shapes[name])}, expected {list(expected[name])}; set vocab_size and "
+                f"shape {list(shape)}, expected {list(expected[name].shape)}; set vocab_size and "
                 "the like to those that the weights were saved with"
+            )
+        is_integer = dtype == "BOOL" or dtype.startswith(("I", "U"))
+        if is_integer and expected[name].is_floating_point() and not is_quantized:
+            raise UserError(
+                f"{source.role} {source.path!r}: {name!r} is stored as {dtype}, expected a "
+                "floating-point type, since config.json names no quantization; get the weights "
+                "again"
             )
 
 

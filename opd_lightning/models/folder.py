@@ -6,10 +6,10 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from opd_lightning import strict_json
-from opd_lightning.errors import UserError
+from opd_lightning.errors import UserError, reason_of
 
 CONFIGURATION = ("config.json", "generation_config.json")
 TOKENIZER = (
@@ -25,7 +25,15 @@ _MAX_HEADER = 100_000_000  # bytes; safetensors refuses larger ones
 _MAX_JSON = 2**28  # bytes of a JSON file; large tokenizers have 2**25
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"  # in transformers' order
 
-Shapes = dict[str, tuple[int, ...]]
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    dtype: str  # as safetensors names it, such as "BF16"
+    shape: tuple[int, ...]
+
+
+Tensors = dict[str, Stored]
 
 
 def check_texts(folder: Path, names: tuple[str, ...], role: str) -> None:
@@ -45,8 +53,8 @@ def check_texts(folder: Path, names: tuple[str, ...], role: str) -> None:
             _read_object(folder / name, role)
 
 
-def check_weights(folder: Path, role: str) -> Shapes:
-    """Check that the weight files exist and are whole; return shapes of tensors by name.
+def check_weights(folder: Path, role: str) -> Tensors:
+    """Check that the weight files exist and are whole; return what tensors they hold, by name.
 
     Of safetensors files the headers are read; of pickle files, which are zip archives, the
     directories; their tensors are not returned.
@@ -54,14 +62,14 @@ def check_weights(folder: Path, role: str) -> Shapes:
     Raises:
         UserError: A file is missing, truncated or a Git LFS pointer.
     """
-    shapes: Shapes = {}
+    tensors: Tensors = {}
     for file in _weight_files(folder, role):
         _refuse_pointer(file, role)
         if file.suffix == ".safetensors":
-            shapes |= _shapes(file, role)
+            tensors |= _tensors(file, role)
         else:
             _check_archive(file, role)
-    return shapes
+    return tensors
 
 
 def _weight_files(folder: Path, role: str) -> Iterator[Path]:
@@ -87,8 +95,8 @@ def _weight_files(folder: Path, role: str) -> Iterator[Path]:
     )
 
 
-def _shapes(file: Path, role: str) -> Shapes:
-    """Return the shapes in a safetensors header. Raise UserError if the file is not whole."""
+def _tensors(file: Path, role: str) -> Tensors:
+    """Return what a safetensors header lists. Raise UserError if the file is not whole."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
@@ -97,14 +105,16 @@ def _shapes(file: Path, role: str) -> Shapes:
             raise _error(file, role, f"is no whole safetensors file ({size} bytes)")
         try:
             header = strict_json.loads(stream.read(length))
-            tensors = {name: x for name, x in header.items() if name != "__metadata__"}
-            end = max((x["data_offsets"][1] for x in tensors.values()), default=0)
-            shapes = {name: tuple(x["shape"]) for name, x in tensors.items()}
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise _error(file, role, "has a damaged header") from error
+            listed = {name: x for name, x in header.items() if name != "__metadata__"}
+            end = max((x["data_offsets"][1] for x in listed.values()), default=0)
+            tensors = {name: Stored(x["dtype"], (*x["shape"],)) for name, x in listed.items()}
+        except (
+            ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError
+        ) as error:  # fmt: skip
+            raise _error(file, role, f"has a damaged header ({reason_of(error, 100)})") from error
     if size != 8 + length + end:
         raise _error(file, role, f"has {size} bytes, and its header says {8 + length + end}")
-    return shapes
+    return tensors
 
 
 def _check_archive(file: Path, role: str) -> None:

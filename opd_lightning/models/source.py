@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from opd_lightning.errors import UserError, reason_of
+from opd_lightning.errors import UserError, is_panic, reason_of
 from opd_lightning.models.folder import CONFIGURATION, TOKENIZER, check_texts
 from opd_lightning.models.hub import hub_unavailable
 from opd_lightning.models.identity import model_identity
@@ -101,6 +101,11 @@ class ModelSource:
             ).eos_token_id
         except OSError:  # the model has no generation_config.json
             listed = None
+        except Exception as error:  # its own checks of the values
+            raise UserError(
+                f"{self.role} model: cannot read {self.path!r}: generation_config.json: "
+                f"{reason_of(error)}"
+            ) from error
         ids = listed if isinstance(listed, list | tuple) else [] if listed is None else [listed]
         for i in ids:
             if not isinstance(i, int) or isinstance(i, bool):
@@ -129,10 +134,22 @@ class ModelSource:
         """Maximum number of tokens, prompt and response, that the model supports.
 
         `sys.maxsize` for architectures without positions, such as Mamba and Bloom.
+
+        Raises:
+            UserError: The configuration names something else than a number of tokens.
         """
         config = self.config.get_text_config()
-        limits = (getattr(config, name, None) for name in _CONTEXT)
-        return int(next((limit for limit in limits if limit is not None), sys.maxsize))
+        for name in _CONTEXT:
+            limit = getattr(config, name, None)
+            if limit is None:
+                continue
+            if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+                raise UserError(
+                    f"{self.role} {self.path!r}: {name} in config.json: got {limit!r}, expected a "
+                    "number of tokens; get the file again"
+                )
+            return limit
+        return sys.maxsize
 
     @property
     def local_files_only(self) -> bool:
@@ -176,7 +193,9 @@ class ModelSource:
                 trust_remote_code=self.trust_remote_code,
                 local_files_only=self.local_files_only,
             )
-        except Exception as error:  # of three libraries, some of which raise Exception itself
+        except BaseException as error:  # of three libraries, some of which raise Exception itself
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
             if self.local_files_only:
                 raise UserError(
                     f"{self.role} model: {self.path!r} is neither a folder here nor in the model "

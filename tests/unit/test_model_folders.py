@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from opd_lightning.errors import UserError
+from opd_lightning.models.folder import check_weights
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.student import Student
 from opd_lightning.run.model_checks import check_usable
@@ -75,6 +76,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         WEIGHTS,
     ),
     "header is no JSON": (write(WEIGHTS, b"\4\0\0\0\0\0\0\0[{]}"), WEIGHTS),
+    "header is nested deeply": (
+        write(WEIGHTS, (5000).to_bytes(8, "little") + b"[" * 5000),
+        WEIGHTS,
+    ),
     "header lists no offsets": (write(WEIGHTS, b'\x08\0\0\0\0\0\0\0{"a": 1}'), WEIGHTS),
     "weights are a pointer": (write(WEIGHTS, POINTER), WEIGHTS),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "got no weights"),
@@ -84,6 +89,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty archive": (lambda f: pickled(f, b""), "pytorch_model.bin"),
     "vocabulary of another size": (lambda f: change(f, "config.json", vocab_size=99), "vocab_size"),
     "another width": (lambda f: change(f, "config.json", hidden_size=32), "config.json"),
+    "context is a text": (
+        lambda f: change(f, "config.json", max_position_embeddings="x"),
+        "max_position_embeddings",
+    ),
+    "context is nothing": (
+        lambda f: change(f, "config.json", max_position_embeddings=0),
+        "max_position_embeddings",
+    ),
+    "more layers than tensors": (
+        lambda f: change(f, "config.json", num_hidden_layers=10**9, layer_types=None),
+        "num_hidden_layers",
+    ),
+    "generation settings that are none": (
+        lambda f: change(f, "generation_config.json", max_new_tokens=-1),
+        "generation_config.json",
+    ),
     "no heads": (lambda f: change(f, "config.json", num_attention_heads=0), "config.json"),
     "text for a number": (lambda f: change(f, "config.json", hidden_size="x"), "config.json"),
     "unknown model": (lambda f: change(f, "config.json", model_type="nobodys"), "config.json"),
@@ -122,6 +143,31 @@ def test_is_refused_by_name(folder: Path, name: str) -> None:
     assert "student" in line
     assert "\n" not in line
     assert len(line) <= 400 + len(str(folder))
+
+
+def test_weights_of_another_kind_are_refused(folder: Path) -> None:
+    """Integers would be read as the numbers that they are, not as the bits of weights."""
+    tensors = load_file(folder / WEIGHTS)
+    name = "model.norm.weight"
+    tensors[name] = tensors[name].to(torch.int32)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{name}.* I32"):
+        check(folder)
+    change(folder, "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    assert check_weights(folder, "student")[name].dtype == "I32"
+
+
+def test_a_panic_of_a_library_is_refused(folder: Path) -> None:
+    class PanicException(BaseException):  # noqa: N818 - as pyo3 names it
+        """What libraries in Rust raise."""
+
+    class Panicking:
+        @staticmethod
+        def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+            raise PanicException("index out of bounds")
+
+    with pytest.raises(UserError, match="index out of bounds"):
+        ModelSource(str(folder))._load(Panicking, ("tokenizer.json",))
 
 
 def test_whole_folders_are_read(folder: Path) -> None:
