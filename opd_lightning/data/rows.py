@@ -108,7 +108,9 @@ def _read_folder(path: Path) -> Iterator[tuple[int, Row]]:
 
     row = 0
     try:
-        for values in load_from_disk(str(path)).with_format(None):
+        dataset = load_from_disk(str(path))
+        dataset.data.validate(full=True)  # damaged offsets would read outside of the file
+        for values in dataset.with_format(None):
             row += 1
             yield row, values
     except Exception as error:  # a damaged folder raises too many types to list

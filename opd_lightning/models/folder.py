@@ -107,7 +107,7 @@ def _tensors(file: Path, role: str) -> Tensors:
             header = strict_json.loads(stream.read(length))
             listed = {name: x for name, x in header.items() if name != "__metadata__"}
             end = max((x["data_offsets"][1] for x in listed.values()), default=0)
-            tensors = {name: Stored(x["dtype"], (*x["shape"],)) for name, x in listed.items()}
+            tensors = {name: Stored(str(x["dtype"]), (*x["shape"],)) for name, x in listed.items()}
         except (
             ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError
         ) as error:  # fmt: skip

@@ -158,7 +158,7 @@ def test_weights_of_another_kind_are_refused(folder: Path) -> None:
 
 
 def test_a_panic_of_a_library_is_refused(folder: Path) -> None:
-    class PanicException(BaseException):  # noqa: N818 - as pyo3 names it
+    class PanicException(BaseException):
         """What libraries in Rust raise."""
 
     class Panicking:

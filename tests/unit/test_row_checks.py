@@ -2,6 +2,7 @@
 
 import json
 import logging
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,18 @@ def test_text_in_parquet_that_is_not_utf8(tmp_path: Path) -> None:
         PromptSource(str(path)).load()
     prompts = PromptSource(str(path), on_bad_row="skip").load()
     assert [prompt.messages[0]["content"] for prompt in prompts] == ["1", "3"]
+
+
+def test_damaged_offsets_in_a_folder(tmp_path: Path) -> None:
+    """They would read memory of others, or end the process."""
+    datasets.Dataset.from_list([{"prompt": "1"}] * 3).save_to_disk(str(tmp_path / "saved"))
+    file = tmp_path / "saved" / "data-00000-of-00001.arrow"
+    ends = struct.pack("<4i", 0, 1, 2, 3)
+    damaged = file.read_bytes().replace(ends, struct.pack("<4i", 0, 1, 2**30, 3))
+    assert damaged != file.read_bytes()
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"cannot read .*saved"):
+        PromptSource(str(tmp_path / "saved")).load()
 
 
 @pytest.mark.parametrize("file", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
