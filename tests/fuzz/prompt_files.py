@@ -21,7 +21,8 @@ from tests.fuzz.warm import Warm
 
 LINES, PARQUET, FOLDER = "prompts.jsonl", "prompts.parquet", "prompts"
 ROWS: list[dict[str, Any]] = [
-    {"prompt": "12+34=", "answer": "46", "domain": "add-2", "id": "a", "privileged": "it is 46"},
+    {"prompt": "12+34=", "answer": "46", "domain": "add-2", "id": "a", "privileged": "it is 46",
+     "response": "2+4:6,1+3:4;46"},
     {"messages": [{"role": "system", "content": "count."}, {"role": "user", "content": "1+2="}],
      "answer": 3, "privileged": "three", "response": "1+2:3;3"},
     {"messages": [{"role": "user", "content": "5-2="}], "answer": "3", "privileged": "three",
@@ -148,7 +149,6 @@ def write_tables(base: str) -> None:
         for row in ROWS
         if "prompt" in row
     ]
-    rows[0]["response"] = "1+3:4;46"
     parquet.write_table(pa.Table.from_pylist(rows), Path(base, PARQUET))
     Dataset.from_list(rows).save_to_disk(str(Path(base, FOLDER)))
 
