@@ -81,10 +81,15 @@ def _weight_files(folder: Path, role: str) -> Iterator[Path]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             _refuse_pointer(index, role)
-            listed = _read_object(index, role).get("weight_map")
+            content = _read_object(index, role)
+            listed = content.get("weight_map")
             if not isinstance(listed, Mapping) or not listed:
                 raise _error(index, role, "has no weight_map")
-            for shard in sorted(set(map(str, listed.values()))):
+            if not isinstance(content.get("metadata", {}), Mapping):
+                raise _error(index, role, "has metadata that are no object")
+            if names := [name for name in listed.values() if not isinstance(name, str)]:
+                raise _error(index, role, f"names {str(names[0])[:40]!r}, which is no file")
+            for shard in sorted({*listed.values()}):
                 if not (folder / shard).is_file():
                     raise _error(index, role, f"names {shard!r}, which is not there")
                 yield folder / shard

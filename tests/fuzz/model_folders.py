@@ -111,7 +111,7 @@ def _alike(old: Any, new: Any) -> bool:
     if isinstance(old, int | float):
         if not isinstance(new, int | float) or new != new or new in (float("inf"), -float("inf")):
             return False
-        return isinstance(old, float) or float(new).is_integer()
+        return isinstance(old, float) or new == int(new)
     return type(old) is type(new)
 
 

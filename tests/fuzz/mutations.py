@@ -61,7 +61,7 @@ def one(random: Random, old: Any) -> Any:
     if draw < 0.75:
         return random.choice(OTHERS)
     if draw < 0.78:
-        return nested(random.choice((5, 99, 150, 1000)), random.random() < 0.5)
+        return nested(random.choice((5, 99, 120)), random.random() < 0.5)
     return random.choice((*NUMBERS, *TEXTS))
 
 
@@ -124,8 +124,14 @@ def edited(tree: Any, path: Path, edit: Callable[[Any], Any]) -> Any:
 
 
 def put(tree: Any, path: Path, value: Any) -> Any:
-    """Return a copy of the tree with a value at the path."""
-    return edited(tree, path, lambda _: value)
+    """Return a copy of the tree with a value at the path, whose last key may be new."""
+
+    def with_value(holder: Any) -> Any:
+        copy = dict(holder) if isinstance(holder, Mapping) else list(holder)
+        copy[path[-1]] = value
+        return copy
+
+    return edited(tree, path[:-1], with_value)
 
 
 def without(tree: Any, path: Path) -> Any:

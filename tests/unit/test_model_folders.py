@@ -51,7 +51,7 @@ def cut(folder: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
 
 
-def index(folder: Path, **shards: str) -> None:
+def index(folder: Path, **shards: Any) -> None:
     (folder / WEIGHTS).unlink()
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": shards}))
 
@@ -84,6 +84,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights are a pointer": (write(WEIGHTS, POINTER), WEIGHTS),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "got no weights"),
     "index names a missing shard": (lambda f: index(f, a="model-00001-of-2.safetensors"), "-of-2"),
+    "index names a number": (lambda f: index(f, a=1), "names '1', which is no file"),
+    "index with other metadata": (
+        lambda f: (
+            index(f, a="b.safetensors"),
+            change(f, f"{WEIGHTS}.index.json", metadata="x"),
+        ),
+        "metadata",
+    ),
     "index is empty": (lambda f: index(f), "index.json"),
     "cut archive": (lambda f: pickled(f, b"PK\3\4" + bytes(50)), "pytorch_model.bin"),
     "empty archive": (lambda f: pickled(f, b""), "pytorch_model.bin"),
