@@ -121,7 +121,7 @@ def _check_files(source: ModelSource) -> Tensors:
     _check_kind(source)
     stored = check_weights(source.folder, source.role) if source.folder else {}
     layers = getattr(source.config.get_text_config(), "num_hidden_layers", 0)
-    if stored and layers > len(stored):  # building that many might not end
+    if stored and layers > len(stored):  # building that many may take minutes
         raise UserError(
             f"{source.role} {source.path!r}: its weights do not fit config.json: num_hidden_layers "
             f"is {layers}, and the folder holds {len(stored)} tensors; get the file again"

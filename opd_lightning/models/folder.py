@@ -21,6 +21,7 @@ TOKENIZER = (
 )
 _TEXTS = ("chat_template.jinja", "merges.txt", "tokenizer.model", "spiece.model")
 _LFS = b"version https://git-lfs.github.com/spec/"
+_MOST_LAYERS = 10_000
 _MAX_HEADER = 100_000_000  # bytes; safetensors refuses larger ones
 _MAX_JSON = 2**28  # bytes of a JSON file; large tokenizers have 2**25
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"  # in transformers' order
@@ -49,8 +50,13 @@ def check_texts(folder: Path, names: tuple[str, ...], role: str) -> None:
         if (folder / name).is_file():
             _refuse_pointer(folder / name, role)
     for name in names:
-        if (folder / name).is_file():
-            _read_object(folder / name, role)
+        if not (folder / name).is_file():
+            continue
+        content = _read_object(folder / name, role)
+        for key, value in content.items() if name == CONFIGURATION[0] else ():
+            # transformers makes a list of them when it reads the configuration.
+            if "layers" in key and isinstance(value, int) and value > _MOST_LAYERS:
+                raise _error(folder / name, role, f"says {key} is {str(value)[:20]}")
 
 
 def check_weights(folder: Path, role: str) -> Tensors:

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 def check_usable(source: ModelSource) -> None:
     """Check that a model can be loaded and its tokenizer has an EOS token and a chat template."""
-    _ = source.config
+    _ = source.context_length
     tokenizer = source.tokenizer
     if tokenizer.eos_token_id is None:
         raise UserError(

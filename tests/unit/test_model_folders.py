@@ -106,8 +106,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "max_position_embeddings",
     ),
     "more layers than tensors": (
+        lambda f: change(f, "config.json", num_hidden_layers=9999, layer_types=None),
+        "num_hidden_layers is 9999, and the folder holds",
+    ),
+    "more layers than can be listed": (
         lambda f: change(f, "config.json", num_hidden_layers=10**9, layer_types=None),
-        "num_hidden_layers",
+        "says num_hidden_layers is 1000000000",
     ),
     "generation settings that are none": (
         lambda f: change(f, "generation_config.json", max_new_tokens=-1),
