@@ -14,6 +14,8 @@ from threading import Lock, Timer, current_thread, get_ident, main_thread
 from types import FrameType
 from typing import TypeVar
 
+from opd_lightning.errors import is_panic, reason_of
+
 TIME_LIMIT = 20.0  # seconds of a call; a template may loop for years
 MEMORY_LIMIT = 2**31  # bytes that a call may allocate; a template may ask for as many as it likes
 
@@ -38,6 +40,7 @@ def bounded(function: Callable[[], Result], *, memory: bool = True) -> Result:
     Raises:
         TimeoutError: It takes more time.
         MemoryError: It needs more memory.
+        RuntimeError: A library written in Rust gave up.
     """
     is_main = current_thread() is main_thread()
     try:
@@ -51,6 +54,10 @@ def bounded(function: Callable[[], Result], *, memory: bool = True) -> Result:
     except MemoryError as error:
         size = MEMORY_LIMIT / 2**30
         raise MemoryError(f"it needs more than {size:g} GiB of memory") from error
+    except BaseException as error:
+        if is_panic(error):
+            raise RuntimeError(reason_of(error)) from error
+        raise
 
 
 class _Late(BaseException):

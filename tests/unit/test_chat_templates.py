@@ -113,3 +113,16 @@ def test_a_text_that_is_too_long_to_encode_is_refused(
     monkeypatch.setattr(chat, "MAX_CHARACTERS", 100)
     with pytest.raises(UserError, match="101 characters"):
         render(PROMPT, tokenizer, {})
+
+
+def test_a_library_that_panics_is_an_error_like_others() -> None:
+    class PanicException(BaseException):
+        pass
+
+    def panics() -> None:
+        raise PanicException("index out of bounds")
+
+    with pytest.raises(RuntimeError, match="index out of bounds"):
+        bounded.bounded(panics)
+    with pytest.raises(KeyboardInterrupt):
+        bounded.bounded(lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
