@@ -293,8 +293,6 @@ def serve(control: socket.socket) -> dict[str, Any] | None:
     Returns None when nobody asks any more.
     """
     gc.collect()
-    gc.freeze()  # or every collection below would pass over all that is loaded
-    _read_signatures()
     gc.freeze()  # a child's collections do not copy what it shares
     if len(threads := sorted(_threads())) > 1:
         raise RuntimeError(f"cannot fork: threads {threads}")
@@ -413,6 +411,8 @@ def _main() -> None:
     for name in PRELOADED:
         import_module(name)
     with socket.socket(fileno=int(sys.argv[2])) as control:
+        gc.freeze()  # or every collection below would pass over all that is loaded
+        _read_signatures()
         request = serve(control)
     if request is not None:
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
