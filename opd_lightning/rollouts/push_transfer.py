@@ -7,6 +7,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from opd_lightning.errors import PushLostError, RunStoppedError, UserError
 from opd_lightning.rollouts.push import Push
+from opd_lightning.serving.answers import field
 from opd_lightning.serving.client import Servers
 from opd_lightning.serving.gloo_group import own_address
 from opd_lightning.serving.transfer_client import LEAVE, STATE, TransferClient, gpu_in_use
@@ -68,7 +70,7 @@ class PushTransfer(Push):
         """
         from vllm import __version__ as own
 
-        theirs = {answer["version"] for answer in servers.get_all("/version")}
+        theirs = set(servers.get_all("/version", partial(field, name="version", kind=str)))
         if theirs != {own}:
             raise UserError(
                 f"engine.push: got vLLM {own} here and {' and '.join(sorted(theirs))} at the "
@@ -122,8 +124,8 @@ class PushTransfer(Push):
             log.warning("a server is a new one; forming the transfer group again")
         self.close()
         self._servers.post_all("/collective_rpc", LEAVE)
-        answers = self._servers.get_all("/get_world_size")
-        sizes = [answer["world_size"] for answer in answers]
+        size = partial(field, name="world_size", kind=int)
+        sizes = self._servers.get_all("/get_world_size", size)
         self._group = secrets.token_hex(8)
         more = {
             "transport": self._transport,
@@ -186,7 +188,11 @@ class PushTransfer(Push):
 
     def _states(self, servers: Servers) -> list[list[tuple[str | None, str | None]]]:
         """Return the group and the GPU of every worker of every server."""
-        return [answer["results"] for answer in servers.post_all("/collective_rpc", STATE)]
+        return servers.post_all("/collective_rpc", STATE, _states)
+
+
+def _states(answer: Any) -> list[tuple[str | None, str | None]]:
+    return [(group, gpu) for group, gpu in field(answer, "results", list)]
 
 
 def _run_into(work: Callable[[], Any], done: Future[Any], device: torch.device) -> None:

@@ -24,11 +24,13 @@ from opd_lightning.rollouts.push import Push
 from opd_lightning.rollouts.push_folder import PushFolder
 from opd_lightning.rollouts.push_transfer import PushTransfer
 from opd_lightning.serving.addresses import is_every_interface
+from opd_lightning.serving.answers import field, number, of_kind, shown
 from opd_lightning.serving.architectures import check_architecture
 from opd_lightning.serving.client import Servers
+from opd_lightning.serving.generation import PATH, Response, read_response
 from opd_lightning.serving.served_model import ServedModel
 from opd_lightning.terminal.progress import Progress
-from opd_lightning.types import Completion, StopReason
+from opd_lightning.types import Completion
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +98,7 @@ class VLLMServerEngine(Engine):
                 f"{max_length}; start them with --max_length {max_length}"
             )
         self._model = served.name
-        versions = {answer["version"] for answer in self.servers.get_all("/version")}
+        versions = set(self.servers.get_all("/version", partial(field, name="version", kind=str)))
         if len(versions) > 1:
             raise UserError(f"engine.servers: got vLLM {sorted(versions)}, expected one version")
         if method is not None:
@@ -107,6 +109,7 @@ class VLLMServerEngine(Engine):
         """Connect to the servers and check them again: they may have changed."""
         self.check(source, max_length=max_length)
         self._eos_ids = list(source.eos_ids)
+        self._vocabulary = int(source.config.get_text_config().vocab_size)
         self._max_length = max_length
         if (method := self._push_method) is not None:
             self._format = FolderFormat.of(source, self.weights_dtype)
@@ -156,18 +159,13 @@ class VLLMServerEngine(Engine):
             for request in requests
         ]
         with Progress("generate", len(bodies), "response", within=True) as bar:
-            return self._ask(bodies, bar)
+            return self._ask(bodies, bar, sampling.max_new_tokens)
 
     def weight_sums(self) -> list[EngineSum]:
         """Return the sums of all servers' parameters, except servers with tensor parallelism."""
         body = {"method": "pushed_sums", "args": [list(self._format.tensors)]}
-        answers = self.servers.post_all("/collective_rpc", body)
-        return self._format.in_model(
-            EngineSum(tuple(names), dtype, WeightSum(*value))
-            for answer in answers
-            if len(answer["results"]) == 1
-            for names, dtype, value in answer["results"][0]
-        )
+        answers = self.servers.post_all("/collective_rpc", body, _sums)
+        return self._format.in_model(one for sums in answers for one in sums)
 
     def sleep(self) -> None:
         """Free the servers' weights and KV caches until `wake`. Does nothing on the CPU."""
@@ -210,8 +208,9 @@ class VLLMServerEngine(Engine):
             method.send(label, weights)
         finally:
             drain(weights)
-        for answer in self.servers.post_all("/reset_prefix_cache"):
-            if not answer["success"]:
+        success = partial(field, name="success", kind=bool)
+        for reset in self.servers.post_all("/reset_prefix_cache", read=success):
+            if not reset:
                 raise EngineMismatchError(
                     "a server kept its prefix cache from before the push, since others were asking "
                     "it; give each run servers of its own"
@@ -222,7 +221,8 @@ class VLLMServerEngine(Engine):
 
     def _read_labels(self) -> list[str]:
         try:
-            return [answer["weight_version"] for answer in self.servers.get_all("/weight_info")]
+            label = partial(field, name="weight_version", kind=str)
+            return self.servers.get_all("/weight_info", label)
         except UserError as error:
             raise UserError(f"{error}; does the server take pushes (--weights pushed)?") from error
 
@@ -231,29 +231,52 @@ class VLLMServerEngine(Engine):
         self.servers.post_all("/sleep?level=2")
         return FIRST_WEIGHTS  # no server has this label before the next push
 
-    def _ask(self, bodies: list[dict[str, Any]], bar: Progress) -> list[Completion]:
-        def read(answer: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, bodies: list[dict[str, Any]], bar: Progress, most: int) -> list[Completion]:
+        def read(answer: Any) -> Response:
             bar.update()
-            return answer["choices"][0]
+            return read_response(
+                answer, most=most, vocabulary=self._vocabulary, eos_ids=self._eos_ids
+            )
 
-        futures = self.servers.submit("/inference/v1/generate", bodies, [read] * len(bodies))
+        futures = self.servers.submit(PATH, bodies, [read] * len(bodies))
         try:
-            return [self._to_completion(future.result()) for future in futures]
+            return [self._of_these_weights(future.result()) for future in futures]
         finally:
             for future in futures:
                 future.cancel()  # if one has failed, the others
 
-    def _to_completion(self, choice: dict[str, Any]) -> Completion:
-        for span in choice["weight_versions"]:
-            _check_label(span["version"], self._label)
-        stop_reason = StopReason.EOS if choice["finish_reason"] == "stop" else StopReason.LENGTH
-        logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
-        return Completion(choice["token_ids"], logprobs, stop_reason)
+    def _of_these_weights(self, response: Response) -> Completion:
+        for label in response.labels:
+            _check_label(label, self._label)
+        return response.completion
+
+
+def _sums(answer: Any) -> list[EngineSum]:
+    """Return the sums of a server's parameters; none of a server with several workers."""
+    results = field(answer, "results", list)
+    if len(results) != 1:
+        return []
+    sums = []
+    for one in of_kind(results[0], "results", list):
+        names, dtype, value = _parts(one)
+        named = tuple(of_kind(name, "results", str) for name in _parts(names, None))
+        total, norm, elements = _parts(value)
+        numbers = number(total, "results"), number(norm, "results")
+        whole = of_kind(elements, "results", int)
+        sums.append(EngineSum(named, of_kind(dtype, "results", str), WeightSum(*numbers, whole)))
+    return sums
+
+
+def _parts(value: Any, count: int | None = 3) -> list[Any]:
+    parts = of_kind(value, "results", list)
+    if count is not None and len(parts) != count:
+        raise ValueError(f"results: got {shown(parts)}, expected a list of {count}")
+    return parts
 
 
 def _check_label(found: str, expected: str) -> None:
     if found != expected:
         raise EngineMismatchError(
-            f"a server has weights {found!r}, expected {expected!r}: it was started again, or "
+            f"a server has weights {shown(found)}, expected {expected!r}: it was started again, or "
             "another run pushes to it; give each run servers of its own, then resume it"
         )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from opd_lightning.errors import ServerAwayError, UserError
+from opd_lightning.errors import ServerAwayError, UserError, reason_of
 from opd_lightning.serving.connection import KEY_VARIABLE
 
 log = logging.getLogger(__name__)
@@ -53,8 +53,13 @@ def checked_address(server: str) -> str:
                 "path of an address file"
             )
         return server
-    parts = urlsplit(server)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(server)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
+        is_address &= parts.port != 0  # ValueError if it is no number, or above 65535
+    except ValueError:
+        is_address = False
+    if not is_address:
         raise UserError(f"servers: got {server!r}, expected an address like http://127.0.0.1:8000")
     if parts.username or parts.password or parts.query:  # would be logged
         raise UserError(
@@ -85,8 +90,8 @@ def address_file(server: str) -> Path | None:
 def read_address(file: Path) -> str | None:
     """Return the current address in `file`; None if there is no valid one."""
     try:
-        return checked_address(file.read_text().strip())
-    except (OSError, UserError):  # its server has ended, or another program writes there
+        return _address_in(file)
+    except (OSError, ValueError):  # its server has ended, or another program writes there
         return None
 
 
@@ -100,4 +105,21 @@ def _wait_for(file: Path, until: float, patience: float) -> str:
                 "(`opd serve --address_file`) and see its log"
             )
         time.sleep(POLL_SECONDS)
-    return checked_address(file.read_text().strip())
+    try:
+        return _address_in(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"address file {str(file)!r}: cannot be read ({reason_of(error)}); name the file that "
+            "`opd serve --address_file` writes"
+        ) from error
+
+
+def _address_in(file: Path) -> str:
+    """Return the address in a file; raise UserError for another path."""
+    text = file.read_text().strip()
+    if "://" not in text:
+        raise UserError(
+            f"address file {str(file)!r}: got {text[:80]!r}, expected an address like "
+            "http://127.0.0.1:8000"
+        )
+    return checked_address(text)

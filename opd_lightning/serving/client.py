@@ -77,8 +77,9 @@ class Servers:
     ) -> list[Future[Any]]:
         """POST each body to one of the servers; return futures in the order of the bodies.
 
-        `readers` reduce the answers as they arrive. The futures raise `UserError` or
-        `ServerAwayError`. Cancelling a future aborts its request at the server.
+        `readers` check and reduce the answers as they arrive; whatever they raise means that the
+        answer is not one to the request. The futures raise `UserError` or `ServerAwayError`.
+        Cancelling a future aborts its request at the server.
         """
         servers = self._open()
         reads = readers or [Job.read] * len(bodies)
@@ -87,18 +88,23 @@ class Servers:
         ]
         return self._submit(jobs)
 
-    def post_all(self, path: str, body: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """POST to each server and return all answers."""
-        return self._each("POST", path, body)
+    def post_all(
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        read: Callable[[Any], Any] = Job.read,
+    ) -> list[Any]:
+        """POST to each server and return all answers, each as `read` returns it."""
+        return self._each("POST", path, body, read)
 
     def submit_each(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[Future[Any]]:
         """POST one body to each server without retries, for requests that are not idempotent."""
         servers = zip(self._open(), bodies, strict=True)
         return self._submit([Job("POST", path, body, [s], attempts=1) for s, body in servers])
 
-    def get_all(self, path: str) -> list[dict[str, Any]]:
-        """GET from each server and return all answers."""
-        return self._each("GET", path, None)
+    def get_all(self, path: str, read: Callable[[Any], Any] = Job.read) -> list[Any]:
+        """GET from each server and return all answers, each as `read` returns it."""
+        return self._each("GET", path, None, read)
 
     @property
     def urls(self) -> list[str]:
@@ -128,8 +134,10 @@ class Servers:
                 threading.Thread(target=_run, args=(self._loop,), daemon=True).start()
             return self._servers
 
-    def _each(self, method: str, path: str, body: dict[str, Any] | None) -> list[dict[str, Any]]:
-        jobs = [Job(method, path, body, [server]) for server in self._open()]
+    def _each(
+        self, method: str, path: str, body: dict[str, Any] | None, read: Callable[[Any], Any]
+    ) -> list[Any]:
+        jobs = [Job(method, path, body, [server], read) for server in self._open()]
         return [future.result() for future in self._submit(jobs)]
 
     def _submit(self, jobs: Sequence[Job]) -> list[Future[Any]]:
@@ -168,7 +176,8 @@ class Servers:
         try:
             if server.lost_since is not None:
                 await _refresh_address(server)
-            answer = job.read(await server.connection.request(job.method, job.path, job.body))
+            told = await server.connection.request(job.method, job.path, job.body)
+            answer = job.read_from(server.connection.url, told)
         except LostError as fault:
             self._handle_failure(fault, job, server)
         except UserError as error:

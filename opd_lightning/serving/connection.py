@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ BUSY = (429, 503)  # the server is reachable, but overloaded
 IN_FLIGHT = 256  # concurrent requests per server; vLLM's default max_num_seqs
 FIRST_PAUSE = 0.25  # seconds before a lost server is tried again
 CONNECT_SECONDS = 10.0
+ANSWER_BYTES = 2**30  # of one answer, decompressed
 KEPT_SECONDS = 2.0  # keep-alive of idle connections; servers close theirs after 5
 
 
@@ -37,7 +40,9 @@ class Connection:
     def __init__(self, url: str, key: str | None, timeout: float) -> None:
         self.url = url
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self._timeout = httpx.Timeout(timeout, connect=CONNECT_SECONDS)
+        self._seconds = timeout
+        # Of connecting alone: httpx starts others again at every byte that arrives.
+        self._timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
         self._ssl = httpx.create_ssl_context(trust_env=False)
         self._idle: list[httpx.AsyncClient] = []
 
@@ -68,30 +73,36 @@ class Connection:
         self, client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None
     ) -> Any:
         try:
-            response = await client.request(method, self.url + path, json=body)
+            async with asyncio.timeout(self._seconds):
+                status, content = await _exchange(client, method, self.url + path, body)
         except httpx.ConnectError as error:
             raise LostError("could not be reached", reached=False) from error
-        except httpx.TimeoutException as error:
+        except (httpx.TimeoutException, TimeoutError) as error:
             reached = not isinstance(error, httpx.ConnectTimeout)
             raise LostError("took too long to answer", reached=reached) from error
+        except httpx.DecodingError as error:
+            raise LostError("sent a body that cannot be decompressed", reached=True) from error
         except httpx.TransportError as error:
             raise LostError("broke the connection", reached=True) from error
-        status = response.status_code
         if status >= 500 or status in BUSY:
             raise LostError(
-                f"answered {status}: {_error_message(response)}", reached=status not in BUSY
+                f"answered {status}: {_error_message(content)}", reached=status not in BUSY
             )
         if status >= 300:
-            raise UserError(await self._describe_refusal(client, response, path, body or {}))
+            raise UserError(await self._describe_refusal(client, status, content, path, body or {}))
         try:
-            return response.json() if response.content else {}
+            return _decoded(content) if content else {}
         except ValueError as error:
             raise UserError(f"{self.url}{path}: answered no JSON; is it a vLLM server?") from error
 
     async def _describe_refusal(
-        self, client: httpx.AsyncClient, response: httpx.Response, path: str, body: dict[str, Any]
+        self,
+        client: httpx.AsyncClient,
+        status: int,
+        content: bytes,
+        path: str,
+        body: dict[str, Any],
     ) -> str:
-        status = response.status_code
         if status == 401:
             return (
                 f"{self.url}: answered 401, so the key is missing or wrong; give the server's "
@@ -99,7 +110,7 @@ class Connection:
             )
         if status == 404 and "model" in body and (served := await _served(client, self.url)):
             return f"{self.url}: got model {body['model']!r} to ask, but it serves {served}"
-        return f"{self.url}{path}: answered {status}: {_error_message(response)}"
+        return f"{self.url}{path}: answered {status}: {_error_message(content)}"
 
 
 class Server:
@@ -125,13 +136,36 @@ class Server:
         return self.in_flight < IN_FLIGHT
 
 
+async def _exchange(
+    client: httpx.AsyncClient, method: str, url: str, body: dict[str, Any] | None
+) -> tuple[int, bytes]:
+    """Send a request; return the status and the body of the answer."""
+    content = bytearray()
+    async with client.stream(method, url, json=body) as response:
+        async for part in response.aiter_bytes():
+            content += part
+            if len(content) > ANSWER_BYTES:
+                raise UserError(
+                    f"{url}: its answer has more than {ANSWER_BYTES} bytes; is it a vLLM server?"
+                )
+    return response.status_code, bytes(content)
+
+
 async def _served(client: httpx.AsyncClient, url: str) -> str:
     """Return the names of the server's models; empty if they cannot be read."""
     try:
-        listed = (await client.get(f"{url}/v1/models")).json()["data"]
-        return " and ".join(repr(model["id"]) for model in listed)
+        _, content = await _exchange(client, "GET", f"{url}/v1/models", None)
+        return " and ".join(repr(model["id"]) for model in _decoded(content)["data"])
     except (httpx.HTTPError, ValueError, LookupError, TypeError):
         return ""
+
+
+def _decoded(content: bytes) -> Any:
+    """Decode JSON; raise ValueError for anything else, and for what is too deep to decode."""
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def read_key(key_file: str | None) -> str | None:
@@ -151,12 +185,12 @@ def read_key(key_file: str | None) -> str | None:
     return key
 
 
-def _error_message(response: httpx.Response) -> str:
+def _error_message(content: bytes) -> str:
     """Return the server's error message in one line."""
     try:
-        message = response.json()
+        message = _decoded(content)
         for name in ("error", "detail", "message"):
             message = message.get(name, message) if isinstance(message, dict) else message
     except ValueError:
-        message = response.text
-    return " ".join(str(message).split())[:300] or response.reason_phrase
+        message = content.decode(errors="replace")
+    return " ".join(str(message).split())[:300] or "no reason given"

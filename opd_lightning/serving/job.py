@@ -10,7 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from opd_lightning.serving.connection import Server
+from opd_lightning.errors import RunStoppedError, UserError, reason_of
+from opd_lightning.serving.connection import LostError, Server
 
 FAULTS = 5  # failures of one request that reached a server, before the request itself fails
 
@@ -28,6 +29,23 @@ class Job:
     future: Future[Any] = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
     faults: int = 0
+
+    def read_from(self, url: str, answer: Any) -> Any:
+        """Return what the reader makes of an answer of the server at `url`.
+
+        Raises:
+            UserError: If the answer is not one to this request.
+            LostError: If the request must be repeated.
+        """
+        try:
+            return self.read(answer)
+        except (LostError, UserError, RunStoppedError):
+            raise
+        except Exception as error:  # of any type: an answer may hold anything
+            raise UserError(
+                f"{url}{self.path}: its answer does not fit the request: {reason_of(error)}; is it "
+                "a server of `opd serve`, and of this version?"
+            ) from error
 
     def resolve(self, outcome: Any) -> None:
         """Set the future's result, or its exception if `outcome` is one."""

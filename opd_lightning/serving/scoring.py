@@ -19,9 +19,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from opd_lightning.serving.answers import (
+    ROUNDING,
+    field,
+    logprobs,
+    number,
+    of_kind,
+    shown,
+    token_ids,
+)
 from opd_lightning.serving.connection import LostError
 
-PATH = "/inference/v1/generate"
 WHOLE_VOCABULARY = 1024  # tokens; a larger one is not sent by rank
 
 
@@ -51,6 +59,7 @@ class ScoreRequest:
         top_k: Number of top tokens returned at each position.
         given_ids: Further ids `[n, K]` whose log-probs are returned; None for none.
         by_id: Whether the server supports requests by id.
+        vocabulary: Number of token ids.
     """
 
     token_ids: list[int]
@@ -58,6 +67,7 @@ class ScoreRequest:
     top_k: int
     given_ids: np.ndarray | None
     by_id: bool
+    vocabulary: int
 
     def body(self, model: str) -> dict[str, Any]:
         """Return the request body. A server must generate at least one token; it is ignored."""
@@ -73,24 +83,44 @@ class ScoreRequest:
             parameters["prompt_logprobs"] = self.top_k
         return {"model": model, "token_ids": self.token_ids, "sampling_params": parameters}
 
-    def read(self, answer: dict[str, Any]) -> Answer:
-        """Return the arrays of an answer; raise `LostError` if the request must be repeated."""
+    def read(self, answer: Any) -> Answer:
+        """Return the arrays of an answer.
+
+        Raises:
+            LostError: If the request must be repeated.
+            ValueError: If the answer is not one to this request.
+        """
         count = len(self.token_ids) - self.start
         top_ids = np.zeros((count, self.top_k), dtype=np.int64)
-        top_logprobs = np.zeros((count, self.top_k), dtype=np.float32)
-        ranked = [_Position(entry) for entry in (answer["prompt_logprobs"] or [])[self.start :]]
+        top = np.zeros((count, self.top_k), dtype=np.float32)
+        ranked = self._ranked(answer) if self.top_k or not self._has_matrix() else []
         if self.top_k:
             for i, position in enumerate(ranked):
-                top_ids[i], top_logprobs[i] = position.top(self.top_k)
+                top_ids[i], top[i] = position.top(self.top_k, self.vocabulary)
+            _check_order(top)
         if self._has_matrix():
-            matrix = _matrix(answer["prompt_token_id_logprobs"], count)
-            return Answer(matrix[:, 0], top_ids, top_logprobs, matrix[:, 1:])
+            width = 1 + (0 if self.given_ids is None else self.given_ids.shape[1])
+            matrix = _matrix(_text_or_none(answer, "prompt_token_id_logprobs"), (count, width))
+            return Answer(matrix[:, 0], top_ids, top, matrix[:, 1:])
         own = [position.of(t) for position, t in zip(ranked, self._own(), strict=True)]
         given = np.zeros((count, 0), dtype=np.float32)
         if self.given_ids is not None:
             rows = zip(ranked, self.given_ids.tolist(), strict=True)
             given = np.array([[position.of(t) for t in ids] for position, ids in rows], np.float32)
-        return Answer(np.array(own, np.float32), top_ids, top_logprobs, given)
+            given = given.reshape(self.given_ids.shape)
+        return Answer(
+            logprobs(own, "prompt_logprobs"), top_ids, top, logprobs(given, "prompt_logprobs")
+        )
+
+    def _ranked(self, answer: Any) -> list[_Position]:
+        """Return the positions of the scored tokens."""
+        told = field(answer, "prompt_logprobs", list)
+        if len(told) != len(self.token_ids):
+            raise ValueError(
+                f"prompt_logprobs: got {shown(told)}, expected {len(self.token_ids)}, one for "
+                "each token"
+            )
+        return [_Position(of_kind(one, "prompt_logprobs", dict)) for one in told[self.start :]]
 
     def _own(self) -> list[int]:
         return self.token_ids[self.start :]
@@ -105,18 +135,40 @@ class _Position(NamedTuple):
     entries: dict[str, dict[str, Any]]
 
     def of(self, token: int) -> float:
-        return float(self.entries[str(token)]["logprob"])
+        entry = field(self.entries, str(token), dict)
+        return number(entry.get("logprob"), f"logprob of token {token}")
 
-    def top(self, k: int) -> tuple[list[int], list[float]]:
+    def top(self, k: int, vocabulary: int) -> tuple[list[int], list[float]]:
         """Return ids and log-probs of the top k tokens, most probable first."""
-        best = sorted(self.entries.items(), key=lambda item: item[1]["rank"])[:k]
-        return [int(token) for token, _ in best], [entry["logprob"] for _, entry in best]
+        best = sorted(self.entries, key=lambda token: field(self.entries[token], "rank", int))[:k]
+        ids = token_ids((int(token) for token in best), "prompt_logprobs", vocabulary)
+        if len(set(ids)) != k:
+            raise ValueError(f"prompt_logprobs: got {len(set(ids))} tokens, expected {k}")
+        return ids, [self.of(token) for token in ids]
 
 
-def _matrix(encoded: str | None, rows: int) -> np.ndarray:
+def _text_or_none(answer: Any, name: str) -> str | None:
+    """Return a text, or None where it is null or missing."""
+    told = of_kind(answer, "the answer", dict).get(name)
+    return None if told is None else of_kind(told, name, str)
+
+
+def _check_order(top: np.ndarray) -> None:
+    """Raise ValueError unless log-probs `[n, k]` are in order, and none above 0."""
+    logprobs(top, "prompt_logprobs")
+    if (top[:, 1:] > top[:, :-1] + ROUNDING).any():
+        raise ValueError("prompt_logprobs: got ranks in another order than that of the log-probs")
+
+
+def _matrix(encoded: str | None, shape: tuple[int, int]) -> np.ndarray:
     """Decode a float32 matrix, sent as an npy file in base64."""
     if encoded is None:  # vLLM drops it if it preempted the request for lack of cache
         raise LostError("told no log-probs of the ids that it was asked about", reached=True)
-    matrix = np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
-    assert len(matrix) == rows, matrix.shape
-    return np.asarray(matrix, dtype=np.float32)
+    data = base64.b64decode(encoded, validate=True)
+    matrix = np.load(io.BytesIO(data), allow_pickle=False)
+    if matrix.shape != shape or matrix.dtype.kind != "f":
+        raise ValueError(
+            f"prompt_token_id_logprobs: got {matrix.dtype} of shape {list(matrix.shape)}, expected "
+            f"float32 of shape {list(shape)}"
+        )
+    return logprobs(matrix, "prompt_token_id_logprobs")

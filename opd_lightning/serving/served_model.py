@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 from opd_lightning.errors import UserError
 from opd_lightning.models.identity import model_identity
 from opd_lightning.models.source import ModelSource
+from opd_lightning.serving.answers import field, of_kind
 from opd_lightning.serving.client import Servers
 
 
@@ -65,14 +67,24 @@ class ServedModel(ModelSource):
     def room(self) -> int:
         """Context length of all servers. Waits for them; raises UserError for another model."""
         rooms = []
-        answers = self.servers.get_all("/v1/models")
-        for url, answer in zip(self.servers.urls, answers, strict=True):
-            served = {model["id"]: model for model in answer["data"]}
+        answers = self.servers.get_all("/v1/models", _rooms)
+        for url, served in zip(self.servers.urls, answers, strict=True):
             if self.name not in served:
                 raise UserError(
                     f"{self.role}: {url} serves {' and '.join(served) or 'nothing'}, expected "
                     f"{self.name} ({self.path!r}); start it with that model, or give the folder "
                     "of the model that it serves"
                 )
-            rooms.append(int(served[self.name].get("max_model_len") or super().context_length))
+            rooms.append(served[self.name] or super().context_length)
         return min(rooms)
+
+
+def _rooms(answer: Any) -> dict[str, int | None]:
+    """Return the context length of each model by name; None where a server does not say it."""
+    rooms: dict[str, int | None] = {}
+    for model in field(answer, "data", list):
+        room = of_kind(model, "data", dict).get("max_model_len")
+        if room is not None and of_kind(room, "max_model_len", int) < 1:
+            raise ValueError(f"max_model_len: got {room}, expected at least 1")
+        rooms[field(model, "id", str)] = room
+    return rooms

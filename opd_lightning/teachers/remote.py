@@ -13,7 +13,8 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.models.head import TopLogprobs
 from opd_lightning.serving.client import Servers
-from opd_lightning.serving.scoring import PATH, WHOLE_VOCABULARY, Answer, ScoreRequest, concatenate
+from opd_lightning.serving.generation import PATH
+from opd_lightning.serving.scoring import WHOLE_VOCABULARY, Answer, ScoreRequest, concatenate
 from opd_lightning.serving.served_model import ServedModel
 from opd_lightning.teachers.base import TopKTeacher
 from opd_lightning.types import Prompt, Rollout, RolloutBatch, TokenScores
@@ -83,12 +84,12 @@ class RemoteTeacher(TopKTeacher):
             )
         # Waits for the servers and raises UserError for other models.
         _ = self.source.context_length
-        self._post_all(ScoreRequest([0, 0], 1, top_k=0, given_ids=None, by_id=False))
+        self._post_all(by_id=False)
 
     def load(self, device: torch.device, student: Student) -> None:
         self.release()  # an exception may have left requests of a step
         try:
-            self._post_all(ScoreRequest([0, 0], 1, top_k=0, given_ids=None, by_id=True))
+            self._post_all(by_id=True)
         except UserError:  # vLLM's first model runner
             self._by_id = False
         else:
@@ -154,14 +155,18 @@ class RemoteTeacher(TopKTeacher):
         # A row without this view uses the student's prompt, as in `data/collate.py`.
         prompt = (None if view == "student" else rollout.views[view]) or rollout.prompt_ids
         sequence = [*prompt, *rollout.response_ids[:count]]
-        return ScoreRequest(sequence, len(prompt), self._width(top_k), given_ids, self._by_id)
+        return ScoreRequest(
+            sequence, len(prompt), self._width(top_k), given_ids, self._by_id, self._vocabulary
+        )
 
     def _send(self, requests: Sequence[ScoreRequest]) -> list[Future[Answer]]:
         bodies = [request.body(self.source.name) for request in requests]
         return self.servers.submit(PATH, bodies, [request.read for request in requests])
 
-    def _post_all(self, request: ScoreRequest) -> None:
-        self.servers.post_all(PATH, request.body(self.source.name))
+    def _post_all(self, *, by_id: bool) -> None:
+        """Ask each server once for the log-prob of a token, and check its answer."""
+        request = ScoreRequest([0, 0], 1, 0, None, by_id, self._vocabulary)
+        self.servers.post_all(PATH, request.body(self.source.name), request.read)
 
     def _width(self, top_k: int) -> int:
         return min(top_k, self._vocabulary)

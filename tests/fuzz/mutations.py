@@ -7,6 +7,7 @@ seed. What was done is told in words, for tables and kept cases.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
 from typing import Any, NamedTuple
@@ -49,6 +50,11 @@ class Mutation(NamedTuple):
     what: str
     value: Any = None
 
+    @property
+    def told(self) -> str:
+        """Where, what and to what, in a line."""
+        return f"{'.'.join(map(str, self.path))}: {self.what}: {shown(self.value)}"
+
 
 def one(random: Random, old: Any) -> Any:
     """Return a hostile value in place of an old one."""
@@ -84,6 +90,14 @@ def text(random: Random, old: str) -> str:
     )()
 
 
+def shown(value: Any) -> str:
+    """Return a value in at most 60 characters."""
+    try:
+        return f"{value!r:.60}"
+    except RecursionError:
+        return "nested values"
+
+
 def nested(depth: int, lists: bool = True) -> Any:
     """Return lists in lists, or tables in tables."""
     value: Any = 1
@@ -107,6 +121,15 @@ def places(tree: Any, path: Path = ()) -> Iterator[Path]:
         yield from places(value, (*path, key))
 
 
+def descent(random: Random, tree: Any) -> Path:
+    """Choose the path of a value key by key, so that long lists do not have most of the chances."""
+    path: Path = ()
+    while isinstance(tree, Mapping | list) and len(tree) and (not path or random.random() < 0.8):
+        key = random.choice(list(tree) if isinstance(tree, Mapping) else range(len(tree)))
+        path, tree = (*path, key), tree[key]
+    return path
+
+
 def at(tree: Any, path: Path) -> Any:
     """Return the value at a path."""
     for key in path:
@@ -119,7 +142,8 @@ def edited(tree: Any, path: Path, edit: Callable[[Any], Any]) -> Any:
     if not path:
         return edit(tree)
     copy = dict(tree) if isinstance(tree, Mapping) else list(tree)
-    copy[path[0]] = edited(copy[path[0]], path[1:], edit)
+    old = copy.get(path[0]) if isinstance(copy, dict) else copy[path[0]]  # a new key has no value
+    copy[path[0]] = edited(old, path[1:], edit)
     return copy
 
 
@@ -191,7 +215,12 @@ def changed(random: Random, tree: Any, among: Sequence[Path] | None = None) -> M
 
 def as_json(tree: Any) -> str:
     """Return the tree as JSON; keys marked by `TWICE` repeat another."""
-    return json.dumps(tree).replace(json.dumps(TWICE)[1:-1], "")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + 10_000)  # it may be nested as deeply as that
+    try:
+        return json.dumps(tree).replace(json.dumps(TWICE)[1:-1], "")
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 class _Dumper(yaml.SafeDumper):

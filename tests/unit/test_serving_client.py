@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from opd_lightning.errors import ServerAwayError, UserError
+from opd_lightning.serving import connection
 from opd_lightning.serving.client import Servers
+from tests.fuzz.stand_in import Reply, StandIn, reply
 from tests.http_server import Answer, Server
 
 KEY = "a-secret-key"
@@ -149,6 +151,49 @@ def test_another_model_is_named(start: Start, client: Client) -> None:
         client(start(serves_b)).post_all("/ask", {"model": "a"})
 
 
+@pytest.mark.parametrize("answer", [[], {"m": 1}, {"n": None}, "n", 3])
+def test_an_answer_of_another_form_is_told_in_one_line(
+    start: Start, client: Client, answer: Any
+) -> None:
+    server = start(lambda body: (200, answer))
+    with pytest.raises(UserError, match=rf"{server.url}/ask: its answer does not fit") as refused:
+        client(server).post_all("/ask", read=lambda told: told["n"] + 1)
+    assert "\n" not in str(refused.value)
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        (reply(b"[" * 100_000), "answered no JSON"),
+        (reply(b"[" * 100_000, 400), "answered 400"),
+        (Reply(b"HTTP/1.1 400 No\r\nContent-Type: a; charset=rot13\r\n\r\nno", keep=False), "no"),
+        (Reply(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\nno", keep=False), "decompressed"),
+        (reply({"n": 1}, trickle=0.05), "took too long"),
+        (Reply(b"", keep=False), "broke the connection"),
+    ],
+)
+def test_bytes_that_are_no_answer(client: Client, sent: Reply, told: str) -> None:
+    server = StandIn()
+    server.replies["/ask"] = sent
+    servers = client(f"http://{server.place}", patience=0.2, timeout=0.5)
+    with pytest.raises((UserError, ServerAwayError), match=told) as refused:
+        servers.post_all("/ask")
+    assert server.place in str(refused.value)
+    server.close()
+
+
+def test_an_answer_without_an_end_is_not_kept(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "ANSWER_BYTES", 1000)
+    server = StandIn()
+    server.replies["/ask"] = reply({"n": "x" * 1000})
+    with pytest.raises(UserError, match="more than 1000 bytes"):
+        client(f"http://{server.place}").post_all("/ask")
+    server.close()
+
+
 def test_the_key_is_sent_and_never_shown(
     start: Start, client: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -192,7 +237,17 @@ def test_bad_key_files(
 
 
 @pytest.mark.parametrize(
-    "url", ["127.0.0.1:8000", "ftp://x", f"http://me:{KEY}@x:1", "http://x?k=1"]
+    "url",
+    [
+        "127.0.0.1:8000",
+        "ftp://x",
+        f"http://me:{KEY}@x:1",
+        "http://x?k=1",
+        "http://x:99999",
+        "http://x:port",
+        "http://[::1",
+        "http://",
+    ],
 )
 def test_bad_addresses(url: str) -> None:
     with pytest.raises(UserError, match="address") as caught:
