@@ -27,7 +27,7 @@ BODY_BYTES = 2**27  # of one request; vLLM holds a body several times while it p
 
 
 class KeyMiddleware:
-    """ASGI middleware for vLLM's `--middleware`, which takes its import path.
+    """ASGI middleware that asks every request for the key.
 
     vLLM's own `--api-key` leaves the development routes open, through which any client could
     replace the weights or call methods of the workers. A request without the key ends its
@@ -50,11 +50,11 @@ class KeyMiddleware:
             if kind == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
             else:
-                await _refuse(send, 401)
+                await refuse(send, 401)
         elif kind == "http" and b"transfer-encoding" in (names := _named(scope)):
-            await _refuse(send, 411, "give the body's Content-Length")
+            await refuse(send, 411, "give the body's Content-Length")
         elif kind == "http" and int(names.get(b"content-length", b"0")) > BODY_BYTES:
-            await _refuse(send, 413, f"the body is larger than {BODY_BYTES} bytes")
+            await refuse(send, 413, f"the body is larger than {BODY_BYTES} bytes")
         else:
             await self._app(scope, receive, send)
 
@@ -81,7 +81,8 @@ def _ending(send: Send) -> Send:
     return wrapped
 
 
-async def _refuse(send: Send, status: int, reason: str = "") -> None:
+async def refuse(send: Send, status: int, reason: str = "") -> None:
+    """Answer a request with a status and a reason in one line, and end the connection."""
     body = json.dumps({"error": reason}).encode() if reason else b""
     headers = [(b"connection", b"close"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})

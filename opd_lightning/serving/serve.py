@@ -12,8 +12,11 @@ from jsonargparse import ArgumentParser, auto_cli
 from opd_lightning.errors import UserError
 from opd_lightning.models.identity import model_identity
 from opd_lightning.models.source import ModelSource
+from opd_lightning.serving.accepted import LIMITS
 from opd_lightning.serving.architectures import check_architecture
-from opd_lightning.serving.authentication import KEY_FILE_VARIABLE, KeyMiddleware, make_key_file
+from opd_lightning.serving.authentication import KEY_FILE_VARIABLE, make_key_file
+from opd_lightning.serving.checked_requests import TrainerRequests
+from opd_lightning.serving.pushed_folder import PushedFolder
 from opd_lightning.serving.server import bind, check_address, run
 from opd_lightning.serving.vllm_process import CPU_ARGUMENTS, vllm_unavailable
 from opd_lightning.terminal.progress import is_watched
@@ -87,6 +90,8 @@ def serve(
     make_key_file(key)
     os.environ[KEY_FILE_VARIABLE] = str(key.resolve())
 
+    if weights == "pushed":
+        LIMITS.check_push = PushedFolder(source).check
     sock = bind(host, port)
     on_cuda = torch.cuda.is_available()
     arguments: dict[str, Any] = {
@@ -122,7 +127,7 @@ def vllm_arguments(weights: Literal["fixed", "pushed"]) -> dict[str, Any]:
         "tokens_only": True,  # no tokenizer, and the token-in-token-out routes
         "generation_config": "vllm",  # not the folder's, which would change the sampling
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
-        "middleware": f"{KeyMiddleware.__module__}.{KeyMiddleware.__qualname__}",
+        "middleware": f"{TrainerRequests.__module__}.{TrainerRequests.__qualname__}",
         "disable_fastapi_docs": True,
         "disable_uvicorn_access_log": True,
         "uvicorn_log_level": "warning",

@@ -9,13 +9,13 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.request import urlopen
 
 from opd_lightning.errors import ServerAwayError, UserError, reason_of
+from opd_lightning.serving.accepted import LIMITS
 from opd_lightning.serving.addresses import is_every_interface, write_address
 
 ENDINGS = (signal.SIGTERM, signal.SIGINT)
@@ -120,7 +120,8 @@ async def _run(arguments: Any, sock: socket.socket, address_file: Path | None) -
     raise_file_limit()
     http = {"http": BoundedProtocol, "backlog": BACKLOG}  # passed on to uvicorn
     async with build_async_engine_client(arguments) as engine:
-        validate_token_ids(engine)
+        # Without a tokenizer vLLM does not look at token ids, and ends at its embedding.
+        LIMITS.vocabulary = engine.model_config.get_vocab_size()
         server = asyncio.ensure_future(build_and_serve(engine, url, sock, arguments, **http))
         healthy = asyncio.ensure_future(_until_healthy(url))
         await asyncio.wait([server, healthy], return_when=asyncio.FIRST_COMPLETED)
@@ -141,25 +142,6 @@ async def _run(arguments: Any, sock: socket.socket, address_file: Path | None) -
     await closing
     if not asked.is_set():
         raise ServerAwayError(f"the vLLM server at {url} died; its log says why")
-
-
-def validate_token_ids(engine: Any) -> None:
-    """Make vLLM answer 400 to token ids that are not in the vocabulary.
-
-    Without a tokenizer it does not look at them, and its process ends at the embedding.
-    """
-    from vllm.exceptions import VLLMValidationError
-
-    vocabulary = engine.model_config.get_vocab_size()
-
-    def validate(token_ids: Sequence[int], *, parameter: str | None = None) -> None:
-        for found in (min(token_ids, default=0), max(token_ids, default=0)):
-            if not 0 <= found < vocabulary:
-                raise VLLMValidationError(
-                    f"got token id {found}, expected 0 to {vocabulary - 1}", parameter=parameter
-                )
-
-    engine.renderer.validate_token_ids = validate
 
 
 async def _until_healthy(url: str) -> None:
