@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from opd_lightning.checkpoints import restoring
 from opd_lightning.errors import UserError
 from opd_lightning.teachers import EMATeacher
 from opd_lightning.training.base import DistillationModule
@@ -26,14 +27,15 @@ class EMATeacherUpdate(RunCallback):
         teachers = _ema_teachers(module)
         if self._resumed is None:
             return
-        if [state["rates"] for state in self._resumed] != [_pace(t) for t in teachers]:
-            raise UserError(
-                f"resume: the checkpoint holds EMA teachers of (rate, every, warmup) "
-                f"{[state['rates'] for state in self._resumed]}, the run has "
-                f"{[_pace(t) for t in teachers]}; make them alike"
-            )
-        for teacher, state in zip(teachers, self._resumed, strict=True):
-            teacher.load_state_dict(state["parameters"])
+        with restoring("the EMA teachers"):
+            if [state["rates"] for state in self._resumed] != [_pace(t) for t in teachers]:
+                raise UserError(
+                    f"resume: the checkpoint holds EMA teachers of (rate, every, warmup) "
+                    f"{[state['rates'] for state in self._resumed]}, the run has "
+                    f"{[_pace(t) for t in teachers]}; make them alike"
+                )
+            for teacher, state in zip(teachers, self._resumed, strict=True):
+                teacher.load_state_dict(state["parameters"])
         self._resumed = None
 
     def on_train_batch_end(  # type: ignore[override]

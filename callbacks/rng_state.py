@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from opd_lightning.checkpoints import restoring
 from opd_lightning.processes import Ranks
 from opd_lightning.training.callback import RunCallback
 
@@ -41,8 +42,10 @@ class RngState(RunCallback):
         device = trainer.strategy.root_device
         self._step, self._begin = trainer.global_step, current(device)
         states, self._resumed = self._resumed, None
-        if states is not None and len(states) == trainer.world_size:
-            self._begin = states[trainer.global_rank]
+        with restoring("the states of the random generators"):
+            if states is not None and len(states) == trainer.world_size:
+                restore(states[trainer.global_rank], device)
+                self._begin = states[trainer.global_rank]
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -25,9 +25,9 @@ from opd_lightning.checkpoints.newest import (
     unreadable,
 )
 from opd_lightning.checkpoints.places import recover
-from opd_lightning.checkpoints.reading import Saved
+from opd_lightning.checkpoints.reading import Saved, restoring
 from opd_lightning.checkpoints.savers import drop_foreign_paths
-from opd_lightning.errors import UserError
+from opd_lightning.errors import UserError, reason_of
 from opd_lightning.processes import broadcast
 
 
@@ -47,7 +47,13 @@ class CheckpointConnector(_CheckpointConnector):
         # Lightning would compare modification times and prefer SLURM's files in the folder.
         if ckpt_path == LAST or (ckpt_path is None and model_provided):
             return ckpt_path
-        return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
+        try:
+            return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
+        except ValueError as error:  # of its words "best" and "hpc", and of an empty one
+            raise UserError(
+                f"--ckpt_path: got {str(ckpt_path)!r}: {reason_of(error)}; name a file, or give "
+                "'last'"
+            ) from error
 
     def dump_checkpoint(self, weights_only: bool | None = None) -> dict[str, Any]:
         return {**super().dump_checkpoint(weights_only), "written_by": provenance(self.trainer)}
@@ -75,10 +81,28 @@ class CheckpointConnector(_CheckpointConnector):
                     check_optimizers(saved, self.trainer.optimizers)
                 for line in differences(saved, self.trainer):
                     rank_zero_note(line)
-        super().resume_start(saved.path if saved else None, weights_only=True)
+        with restoring("what is"):
+            super().resume_start(saved.path if saved else None, weights_only=True)
+
+    def restore_model(self) -> None:
+        with restoring("the model"):
+            super().restore_model()
+
+    def restore_datamodule(self) -> None:
+        with restoring("the place in the data"):
+            super().restore_datamodule()
+
+    def restore_training_state(self) -> None:
+        with restoring("the state of the loops, the optimiser or the scheduler"):
+            super().restore_training_state()
 
     def restore_callbacks(self) -> None:
-        super().restore_callbacks()
+        with restoring("the state of a callback"):
+            super().restore_callbacks()
+            self._keep_to_own_files()
+
+    def _keep_to_own_files(self) -> None:
+        """Drop paths outside of the run from what each ModelCheckpoint may remove."""
         if self._loaded_checkpoint:
             for keeper in keepers(self.trainer):
                 if foreign := drop_foreign_paths(keeper):

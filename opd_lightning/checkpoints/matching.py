@@ -63,8 +63,9 @@ def check_optimizers(saved: Saved, optimizers: Sequence[Optimizer]) -> None:
     theirs = saved.written_by.get("optimizers")
     ours = names_of(optimizers)
     if theirs is not None and ours != theirs:
+        wrote = ", ".join(map(str, theirs))
         error = UserError(
-            f"--ckpt_path: {str(saved.path)!r} was written with optimiser {', '.join(theirs)}, got "
+            f"--ckpt_path: {str(saved.path)!r} was written with optimiser {wrote}, got "
             f"{', '.join(ours)}, whose state is another; go on with the same, or start a new run "
             "from an exported student"
         )
@@ -74,6 +75,11 @@ def check_optimizers(saved: Saved, optimizers: Sequence[Optimizer]) -> None:
 def differences(saved: Saved, trainer: Trainer) -> list[str]:
     """Return one line for each difference that does not prevent resumption."""
     lines = []
+    if not saved.is_sealed:
+        lines.append(
+            f"{str(saved.path)!r} has no record of its own content: an earlier version wrote it, "
+            "or it was changed since; it is taken as it is"
+        )
     ours, theirs = provenance(trainer), saved.written_by
     if theirs.get("method", ours["method"]) != ours["method"]:
         lines.append(

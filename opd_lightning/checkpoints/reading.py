@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from opd_lightning.checkpoints.plain import load, metadata_of
+from opd_lightning.checkpoints.seal import is_sealed
 from opd_lightning.checkpoints.writing import INDEX, MANIFEST, META, sum_of, wait_for
-from opd_lightning.errors import UserError
+from opd_lightning.errors import RunStoppedError, UserError, reason_of
 
 Shape = tuple[int, ...]
 PICKLE = "data.pkl"  # in a file: everything but tensor data
@@ -40,6 +41,7 @@ class Saved:
     shapes: dict[str, Shape]  # of the module's tensors
     resumable: bool  # whether it has the state of the optimiser and of the loops
     written_by: dict[str, Any]  # processes, method, optimizers; empty in older checkpoints
+    is_sealed: bool  # False if an earlier version wrote it, or another program changed it
 
     @property
     def is_folder(self) -> bool:
@@ -92,6 +94,24 @@ def whole(path: str | Path) -> Saved:
     return saved
 
 
+@contextmanager
+def restoring(what: str) -> Iterator[None]:
+    """Convert every error that a state of a checkpoint causes where it is restored to UserError.
+
+    Args:
+        what: Whose state it is, in words.
+    """
+    try:
+        yield
+    except (UserError, RunStoppedError, OSError):
+        raise
+    except Exception as error:  # of any type: a file that was changed may hold anything
+        raise UserError(
+            f"--ckpt_path: {what} in the checkpoint cannot be restored ({type(error).__name__}: "
+            f"{reason_of(error, 120)}), so it was changed after it was written; name another"
+        ) from error
+
+
 def refusal(path: str | Path, error: DamagedError) -> UserError:
     return UserError(
         f"--ckpt_path: {str(path)!r} is damaged or no checkpoint: {error}; name another of "
@@ -123,6 +143,7 @@ def _describe_file(path: Path) -> Saved:
     if not zipfile.is_zipfile(path):
         raise DamagedError("it is cut short, or was not written by `opd fit`")
     with zipfile.ZipFile(path) as archive:
+        sealed = is_sealed(archive)
         pickles = [name for name in archive.namelist() if Path(name).name == PICKLE]
         if not pickles:
             raise DamagedError(f"{PICKLE!r} in it is missing")
@@ -140,17 +161,30 @@ def _describe_file(path: Path) -> Saved:
         time=stat.st_mtime,
         sizes={"": stat.st_size},
         shapes={name: tuple(tensor.shape) for name, tensor in weights.items()},
-        resumable="optimizer_states" in content and "loops" in content,
-        written_by=content.get("written_by", {}),
+        resumable=bool(content.get("optimizer_states")) and "loops" in content,
+        written_by=_written_by(content),
+        is_sealed=sealed,
     )
 
 
 def _load_state(file: Path) -> dict[str, Any]:
     """Load a run's state; raise DamagedError if it is something else."""
     content = load(file, mmap=True)
-    if not isinstance(content, dict) or not isinstance(content.get("global_step"), int):
+    step = content.get("global_step") if isinstance(content, dict) else None
+    if type(step) is not int or step < 0:
         raise DamagedError(FOREIGN)
     return content
+
+
+def _written_by(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the description of the run that wrote a checkpoint; empty in older ones."""
+    found = content.get("written_by", {})
+    kinds = {"processes": int, "method": str, "optimizers": list}
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(name, kind()), kind) for name, kind in kinds.items()
+    ):
+        raise DamagedError(FOREIGN)
+    return found
 
 
 def _describe_folder(path: Path) -> Saved:
@@ -174,7 +208,8 @@ def _describe_folder(path: Path) -> Saved:
             if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
         },
         resumable="loops" in content and any(name.startswith("optimizer_0.") for name in stored),
-        written_by=content.get("written_by", {}),
+        written_by=_written_by(content),
+        is_sealed=True,  # by its manifest
     )
 
 

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from opd_lightning.checkpoints.places import commit, remove, staging_path, sync
 from opd_lightning.checkpoints.plain import load
+from opd_lightning.checkpoints.seal import seal
 from opd_lightning.errors import CheckpointError, UserError, raised_by_all, reason_of
 from opd_lightning.processes import gather, rank
 
@@ -136,8 +137,10 @@ def _clear(target: Path) -> None:
 
 
 def _write_file(checkpoint: dict[str, Any], path: Path) -> None:
-    with path.open("wb") as file:
+    with path.open("w+b") as file:
         torch.save(checkpoint, file)
+        file.flush()
+        seal(file)
         file.flush()
         os.fsync(file.fileno())
     _check_plain(path)

@@ -33,6 +33,9 @@ from opd_lightning.terminal.quiet import only_warnings
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.callback import RunCallback, run_callbacks
 
+# That a run writes into its folder, beside TensorBoard's.
+RUN_FILES = ("config.yaml", ".prompts.json", "starts.jsonl", "rollouts.jsonl")
+
 
 class Trainer(Commands):
     """Lightning's Trainer; see its documentation for the arguments.
@@ -95,6 +98,8 @@ class Trainer(Commands):
             weights_only: Not needed; only tensors and plain data are ever read.
         """
         folder = None if self.logger is None else Path(self.log_dir or ".")
+        if folder is not None:
+            outputs.check_run_files(folder, RUN_FILES)
         settle_folders(self)  # Lightning's name for one may be another at every start
         for keeper in keepers(self):
             check_place(str(keeper.dirpath))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from opd_lightning.data.prompts import PromptSource
-from opd_lightning.errors import UserError, note
+from opd_lightning.errors import UserError, note, reason_of
 from opd_lightning.processes import Ranks
 
 RECORD = ".prompts.json"
@@ -68,9 +70,8 @@ class PromptFiles:
         known: dict[str, Content] = {}
         first = ranks.rank == 0
         if first:
-            if self.resumes and record.is_file():
-                saved = json.loads(record.read_text())
-                known = {name: Content(**saved[name]) for name in there if name in saved}
+            if self.resumes:
+                known = {name: one for name, one in _recorded(record).items() if name in there}
             known |= {name: Content.of(there[name]) for name in there.keys() - known.keys()}
         known = ranks.gather(known)[0]
         for name, content in known.items():
@@ -102,6 +103,26 @@ class PromptFiles:
                 f"{name}: {str(path)!r} has grown by {grown} bytes since the run began, which it "
                 "goes on without; a new run takes them"
             )
+
+
+def _recorded(record: Path) -> dict[str, Content]:
+    """Read the record of a run; empty if there is none."""
+    if not os.path.lexists(record):
+        return {}
+    try:
+        if not record.is_file():
+            raise ValueError("it is no file")
+        saved = json.loads(record.read_text(encoding="utf-8"))
+        found = {name: Content(**content) for name, content in saved.items()}
+        for name, (size, sha256) in found.items():
+            if type(size) is not int or size < 0 or not re.fullmatch("[0-9a-f]{64}", sha256):
+                raise ValueError(f"{name!r} has no size and sha256")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{str(record)!r}: cannot be read: {reason_of(error, 120)}; it is the record of the "
+            "prompts that this run began with: put it back, or delete it if they are as they were"
+        ) from error
+    return found
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

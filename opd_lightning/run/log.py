@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
+from opd_lightning.checkpoints import restoring
 from opd_lightning.errors import note
 from opd_lightning.metrics.log import write_validation
 from opd_lightning.run.csv_log import put_back
@@ -86,15 +87,16 @@ class RunLog(RunCallback):
         if trainer.is_global_zero:
             _void_from(trainer, trainer.global_step)
             put_back(trainer, trainer.global_step)
-        monitored = self._resumed.get("monitored", {})
-        device = trainer.strategy.root_device
-        trainer.callback_metrics.update(
-            {name: Tensor([value]).squeeze().to(device) for name, value in monitored.items()}
-        )
-        pl_module.scores = self._resumed.get("validation", {})
-        pl_module.tables = self._resumed.get("tables", {})
-        pl_module.validation_is_over = bool(pl_module.scores)
-        write_validation(trainer, pl_module.scores, pl_module.tables)
+        with restoring("the log"):
+            monitored = self._resumed.get("monitored", {})
+            device = trainer.strategy.root_device
+            trainer.callback_metrics.update(
+                {name: Tensor([value]).squeeze().to(device) for name, value in monitored.items()}
+            )
+            pl_module.scores = self._resumed.get("validation", {})
+            pl_module.tables = self._resumed.get("tables", {})
+            pl_module.validation_is_over = bool(pl_module.scores)
+            write_validation(trainer, pl_module.scores, pl_module.tables)
         self._resumed = {}
 
     def on_save_checkpoint(

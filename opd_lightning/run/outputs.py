@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,6 +44,24 @@ def check_folder(option: str, path: Path) -> None:
         )
     if not may_write:
         raise _not_writable(option, path)
+
+
+def check_run_files(folder: Path, names: Iterable[str]) -> None:
+    """Raise UserError if a run folder has something else where a run writes its files.
+
+    A pipe would make it wait for ever, and a device takes what is written.
+
+    Args:
+        folder: The run folder, which need not be there.
+        names: Files that a run writes into it, which may be missing.
+    """
+    with _in_one_line("run folder", folder):
+        for path in (folder / name for name in names):
+            if path.exists() and not path.is_file():
+                raise UserError(
+                    f"run folder: got a folder, pipe or device at {str(path)!r}, expected a file "
+                    "of the run, or nothing; remove it, or name another folder"
+                )
 
 
 def write_text(option: str, path: Path, text: str) -> None:

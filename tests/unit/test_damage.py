@@ -1,5 +1,6 @@
 """Damage to any bytes of a checkpoint gives one line of this program, not of a library."""
 
+import io
 import os
 import pickle
 import re
@@ -101,6 +102,63 @@ def test_a_file(
     path = tmp_path / "copy.ckpt"
     damage((saved / "last.ckpt").read_bytes(), path)
     assert re.search(reason, refusal(path))
+
+
+def anew(content: bytes, path: Path) -> None:
+    """Written by another program, which changed a number."""
+    state = torch.load(io.BytesIO(content), weights_only=True)
+    torch.save({**state, "epoch": 7}, path)
+
+
+def test_a_file_that_was_written_anew_says_so(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "copy.ckpt"
+    anew((saved / "last.ckpt").read_bytes(), path)
+    assert not whole(path).is_sealed
+    assert whole(saved / "last.ckpt").is_sealed
+    assert whole(saved / "shards" / "last.ckpt").is_sealed
+    train(tmp_path, 2, ckpt_path=path)
+    assert "was changed since" in capsys.readouterr().err
+    train(tmp_path, 2, ckpt_path=saved / "last.ckpt")
+    assert "was changed since" not in capsys.readouterr().err
+
+
+def test_a_seal_of_another_content_is_damage(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy.ckpt"
+    content = (saved / "last.ckpt").read_bytes()
+    anew(content, path)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(path, "a") as other:
+        other.comment = archive.comment
+    assert refusal(path) == CHANGED
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("state_dict", {"layers.0.weight": torch.zeros(8, 1)}, "is not there"),
+        ("optimizer_states", [], "lacks the state of the optimiser"),
+        ("optimizer_states", [{"state": 1, "param_groups": 1}], "optimiser"),
+        ("loops", {"fit_loop": 3}, "loops"),
+        ("callbacks", {"ModelCheckpoint": 1}, None),
+        ("callbacks", 7, "callback"),
+        ("savers", 7, "callback"),
+        ("pytorch-lightning_version", "x", "cannot be restored"),
+        ("written_by", 7, FOREIGN),
+        ("written_by", {"processes": "two"}, FOREIGN),
+    ],
+)
+def test_a_state_that_cannot_be_restored(
+    key: str, value: Any, told: str | None, saved: Path, tmp_path: Path
+) -> None:
+    state = torch.load(saved / "last.ckpt", weights_only=True)
+    torch.save({**state, key: value}, tmp_path / "copy.ckpt")
+    if told is None:  # of a callback that this run does not have
+        train(tmp_path, 2, ckpt_path=tmp_path / "copy.ckpt")
+        return
+    with pytest.raises(UserError, match=told) as refused:
+        train(tmp_path, 2, ckpt_path=tmp_path / "copy.ckpt")
+    assert "\n" not in str(refused.value)
 
 
 def test_what_has_no_end_is_not_read(saved: Path, tmp_path: Path) -> None:

@@ -12,7 +12,13 @@ from safetensors import SafetensorError
 
 from opd_lightning.cli import one_line_errors
 from opd_lightning.errors import RunStoppedError, UserError
-from opd_lightning.run.outputs import check_file, check_folder, write_text, writing_folder
+from opd_lightning.run.outputs import (
+    check_file,
+    check_folder,
+    check_run_files,
+    write_text,
+    writing_folder,
+)
 
 Check = Callable[[str, Path], None]
 
@@ -132,3 +138,12 @@ def test_a_disk_that_refuses_is_no_bug(capsys: pytest.CaptureFixture[str]) -> No
     assert line.startswith("opd: error: '/some/file': No space left on device")
     with pytest.raises(FileNotFoundError):  # may be a bug
         run(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "x"))
+
+
+@pytest.mark.parametrize("name", ["folder", "pipe", "device"])
+def test_a_run_writes_its_files_to_files_alone(name: str, here: Path) -> None:
+    (here / "device").symlink_to("/dev/null")
+    check_run_files(here, ["file", "new"])
+    check_run_files(here / "nowhere", ["file"])
+    with pytest.raises(UserError, match=rf"run folder: got .*{name}'"):
+        check_run_files(here, ["file", name])

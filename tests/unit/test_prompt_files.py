@@ -121,3 +121,31 @@ def test_all_ranks_read_what_the_first_one_found(tmp_path: Path) -> None:
         opened.write('{"prompt": "7+7="}\n')
     assert read(tmp_path / "run", file, resumes=False, ranks=second) == before
     assert said[1] == {}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "", "[1", "[]", "3", "\ud83d", "[" * 100_000, '{"data.train": 1}',
+        '{"data.train": {"size": 1}}',
+        '{"data.train": {"size": "1", "sha256": "%s"}}' % ("a" * 64),
+        '{"data.train": {"size": 1, "sha256": null}}',
+        '{"data.train": {"size": -1, "sha256": "%s"}}' % ("a" * 64),
+    ],
+    ids=range(11),
+)  # fmt: skip
+def test_a_damaged_record_is_named(record: str, tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    write_jsonl(file, 3)
+    (tmp_path / RECORD).write_bytes(record.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match=RECORD) as refused:
+        read(tmp_path, file, resumes=True)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_record_that_is_no_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    write_jsonl(file, 3)
+    (tmp_path / RECORD).mkdir()
+    with pytest.raises(UserError, match=RECORD):
+        read(tmp_path, file, resumes=True)
