@@ -92,7 +92,10 @@ def most_steps(pattern: re.Pattern[str], length: int) -> float:
     references = len(re.findall(r"\\[1-9]|\(\?P=", pattern.pattern))
     choices = left.count("?") + left.count("|")
     starts = 0 if _ANCHORED.match(pattern.pattern) and "|" not in left else 1
-    return max(length, 1) ** (repeated + references + starts) * 2.0**choices
+    try:
+        return float(max(length, 1)) ** (repeated + references + starts) * 2.0**choices
+    except OverflowError:
+        return math.inf
 
 
 def _is_in(pattern: re.Pattern[str], text: str) -> bool:
