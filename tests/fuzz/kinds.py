@@ -24,6 +24,9 @@ KINDS = {
     "configurations": "tests.fuzz.configurations:Configurations",
     "prompt_files": "tests.fuzz.prompt_files:PromptFiles",
     "model_folders": "tests.fuzz.model_folders:ModelFolders",
+    "checkpoints": "tests.fuzz.checkpoints:Checkpoints",
+    "requests": "tests.fuzz.requests:Requests",
+    "responses": "tests.fuzz.responses:Responses",
 }
 
 

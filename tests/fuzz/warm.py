@@ -151,14 +151,18 @@ def _before_parsing() -> None:
 
 
 def _before_fit() -> None:
-    """Wait until classes are instantiated; prompts and models are read afterwards."""
+    """Wait until classes are instantiated; prompts and models are read afterwards.
+
+    The word of an input, if it has one, is the checkpoint to go on from.
+    """
     from opd_lightning.commands.trainer import Trainer
 
     fit = Trainer.fit
 
     @functools.wraps(fit)
     def waiting(self: Trainer, *args: Any, **kwargs: Any) -> None:
-        _wait()
+        if words := _wait():
+            kwargs["ckpt_path"] = words[0]
         fit(self, *args, **kwargs)
 
     Trainer.fit = waiting  # type: ignore[method-assign]
