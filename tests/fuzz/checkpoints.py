@@ -39,6 +39,15 @@ PLACES: tuple[tuple[str, ...], ...] = (
     ("link", "/dev/full"), ("link", "nowhere"), ("link", "."), ("link", "/"), ("itself",),
     ("link", "step=1.ckpt"), ("link", "../config.yaml"), ("unreadable",), ("empty",),
 )  # fmt: skip
+FOLDERS = (
+    ("gone",),
+    ("folder",),
+    ("pipe",),
+    ("socket",),
+    ("link", "nowhere"),
+    ("itself",),
+    ("empty",),
+)
 
 
 class Checkpoints(Kind):
@@ -147,7 +156,8 @@ class Checkpoints(Kind):
     def _place(self, random: Random, base: Path) -> Input:
         files = (LAST, LAST, str(SAVED / "step=2.ckpt"), *self._records(base))
         place = random.choice((*files, str(SAVED), str(SAVED / "more.ckpt")))
-        way = random.choice(PLACES)
+        # A folder that is a link is written to, wherever it leads.
+        way = random.choice(FOLDERS if place == str(SAVED) else PLACES)
         words = self._words(random, place)
         return self._of(" ".join(way), place, words, facts={"places": [[place, *way]]})
 
