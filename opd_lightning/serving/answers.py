@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-Kind = TypeVar("Kind", bool, int, str, list, dict)  # type: ignore[type-arg]
+Kind = TypeVar("Kind", bool, int, str, list[Any], dict[str, Any])
 
 KINDS = {
     bool: "true or false",

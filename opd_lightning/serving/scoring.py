@@ -103,7 +103,7 @@ class ScoreRequest:
             matrix = _matrix(_text_or_none(answer, "prompt_token_id_logprobs"), (count, width))
             return Answer(matrix[:, 0], top_ids, top, matrix[:, 1:])
         own = [position.of(t) for position, t in zip(ranked, self._own(), strict=True)]
-        given = np.zeros((count, 0), dtype=np.float32)
+        given: np.ndarray = np.zeros((count, 0), dtype=np.float32)
         if self.given_ids is not None:
             rows = zip(ranked, self.given_ids.tolist(), strict=True)
             given = np.array([[position.of(t) for t in ids] for position, ids in rows], np.float32)

@@ -87,7 +87,7 @@ def main(model: str, folder: str) -> None:
         sock.listen()
         write_address(Path(folder) / "address", f"http://127.0.0.1:{sock.getsockname()[1]}")
         config = uvicorn.Config(
-            TrainerRequests(answer), http=http_protocol.BoundedProtocol,  # type: ignore[arg-type]
+            TrainerRequests(answer), http=http_protocol.BoundedProtocol,
             backlog=http_protocol.BACKLOG, lifespan="off", log_level="warning", access_log=False,
         )  # fmt: skip
         uvicorn.Server(config).run(sockets=[sock])

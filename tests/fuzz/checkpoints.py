@@ -24,7 +24,11 @@ RUN = Path("run")
 SAVED = RUN / "checkpoints"
 LAST = str(SAVED / "last.ckpt")
 STEPS = 2  # that the run has made; it goes on to one more
-OTHERS = {"seed": {"seed_everything": 1}, "width": {"student": "wide"}, "method": {"method": "OPD"}}
+OTHERS: dict[str, dict[str, Any]] = {
+    "seed": {"seed_everything": 1},
+    "width": {"student": "wide"},
+    "method": {"method": "OPD"},
+}
 # What a line says that explains why a run ended with other weights.
 EXPLAINS = (
     "is passed over",

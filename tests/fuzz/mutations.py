@@ -142,8 +142,7 @@ def edited(tree: Any, path: Path, edit: Callable[[Any], Any]) -> Any:
     if not path:
         return edit(tree)
     copy = dict(tree) if isinstance(tree, Mapping) else list(tree)
-    old = copy.get(path[0]) if isinstance(copy, dict) else copy[path[0]]  # a new key has no value
-    copy[path[0]] = edited(old, path[1:], edit)
+    copy[path[0]] = edited(copy[path[0]], path[1:], edit)
     return copy
 
 
