@@ -85,3 +85,8 @@ def raise_file_limit() -> None:
     wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def uvicorn_options() -> dict[str, Any]:
+    """Return the options of uvicorn's server; a request for a WebSocket is one like any other."""
+    return {"http": BoundedProtocol, "backlog": BACKLOG, "ws": "none"}

@@ -115,14 +115,15 @@ async def _run(arguments: Any, sock: socket.socket, address_file: Path | None) -
     host, port = sock.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     asked = asyncio.Event()
-    from opd_lightning.serving.http_protocol import BACKLOG, BoundedProtocol, raise_file_limit
+    from opd_lightning.serving.http_protocol import raise_file_limit, uvicorn_options
 
     raise_file_limit()
-    http = {"http": BoundedProtocol, "backlog": BACKLOG}  # passed on to uvicorn
     async with build_async_engine_client(arguments) as engine:
         # Without a tokenizer vLLM does not look at token ids, and ends at its embedding.
         LIMITS.vocabulary = engine.model_config.get_vocab_size()
-        server = asyncio.ensure_future(build_and_serve(engine, url, sock, arguments, **http))
+        server = asyncio.ensure_future(
+            build_and_serve(engine, url, sock, arguments, **uvicorn_options())
+        )
         healthy = asyncio.ensure_future(_until_healthy(url))
         await asyncio.wait([server, healthy], return_when=asyncio.FIRST_COMPLETED)
         healthy.cancel()

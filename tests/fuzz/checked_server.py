@@ -87,9 +87,12 @@ def main(model: str, folder: str) -> None:
         sock.listen()
         write_address(Path(folder) / "address", f"http://127.0.0.1:{sock.getsockname()[1]}")
         config = uvicorn.Config(
-            TrainerRequests(answer), http=http_protocol.BoundedProtocol,
-            backlog=http_protocol.BACKLOG, lifespan="off", log_level="warning", access_log=False,
-        )  # fmt: skip
+            TrainerRequests(answer),
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            **http_protocol.uvicorn_options(),
+        )
         uvicorn.Server(config).run(sockets=[sock])
 
 

@@ -293,6 +293,8 @@ def _is_json(data: bytes) -> bool:
 
 def _parsed(answer: bytes) -> tuple[int, str]:
     """Return status and message of an answer; 0 for a connection that was closed without one."""
+    while answer.startswith(b"HTTP/1.1 100 "):  # another follows
+        answer = answer.partition(b"\r\n\r\n")[2]
     head, _, body = answer.partition(b"\r\n\r\n")
     words = head.split(b" ", 2)
     if not answer.startswith(b"HTTP/1.1 ") or not words[1].isdigit():

@@ -38,8 +38,7 @@ sock.bind(("127.0.0.1", 0))
 sock.listen()  # who connects before uvicorn runs waits for it
 print(sock.getsockname()[1], flush=True)
 config = uvicorn.Config(
-    KeyMiddleware(app), http=http_protocol.BoundedProtocol, backlog=http_protocol.BACKLOG,
-    lifespan="off", log_level="error",
+    KeyMiddleware(app), lifespan="off", log_level="error", **http_protocol.uvicorn_options()
 )
 uvicorn.Server(config).run(sockets=[sock])
 """
@@ -102,6 +101,13 @@ def test_a_connection_without_the_key_has_one_request(server: Stand, path: str) 
     one = f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
     status = b"200" if path == "/health" else b"401"
     assert hostile_clients.send(server.url, one * 2).count(b"HTTP/1.1 " + status) == 1
+
+
+def test_a_request_for_a_socket_is_one_like_any_other(server: Stand) -> None:
+    lines = ("Connection: upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "", "")
+    begun = f"GET / HTTP/1.1\r\nAuthorization: Bearer {server.key}\r\nHost: a\r\n"
+    answer = siege.send(server.url, (begun + "\r\n".join(lines)).encode(), most=12)
+    assert answer[:12] == b"HTTP/1.1 200"
 
 
 def test_headers_may_not_trickle_in_after_a_response(server: Stand) -> None:
