@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
@@ -172,9 +172,11 @@ def _allows(value: Any, kinds: Kinds, parameter: Parameter) -> bool:
     if isinstance(value, int | float):
         if value != value:  # NaN
             return not names & {"int", "float"}
-        if ("float" in names and _is_float(value)) or ("int" in names and _is_int(value)):
+        if _fits(value, names):
             return True
         numbers = names & {"int", "float"}
+        if numbers and isinstance(value, int):
+            return False  # beyond what they hold
         return "str" in names or ("bool" in names and not numbers) or value in kinds.literals
     if isinstance(value, str):
         return _allows_text(value, kinds)
@@ -187,18 +189,25 @@ def _allows(value: Any, kinds: Kinds, parameter: Parameter) -> bool:
 
 def _allows_text(text: str, kinds: Kinds) -> bool:
     names = kinds.names
+    number = _number(text)
+    if isinstance(number, int) and names & {"int", "float"} and not _fits(number, names):
+        return False  # the parser would read it as a number
     if "str" in names:
         return True
     if is_blank(text):
         return False
     if text in [str(value) for value in kinds.literals]:
         return True
-    number = _number(text)
     if number is None:  # a text that the parser may accept
         return bool(names & {"class", "list", "dict", "bool"})
     if not names & {"int", "float"}:
         return "bool" in names
     return _is_float(number) if "float" in names else _is_int(number)
+
+
+def _fits(value: float, names: Set[str]) -> bool:
+    """Return whether a number is one of the numeric types among `names`."""
+    return ("float" in names and _is_float(value)) or ("int" in names and _is_int(value))
 
 
 def _is_float(value: float) -> bool:

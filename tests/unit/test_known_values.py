@@ -232,3 +232,7 @@ def test_files_of_settings_that_are_good_or_no_files(tmp_path: Path) -> None:
     assert "names itself" in refusal(f"--model={tmp_path / 'again.yaml'}")
     os.mkfifo(tmp_path / "pipe")
     assert "a pipe or device" in refusal(f"--data.engine={tmp_path / 'pipe'}")
+
+
+def test_a_number_beyond_what_its_types_hold_is_refused_though_a_text_would_do() -> None:
+    assert "trainer.val_check_interval" in refusal(f"--trainer.val_check_interval=1{'0' * 400}")
