@@ -86,7 +86,8 @@ def _plainly_allows(value: Any, parameter: Parameter) -> bool:
     if isinstance(value, int | float):
         return "float" in words and _is_float(value)
     if isinstance(value, str):
-        return "str" in words and not is_blank(value)
+        # A number, which the parser would read as one, has to fit.
+        return "str" in words and not is_blank(value) and not isinstance(_number(value), int)
     if isinstance(value, dict):
         return bool(words - {"int", "float", "str", "bool", "Literal", "Optional"})
     if isinstance(value, list):

@@ -45,13 +45,8 @@ TRANSFORMS = {
     ),
 }
 # Where "all-linear" is refused: by which words, and what can be trained.
-EXPERTS = ("cannot merge .*experts", ["q_proj", "v_proj", "o_proj"])
 NOT_ALL_LINEAR: dict[str, tuple[str, list[str]]] = {
-    **dict.fromkeys(
-        ("glm4_moe", "minimax_m2", "mixtral", "olmoe", "qwen3_moe", "qwen3_next"), EXPERTS
-    ),
-    "deepseek_v3": ("cannot merge .*experts", ["q_a_proj", "o_proj"]),
-    **dict.fromkeys(("llama4_text", "phimoe"), ("exclude_modules", EXPERTS[1])),
+    **dict.fromkeys(("llama4_text", "phimoe"), ("exclude_modules", ["q_proj", "o_proj"])),
     "falcon_h1": ("peft cannot adapt", ["q_proj", "in_proj"]),
     "mamba": ("peft cannot adapt", ["in_proj", "x_proj"]),
 }

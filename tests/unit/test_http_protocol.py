@@ -106,7 +106,7 @@ def test_a_connection_without_the_key_has_one_request(server: Stand, path: str) 
 def test_a_request_for_a_socket_is_one_like_any_other(server: Stand) -> None:
     lines = ("Connection: upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "", "")
     begun = f"GET / HTTP/1.1\r\nAuthorization: Bearer {server.key}\r\nHost: a\r\n"
-    answer = siege.send(server.url, (begun + "\r\n".join(lines)).encode(), most=12)
+    answer = hostile_clients.send(server.url, (begun + "\r\n".join(lines)).encode(), most=12)
     assert answer[:12] == b"HTTP/1.1 200"
 
 
