@@ -72,9 +72,9 @@ class Configurations(Kind):
             value = change.value
         word = value if isinstance(value, str) else _flow(value)
         facts["word"] = [keys, word]
-        words = (f"--{'.'.join(keys)}={word}",)
-        words = tuple(w.replace("\0", " ").encode("utf-8", "replace").decode() for w in words)
-        return Input(what, {FILE: text.encode()}, (*config, *words), _names(change), facts)
+        option = f"--{'.'.join(keys)}={word}".replace("\0", " ")
+        option = option.encode("utf-8", "replace").decode()
+        return Input(what, {FILE: text.encode()}, (*config, option), _names(change), facts)
 
     def run(self, given: Input, base: Path, folder: Path) -> Outcome:
         assert self._warm is not None
@@ -185,8 +185,8 @@ def unused(written: Any, used: Any, place: str = "") -> str | None:
         if not isinstance(used, list) or len(used) != len(written):
             return f"{place}: got {written!r:.80}, used {used!r:.80}"
         pairs = zip(written, used, strict=True)
-        found = (unused(a, b, f"{place}.{i}") for i, (a, b) in enumerate(pairs))
-        return next((one for one in found if one is not None), None)
+        problems = (unused(a, b, f"{place}.{i}") for i, (a, b) in enumerate(pairs))
+        return next((problem for problem in problems if problem is not None), None)
     if isinstance(used, Mapping) and "class_path" in used:
         used = used["class_path"]
     if same(written, used) or _is_class(written, used):

@@ -141,7 +141,7 @@ def edited(tree: Any, path: Path, edit: Callable[[Any], Any]) -> Any:
     """Return a copy of the tree with `edit` of the value at the path in its place."""
     if not path:
         return edit(tree)
-    copy = dict(tree) if isinstance(tree, Mapping) else list(tree)
+    copy: Any = dict(tree) if isinstance(tree, Mapping) else list(tree)
     copy[path[0]] = edited(copy[path[0]], path[1:], edit)
     return copy
 
@@ -150,7 +150,7 @@ def put(tree: Any, path: Path, value: Any) -> Any:
     """Return a copy of the tree with a value at the path, whose last key may be new."""
 
     def with_value(holder: Any) -> Any:
-        copy = dict(holder) if isinstance(holder, Mapping) else list(holder)
+        copy: Any = dict(holder) if isinstance(holder, Mapping) else list(holder)
         copy[path[-1]] = value
         return copy
 

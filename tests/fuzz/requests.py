@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests import servers, siege
+from tests import hostile_clients, servers
 from tests.fuzz import mutations
 from tests.fuzz.checked_server import CheckedServer
 from tests.fuzz.kinds import Input, Kind
@@ -216,7 +216,9 @@ class Requests(Kind):
         head = head.replace(SIZE.encode(), str(len(body)).encode())
         received = b""
         until = time.monotonic() + SECONDS
-        with socket.create_connection(siege.place(self._server.url), timeout=SECONDS) as one:
+        with socket.create_connection(
+            hostile_clients.place(self._server.url), timeout=SECONDS
+        ) as one:
             with suppress(ConnectionError):
                 one.sendall(head + gap + body)
                 one.shutdown(socket.SHUT_WR)

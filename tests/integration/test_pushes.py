@@ -135,7 +135,9 @@ def test_members_that_never_come_are_not_waited_for(
         get_all = engine.servers.get_all
         more = [{"world_size": 2}]  # than the server has
         patch.setattr(
-            engine.servers, "get_all", lambda path: more if "world_size" in path else get_all(path)
+            engine.servers,
+            "get_all",
+            lambda path, *rest: more if "world_size" in path else get_all(path, *rest),
         )
         began = time.monotonic()
         with pytest.raises(

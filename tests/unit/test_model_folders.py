@@ -86,10 +86,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "index names a missing shard": (lambda f: index(f, a="model-00001-of-2.safetensors"), "-of-2"),
     "index names a number": (lambda f: index(f, a=1), "names '1', which is no file"),
     "index with other metadata": (
-        lambda f: (
-            index(f, a="b.safetensors"),
-            change(f, f"{WEIGHTS}.index.json", metadata="x"),
-        ),
+        lambda f: [
+            make(f)
+            for make in (
+                lambda f: index(f, a="b.safetensors"),
+                lambda f: change(f, f"{WEIGHTS}.index.json", metadata="x"),
+            )
+        ],
         "metadata",
     ),
     "index is empty": (lambda f: index(f), "index.json"),
