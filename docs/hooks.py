@@ -80,7 +80,8 @@ def api_page(name: str) -> str:
     summary = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
     lines = [f"# {package}", "", summary, ""]
     for path in sorted(folder.rglob("*.py")):
-        if path.name != "__init__.py":
+        # Scripts that are run by path are in folders that are no packages.
+        if path.name != "__init__.py" and (path.parent / "__init__.py").exists():
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
             lines += [f"::: {module}", ""]
     return "\n".join(lines)
