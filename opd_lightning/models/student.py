@@ -54,9 +54,8 @@ class Student(nn.Module):
             with `trainer.precision`.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         attn_implementation: transformers' attention kernel; None uses its default.
-        packing: Whether a micro-batch is read as one row without padding. "auto" does so on GPUs
-            with flash attention, unless the architecture mixes packed sequences; "on" with any
-            kernel, some of which need a mask of all pairs of tokens.
+        packing: Read a micro-batch as one row without padding: "auto" on GPUs with flash attention,
+            "on" with any attention kernel.
         trust_remote_code: Run code that ships with the model.
         chat_template: Jinja text or file, used instead of the folder's; exported with the student.
         eos_tokens: Tokens that end a response, instead of the folder's EOS; exported likewise.

@@ -62,9 +62,8 @@ class RolloutDataModule(LightningDataModule):
         prompts_per_step: Prompts per optimiser step, over all ranks.
         samples_per_prompt: Responses of the student per prompt.
         max_tokens_per_micro_batch: Most positions of a micro-batch, padding included, over all
-            views of the method. A step then has as few micro-batches as keep to it, of about equal
-            cost, and is one batch of the Trainer: leave accumulate_grad_batches at 1, and count
-            val_check_interval in steps. None: `trainer.accumulate_grad_batches` micro-batches.
+            views. A step is then one batch of the Trainer (docs/scaling.md). None:
+            `trainer.accumulate_grad_batches` micro-batches.
         max_staleness: 0 is strictly on-policy. 1 lets the engine generate a step's rollouts while
             the previous step trains, with weights that are one optimiser step old.
         engine_time_limit: Seconds after which a call of an engine ends the run; 0: no limit.

@@ -521,7 +521,7 @@ def test_a_teacher_behind_a_server(check: Check, teacher_server: RunningServer) 
     # It is untrained, so low log-probs are the only finding.
     assert not_ok(printed).keys() <= {"teacher"}
     assert by_subject(printed)["teacher from disk"]["values"]["gap_max"] < 1e-4
-    assert not_ok(other) == {"set-up": "error", "numbers": "info"}
+    assert not_ok(other) == {"models": "error", "numbers": "info"}
 
 
 def test_from_python_errors_raise(in_lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
