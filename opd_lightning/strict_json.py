@@ -6,17 +6,18 @@ import json
 from typing import Any
 
 
-def loads(text: str | bytes) -> Any:
+def loads(text: str | bytes, **options: Any) -> Any:
     """Parse JSON text to plain data.
 
     Args:
         text: One JSON value; bytes are UTF-8.
+        options: Further arguments of `json.loads`.
 
     Raises:
         ValueError: It is no JSON, or an object has a key twice, of which the last would count.
         RecursionError: Values are nested too deeply.
     """
-    return json.loads(text, object_pairs_hook=_object)
+    return json.loads(text, object_pairs_hook=_object, **options)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

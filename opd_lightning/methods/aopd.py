@@ -30,8 +30,8 @@ class AOPD(ComposedMethod):
     Args:
         student: The model to train.
         teacher: Teacher that returns the distributions of the divergence.
-        divergence: D. The authors take the teacher's top-k; its size is not known here;
-            k 32 is chosen here.
+        divergence: D. The authors take the teacher's top-k; k 32 and the reverse KL are chosen
+            here.
         shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """
 

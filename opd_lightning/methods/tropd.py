@@ -10,8 +10,8 @@ from torch import Tensor
 
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.models.student import Student
-from opd_lightning.rules.base import Compare, Rates, Scored, Signal
-from opd_lightning.rules.common import rate, uniform_draws
+from opd_lightning.rules.base import Compare, Scored, Signal
+from opd_lightning.rules.common import uniform_draws
 from opd_lightning.teachers.base import Ask, Teacher
 from opd_lightning.training.composed import ComposedMethod
 from opd_lightning.types import TokenScores
@@ -31,7 +31,7 @@ class TrOPD(ComposedMethod):
     Args:
         student: The model to train.
         teacher: Teacher that returns top-k log-probs.
-        outside: Divergence outside of the region; k 32 is chosen here.
+        outside: Divergence outside of the region; k 32 without renormalisation is chosen here.
         seed: Seed of the draws.
         shared: Arguments of `ComposedMethod` and `DistillationModule`.
     """
@@ -57,16 +57,10 @@ class TrOPD(ComposedMethod):
     def comparisons(self) -> Mapping[str, Compare]:
         return {OUTSIDE: Compare("teacher", self.outside)}
 
-    def is_inside(self, scored: Scored) -> Tensor:
-        """Draw the tokens inside of the region, `[B, R]` bool."""
-        return uniform_draws(scored.batch, self.seed) < scored.log_ratio.exp()
-
     def token_loss(
         self, student: TokenScores, signal: Signal, scored: Scored, values: Mapping[str, Tensor]
     ) -> Tensor:
+        inside = uniform_draws(scored.batch, self.seed) < scored.log_ratio.exp()
+        self.rates.update(scored.batch, {"trust/inside": inside})
         pushed = self.policy_gradient(student, signal, scored)
-        return torch.where(self.is_inside(scored), pushed, values[OUTSIDE])
-
-    def note_rules(self, scored: Scored, signal: Signal, rates: Rates) -> None:
-        inside = {"trust/inside": rate(scored, self.is_inside(scored))}
-        super().note_rules(scored, signal, rates | inside)
+        return torch.where(inside, pushed, values[OUTSIDE])

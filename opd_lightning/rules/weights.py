@@ -99,7 +99,8 @@ class LikelihoodWeight(Rule):
         "p":      DFT (2508.05629), which takes the inverse probability out of the gradient of SFT
         "p(1-p)": CHORD's phi (2508.11408), largest where the student is undecided
 
-    Meant for `SFT`; both lower the weight of tokens that the student finds improbable.
+    Meant for `SFT`; both lower the weight of tokens that the student finds improbable. The formulas
+    are those of secondary sources.
 
     Rates: value, the mean weight.
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from opd_lightning import strict_json
 from opd_lightning.serving.answers import shown
 
 Check = Callable[[str, Any], None]
@@ -76,11 +77,8 @@ def check(method: str, path: str, query: str, body: bytes) -> Any:
 def _decoded(body: bytes) -> Any:
     """Decode strict JSON: UTF-8, no key twice, no NaN, no number that becomes infinite."""
     try:
-        return json.loads(
-            body.decode("utf-8"),
-            object_pairs_hook=_table,
-            parse_constant=_constant,
-            parse_float=_finite,
+        return strict_json.loads(
+            body.decode("utf-8"), parse_constant=_constant, parse_float=_finite
         )
     except RefusedError:
         raise
@@ -88,14 +86,6 @@ def _decoded(body: bytes) -> Any:
         raise RefusedError("body: it is nested too deeply") from error
     except ValueError as error:  # of JSON, of UTF-8, or of a number with too many digits
         raise RefusedError(f"body: expected JSON, {' '.join(str(error).split())[:150]}") from error
-
-
-def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        twice = next(name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1)
-        raise RefusedError(f"body: got the field {shown(twice)} twice")
-    return table
 
 
 def _constant(word: str) -> float:

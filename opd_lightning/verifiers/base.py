@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,22 @@ class Verifier(ABC):
                     f"compare with, got {prompt.answer!r}; add it to the row or train without a "
                     "verifier"
                 )
+
+
+def check_time_limits(owner: str, **seconds: float) -> None:
+    """Raise UserError unless every limit, by the name of its setting, is positive and finite."""
+    for name, value in seconds.items():
+        if not 0 < value < math.inf:
+            raise UserError(f"{owner}: {name!r} must be above 0 and finite, got {value}")
+
+
+def check_scale(owner: str, zero: float, one: float) -> None:
+    """Raise UserError unless the scores that count as 0 and as 1 are finite and differ."""
+    if not (math.isfinite(zero) and math.isfinite(one)) or zero == one:
+        raise UserError(
+            f"{owner}.scale: got [{zero}, {one}], expected two different finite numbers: the "
+            "scores that count as 0 and as 1"
+        )
 
 
 def checked_rewards(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,8 @@ from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from opd_lightning.errors import RunStoppedError, UserError
-from opd_lightning.verifiers.base import Verifier
+from opd_lightning.verifiers.base import Verifier, check_scale, check_time_limits
+from opd_lightning.verifiers.patterns import Pattern
 
 if TYPE_CHECKING:
     from opd_lightning.types import Prompt
@@ -83,16 +83,18 @@ class JudgeVerifier(Verifier):
         self.max_requests = max_requests
         self.timeout_seconds = timeout_seconds
         self.step_seconds = step_seconds
+        check_time_limits(
+            "JudgeVerifier", timeout_seconds=timeout_seconds, step_seconds=step_seconds
+        )
         self._check_numbers()
         self.question = _Template("question", question, {"question", "response", "rubric"})
         self.rubric = None if rubric is None else _Template("rubric", rubric, {"question"})
         if (self.rubric is None) == ("rubric" in self.question.variables):
             what = "no rubric is set" if self.rubric is None else "does not read the rubric"
             raise UserError(f"JudgeVerifier.question: {what}; set both or neither")
-        try:
-            self.pattern = re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"JudgeVerifier.pattern: {error}; correct {pattern!r}") from error
+        self.pattern = Pattern(
+            "JudgeVerifier", pattern, timeout_seconds=timeout_seconds, step_seconds=step_seconds
+        )
         self._rubrics: dict[str, str] = {}  # by id of the prompt
         self._writing: dict[str, threading.Lock] = {}
         self._warned = False
@@ -197,14 +199,10 @@ class JudgeVerifier(Verifier):
 
     def _of_text(self, text: str) -> float:
         """Return the last score in a reply; NaN if there is none on the scale."""
-        found = None
-        for found in self.pattern.finditer(text):  # noqa: B007 - only the last is used
-            pass
-        if found is None:
-            return math.nan
+        (found,) = self.pattern.last([text])
         try:
-            score = (float(found[found.re.groups and 1]) - self.zero) / (self.one - self.zero)
-        except (TypeError, ValueError):
+            score = (float(str(found)) - self.zero) / (self.one - self.zero)
+        except ValueError:  # no match, or no number
             return math.nan
         return score if 0 <= score <= 1 else math.nan
 
@@ -260,15 +258,7 @@ class JudgeVerifier(Verifier):
         }.items():
             if value < 1:
                 raise UserError(f"JudgeVerifier: {name!r} must be at least 1, got {value}")
-        limits = {"timeout_seconds": self.timeout_seconds, "step_seconds": self.step_seconds}
-        for name, limit in limits.items():
-            if not 0 < limit < math.inf:
-                raise UserError(f"JudgeVerifier: {name!r} must be above 0 and finite, got {limit}")
-        if not (math.isfinite(self.zero) and math.isfinite(self.one)) or self.zero == self.one:
-            raise UserError(
-                f"JudgeVerifier.scale: got [{self.zero}, {self.one}], expected two different "
-                "finite numbers: the scores that count as 0 and as 1"
-            )
+        check_scale("JudgeVerifier", self.zero, self.one)
         low, high = sorted((self.zero, self.one))
         for token, score in self.choices.items():
             if not low <= score <= high:

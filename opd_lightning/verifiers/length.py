@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class LengthLimit(Verifier):
     """Verifier that scores 1 up to a length, 0 from another, and linearly between them.
 
-    The shape of DAPO's soft overlong punishment (2503.14476), in characters. Meant as
-    a part of `WeightedVerifier`; prompts need no answer.
+    The shape of DAPO's soft overlong punishment (2503.14476, from secondary sources), in
+    characters. Meant as a part of `WeightedVerifier`; prompts need no answer.
 
     Args:
         full: Characters up to which a response scores 1.

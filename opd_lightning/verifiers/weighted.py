@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from opd_lightning.errors import RunStoppedError, UserError
-from opd_lightning.verifiers.base import Rewards, Verifier
+from opd_lightning.verifiers.base import Rewards, Verifier, check_scale
 
 if TYPE_CHECKING:
     from opd_lightning.types import Prompt
@@ -32,12 +32,7 @@ class Part:
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:
             raise UserError(f"Part.weight: got {self.weight}, expected a number of 0 or more")
-        zero, one = self.scale
-        if not (math.isfinite(zero) and math.isfinite(one)) or zero == one:
-            raise UserError(
-                f"Part.scale: got {list(self.scale)}, expected two different finite numbers: the "
-                "scores that count as 0 and as 1"
-            )
+        check_scale("Part", *self.scale)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """Return the scores, mapped to [0, 1]; NaN for a response that was not checked."""

@@ -16,6 +16,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from opd_lightning.errors import RunStoppedError, UserError
+from opd_lightning.verifiers.base import check_time_limits
 
 if TYPE_CHECKING:
     from pebble import ProcessPool
@@ -73,10 +74,7 @@ class Workers:
     ) -> None:
         if count < 1:
             raise UserError(f"{owner}: 'max_workers' must be at least 1, got {count}")
-        limits = {"timeout_seconds": timeout_seconds, "step_seconds": step_seconds}
-        for name, value in limits.items():
-            if not 0 < value < math.inf:
-                raise UserError(f"{owner}: {name!r} must be above 0 and finite, got {value}")
+        check_time_limits(owner, timeout_seconds=timeout_seconds, step_seconds=step_seconds)
         self.owner = owner
         self.prepare = prepare
         self.count = count

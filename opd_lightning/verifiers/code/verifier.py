@@ -14,7 +14,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from opd_lightning.errors import UserError
-from opd_lightning.verifiers.base import Verifier
+from opd_lightning.verifiers.base import Verifier, check_time_limits
 from opd_lightning.verifiers.code.sandbox import Group, Kind, Limits, Sandbox, run
 from opd_lightning.verifiers.code.tests import Tests, parse_tests, program_of, same_output
 
@@ -72,12 +72,9 @@ class CodeVerifier(Verifier):
         packages: bool = False,
         sandbox: Kind = "auto",
     ) -> None:
-        for name, value in {
-            "timeout_seconds": timeout_seconds,
-            "step_seconds": step_seconds,
-        }.items():
-            if not 0 < value < math.inf:
-                raise UserError(f"CodeVerifier: {name!r} must be above 0 and finite, got {value}")
+        check_time_limits(
+            "CodeVerifier", timeout_seconds=timeout_seconds, step_seconds=step_seconds
+        )
         if memory_mb < 100:
             raise UserError(f"CodeVerifier: 'memory_mb' must be at least 100, got {memory_mb}")
         if max_workers is not None and max_workers < 1:
