@@ -40,8 +40,15 @@ def score(verifier: Verifier, *pairs: tuple[str, str]) -> list[float]:
     return verifier.verify([prompt(answer) for answer, _ in pairs], [text for _, text in pairs])
 
 
-def worker_pids() -> list[int]:
+STRANGERS: set[int] = set()  # children that tests of other modules left in this process
+
+
+def children() -> list[int]:
     return [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+
+
+def worker_pids() -> list[int]:
+    return [pid for pid in children() if pid not in STRANGERS]
 
 
 def start_all(checker: MathVerifier) -> None:
@@ -53,6 +60,7 @@ def start_all(checker: MathVerifier) -> None:
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
     """Start in two CPU seconds, so tests hand them on."""
+    STRANGERS.update(children())
     workers = MathVerifier().workers
     yield workers
     workers.close()
