@@ -211,8 +211,6 @@ class _Checker:
             return
         given = tree if not _SUBCLASS & {*tree} else tree.get("init_args")
         for key, value in given.items() if isinstance(given, Mapping) else ():
-            if key in _SUBCLASS:
-                continue
             key = str(key).removesuffix("+")  # "+" appends to a list, in files too
             self.expect(place, key, [*known])
             self.value(f"{place}.{key}", value, known[key])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from opd_lightning.errors import UserError
 from opd_lightning.models.student import Student
 from opd_lightning.rules.base import Rule
 from opd_lightning.rules.evidence import EvidenceMask, EvidenceWeight
@@ -66,6 +67,8 @@ class EDGEOPD(ComposedMethod):
         elif evidence == "soft":
             self.gates.append(EvidenceWeight(epsilon=epsilon))
         if clip is not None:
+            if not clip >= 0:
+                raise UserError(f"clip: got {clip}, expected at least 0 (nats)")
             self.gates.append(HardClip(low=-clip, high=clip))
         self.anchors = [TrustRegion(teacher, anchor, estimator, name="anchor")] if anchor else []
 

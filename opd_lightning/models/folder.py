@@ -22,6 +22,7 @@ TOKENIZER = (
 _TEXTS = ("chat_template.jinja", "merges.txt", "tokenizer.model", "spiece.model")
 _LFS = b"version https://git-lfs.github.com/spec/"
 _MOST_LAYERS = 10_000
+_ENTRY = {"dtype", "shape", "data_offsets"}  # of a tensor in the header
 _MAX_HEADER = 100_000_000  # bytes; safetensors refuses larger ones
 _MAX_JSON = 2**28  # bytes of a JSON file; large tokenizers have 2**25
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"  # in transformers' order
@@ -119,6 +120,8 @@ def _tensors(file: Path, role: str) -> Tensors:
             listed = {name: x for name, x in header.items() if name != "__metadata__"}
             end = max((x["data_offsets"][1] for x in listed.values()), default=0)
             tensors = {name: Stored(str(x["dtype"]), (*x["shape"],)) for name, x in listed.items()}
+            if unknown := {key for x in listed.values() for key in x} - _ENTRY:
+                raise ValueError(f"unknown key {min(unknown)!r}")
         except (
             ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError
         ) as error:  # fmt: skip

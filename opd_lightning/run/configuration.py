@@ -232,7 +232,14 @@ def check_trainer(trainer: Trainer) -> None:
         for kind, reason in REFUSED_CALLBACKS.items():
             if isinstance(callback, kind):
                 raise UserError(f"trainer.callbacks: got {type(callback).__name__}: {reason}")
-    every, parts = trainer.val_check_interval, trainer.accumulate_grad_batches
+    parts = trainer.accumulate_grad_batches
+    every = getattr(trainer, "val_check_interval", None)  # Lightning does not set it for a time
+    if every is None and (parts > 1 or trainer.world_size > 1):
+        raise UserError(
+            f"trainer.val_check_interval: got a time with accumulate_grad_batches {parts} on "
+            f"{trainer.world_size} processes, expected a number of micro-batches; processes "
+            "cannot agree on a time, and it may pass inside a step"
+        )
     if isinstance(every, int) and every % parts:
         raise UserError(
             f"trainer.val_check_interval: got {every} micro-batches for "

@@ -51,7 +51,9 @@ class Configurations(Kind):
         config = ("fit", "--config", FILE)
         if way == "file":
             content, how = mutations.damaged(random, text.encode())
-            return Input(f"{source.name}: {how}", {FILE: content}, config, (FILE,))
+            # What is left may be whole YAML that lacks a setting.
+            names = (FILE, *_keys(tree))
+            return Input(f"{source.name}: {how}", {FILE: content}, config, names)
         while True:
             change = mutations.changed(random, tree)
             keys = [str(key) for key in change.path]
@@ -123,7 +125,14 @@ def _names(change: mutations.Mutation) -> tuple[str, ...]:
         names += [change.value[:20]] if len(change.value) > 2 else []
     elif change.path[-1] in INSIDE or change.what == "another's value":
         names += [FILE]
+    if change.what == "key twice":  # told by line
+        names += [f"{FILE}:"]
     return tuple(name.removeprefix(TWICE) for name in names)
+
+
+def _keys(tree: Any) -> set[str]:
+    """The names of all settings in a tree."""
+    return {path[-1] for path in mutations.places(tree) if isinstance(path[-1], str)}
 
 
 def _written(given: Input) -> list[Any]:

@@ -8,7 +8,7 @@ from opd_lightning.data.mix import RolloutMix, TeacherSampler
 from opd_lightning.data.views import PromptView
 from opd_lightning.errors import UserError
 from opd_lightning.losses.surrogate import Surrogate
-from opd_lightning.methods import SFT
+from opd_lightning.methods import EDGEOPD, SFT
 from opd_lightning.models.student import Student
 from opd_lightning.rollouts import VLLMEngine
 from opd_lightning.rules import (
@@ -181,6 +181,10 @@ def test_a_share_of_no_prompt_is_refused(refusal: Refusal) -> None:
         (lambda: RolloutMix(guided=1.5), "mix.guided: got 1.5"),
         (lambda: RolloutMix(only_correct=True), "mix.only_correct: got true"),
         (lambda: opd(discount=5.0), "discount: got 5.0, expected a number in [0, 1]"),
+        (
+            lambda: EDGEOPD(Student(STUDENT), FrozenTeacher(TEACHER), "hint", clip=-1.0),
+            "clip: got -1.0, expected at least 0 (nats)",
+        ),
         (lambda: Surrogate(dual_clip=0.5), "dual_clip is 0.5"),
     ],
 )

@@ -66,6 +66,8 @@ def write(name: str, content: str | bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes(data)
 
 
+ENTRY = b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0], "more": 1}}'
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut in the tensors": (lambda f: cut(f, -1000), WEIGHTS),
     "cut in the header": (lambda f: cut(f, 100), WEIGHTS),
@@ -79,6 +81,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "header is nested deeply": (
         write(WEIGHTS, (5000).to_bytes(8, "little") + b"[" * 5000),
         WEIGHTS,
+    ),
+    "header has an unknown key": (
+        write(WEIGHTS, len(ENTRY).to_bytes(8, "little") + ENTRY),
+        "unknown key 'more'",
     ),
     "header lists no offsets": (write(WEIGHTS, b'\x08\0\0\0\0\0\0\0{"a": 1}'), WEIGHTS),
     "weights are a pointer": (write(WEIGHTS, POINTER), WEIGHTS),

@@ -77,6 +77,8 @@ def test_adapters_with_dropout(refusal: Refusal) -> None:
 def test_validation_within_a_step(refusal: Refusal) -> None:
     line = refusal(trainer={"accumulate_grad_batches": 2, "val_check_interval": 5})
     assert "val_check_interval: got 5 micro-batches" in line
+    line = refusal(trainer={"accumulate_grad_batches": 2, "val_check_interval": {"minutes": 1}})
+    assert "val_check_interval: got a time" in line
 
 
 def test_more_micro_batches_than_rollouts(refusal: Refusal) -> None:
