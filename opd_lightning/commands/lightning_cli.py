@@ -67,6 +67,8 @@ class _Parser(LightningArgumentParser):
         super().save(*args, **{"skip_validation": True, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # parses a nested class; the outer parser adds its place
+            super().error(message, ex)
         if (line := explain_taken_name(message)) is not None:
             report(line)
             sys.exit(2)

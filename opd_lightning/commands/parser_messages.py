@@ -12,11 +12,20 @@ _NOISE = re.compile(
     r"|Given value type: .*|Given value: (?!\S+$).*"
     r"|Expected a <class 'NoneType'>.*|Expected a path but .*|tip: .*)$"
 )
+# A mistake inside a class that was given; what else its parameter accepts is no cause.
+_INSIDE = "Problem with given class_path"
+_ALTERNATIVES = (
+    "Expected a",
+    "Not a valid subclass",
+    "Subclass types expect",
+    "a dict ",
+    "a class ",
+)
 # Applied in order; later patterns match replacements of earlier ones.
 _WORDS = [
     (r"Parser key \"(?:fit\.|validate\.|test\.)?([^\"]*)\": ?", r"\1: "),
     (
-        r"the following arguments are required: (?:fit\.|validate\.|test\.)?(\S+)",
+        r"the following arguments are required: (?:fit\.|validate\.|test\.)?([^\s;]+)",
         r"\1: got nothing, expected a value",
     ),
     (r"(?:Group|Subcommand) '([^']*)' does not accept option '([^']*)'", r"\1.\2 is not accepted"),
@@ -45,6 +54,11 @@ _WORDS = [
     (r"(?:\.|;) (?:Got|Given) value: ", ", got "),
     (r"\bgot None\b", "got null"),
     (r"\b([\w.]+): (\1: )+", r"\1: "),
+    (r"Type typing\.Callable.*? expects a function or a callable class: ", ""),
+    (r", got Namespace\(.*$", ""),
+    # Places of nested classes: "model: 'a.Class': teacher: 'a.Teacher': path: ...".
+    (r"\b([\w.]+): '[\w.]+': (?=[a-z_]\w*: )", r"\1."),
+    (r"^([\w.]+)[:.] ?([a-z_]\w*): (?=[a-z_]\w*: )", r"\1.\2."),
 ]  # fmt: skip
 
 
@@ -58,6 +72,8 @@ def one_line(message: str) -> str:
     """Return the causes in a parser's message, outermost first, at most 400 characters."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     causes = [line for line in lines if line and not _NOISE.match(line)]
+    if any(cause.startswith(_INSIDE) for cause in causes):
+        causes = [cause for cause in causes if not cause.startswith(_ALTERNATIVES)]
     text = " ".join(cause if cause.endswith(":") else cause + ";" for cause in causes)
     text = text.rstrip(";")
     for pattern, words in _WORDS:

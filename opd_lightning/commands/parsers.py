@@ -25,6 +25,8 @@ class OneLineParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Report a mistake in one line and exit with code 2."""
+        if not self.exit_on_error:  # parses a nested class; the outer parser adds its place
+            super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         report(f"{one_line(message)}; {hint(parser.prog)}")
         sys.exit(2)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -88,7 +90,8 @@ class Configurations(Kind):
         ignored = ""
         if outcome.accepted:
             ignored = given.facts.get("refuse", "") or self._ignored(written, given, folder)
-        return replace(outcome, places=given.places, ignored=ignored)
+        by_line = any(re.match(rf"{FILE}:\d+: ", error) for error in outcome.errors)
+        return replace(outcome, places=() if by_line else given.places, ignored=ignored)
 
     def _ignored(self, written: list[Any], given: Input, folder: Path) -> str:
         """What of the written settings is not in the config that the run saved."""
@@ -125,8 +128,6 @@ def _names(change: mutations.Mutation) -> tuple[str, ...]:
         names += [change.value[:20]] if len(change.value) > 2 else []
     elif change.path[-1] in INSIDE or change.what == "another's value":
         names += [FILE]
-    if change.what == "key twice":  # told by line
-        names += [f"{FILE}:"]
     return tuple(name.removeprefix(TWICE) for name in names)
 
 
@@ -160,7 +161,7 @@ def _places(trees: list[Any]) -> Iterator[str]:
         for path in mutations.places(tree):
             value = mutations.at(tree, path)
             if path[-1] in PLACES and isinstance(value, str | int | float):
-                yield str(value).strip("./ ").split("/")[0] or "."
+                yield str(value).removeprefix("./").split("/")[0] or "."
 
 
 def unused(written: Any, used: Any, place: str = "") -> str | None:
@@ -171,6 +172,9 @@ def unused(written: Any, used: Any, place: str = "") -> str | None:
         used: The tree that the program says it uses, defaults included.
         place: Name of both for the answer.
     """
+    if isinstance(written, str) and isinstance(used, Mapping | list):
+        with suppress(yaml.YAMLError):  # the parser reads a text in brackets too
+            written = yaml.safe_load(written)
     if isinstance(written, Mapping):
         if not isinstance(used, Mapping):
             return f"{place}: got {written!r:.80}, used {used!r:.80}" if written else None
