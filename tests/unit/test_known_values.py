@@ -182,6 +182,26 @@ def test_a_name_of_two_million_characters_is_cut() -> None:
   Given value: m.Sub""",
             "model: 'm.Sub': Option 'betta' is not accepted, got m.Sub",
         ),
+        (
+            """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Errors:
+    - Problem with given class_path 'm.Sub':
+        Parser key "teacher":
+          Problem with given class_path 'm.Teacher':
+            the following arguments are required: path
+    - Expected a <class 'NoneType'>""",
+            "model.teacher.path: got nothing, expected a value",
+        ),
+        (
+            """Parser key "model":
+  Problem with given class_path 'm.Sub':
+    Parser key "optimizer":
+      - Type typing.Callable[[x], y.Z] expects a function or a callable class: Option 'a' is """
+            """not accepted. Got value: Namespace(class_path='y.Z')
+      - Expected a <class 'int'>""",
+            "model.optimizer: Option 'a' is not accepted",
+        ),
     ],
 )
 def test_messages_of_the_parser(message: str, line: str) -> None:
