@@ -107,11 +107,12 @@ class ModelSource:
                 f"{reason_of(error)}"
             ) from error
         ids = listed if isinstance(listed, list | tuple) else [] if listed is None else [listed]
+        largest = self.config.get_text_config().vocab_size - 1 if ids else 0
         for i in ids:
-            if not isinstance(i, int) or isinstance(i, bool):
+            if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i <= largest:
                 raise UserError(
                     f"{self.role} {self.path!r}: eos_token_id in generation_config.json: got "
-                    f"{listed!r}, expected a token id or a list of them"
+                    f"{listed!r}, expected a token id or a list of them, 0 to {largest}"
                 )
         own = self.tokenizer.eos_token_id
         return tuple(sorted({*ids, *([] if own is None else [own])}))

@@ -146,6 +146,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change(f, "generation_config.json", eos_token_id=[[1], [2]]),
         "eos_token_id",
     ),
+    "EOS beyond the vocabulary": (
+        lambda f: change(f, "generation_config.json", eos_token_id=2**63),
+        "eos_token_id",
+    ),
     "EOS as text": (
         lambda f: change(f, "generation_config.json", eos_token_id="<eos>"),
         "eos_token_id",
