@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 from lightning.pytorch.trainer.states import TrainerFn
 
 from opd_lightning.checkpoints.matching import (
+    check_kinds,
     check_optimizers,
     check_readable,
     differences,
@@ -119,7 +120,17 @@ class CheckpointConnector(_CheckpointConnector):
     def restore_optimizers(self) -> None:
         if self.saved is not None:
             check_optimizers(self.saved, self.trainer.optimizers)
+        states = (self._loaded_checkpoint or {}).get("optimizer_states", ())
+        for state, optimizer in zip(states, self.trainer.optimizers, strict=False):
+            groups = optimizer.state_dict()["param_groups"]
+            check_kinds("optimizer", state["param_groups"], groups)
         super().restore_optimizers()
+
+    def restore_lr_schedulers(self) -> None:
+        states = (self._loaded_checkpoint or {}).get("lr_schedulers", ())
+        for state, config in zip(states, self.trainer.lr_scheduler_configs, strict=False):
+            check_kinds("lr_scheduler", state, config.scheduler.state_dict())
+        super().restore_lr_schedulers()
 
     def resume_end(self) -> None:
         super().resume_end()

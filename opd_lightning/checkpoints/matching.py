@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from opd_lightning.checkpoints.reading import Saved, Shape
@@ -70,6 +70,32 @@ def check_optimizers(saved: Saved, optimizers: Sequence[Optimizer]) -> None:
             "from an exported student"
         )
         raise raised_by_all(error)
+
+
+def check_kinds(place: str, there: object, here: object) -> None:
+    """Refuse a restored state with values of other kinds than the fresh one's.
+
+    PyTorch's `load_state_dict` takes any, and fails in a later step. Keys of one side only are
+    left out, as versions of PyTorch add and drop some.
+
+    Raises:
+        TypeError: At the first value of another kind.
+    """
+    if isinstance(here, Mapping) and isinstance(there, Mapping):
+        for key in here.keys() & there.keys() - {"params"}:  # names or numbers of weights
+            check_kinds(f"{place}.{key}", there[key], here[key])
+    elif isinstance(here, list | tuple) and isinstance(there, list | tuple):
+        for i, (theirs, ours) in enumerate(zip(there, here, strict=False)):
+            check_kinds(f"{place}.{i}", theirs, ours)
+    elif here is not None and there is not None and _kind(there) is not _kind(here):
+        got, expected = (type(value).__name__ for value in (there, here))
+        raise TypeError(f"{place}: got {got}, expected {expected}")
+
+
+def _kind(value: object) -> type:
+    """Return the type of a value; numbers are of one kind, tensors too."""
+    kinds: tuple[tuple[Any, type], ...] = (((int, float, Tensor), float), ((list, tuple), list))
+    return next((kind for types, kind in kinds if isinstance(value, types)), type(value))
 
 
 def differences(saved: Saved, trainer: Trainer) -> list[str]:

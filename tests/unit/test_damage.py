@@ -1,5 +1,6 @@
 """Damage to any bytes of a checkpoint gives one line of this program, not of a library."""
 
+import copy
 import io
 import os
 import pickle
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from opd_lightning.checkpoints import whole
+from opd_lightning.checkpoints.matching import check_kinds
 from opd_lightning.commands.export import load_student
 from opd_lightning.errors import UserError
 from opd_lightning.models.student import Student
@@ -159,6 +161,19 @@ def test_a_state_that_cannot_be_restored(
     with pytest.raises(UserError, match=told) as refused:
         train(tmp_path, 2, ckpt_path=tmp_path / "copy.ckpt")
     assert "\n" not in str(refused.value)
+
+
+def test_a_scheduler_s_or_optimiser_s_values_of_another_kind_are_refused() -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=5)
+    for fresh in (scheduler.state_dict(), optimizer.state_dict()["param_groups"][0]):
+        check_kinds("here", {**copy.deepcopy(fresh), "added": 1}, fresh)
+        for key, value in fresh.items():
+            if key != "params" and value is not None:
+                with pytest.raises(TypeError, match=rf"^here\.{key}: got dict, expected "):
+                    check_kinds("here", {**fresh, key: {}}, fresh)
+    with pytest.raises(TypeError, match=r"^here\.betas\.1: got str, expected float"):
+        check_kinds("here", {"betas": (0.9, "x")}, {"betas": (0.9, 0.999)})
 
 
 def test_what_has_no_end_is_not_read(saved: Path, tmp_path: Path) -> None:
