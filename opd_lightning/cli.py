@@ -21,7 +21,7 @@ from opd_lightning.terminal.quiet import quiet_libraries
 # Errors of the file system, reported in one line wherever they are raised.
 FILE_ERRORS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE,
-    errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
 }  # fmt: skip
 
 

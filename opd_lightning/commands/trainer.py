@@ -34,7 +34,10 @@ from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.callback import RunCallback, run_callbacks
 
 # That a run writes into its folder, beside TensorBoard's.
-RUN_FILES = ("config.yaml", ".prompts.json", "starts.jsonl", "rollouts.jsonl")
+RUN_FILES = (
+    *("config.yaml", ".prompts.json", "starts.jsonl", "rollouts.jsonl"),
+    *("hparams.yaml", "metrics.csv"),  # of Lightning's loggers
+)
 
 
 class Trainer(Commands):
