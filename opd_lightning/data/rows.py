@@ -77,7 +77,6 @@ def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
-    import pyarrow
     from pyarrow import parquet
 
     row = 0
@@ -87,7 +86,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
                 for values in _rows_of(batch):
                     row += 1
                     yield row, values
-    except pyarrow.ArrowException as error:
+    except Exception as error:  # a damaged file raises too many types to list
+        if isinstance(error, OSError) and error.errno:  # of the disk
+            raise
         raise _unreadable(path, "parquet", error, row) from error
 
 
