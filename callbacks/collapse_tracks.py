@@ -75,7 +75,7 @@ class Track:
         return {"first": list(self.first), "outside": self.outside}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.first, self.outside = list(state["first"]), state["outside"]
+        self.first, self.outside = [float(x) for x in state["first"]], state["outside"]
 
 
 class Tracks:

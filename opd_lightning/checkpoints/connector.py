@@ -95,10 +95,17 @@ class CheckpointConnector(_CheckpointConnector):
 
     def restore_training_state(self) -> None:
         with restoring("the state of the loops, the optimiser or the scheduler"):
+            if self._loaded_checkpoint:
+                fresh = {"fit_loop": self.trainer.fit_loop.state_dict()}
+                check_kinds("loops", self._loaded_checkpoint["loops"], fresh)
             super().restore_training_state()
 
     def restore_callbacks(self) -> None:
         with restoring("the state of a callback"):
+            states = (self._loaded_checkpoint or {}).get("callbacks", {})
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if (state := states.get(callback.state_key)) is not None:
+                    check_kinds(callback.state_key, state, callback.state_dict(), optional=True)
             super().restore_callbacks()
             self._keep_to_own_files()
 

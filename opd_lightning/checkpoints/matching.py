@@ -72,22 +72,30 @@ def check_optimizers(saved: Saved, optimizers: Sequence[Optimizer]) -> None:
         raise raised_by_all(error)
 
 
-def check_kinds(place: str, there: object, here: object) -> None:
+def check_kinds(place: str, there: object, here: object, *, optional: bool = False) -> None:
     """Refuse a restored state with values of other kinds than the fresh one's.
 
     PyTorch's `load_state_dict` takes any, and fails in a later step. Keys of one side only are
     left out, as versions of PyTorch add and drop some.
+
+    Args:
+        place: Name of the state for messages.
+        there: The restored state.
+        here: The fresh state. None may become anything.
+        optional: Whether every value may be None.
 
     Raises:
         TypeError: At the first value of another kind.
     """
     if isinstance(here, Mapping) and isinstance(there, Mapping):
         for key in here.keys() & there.keys() - {"params"}:  # names or numbers of weights
-            check_kinds(f"{place}.{key}", there[key], here[key])
+            check_kinds(f"{place}.{key}", there[key], here[key], optional=optional)
     elif isinstance(here, list | tuple) and isinstance(there, list | tuple):
         for i, (theirs, ours) in enumerate(zip(there, here, strict=False)):
-            check_kinds(f"{place}.{i}", theirs, ours)
-    elif here is not None and there is not None and _kind(there) is not _kind(here):
+            check_kinds(f"{place}.{i}", theirs, ours, optional=optional)
+    elif here is None or (optional and there is None) or _kind(there) is _kind(here):
+        return
+    else:
         got, expected = (type(value).__name__ for value in (there, here))
         raise TypeError(f"{place}: got {got}, expected {expected}")
 

@@ -97,7 +97,7 @@ class SkippedSteps(nn.Module):
 
     def resume(self, counts: Mapping[str, int]) -> None:
         """Restore the counters of a checkpoint; older checkpoints have none."""
-        self.total, self.in_a_row = counts.get("total", 0), counts.get("in_a_row", 0)
+        self.total, self.in_a_row = int(counts.get("total", 0)), int(counts.get("in_a_row", 0))
 
 
 def check_weights(step: int, student: nn.Module, ranks: Ranks) -> None:
