@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,20 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
 )
+
+
+@cache
+def _no_vllm() -> str | None:
+    from opd_lightning.serving.vllm_process import vllm_unavailable
+
+    return vllm_unavailable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs vLLM without it; vLLM is imported, nine CPU seconds, only for such tests."""
+    if item.get_closest_marker("vllm") and (reason := _no_vllm()):
+        pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)
@@ -161,18 +176,23 @@ def in_lab(untrained_lab: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return untrained_lab
 
 
-# Modules that share servers or a cluster, which take half a minute to start: run in one process.
+# Modules that share servers, engines or a cluster, which take half a minute to start: run in one
+# process.
 SHARED = {
-    "test_check.py": "servers",
-    "test_offline_remote.py": "servers",
-    "test_pushes.py": "servers",
-    "test_remote_teacher.py": "servers",
-    "test_server_engine.py": "servers",
-    "test_siege.py": "servers",
+    "test_check.py": "vllm",
+    "test_hostile_clients.py": "vllm",
+    "test_offline_remote.py": "vllm",
+    "test_pushes.py": "vllm",
+    "test_remote_teacher.py": "vllm",
+    "test_rollouts_vllm.py": "vllm",
+    "test_server_engine.py": "vllm",
+    "test_vllm_errors.py": "vllm",
+    "test_vllm_families.py": "vllm",
     "test_requeue.py": "slurm",
     "test_scripts.py": "slurm",
     "test_servers.py": "slurm",
 }
+SERVERS = ("_rollout_server", "_teacher_server")  # fixtures that a group shares
 
 
 class ByModule(LoadScopeScheduling):
@@ -193,21 +213,29 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Adjust the order of pytest-randomly.
 
-    Tests marked `last` go to the end of their module, or of the modules that share what they end.
-    The directories with long tests go first, so that no worker is left with one at the end.
+    Tests marked `last` go to the end of their module, or of its group if they end a server that
+    the group shares. Groups of modules go first, then the directory with long tests, so that no
+    worker is left with one at the end.
     """
     modules: dict[Path, int] = {}
     groups: dict[object, int] = {}
     for item in items:
         modules.setdefault(item.path, len(modules))
         groups.setdefault(SHARED.get(item.path.name, item.path), len(groups))
-    rooms = [Path(__file__).parent / name for name in ("slurm", "integration")]
+    integration = Path(__file__).parent / "integration"
 
-    def place(item: pytest.Item) -> tuple[bool, ...] | tuple[Any, ...]:
+    def place(item: pytest.Item) -> tuple[Any, ...]:
+        shared = SHARED.get(item.path.name)
         last = item.get_closest_marker("last") is not None
-        group = groups[SHARED.get(item.path.name, item.path)]
-        outside = (room not in item.path.parents for room in rooms)
-        return (*outside, group, last, modules[item.path])
+        ends_server = last and bool({*SERVERS} & {*getattr(item, "fixturenames", ())})
+        return (
+            shared is None,
+            integration not in item.path.parents,
+            groups[shared or item.path],
+            ends_server,
+            modules[item.path],
+            last,
+        )
 
     items.sort(key=place)
 

@@ -2,8 +2,8 @@
 
 `start("opd_lightning", "fit", ...)` behaves like `python -m opd_lightning fit ...`, but it is
 forked from a process that has imported PyTorch, Transformers, Lightning and the package, which
-costs a real start about ten CPU seconds. A test process has one such parent, started at the
-first use. What a child may rely on, because the parent imports, reads signatures and no more:
+costs a real start about ten CPU seconds. A test run has one such parent, started at the first
+use. What a child may rely on, because the parent imports, reads signatures and no more:
 
 - one thread, no process group, no random state in use, no signal handler of ours;
 - working directory, arguments, environment, standard streams and session of its own;
@@ -59,6 +59,7 @@ PRELOADED = (
 )
 MAX_MESSAGE = 1 << 20
 END = struct.Struct("<qd")  # exit code and CPU seconds
+PEER = struct.Struct("3i")  # process, user and group
 
 Stream = int | IO[Any] | None
 
@@ -256,27 +257,46 @@ def call_ranks(function: Callable[..., None], *arguments: Any, count: int, timeo
 # The warm parent --------------------------------------------------------------------------
 
 
-@cache
 def _parent() -> socket.socket:
-    """The connection to this process's warm parent, which ends with it."""
+    """Return this process's connection to the warm parent."""
     return _parent_of(os.getpid())
 
 
 @cache
 def _parent_of(process: int) -> socket.socket:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    """Connect to the warm parent of the test run, which ends when all its clients have.
+
+    Who comes first starts it. The workers of pytest-xdist share one.
+    """
+    name = f"\0opd-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', process)}"
+    while True:
+        ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours.connect(name)
+            return ours
+        except ConnectionRefusedError:
+            ours.close()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            try:
+                listener.bind(name)
+            except OSError:  # another process is about to listen
+                time.sleep(0.05)
+                continue
+            listener.listen()
+            _start_parent(listener)
+
+
+def _start_parent(listener: socket.socket) -> None:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     # As `quiet_libraries` sets it before libraries are imported, where stderr is no terminal.
     quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    with theirs:
-        subprocess.Popen(
-            [sys.executable, "-m", __name__, "serve", str(theirs.fileno())],
-            cwd=ROOT,
-            env={**os.environ, **quiet, "PYTHONPATH": path},
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
-    return ours
+    subprocess.Popen(
+        [sys.executable, "-m", __name__, "serve", str(listener.fileno())],
+        cwd=ROOT,
+        env={**os.environ, **quiet, "PYTHONPATH": path},
+        pass_fds=[listener.fileno()],
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def _descriptor(stream: Any) -> int:
@@ -287,10 +307,15 @@ def _send(to: socket.socket, request: dict[str, Any], fds: list[int]) -> None:
     socket.send_fds(to, [json.dumps(request).encode()], fds)
 
 
-def serve(control: socket.socket) -> dict[str, Any] | None:
+def serve(*clients: socket.socket, listener: socket.socket | None = None) -> dict[str, Any] | None:
     """Fork a child for every request, and report its end; in a child, return its request.
 
-    Returns None when nobody asks any more.
+    Args:
+        clients: Connections that requests come by.
+        listener: Socket that further clients connect to.
+
+    Returns:
+        None once the last client has closed its connection.
     """
     gc.collect()
     gc.freeze()  # a child's collections do not copy what it shares
@@ -302,17 +327,25 @@ def serve(control: socket.socket) -> dict[str, Any] | None:
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     children: dict[int, socket.socket] = {}
+    controls = [*clients]
     while True:
-        watched: list[Any] = [control, read]
+        watched: list[Any] = [read, *controls, *([listener] if listener else [])]
         ready = select.select(watched, [], [])[0]
         if read in ready:
             os.read(read, 4096)
             _report(children)
-        if control not in ready:
+        if listener in ready and listener is not None:
+            controls += _accepted(listener)
+        if not (asking := [one for one in controls if one in ready]):
             continue
+        control = asking[0]  # the others are still ready in the next round
         message, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, 4)
         if not message:
-            return None
+            control.close()
+            controls.remove(control)
+            if not controls:
+                return None
+            continue
         status = socket.socket(fileno=fds[0])
         if pid := os.fork():
             children[pid] = status
@@ -322,7 +355,7 @@ def serve(control: socket.socket) -> dict[str, Any] | None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for file in (control, *children.values()):
+        for file in (*controls, *children.values(), *([listener] if listener else [])):
             file.close()
         os.close(read)
         os.close(write)
@@ -331,6 +364,16 @@ def serve(control: socket.socket) -> dict[str, Any] | None:
         with status:
             status.send(os.getpid().to_bytes(8, "little", signed=True))
         return request
+
+
+def _accepted(listener: socket.socket) -> list[socket.socket]:
+    """Return the next connection, unless it is another user's: names of sockets are for all."""
+    client = listener.accept()[0]
+    credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size)
+    if PEER.unpack(credentials)[1] == os.getuid():
+        return [client]
+    client.close()
+    return []
 
 
 def _read_signatures() -> None:
@@ -410,10 +453,10 @@ def _main() -> None:
         return
     for name in PRELOADED:
         import_module(name)
-    with socket.socket(fileno=int(sys.argv[2])) as control:
+    with socket.socket(fileno=int(sys.argv[2])) as listener:
         gc.freeze()  # or every collection below would pass over all that is loaded
         _read_signatures()
-        request = serve(control)
+        request = serve(listener=listener)
     if request is not None:
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
 

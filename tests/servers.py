@@ -18,7 +18,8 @@ class RunningServer:
     """An `opd serve` of `model`; its files are in `folder`, where servers share a key.
 
     Started as a user starts it, or forked from a warm parent, which has read its environment and
-    imported PyTorch before (see `tests/processes.py`).
+    imported PyTorch before (see `tests/processes.py`), and then itself forked for its engine (see
+    `tests/forked_server.py`).
     """
 
     def __init__(
@@ -33,14 +34,14 @@ class RunningServer:
         self._start()
 
     def _start(self, *options: str) -> None:
-        words = ["opd_lightning", *self._words, *options]
+        words = [*self._words, *options]
         with self.log.open("w") as log:
             self.process: Process | subprocess.Popen[bytes]
             if self._warm:
-                self.process = Process(*words, stdout=log, stderr=log)
+                self.process = Process("tests.forked_server", *words, stdout=log, stderr=log)
             else:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", *words], stdout=log, stderr=log
+                    [sys.executable, "-m", "opd_lightning", *words], stdout=log, stderr=log
                 )
 
     @property

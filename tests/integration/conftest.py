@@ -11,7 +11,6 @@ import pytest
 from opd_lightning.errors import UserError
 from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts import Sampling, VLLMServerEngine
-from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.engine_contract import MAX_LENGTH, REQUESTS, assert_scored_by, reference_model
 from tests.servers import RunningServer
 
@@ -23,8 +22,6 @@ CHUNKS = '{"max_num_batched_tokens": 64, "enable_chunked_prefill": true}'
 def _teacher_server(
     untrained_lab: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
-    if reason := vllm_unavailable():
-        pytest.skip(reason)
     folder = tmp_path_factory.mktemp("teacher_server")
     options = ("--max_length", "200", "--max_num_seqs", "64", "--engine_args", CHUNKS)
     server = RunningServer(untrained_lab / "lab/arithmetic/teacher", folder, *options, warm=True)
@@ -46,8 +43,6 @@ def teacher_server(_teacher_server: RunningServer) -> RunningServer:
 def _rollout_server(
     tiny_model_dir: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
-    if reason := vllm_unavailable():
-        pytest.skip(reason)
     options = ("--weights", "pushed", "--max_length", str(MAX_LENGTH))
     server = RunningServer(tiny_model_dir(), tmp_path_factory.mktemp("server"), *options)
     try:

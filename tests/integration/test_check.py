@@ -32,7 +32,6 @@ from opd_lightning.models.student import Student
 from opd_lightning.preflight.memory import student_bytes
 from opd_lightning.rollouts import HFEngine, Request, Sampling
 from opd_lightning.run.datamodule import RolloutDataModule
-from opd_lightning.serving.vllm_process import vllm_unavailable
 from opd_lightning.teachers import EMATeacher, FrozenTeacher, Teacher, TopKTeacher
 from opd_lightning.teachers.local import OwnModelTeacher
 from opd_lightning.teachers.start import start_of
@@ -177,8 +176,6 @@ def test_a_good_run_made_in_python(look: Look) -> None:
 @pytest.mark.slow  # an engine's start, for what is like the other engine
 @pytest.mark.vllm
 def test_a_good_configuration_on_vllm(check: Check) -> None:
-    if reason := vllm_unavailable():
-        pytest.skip(reason)
     printed = check("--config", str(CONFIGS / "engine" / "vllm.yaml"))
     assert not not_ok(printed)
     assert by_subject(printed)["weight push"]["values"]["gap_to_pushed"] < 1e-5

@@ -27,7 +27,6 @@ from opd_lightning.models.weight_sums import EngineSum
 from opd_lightning.rollouts import Engine, HFEngine, Sampling, VLLMEngine
 from opd_lightning.rules import TruncatedImportance
 from opd_lightning.run.datamodule import RolloutDataModule
-from opd_lightning.serving.vllm_process import vllm_unavailable
 from opd_lightning.teachers import AdapterOffTeacher, EMATeacher, FrozenTeacher
 from opd_lightning.training.callback import RunCallback
 from opd_lightning.types import Prompt, RolloutBatch
@@ -161,8 +160,6 @@ def test_progress_bars_show_what_is_logged() -> None:
 def test_engine_and_trainer_agree_at_every_step(
     kind: type[OPD | DivergenceOPD], engine: type[Engine]
 ) -> None:
-    if engine is VLLMEngine and (reason := vllm_unavailable()):
-        pytest.skip(reason)
     seen = fit(method_of(kind), engine=engine(), steps=3, micro_batches=2)
     assert len(seen.logged) == 3
     for logged in seen.logged:
@@ -358,8 +355,6 @@ def test_a_run_that_is_stopped_says_so_in_one_line(capsys: pytest.CaptureFixture
 )
 def test_rollouts_written_ahead_are_trained_on_and_corrected(engine: type[Engine]) -> None:
     """One step old, in a thread: two runs agree, and the first step is proved as ever."""
-    if engine is VLLMEngine and (reason := vllm_unavailable()):
-        pytest.skip(reason)
     runs = []
     for _ in range(2):
         method = method_of(rules=[TruncatedImportance()])

@@ -7,10 +7,10 @@ from tests.fuzz.kinds import KINDS
 
 # Of seed 0, the first ones: the same on a fast machine and a slow one.  `make fuzz` runs more.
 INPUTS = {
-    "configurations": 20,
-    "prompt_files": 40,
-    "model_folders": 40,
-    "checkpoints": 6,
+    "configurations": 15,
+    "prompt_files": 12,
+    "model_folders": 20,
+    "checkpoints": 4,
     "requests": 150,
     "responses": 40,
 }

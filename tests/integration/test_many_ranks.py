@@ -15,7 +15,6 @@ from opd_lightning.models.source import ModelSource
 from opd_lightning.models.student import Student
 from opd_lightning.rollouts import Sampling, VLLMEngine
 from opd_lightning.rollouts.base import Request
-from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests import processes
 from tests.conftest import build_tiny_model
 from tests.harness_tasks import write_tasks
@@ -110,8 +109,6 @@ def test_they_know_how_far_they_are_from_their_start(runs: Runs, layout: str, wa
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_every_rank_has_a_vllm_of_its_own(runs: Runs, layout: str) -> None:
     """In its own process: it writes what one would, by weights that arrived."""
-    if reason := vllm_unavailable():
-        pytest.skip(reason)
     test_many_are_one(runs, layout, "vllm", "vllm")
     found = runs(layout, "vllm")["vllm"]
     assert all(version == step for step, _, _, version in found["rollouts"])
@@ -124,8 +121,6 @@ def test_every_rank_has_a_vllm_of_its_own(runs: Runs, layout: str) -> None:
 def test_an_exported_folder_of_shards_is_one_model_to_transformers_and_vllm(
     runs: Runs, layout: str
 ) -> None:
-    if reason := vllm_unavailable():
-        pytest.skip(reason)
     runs(layout, "shards")
     student = Student(str(runs.folder / "lab" / "arithmetic" / "student"))
     load_student(student, str(runs.folder / f"{layout}-shards"))

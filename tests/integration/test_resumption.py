@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from opd_lightning.cli import main
-from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.comparing import compare, scalars, tensors
 from tests.full_run import CONFIG, RUN, settings
 
@@ -49,8 +48,6 @@ def test_a_run_goes_on_bit_for_bit_from_any_checkpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if "data__engine" in changes and (reason := vllm_unavailable()):
-        pytest.skip(reason)
     whole = tmp_path / "whole"
     settings(whole, steps=STEPS, every=1, keep=-1, **changes)
     (whole / "lab").symlink_to(untrained_lab / "lab")

@@ -29,8 +29,6 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture(scope="module")
 def engine(tiny_model_dir: Any) -> Iterator[VLLMEngine]:
-    if reason := vllm_unavailable():
-        pytest.skip(reason)
     engine = VLLMEngine()
     assert engine.version == -1
     state = torch.get_rng_state()
@@ -111,8 +109,6 @@ def _rank_with_an_engine(rank: int, rendezvous: str, first: Path, second: Path) 
 def test_engines_live_and_die_beside_the_trainers_process_group(
     tiny_model_dir: Any, tmp_path: Path
 ) -> None:
-    if reason := vllm_unavailable():
-        pytest.skip(reason)
     folders = (tiny_model_dir(tie=False), tiny_model_dir(tie=False, seed=1))
     torch.multiprocessing.spawn(
         _rank_with_an_engine, args=(f"file://{tmp_path}/rendezvous", *folders), nprocs=2

@@ -25,7 +25,6 @@ from opd_lightning.methods import GRPO
 from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine, Request, Sampling
 from opd_lightning.run.datamodule import RolloutDataModule
-from opd_lightning.serving.vllm_process import vllm_unavailable
 from opd_lightning.types import Completion
 from tests.processes import Process
 
@@ -156,8 +155,6 @@ def test_the_engine_of_the_config_is_asked(sample: Sample, monkeypatch: pytest.M
 @pytest.mark.vllm
 def test_vllm_answers_what_transformers_do(sample: Sample) -> None:
     """Greedy, so that vLLM writes what transformers does."""
-    if reason := vllm_unavailable():
-        pytest.skip(reason)
     here, there = (
         sample("--prompt=1+1=", "--temperature=0", *engine).rows[0]
         for engine in ((), ("--config", str(CONFIGS.parent / "engine" / "vllm.yaml")))

@@ -22,7 +22,6 @@ from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts import Engine, Request, Sampling, VLLMEngine, VLLMServerEngine
 from opd_lightning.rollouts.push_folder import PushFolder
 from opd_lightning.serving.accepted import ROUTES
-from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.engine_contract import (
     MAX_LENGTH,
     REQUESTS,
@@ -337,8 +336,6 @@ def routes(weights: Any, monkeypatch: pytest.MonkeyPatch, key_file: Path) -> set
 def test_fixed_weights_have_no_development_routes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if reason := vllm_unavailable():
-        pytest.skip(reason)
     development = {path for _, path in DEVELOPMENT_ROUTES}
     assert development <= routes("pushed", monkeypatch, tmp_path / "key")
     fixed = routes("fixed", monkeypatch, tmp_path / "key")
@@ -362,8 +359,6 @@ def test_ending_it_ends_its_children(server: RunningServer) -> None:
 
 @pytest.mark.slow
 def test_a_lost_servers_work_moves(tiny_model_dir: Any, tmp_path: Path) -> None:
-    if reason := vllm_unavailable():
-        pytest.skip(reason)
     model = reference_model(tiny_model_dir())
     servers = [
         RunningServer(tiny_model_dir(), tmp_path, *PUSHED, name=name) for name in ("one", "two")
@@ -410,8 +405,6 @@ def _answered(server: RunningServer) -> float:
 def test_a_run_trains_on_servers(
     config: str, in_lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if reason := vllm_unavailable():
-        pytest.skip(reason)
     (tmp_path / "lab").symlink_to(in_lab / "lab")
     monkeypatch.chdir(tmp_path)
     Path("servers").mkdir()

@@ -8,12 +8,10 @@ import torch
 from opd_lightning.errors import UserError
 from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts import VLLMEngine
-from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.conftest import TinyModelDir
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(bool(vllm_unavailable()), reason=str(vllm_unavailable())),
 ]
 
 

@@ -11,7 +11,6 @@ from opd_lightning.models.source import ModelSource
 from opd_lightning.models.weight_sums import PushedWeights
 from opd_lightning.models.weights import full_weights
 from opd_lightning.rollouts import Sampling, VLLMEngine
-from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.engine_contract import REQUESTS, assert_scored_by
 from tests.families import LENGTH, family_model, write_family
 
@@ -30,8 +29,6 @@ SLOW = (
     "family", [*QUICK, *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)]
 )
 def test_log_probs_are_exact_before_and_after_a_push(family: str, tmp_path: Path) -> None:
-    if reason := vllm_unavailable():
-        pytest.skip(reason)
     first, second = (family_model(family, seed=seed) for seed in (0, 1))
     engine = VLLMEngine()
     engine.start(ModelSource(str(write_family(tmp_path, family))), max_length=LENGTH)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.slurm.cluster import Cluster, Job, until
 from tests.slurm.runs import LAST, assert_alike, run_here, submit
 from tests.slurm.scripts import User
@@ -20,7 +19,6 @@ VLLM = [
     pytest.mark.slow,
     pytest.mark.vllm,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(vllm_unavailable() is not None, reason="needs vLLM"),
 ]
 
 

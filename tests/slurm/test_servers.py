@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.slurm.cluster import Cluster, Job, until
 from tests.slurm.scripts import PAUSE, SHORT, User
 
@@ -18,7 +17,6 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(vllm_unavailable() is not None, reason="needs vLLM"),
 ]
 
 STUDENT = "lab/arithmetic/student"

@@ -12,7 +12,6 @@ from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts import VLLMEngine
 from opd_lightning.serving.architectures import check_architecture
 from opd_lightning.serving.vllm_errors import model_errors
-from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.families import family_config, family_model
 
 
@@ -57,8 +56,6 @@ def test_weights_that_vllm_would_not_reload_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.vllm
 def test_transformers_classes_are_not_shared_with_vllm(tmp_path: Path) -> None:
-    if reason := vllm_unavailable():
-        pytest.skip(reason)
     for family, is_refused in (("olmo2", True), ("llama", False)):
         family_model(family).save_pretrained(tmp_path)
         source = ModelSource(str(tmp_path))

@@ -18,8 +18,6 @@ from typing import Any
 import pytest
 import yaml
 
-from opd_lightning.serving.vllm_process import vllm_unavailable
-
 ROOT = Path(__file__).parents[2]
 LIST: dict[str, dict[str, dict[str, str]]] = yaml.safe_load(
     (ROOT / "tests" / "private_names.yaml").read_text()
@@ -89,8 +87,6 @@ def test_a_listed_name_exists(listed: str) -> None:
 
 @pytest.mark.vllm
 def test_the_listed_names_of_vllm_exist() -> None:
-    if reason := vllm_unavailable():
-        pytest.skip(reason)
     for listed in LISTED:
         if listed.startswith("vllm"):
             resolve(where_installed(listed))
