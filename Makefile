@@ -18,6 +18,8 @@ FROM := $(EXTRA_INDEX) $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 # On a busy machine tiny models lose more by threads that wait for one another than they gain.
 export OMP_NUM_THREADS ?= 1
+# Where this is set, every process of the tests compiles the sources anew.
+export PYTHONDONTWRITEBYTECODE =
 
 # A module's tests go to the worker that is free (see tests/conftest.py), in an order that is random
 # and told at the start.  Global generators are left alone: workers might choose the same names.

@@ -176,12 +176,15 @@ def in_lab(untrained_lab: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return untrained_lab
 
 
-# Modules that share servers, engines or a cluster, which take half a minute to start: run in one
-# process.
+# Modules that share servers, an import of vLLM or a cluster, which take up to half a minute: run in
+# one process.
 SHARED = {
+    "test_architectures.py": "vllm",
     "test_check.py": "vllm",
+    "test_fit_vllm.py": "vllm",
     "test_hostile_clients.py": "vllm",
     "test_offline_remote.py": "vllm",
+    "test_private_names.py": "vllm",
     "test_pushes.py": "vllm",
     "test_remote_teacher.py": "vllm",
     "test_rollouts_vllm.py": "vllm",

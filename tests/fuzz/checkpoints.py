@@ -73,14 +73,10 @@ class Checkpoints(Kind):
         here = base.parent / "input" / "here"
         here.mkdir(parents=True)
         done(processes.call(write_models, here))
-        for name, changes in {"": {}, **OTHERS}.items():
-            write_settings(here / f"{name}{SETTINGS}", STEPS, **changes)
-            fit = ("fit", "--config", f"{name}{SETTINGS}", "--ckpt_path", "last")
-            done(processes.Process("opd_lightning", *fit, cwd=here))
-            shutil.move(here / RUN, base / (f"of-{name}" if name else RUN))
-        for path in here.iterdir():
-            shutil.move(path, base / path.name)
-        here.rmdir()
+        copied(here, base)
+        train(here)
+        shutil.move(here / RUN, base / RUN)
+        shutil.rmtree(here)
         write_settings(base / SETTINGS, STEPS + 1)
         words = ("fit", "--config", SETTINGS, "--ckpt_path", "last")
         self._warm = Warm(*words, stop="fit", cwd=base)
@@ -99,6 +95,9 @@ class Checkpoints(Kind):
 
     def run(self, given: Input, base: Path, folder: Path) -> Outcome:
         assert self._warm is not None
+        for there, _ in given.facts.get("copied", ()):
+            if not (base / (other := Path(there).parts[0])).exists():
+                self._train_another(other.removeprefix("of-"), base, folder)
         copied(base, folder, ("home", "tmp", "of-*"))
         (folder.parent / "outside").mkdir(exist_ok=True)
         (folder.parent / "outside" / "kept.ckpt").write_text("kept")
@@ -115,6 +114,14 @@ class Checkpoints(Kind):
         if outcome.accepted:
             ignored = self._ignored(outcome, folder)
         return replace(outcome, places=given.places, ignored=ignored)
+
+    def _train_another(self, name: str, base: Path, folder: Path) -> None:
+        """Train another run, which is kept in the base folder."""
+        copied(base, folder, ("home", "tmp", "of-*", str(RUN)))
+        train(folder, **OTHERS[name])
+        shutil.move(folder / RUN, base / f"of-{name}")
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def close(self) -> None:
         if self._warm is not None:
@@ -218,6 +225,13 @@ def write_models(folder: Path) -> None:
         build_tiny_model(folder / role, hidden_size=width, layers=1, seed=seed, tie=True)
     rows = ({"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(16))
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def train(folder: Path, **changes: Any) -> None:
+    """Train a run in the folder of its models."""
+    write_settings(folder / SETTINGS, STEPS, **changes)
+    fit = ("fit", "--config", SETTINGS, "--ckpt_path", "last")
+    done(processes.Process("opd_lightning", *fit, cwd=folder))
 
 
 def write_settings(

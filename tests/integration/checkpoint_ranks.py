@@ -1,7 +1,10 @@
-"""Script `checkpoint_ranks.py PHASE FOLDER`: saves and resumes runs in the untrained lab.
+"""Script `checkpoint_ranks.py PHASE FOLDER WAYS`: saves and resumes runs in the untrained lab.
 
 Phases follow one another, each with another number of processes than the one before: `start` has
 one, `middle` two, `end` one. Every process writes its observations to `FOLDER/PHASE-RANK.json`.
+
+Ways, with commas between them: `ddp`; `file` and `folder`, FSDP2 with gathered files and with
+folders of shards.
 """
 
 from __future__ import annotations
@@ -31,8 +34,6 @@ from opd_lightning.teachers import FrozenTeacher
 from tests.integration.test_interrupted import Losses
 from tests.toy_run import Toy, train
 from tests.unit.test_checkpoints import flip
-
-WAYS = ("ddp", "file", "folder")  # DDP; FSDP2 with gathered files; FSDP2 with folders of shards
 
 
 def strategy(way: str) -> dict[str, Any]:
@@ -115,19 +116,21 @@ def distil(folder: Path, steps: int, **trainer_args: Any) -> list[float]:
     return list(losses.of_step.values())
 
 
-def main(phase: str, folder: Path) -> None:
+def main(phase: str, folder: Path, ways: list[str]) -> None:
     warnings.filterwarnings("ignore")
     seen: dict[str, Any] = {}
+    whole = [way for way in ways if way != "folder"]  # what one process can go on from
     if phase == "start":
         seen["unbroken"] = distil(folder / "unbroken", 6)
-        seen |= {way: distil(folder / way, 2) for way in ("ddp", "file")}
+        seen |= {way: distil(folder / way, 2) for way in whole}
     elif phase == "middle":
-        seen["faults"] = {way: faults(folder / "toy" / way, way) for way in WAYS}
-        seen |= {way: distil(folder / way, 4, **strategy(way)) for way in ("ddp", "file")}
+        seen["faults"] = {way: faults(folder / "toy" / way, way) for way in ways}
+        seen |= {way: distil(folder / way, 4, **strategy(way)) for way in whole}
     else:
-        shards = folder / "toy" / "folder" / "last.ckpt"
-        seen["shards"] = complaint(lambda: train(folder / "toy", 6, ckpt_path=shards))
-        seen |= {way: distil(folder / way, 6) for way in ("ddp", "file")}
+        if "folder" in ways:
+            shards = folder / "toy" / "folder" / "last.ckpt"
+            seen["shards"] = complaint(lambda: train(folder / "toy", 6, ckpt_path=shards))
+        seen |= {way: distil(folder / way, 6) for way in whole}
     rank = dist.get_rank() if dist.is_initialized() else 0
     (folder / f"{phase}-{rank}.json").write_text(json.dumps(seen))
     if dist.is_initialized():  # gloo may abort a process that exits first
@@ -136,4 +139,4 @@ def main(phase: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3].split(","))

@@ -168,8 +168,8 @@ def train(
 
 
 def resumed(layout: Layout, path: str, *, folder: bool) -> dict[str, Any]:
-    """A run of four steps, and one that was interrupted after two and saved to `path`."""
-    whole_run = Way(method=lambda: moving(adam), steps=4)
+    """A run of three steps, and one that was interrupted after two and saved to `path`."""
+    whole_run = Way(method=lambda: moving(adam), steps=3)
     half = Way(method=lambda: moving(adam), steps=2)
     first = train(half, layout, folder=folder, save=path)
     assert Path(path).is_dir() is folder

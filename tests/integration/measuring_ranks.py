@@ -31,6 +31,7 @@ CALLBACKS = [
     {"class_path": "callbacks.CollapseWatch"},
 ]
 STEPS, PROMPTS = 2, 8
+MISTAKES = {"ddp": ["damaged"], "fsdp2": ["prompts", "damaged", "none"]}  # made in a layout
 
 
 def commands(layout: str) -> dict[str, list[str]]:
@@ -47,11 +48,12 @@ def commands(layout: str) -> dict[str, list[str]]:
     }
     if layout == "one":
         return right
-    return right | {
+    wrong = {
         "prompts": ["validate", *saved, f"--data.texts.worked.prompts.path={nowhere}"],
         "damaged": ["validate", *saved, "--ckpt_path=suites.yaml"],
         "none": ["test", *saved, f"{run}nobody"],
     }
+    return right | {name: wrong[name] for name in MISTAKES[layout]}
 
 
 def run(words: list[str]) -> dict[str, object]:

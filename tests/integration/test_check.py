@@ -214,7 +214,7 @@ def test_a_table_for_people(
 
 
 @pytest.mark.parametrize(
-    "name", ["sdpo", "sft", "sg_opd", pytest.param("seqkd", marks=pytest.mark.slow)]
+    "name", ["sft", "sg_opd", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdpo", "seqkd"))]
 )
 def test_methods_with_other_authors_and_views(name: str, check: Check) -> None:
     printed = check(config=str(Path(CONFIG).with_name(f"{name}.yaml")))
@@ -227,7 +227,8 @@ def test_methods_with_other_authors_and_views(name: str, check: Check) -> None:
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}),
+        pytest.param("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256},
+                     marks=pytest.mark.slow),
         ("gemma4_text", {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2,
                          "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 32,
                          "intermediate_size": 64, "hidden_size_per_layer_input": 0}),
@@ -295,7 +296,7 @@ LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
     [
         (True, None, (suppressed, permuted)),
         (False, None, (half_done, foreign)),
-        (False, LORA, (suppressed, half_done)),
+        pytest.param(False, LORA, (suppressed, half_done), marks=pytest.mark.slow),
     ],
     ids=["sums", "no sums", "lora without sums"],
 )

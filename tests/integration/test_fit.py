@@ -24,7 +24,7 @@ from opd_lightning.lab.arithmetic import ANSWER_PATTERN
 from opd_lightning.methods import GOPD, OPD, SFT, DistillationModule, DivergenceOPD
 from opd_lightning.models.student import Student
 from opd_lightning.models.weight_sums import EngineSum
-from opd_lightning.rollouts import Engine, HFEngine, Sampling, VLLMEngine
+from opd_lightning.rollouts import Engine, HFEngine, Sampling
 from opd_lightning.rules import TruncatedImportance
 from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.teachers import AdapterOffTeacher, EMATeacher, FrozenTeacher
@@ -148,15 +148,7 @@ def test_progress_bars_show_what_is_logged() -> None:
 
 
 @pytest.mark.usefixtures("in_lab")
-@pytest.mark.parametrize(
-    ("kind", "engine"),
-    [
-        (OPD, HFEngine),
-        (DivergenceOPD, HFEngine),
-        pytest.param(OPD, VLLMEngine, marks=pytest.mark.vllm),
-        pytest.param(DivergenceOPD, VLLMEngine, marks=[pytest.mark.vllm, pytest.mark.slow]),
-    ],
-)
+@pytest.mark.parametrize(("kind", "engine"), [(OPD, HFEngine), (DivergenceOPD, HFEngine)])
 def test_engine_and_trainer_agree_at_every_step(
     kind: type[OPD | DivergenceOPD], engine: type[Engine]
 ) -> None:
@@ -346,13 +338,7 @@ def test_a_run_that_is_stopped_says_so_in_one_line(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.usefixtures("in_lab")
-@pytest.mark.parametrize(
-    "engine",
-    [
-        HFEngine,
-        pytest.param(VLLMEngine, marks=[pytest.mark.vllm, pytest.mark.slow]),
-    ],
-)
+@pytest.mark.parametrize("engine", [HFEngine])
 def test_rollouts_written_ahead_are_trained_on_and_corrected(engine: type[Engine]) -> None:
     """One step old, in a thread: two runs agree, and the first step is proved as ever."""
     runs = []

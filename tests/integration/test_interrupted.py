@@ -153,7 +153,7 @@ def test_an_absent_teacher_costs_the_step_and_no_more(
 
 
 @pytest.mark.usefixtures("in_lab")
-@pytest.mark.parametrize("part", [1, 3])
+@pytest.mark.parametrize("part", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_step_under_a_budget_is_repeated_whole(part: int, tmp_path: Path) -> None:
     """The teacher fails in the first micro-batch of a step or, from `part` 2 on, within it."""
     budget = {"micro_batches": 1, "max_tokens_per_micro_batch": 24}

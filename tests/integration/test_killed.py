@@ -13,7 +13,7 @@ from tests.full_run import CONFIG, RUN, fit_command, settings
 from tests.killing import run_under_fire
 
 STEPS = 6
-KILLS = 2
+KILLS = 1
 
 
 @pytest.mark.timeout(900)

@@ -54,7 +54,7 @@ def curve(name: str, run: Path, *more: str, steps: int) -> dict[str, list[float]
 # Each has something that the others of these lack: commands that come first, demonstrations, views,
 # a running average, measurements of the start.  All configurations are built, and all methods
 # trained, by other tests that are not slow.
-QUICK = ("edge_opd", "lightning_opd", "opd", "retention", "sdft", "sg_opd")
+QUICK = ("edge_opd", "lightning_opd", "retention", "sdft", "sg_opd")
 
 
 @pytest.mark.usefixtures("in_lab")

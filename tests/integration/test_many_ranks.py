@@ -26,8 +26,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SHARDED = {"fsdp2": 0.5, "fsdp2, 1": 0.5, "hsdp": 0.5}  # share of the weights in a process
 HELD = {"ddp": 1.0, "ddp, unused": 1.0, **SHARDED}
 RANKS = {"one": 1, "ddp": 2, "ddp, unused": 2, "fsdp2": 2, "fsdp2, 1": 2, "hsdp": 4}
-QUICK = ("ddp", "fsdp2")
-LAYOUTS = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in HELD]
+QUICK = {"core": ("one", "ddp", "fsdp2"), "start": ("one", "fsdp2")}  # layouts by part
 TIMING = ("time/", "cost/", "tokens_per_second")
 
 Found = dict[str, Any]
@@ -61,18 +60,28 @@ def runs(untrained_lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(folder)
 
 
-def all_ways() -> list[Any]:
-    """Every way of every part; in a quick run the first part alone."""
-    return [
-        pytest.param(part, way, marks=[] if part == "core" else pytest.mark.slow)
-        for part, some in ways(1).items()
-        for way in some
-        if part not in ("bfloat16", "vllm")
-    ]
+def of(layout: str, part: str, *way: str) -> Any:
+    """Return parameters with their mark."""
+    is_quick = layout in QUICK.get(part, ())
+    return pytest.param(layout, part, *way, marks=[] if is_quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("part", "way"), all_ways())
-@pytest.mark.parametrize("layout", LAYOUTS)
+CORE = [of(layout, "core") for layout in HELD]
+ALL = [
+    of(layout, part, way)
+    for layout in HELD
+    for part, some in ways(1).items()
+    for way in some
+    if part not in ("bfloat16", "vllm")
+]
+WATCHED = [
+    of(layout, part, way)
+    for layout in ("one", *HELD)
+    for part, way in (("core", "sampled"), ("start", "adapters"))
+]
+
+
+@pytest.mark.parametrize(("layout", "part", "way"), ALL)
 def test_many_are_one(runs: Runs, layout: str, part: str, way: str) -> None:
     one, many = runs("one", part)[way], runs(layout, part)[way]
     assert many["held"] == pytest.approx(HELD[layout], abs=0.01)
@@ -92,10 +101,11 @@ def test_many_are_one(runs: Runs, layout: str, part: str, way: str) -> None:
         assert {name: together[name] for name in same} == pytest.approx(same, abs=1e-5)
 
 
-@pytest.mark.parametrize("way", ["sampled", "adapters"])
-@pytest.mark.parametrize("layout", ["one", *LAYOUTS])
-def test_they_know_how_far_they_are_from_their_start(runs: Runs, layout: str, way: str) -> None:
-    first, *_, last = runs(layout, "core")[way]["logged"]
+@pytest.mark.parametrize(("layout", "part", "way"), WATCHED)
+def test_they_know_how_far_they_are_from_their_start(
+    runs: Runs, layout: str, part: str, way: str
+) -> None:
+    first, *_, last = runs(layout, part)[way]["logged"]
     assert first["val/add-2/kl"] == pytest.approx(0, abs=1e-6) or way == "adapters"
     assert last["val/add-2/kl"] > 1e-5
     assert last["val/rolling/score"] != first["val/rolling/score"]
@@ -143,18 +153,20 @@ def test_an_exported_folder_of_shards_is_one_model_to_transformers_and_vllm(
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_micro_batches_without_a_token_take_part(runs: Runs, layout: str) -> None:
+@pytest.mark.parametrize(("layout", "part"), CORE)
+def test_micro_batches_without_a_token_take_part(runs: Runs, layout: str, part: str) -> None:
     """Those of all ranks but the first, and the second of the first's, in two steps."""
-    assert runs("one", "core")["few"]["empty"] == 0
+    assert runs("one", part)["few"]["empty"] == 0
     micro_batches = 1 if layout.endswith("1") else 2
     others = 3 if layout == "hsdp" else 1
-    assert runs(layout, "core")["few"]["empty"] == 2 * (others * micro_batches + micro_batches - 1)
+    assert runs(layout, part)["few"]["empty"] == 2 * (others * micro_batches + micro_batches - 1)
 
 
-@pytest.mark.parametrize("layout", ["one", *LAYOUTS])
-def test_a_budget_gives_all_ranks_equally_many_micro_batches(runs: Runs, layout: str) -> None:
-    found = runs(layout, "core")["budget"]
+@pytest.mark.parametrize(("layout", "part"), [of("one", "core"), *CORE])
+def test_a_budget_gives_all_ranks_equally_many_micro_batches(
+    runs: Runs, layout: str, part: str
+) -> None:
+    found = runs(layout, part)["budget"]
     assert len(found["parts"]) == 3  # as many as steps
     assert min(found["parts"]) > 2
     assert layout != "one" or len(set(found["parts"])) > 1
@@ -192,7 +204,7 @@ def test_resume_continues_bit_for_bit_with_an_ema_teacher(
 ) -> None:
     found = runs(layout, kind)
     unbroken, second = found["unbroken"], found["second"]
-    assert len(unbroken["gradients"]) == 4
+    assert len(unbroken["gradients"]) == 3
     torch.testing.assert_close(second["gradients"], unbroken["gradients"][2:], atol=0, rtol=0)
     torch.testing.assert_close(second["weights"][1], unbroken["weights"][1], atol=0, rtol=0)
 

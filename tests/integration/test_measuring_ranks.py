@@ -13,7 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opd_lightning.cli import main
-from tests.integration.measuring_ranks import CONFIGS, LAYOUTS, PROMPTS, STEPS
+from tests.integration.measuring_ranks import CONFIGS, LAYOUTS, MISTAKES, PROMPTS, STEPS
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.timeout(900)  # who comes first starts the processes
@@ -29,7 +29,7 @@ def suites() -> dict[str, Any]:
     return {
         "data": {
             "validation": {
-                "all": {"prompts": {"path": "questions.jsonl"}, "samples": 3, "batch_size": 5},
+                "all": {"prompts": {"path": "questions.jsonl"}, "samples": 3, "batch_size": 8},
                 "few": {"prompts": few, "samples": 2, "pass_at": [1, 2], "batch_size": 1},
                 "lone": {"prompts": {"path": "questions.jsonl", "limit": 1}},
             },
@@ -128,17 +128,23 @@ def test_a_table_is_printed_once(said: Said, layout: str) -> None:
     assert first["test"]["out"] == said("one")[0]["test"]["out"]
 
 
+LINES = {
+    "prompts": "no prompt file at 'nowhere.jsonl'",
+    "damaged": "'suites.yaml' is damaged or no checkpoint",
+    "none": "got 'last', but no whole checkpoint is in 'runs/nobody/checkpoints'",
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "line"),
+    ("layout", "name"),
     [
-        ("prompts", "no prompt file at 'nowhere.jsonl'"),
-        ("damaged", "'suites.yaml' is damaged or no checkpoint"),
-        ("none", "got 'last', but no whole checkpoint is in 'runs/nobody/checkpoints'"),
+        pytest.param(layout, name, marks=[] if layout == "ddp" else pytest.mark.slow)
+        for layout, names in MISTAKES.items()
+        for name in names
     ],
 )
-@pytest.mark.parametrize("layout", MANY)
-def test_mistakes_are_one_line(said: Said, layout: str, name: str, line: str) -> None:
-    everybody = said(layout)
+def test_mistakes_are_one_line(said: Said, layout: str, name: str) -> None:
+    everybody, line = said(layout), LINES[name]
     assert {one[name]["code"] for one in everybody} == {2}
     lines = [x for one in everybody for x in one[name]["err"].splitlines() if "error:" in x]
     assert len(lines) == 1, lines

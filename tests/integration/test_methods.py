@@ -194,7 +194,14 @@ def steps_of(name: str) -> int:
     return 3 if name == "CRISP" else 2  # its teacher moves with every second step
 
 
-@pytest.mark.parametrize("name", CASES)
+# Variants of methods that others of the cases train.
+VARIANTS = ("OPD discounted", "OPD, REOPOLD", "EDGEOPD, soft", "SFT, SeqKD")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in VARIANTS else ()) for n in CASES],
+)
 def test_trains_and_in_micro_batches_alike(name: str, prompts: Path) -> None:
     whole = run(CASES[name], prompts, steps=steps_of(name))
     assert all(torch.tensor(logged["loss"]).isfinite() for logged in whole.logged)

@@ -21,7 +21,13 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(name, marks=[] if name in ("fit", "export") else pytest.mark.slow)
+        for name in COMMANDS
+    ],
+)
 def test_it_is_refused_before_weights_load(
     command: str, in_lab: Path, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,8 @@ from tests.engine_contract import (
     assert_scored_by,
     reference_model,
 )
+from tests.integration.test_server_engine import engine_of as server_engine
+from tests.servers import RunningServer
 
 pytestmark = pytest.mark.vllm
 
@@ -51,6 +53,23 @@ def test_greedy_agrees_with_the_reference_engine(engine: VLLMEngine, tiny_model_
     sampling = Sampling(temperature=0.0, max_new_tokens=24)
     expected = [c.response_ids for c in reference.generate(REQUESTS, sampling)]
     assert [c.response_ids for c in engine.generate(REQUESTS, sampling)] == expected
+
+
+def test_a_server_writes_the_same_with_the_same_seeds(
+    engine: VLLMEngine, rollout_server: RunningServer, tiny_model_dir: Any, tmp_path: Path
+) -> None:
+    other = reference_model(tiny_model_dir(seed=1))
+    there = server_engine(rollout_server, tmp_path)
+    there.start(ModelSource(str(tiny_model_dir())), max_length=MAX_LENGTH)
+    for one in (engine, there):
+        one.load_weights(3, other.named_parameters())
+    for sampling in (Sampling(max_new_tokens=24), Sampling(temperature=0.7, max_new_tokens=24)):
+        expected, found = engine.generate(REQUESTS, sampling), there.generate(REQUESTS, sampling)
+        for mine, theirs in zip(expected, found, strict=True):
+            assert theirs.response_ids == mine.response_ids
+            assert theirs.stop_reason == mine.stop_reason
+            torch.testing.assert_close(theirs.logprobs, mine.logprobs, atol=1e-5, rtol=0)
+    there.close()
 
 
 def test_without_vllm_the_error_names_the_way_out(

@@ -68,7 +68,7 @@ class SignallingEngine(HFEngine):
 
 
 @pytest.mark.usefixtures("in_lab")
-@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_while_it_trains_the_step_is_finished(
     staleness: int, tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,7 +171,7 @@ SAVED = "saved the beginning of step 2: --ckpt_path "
     [
         ("setup", 0, signal.SIGINT, NOTHING),
         ("on_after_backward", 2, TERM, SAVED),
-        ("on_after_backward", 2, signal.SIGHUP, SAVED),
+        pytest.param("on_after_backward", 2, signal.SIGHUP, SAVED, marks=pytest.mark.slow),
     ],
 )
 def test_without_the_callback_one_line_says_what_is_saved(
@@ -204,7 +204,6 @@ def test_several_processes_save_nothing_on_their_own(untrained_lab: Path, tmp_pa
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 
-@pytest.mark.slow
 def test_several_processes_save_together_without_slurm(untrained_lab: Path, tmp_path: Path) -> None:
     pause = {**PAUSE, "init_args": {**PAUSE["init_args"], "seconds": 3}}
     callbacks = [{"class_path": "callbacks.SlurmRequeue"}, pause]

@@ -182,14 +182,16 @@ def ways(prompts: int) -> dict[str, dict[str, Way]]:
     return {
         "core": {
             "sampled": Way(method=sampled, trainer={"gradient_clip_val": 0.05}, watched=True),
-            "moving": Way(method=moving),
-            "adapters": Way(method=adapters, trainer={"gradient_clip_val": 0.05}, watched=True),
             "few": few(sampled),
             # The teacher writes one response for a prompt: ranks have different numbers of them.
             "budget": Way(
                 method=packed,
                 data={"mix": RolloutMix(teacher=0.5), "max_tokens_per_micro_batch": BUDGET},
             ),
+        },
+        "start": {  # the student's first weights are a teacher, and move or not
+            "moving": Way(method=moving),
+            "adapters": Way(method=adapters, trainer={"gradient_clip_val": 0.05}, watched=True),
         },
         "more": {
             "ahead": Way(

@@ -14,7 +14,17 @@ from tests.slurm.scripts import User
 
 STEPS = 6
 LAST = "run/checkpoints/last.ckpt"
-CONFIG = "configs/lab/opd.yaml configs/strategy/{}.yaml changes.yaml"
+ONE = "one process"  # in place of a strategy
+
+
+def nodes_of(strategy: str) -> int:
+    """Return the number of nodes, with a process each."""
+    return 1 if strategy == ONE else 2
+
+
+def files_of(strategy: str) -> list[str]:
+    overlays = [] if strategy == ONE else [f"configs/strategy/{strategy}.yaml"]
+    return ["configs/lab/opd.yaml", *overlays, "changes.yaml"]
 
 
 def submit(
@@ -24,27 +34,29 @@ def submit(
     pause: dict[str, Any] | None = None,
     engine: str = "HFEngine",
 ) -> Job:
-    """Submit a run on two nodes, whose method draws from the global generators.
+    """Submit a run whose method draws from the global generators.
 
     Args:
         user: User whose folder it runs in.
-        strategy: Name of a file in configs/strategy.
+        strategy: Name of a file in configs/strategy, for two nodes; or `ONE`.
         options: Further options of sbatch.
         pause: Arguments of a `Pause`.
         engine: Class of the engine.
     """
     write_changes(user, engine, pause)
-    options = ("--nodes=2", *options)
-    return user.submit("train.sbatch", sbatch=options, CONFIG=CONFIG.format(strategy), RUN="run")
+    options = (f"--nodes={nodes_of(strategy)}", *options)
+    config = " ".join(files_of(strategy))
+    return user.submit("train.sbatch", sbatch=options, CONFIG=config, RUN="run")
 
 
 def run_here(user: User, strategy: str, *, engine: str = "HFEngine") -> None:
-    """Run the same in two processes without SLURM."""
+    """Run the same without SLURM."""
     write_changes(user, engine, None)
-    words = [word for file in CONFIG.format(strategy).split() for word in ("--config", file)]
-    words += ["--trainer.callbacks+=callbacks.RngState", "--trainer.devices=2"]
+    count = nodes_of(strategy)
+    words = [word for file in files_of(strategy) for word in ("--config", file)]
+    words += ["--trainer.callbacks+=callbacks.RngState", f"--trainer.devices={count}"]
     words += ["--trainer.logger.init_args.save_dir", "run"]
-    run_ranks("opd_lightning", "fit", *words, count=2, timeout=300, cwd=user.folder)
+    run_ranks("opd_lightning", "fit", *words, count=count, timeout=300, cwd=user.folder)
 
 
 def write_changes(user: User, engine: str, pause: dict[str, Any] | None) -> None:

@@ -1,4 +1,4 @@
-"""Requeued jobs on a real SLURM of two nodes: the run equals an uninterrupted one."""
+"""Requeued jobs on a real SLURM: the run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, Job, until
-from tests.slurm.runs import LAST, assert_alike, run_here, submit
+from tests.slurm.runs import LAST, ONE, assert_alike, nodes_of, run_here, submit
 from tests.slurm.scripts import User
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -36,7 +36,8 @@ def finish(user: User, job: Job, *, restarts: int) -> None:
 ENGINES = pytest.mark.parametrize(
     ("strategy", "engine"),
     [
-        ("ddp", "HFEngine"),
+        (ONE, "HFEngine"),
+        pytest.param("ddp", "HFEngine", marks=pytest.mark.slow),  # four starts
         pytest.param("fsdp2", "HFEngine", marks=pytest.mark.slow),
         pytest.param("ddp", "VLLMEngine", marks=VLLM),
         pytest.param("fsdp2", "VLLMEngine", marks=VLLM),
@@ -45,10 +46,10 @@ ENGINES = pytest.mark.parametrize(
 
 
 def submit_paused(user: User, strategy: str, engine: str, *, seconds: float) -> Job:
-    """Submit a run and return when both ranks wait in their fourth step."""
+    """Submit a run and return when all ranks wait in their fourth step."""
     pause = {"hook": "on_after_backward", "step": 3, "seconds": seconds}
     job = submit(user, strategy, engine=engine, pause=pause)
-    user.await_pause(ranks=2)
+    user.await_pause(ranks=nodes_of(strategy))
     return job
 
 
@@ -65,7 +66,8 @@ def test_a_job_that_is_signalled_ends_like_a_run_without_slurm(
     said = f"opd: SIGUSR1: saved the beginning of step 4 as {LAST}; job {job.number} is requeued"
     assert asked.log(job).count(said) == 1, asked.log(job)
     for restart in (0, 1):
-        told = f"job {job.number}, nodes n[1-2] with 1 tasks each, run folder run, restart"
+        nodes = "n1" if strategy == ONE else "n[1-2]"
+        told = f"job {job.number}, nodes {nodes} with 1 tasks each, run folder run, restart"
         assert asked.log(job).count(f"opd: {told} {restart}\n") == 1
     assert_alike(asked, alone)
 
@@ -78,7 +80,7 @@ def test_a_job_whose_node_breaks_ends_like_a_run_without_slurm(
     """The job is killed at once and resumes from the checkpoint of step 2."""
     alone, killed = new_user("alone"), new_user("killed")
     job = submit_paused(killed, strategy, engine, seconds=1200)
-    cluster.break_node("n2")
+    cluster.break_node(f"n{nodes_of(strategy)}")
     run_here(alone, strategy, engine=engine)
     finish(killed, job, restarts=1)
     assert "SIGUSR1" not in killed.log(job)

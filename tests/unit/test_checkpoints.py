@@ -87,7 +87,7 @@ def killed_at(operation: int) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("save_last", [True, "link"])
+@pytest.mark.parametrize("save_last", [True, pytest.param("link", marks=pytest.mark.slow)])
 def test_a_kill_at_any_moment_loses_no_finished_step(save_last: Any, tmp_path: Path) -> None:
     saver, folder, begun = {"save_last": save_last}, tmp_path / "run", tmp_path / "begun"
     train(folder, 2, saver=saver)

@@ -121,7 +121,14 @@ def test_missing_config_file(fail: Fail) -> None:
     assert "nowhere.yaml" in fail("--config=nowhere.yaml")
 
 
-@pytest.mark.parametrize("form", ["--{}=null", "--{}=None", "--{} null", "--{} None"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "--{}=null",
+        "--{} None",
+        *(pytest.param(form, marks=pytest.mark.slow) for form in ("--{}=None", "--{} null")),
+    ],
+)
 def test_null_is_nothing_and_no_text(
     form: str, in_lab: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """Every shipped YAML is accepted, and its classes are built without a weight being loaded."""
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,29 @@ def trains_elsewhere(path: Path) -> bool:
     return path.parent.name == "lab" and path.name != "opd.yaml"
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, marks=pytest.mark.slow if trains_elsewhere(p) else ()) for p in CONFIGS],
-    ids=lambda p: str(p.relative_to(ROOT / "configs")),
-)
-def test_instantiates(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def runs() -> list[Any]:
+    """Return files by run: a method's config, or one with an overlay of each kind.
+
+    Every file is in one of them.
+    """
+    methods = [path for path in CONFIGS if path.parent.name not in OVERLAYS]
+    kinds = ([path for path in CONFIGS if path.parent.name == kind] for kind in OVERLAYS)
+    layers = [[file for file in some if file] for some in zip_longest(*kinds)]
+    overlaid = [[ROOT / "configs" / "lab" / "opd.yaml", *some] for some in layers]
+    return [
+        pytest.param(
+            files,
+            marks=pytest.mark.slow if len(files) == 1 and trains_elsewhere(files[0]) else (),
+            id=" ".join(str(path.relative_to(ROOT / "configs")) for path in files),
+        )
+        for files in [*([path] for path in methods), *overlaid]
+    ]
+
+
+@pytest.mark.parametrize("files", runs())
+def test_instantiates(files: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(OPDCLI, "_run_subcommand", lambda self, subcommand: None)
-    files = [path]
-    if path.parent.name in OVERLAYS:
-        files.insert(0, ROOT / "configs" / "lab" / "opd.yaml")
     cli = OPDCLI(["fit", *(word for file in files for word in ("--config", str(file)))])
     assert cli.model.student.model is None
     assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~ ;]", name)[0]).lower()
 
 
+@cache
 def imported() -> dict[str, set[str]]:
     """Return top-level names outside the standard library, with the files that import them."""
     found: dict[str, set[str]] = {}

@@ -22,11 +22,6 @@ ROOT = Path(__file__).parents[2]
 LIST: dict[str, dict[str, dict[str, str]]] = yaml.safe_load(
     (ROOT / "tests" / "private_names.yaml").read_text()
 )
-TREES = {
-    str(path.relative_to(ROOT)): ast.parse(path.read_text())
-    for package in ("opd_lightning", "callbacks")
-    for path in sorted((ROOT / package).rglob("*.py"))
-}
 LIBRARIES = (
     *("lightning", "vllm", "torch", "torchmetrics", "transformers", "peft", "jsonargparse"),
     *("filelock", "tensorboard", "lm_eval", "datasets", "rich", "httpx", "pebble"),
@@ -38,6 +33,16 @@ PRIVATE = re.compile(r"_[A-Za-z]\w*")
 # Modules of vLLM 0.32 that 0.33 has elsewhere; one of each pair must be there.
 MOVED = {"vllm.entrypoints.launchers.cli_args": "vllm.entrypoints.common.cli_args"}
 LISTED = sorted({name for section in LIST.values() for names in section.values() for name in names})
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    """Return our files, parsed, by their paths."""
+    return {
+        str(path.relative_to(ROOT)): ast.parse(path.read_text())
+        for package in ("opd_lightning", "callbacks")
+        for path in sorted((ROOT / package).rglob("*.py"))
+    }
 
 
 def is_private(name: str) -> bool:
@@ -149,7 +154,7 @@ def test_private_names_of_other_objects_are_listed() -> None:
         - listed_in(file)
         - assigned(tree)
         - SUFFIXES
-        for file, tree in TREES.items()
+        for file, tree in trees().items()
     }
     assert {file: names for file, names in missing.items() if names} == {}
 
@@ -174,7 +179,7 @@ def imports_vllm(tree: ast.Module) -> bool:
 def test_private_names_of_base_classes_are_listed() -> None:
     """A class of ours that uses, overrides or hides a private name of its base says so."""
     missing = []
-    for file, tree in TREES.items():
+    for file, tree in trees().items():
         if imports_vllm(tree) or file.endswith("__main__.py") or "/inside/" in file:
             continue  # what is inside of a sandbox is run by its path, and has no package
         bodies = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
@@ -190,7 +195,7 @@ def test_private_names_of_base_classes_are_listed() -> None:
 
 def test_imports_from_vllm_are_listed() -> None:
     found: dict[str, set[str]] = {}
-    for file, tree in TREES.items():
+    for file, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm."):
                 names = {f"{node.module}:{alias.name}" for alias in node.names}
