@@ -7,6 +7,7 @@ log-probs. All share the character tokenizer of `tests/conftest.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +186,9 @@ QUICK = {"cohere2", "deepseek_v3", "falcon_h1", "gemma2", "gpt2", "gpt_oss", "gr
 QUICK |= {"llama", "mamba", "mixtral", "opt", "phi", "phimoe", "qwen2_moe", "qwen3"}
 
 
-def family_params() -> list[Any]:
-    """Return the names as parameters of a test, of which a quick run takes `QUICK` alone."""
-    return [
-        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES
-    ]
+def family_params(names: Iterable[str] = FAMILIES) -> list[Any]:
+    """Return names as parameters of a test, of which a quick run takes those in `QUICK` alone."""
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
 
 
 def family_config(name: str, **settings: Any) -> PreTrainedConfig:

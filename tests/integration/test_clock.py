@@ -39,6 +39,7 @@ def run(folder: Path, *changes: str) -> dict[str, Tensor]:
     return weights
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_lab")
 def test_a_run_does_not_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(tmp_path / "even")

@@ -115,7 +115,9 @@ def test_a_method_a_rule_a_term_and_a_verifier(fit: Fit) -> None:
     assert 0 <= logged["reward"] <= 1
 
 
-@pytest.mark.parametrize("name", ["power_opd", "asymmetric_opd"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("power_opd", marks=pytest.mark.slow), "asymmetric_opd"]
+)
 def test_a_teacher_that_is_the_student_teaches_nothing(name: str, fit: Fit) -> None:
     (logged,) = fit(name, more=(STUDENT,)).logged
     assert logged["optim/gradient_norm"] < 1e-6

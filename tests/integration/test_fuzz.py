@@ -7,12 +7,12 @@ from tests.fuzz.kinds import KINDS
 
 # Of seed 0, the first ones: the same on a fast machine and a slow one.  `make fuzz` runs more.
 INPUTS = {
-    "configurations": 15,
-    "prompt_files": 12,
-    "model_folders": 20,
-    "checkpoints": 4,
+    "configurations": 10,
+    "prompt_files": 6,
+    "model_folders": 12,
+    "checkpoints": 3,
     "requests": 150,
-    "responses": 40,
+    "responses": 25,
 }
 
 

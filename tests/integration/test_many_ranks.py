@@ -26,7 +26,9 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SHARDED = {"fsdp2": 0.5, "fsdp2, 1": 0.5, "hsdp": 0.5}  # share of the weights in a process
 HELD = {"ddp": 1.0, "ddp, unused": 1.0, **SHARDED}
 RANKS = {"one": 1, "ddp": 2, "ddp, unused": 2, "fsdp2": 2, "fsdp2, 1": 2, "hsdp": 4}
-QUICK = {"core": ("one", "ddp", "fsdp2"), "start": ("one", "fsdp2")}  # layouts by part
+# Layouts by part. With DDP, runs of other tests are compared with those of one process: see
+# test_collapse.py, test_checkpoint_ranks.py and test_measuring_ranks.py.
+QUICK = {"core": ("one", "fsdp2"), "start": ("one", "fsdp2")}
 TIMING = ("time/", "cost/", "tokens_per_second")
 
 Found = dict[str, Any]

@@ -108,7 +108,9 @@ COLOURS = [
     ),
     ("edge_opd", ["--privileged=you are zorba."], ["log_ratio", "student", "teacher"]),
     ("edge_opd", [], ["student"]),
-    ("sdpo", ["--privileged=you are zorba."], ["student"]),  # no success to show
+    pytest.param(  # no success to show
+        *("sdpo", ["--privileged=you are zorba."], ["student"]), marks=pytest.mark.slow
+    ),
 ]
 
 

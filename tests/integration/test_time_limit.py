@@ -34,7 +34,7 @@ def test_an_engine_that_hangs_ends_the_run_at_its_last_step(
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
-@pytest.mark.parametrize("way", ["busy", "deaf", "stubborn"])
+@pytest.mark.parametrize("way", ["busy", "deaf", pytest.param("stubborn", marks=pytest.mark.slow)])
 def test_whatever_the_main_thread_does(way: str) -> None:
     code, lines, seconds = run("tests.integration.stuck", way)
     assert code == 1

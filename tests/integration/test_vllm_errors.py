@@ -10,9 +10,7 @@ from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts import VLLMEngine
 from tests.conftest import TinyModelDir
 
-pytestmark = [
-    pytest.mark.vllm,
-]
+pytestmark = pytest.mark.vllm
 
 
 @pytest.mark.parametrize(
@@ -32,6 +30,7 @@ def test_settings_that_it_refuses(
     assert "pydantic" not in str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU's memory")
 def test_memory_that_is_not_there(
     tiny_model_dir: TinyModelDir, monkeypatch: pytest.MonkeyPatch

@@ -23,7 +23,7 @@ from opd_lightning.models.readout import measure
 from opd_lightning.models.student import Student
 from opd_lightning.models.varlen import VARLEN
 from tests.batches import make_batch, make_rollout
-from tests.families import FAMILIES, family_config, family_model, write_family
+from tests.families import FAMILIES, family_config, family_model, family_params, write_family
 
 RESPONSES = [[8, 30, 11, 52, 1], [25, 6], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18]]
 PROMPTS = [[5, 17, 33], [9, 40, 21, 60, 7, 12, 44], [3, 4, 5, 6, 7]]
@@ -74,7 +74,10 @@ def assert_equal(packed: tuple[Tensor, dict[str, Tensor]], padded: Any) -> None:
     torch.testing.assert_close(packed[1], gradients, atol=ROUNDING * largest, rtol=0)
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - NOT_PACKED.keys() - (MIXED & NO_BOUNDS)))
+PACKED = sorted(FAMILIES.keys() - NOT_PACKED.keys() - (MIXED & NO_BOUNDS))
+
+
+@pytest.mark.parametrize("name", family_params(PACKED))
 def test_a_packed_row_is_the_padded_rows(name: str) -> None:
     """By a mask, with the model's default kernel, and by bounds, like flash attention."""
     lm = loaded(name)
