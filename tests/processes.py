@@ -2,8 +2,9 @@
 
 `start("opd_lightning", "fit", ...)` behaves like `python -m opd_lightning fit ...`, but it is
 forked from a process that has imported PyTorch, Transformers, Lightning and the package, which
-costs a real start about ten CPU seconds. A test run has one such parent, started at the first
-use. What a child may rely on, because the parent imports, reads signatures and no more:
+costs a real start about ten CPU seconds (`tests/warm_parent.py`). A test run has one such parent,
+started at the first use. What a child may rely on, because the parent imports, reads signatures and
+no more:
 
 - one thread, no process group, no random state in use, no signal handler of ours;
 - working directory, arguments, environment, standard streams and session of its own;
@@ -15,51 +16,23 @@ environment was set; signals that come during import cannot be tested. Start Pyt
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import pickle
-import runpy
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).parents[1]
-# Everything that an `opd fit` has imported by its end.
-PRELOADED = (
-    "opd_lightning.cli",
-    "opd_lightning.commands.lightning_cli",
-    "opd_lightning.lab.cli",
-    "opd_lightning.methods",
-    "opd_lightning.rollouts",
-    "opd_lightning.run.datamodule",
-    "opd_lightning.teachers",
-    "opd_lightning.verifiers",
-    "callbacks",
-    "transformers.models.qwen3.modeling_qwen3",
-    "transformers.generation",
-    "torch.distributed.fsdp",
-    "torch.utils.tensorboard",
-    "lightning.pytorch.strategies",
-    "matplotlib.figure",
-    "datasets",
-    "peft",
-    "pytest",
-)
-MAX_MESSAGE = 1 << 20
-END = struct.Struct("<qd")  # exit code and CPU seconds
-PEER = struct.Struct("3i")  # process, user and group
+from tests import warm_parent
+from tests.warm_parent import END, ROOT
 
 Stream = int | IO[Any] | None
 
@@ -79,7 +52,7 @@ class Process:
         stdout: A file or descriptor; None for a temporary file.
         stderr: The same, or `subprocess.STDOUT`.
         start_new_session: Whether it leads a session and a process group.
-        parent: Connection to a process that waits in `serve`; None for this process's warm parent.
+        parent: Connection to a process that waits in `warm_parent.serve`; None for the run's.
 
     Attributes:
         cpu_seconds: CPU time that it took, with its children that have ended; known at its end.
@@ -244,7 +217,7 @@ def call(function: Callable[..., None], *arguments: Any, **options: Any) -> Proc
     """Start a `Process` that calls a function of a module, which pickle can name."""
     with tempfile.NamedTemporaryFile(delete=False) as file:
         pickle.dump((function, arguments), file)
-    return Process(__name__, "call", file.name, **options)
+    return Process(__name__, file.name, **options)
 
 
 def call_ranks(function: Callable[..., None], *arguments: Any, count: int, timeout: float) -> None:
@@ -291,7 +264,7 @@ def _start_parent(listener: socket.socket) -> None:
     # As `quiet_libraries` sets it before libraries are imported, where stderr is no terminal.
     quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     subprocess.Popen(
-        [sys.executable, "-m", __name__, "serve", str(listener.fileno())],
+        [sys.executable, "-m", warm_parent.__name__, str(listener.fileno())],
         cwd=ROOT,
         env={**os.environ, **quiet, "PYTHONPATH": path},
         pass_fds=[listener.fileno()],
@@ -307,138 +280,6 @@ def _send(to: socket.socket, request: dict[str, Any], fds: list[int]) -> None:
     socket.send_fds(to, [json.dumps(request).encode()], fds)
 
 
-def serve(*clients: socket.socket, listener: socket.socket | None = None) -> dict[str, Any] | None:
-    """Fork a child for every request, and report its end; in a child, return its request.
-
-    Args:
-        clients: Connections that requests come by.
-        listener: Socket that further clients connect to.
-
-    Returns:
-        None once the last client has closed its connection.
-    """
-    gc.collect()
-    gc.freeze()  # a child's collections do not copy what it shares
-    if len(threads := sorted(_threads())) > 1:
-        raise RuntimeError(f"cannot fork: threads {threads}")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    children: dict[int, socket.socket] = {}
-    controls = [*clients]
-    while True:
-        watched: list[Any] = [read, *controls, *([listener] if listener else [])]
-        ready = select.select(watched, [], [])[0]
-        if read in ready:
-            os.read(read, 4096)
-            _report(children)
-        if listener in ready and listener is not None:
-            controls += _accepted(listener)
-        if not (asking := [one for one in controls if one in ready]):
-            continue
-        control = asking[0]  # the others are still ready in the next round
-        message, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, 4)
-        if not message:
-            control.close()
-            controls.remove(control)
-            if not controls:
-                return None
-            continue
-        status = socket.socket(fileno=fds[0])
-        if pid := os.fork():
-            children[pid] = status
-            for fd in fds[1:]:
-                os.close(fd)
-            continue
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        for file in (*controls, *children.values(), *([listener] if listener else [])):
-            file.close()
-        os.close(read)
-        os.close(write)
-        request: dict[str, Any] = json.loads(message)
-        _become(request, fds[1:])
-        with status:
-            status.send(os.getpid().to_bytes(8, "little", signed=True))
-        return request
-
-
-def _accepted(listener: socket.socket) -> list[socket.socket]:
-    """Return the next connection, unless it is another user's: names of sockets are for all."""
-    client = listener.accept()[0]
-    credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size)
-    if PEER.unpack(credentials)[1] == os.getuid():
-        return [client]
-    client.close()
-    return []
-
-
-def _read_signatures() -> None:
-    """Parse a configuration, so that no child has to read the same signatures from the sources."""
-    from opd_lightning.commands.known_keys import check_keys
-    from opd_lightning.commands.lightning_cli import OPDCLI
-
-    class ParsedError(Exception):
-        pass
-
-    class Parser(OPDCLI):
-        def instantiate_classes(self) -> None:
-            raise ParsedError
-
-    words = ["--config", str(ROOT / "configs" / "lab" / "opd.yaml"), "--seed_everything=false"]
-    check_keys("fit", words)
-    with suppress(ParsedError):
-        Parser(["fit", *words])
-
-
-def _threads() -> Iterator[str]:
-    """Names of the threads that a forked child would lack."""
-    for task in Path("/proc/self/task").iterdir():
-        name = (task / "comm").read_text().strip()
-        if name != "jemalloc_bg_thd":  # Arrow's allocator starts it again in a child
-            yield name
-
-
-def _report(children: dict[int, socket.socket]) -> None:
-    """Send the exit code of every child that has ended."""
-    while children:
-        pid, status, used = os.wait4(-1, os.WNOHANG)
-        if not pid:
-            return
-        with children.pop(pid) as connection:
-            code = os.waitstatus_to_exitcode(status)
-            try:
-                connection.send(END.pack(code, used.ru_utime + used.ru_stime))
-            except OSError:
-                continue  # nobody waits for it any more
-
-
-def _become(request: dict[str, Any], streams: list[int]) -> None:
-    """Make a forked child what `python -m` would have made of it."""
-    import random
-
-    import numpy as np
-
-    if request["session"]:
-        os.setsid()
-    for target, fd in enumerate(streams):
-        os.dup2(fd, target)
-    for fd in streams:
-        os.close(fd)
-    for stream in (sys.stdout, sys.__stdout__):
-        stream.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
-    os.chdir(request["cwd"])
-    os.environ.clear()
-    os.environ.update(request["env"])
-    sys.path[0] = request["cwd"]
-    sys.argv[1:] = request["arguments"]
-    random.seed()
-    np.random.seed()
-
-
 def _call(file: str) -> None:
     path = Path(file)
     content = path.read_bytes()
@@ -447,19 +288,5 @@ def _call(file: str) -> None:
     function(*arguments)
 
 
-def _main() -> None:
-    if sys.argv[1] == "call":
-        _call(sys.argv[2])
-        return
-    for name in PRELOADED:
-        import_module(name)
-    with socket.socket(fileno=int(sys.argv[2])) as listener:
-        gc.freeze()  # or every collection below would pass over all that is loaded
-        _read_signatures()
-        request = serve(listener=listener)
-    if request is not None:
-        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
-
-
 if __name__ == "__main__":
-    _main()
+    _call(sys.argv[1])

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests import processes
+from tests import processes, warm_parent
 from tests.fuzz.outcome import Outcome, files, touched
 
 WALL = 15.0  # seconds of the wall for every CPU second of a limit: other programs run too
@@ -115,7 +115,7 @@ def _environment(folder: Path) -> dict[str, str]:
 def _wait() -> list[str]:
     """Wait until an input comes; return its words, in the process that is forked for it."""
     with socket.socket(fileno=os.dup(0)) as control:
-        request = processes.serve(control)
+        request = warm_parent.serve(control)
     if request is None:
         os._exit(0)
     _limit(int(os.environ["FUZZ_SECONDS"]))
