@@ -110,7 +110,7 @@ def test_patience_ends(start: Start, client: Client) -> None:
     began = time.monotonic()
     with pytest.raises(ServerAwayError, match=f"{gone.url}.*no answer for 0.5 s.*start it"):
         numbers(client(gone.url, patience=0.5), 30)
-    assert 0.4 < time.monotonic() - began < 3
+    assert 0.4 < time.monotonic() - began < 30, "or it has waited for its usual patience"
 
 
 def test_a_request_that_breaks_its_server_is_given_up(start: Start, client: Client) -> None:
