@@ -591,7 +591,9 @@ def test_memory_of_copies_of_the_student_is_counted_exactly(look: Look) -> None:
     assert values["teachers_bytes"] == measured(average.model().parameters())
 
 
-@pytest.mark.parametrize("rank", [None, pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize(
+    "rank", [*(pytest.param(rank, marks=pytest.mark.slow) for rank in (None, 0)), 1]
+)
 def test_one_of_several_processes_looks(
     in_lab: Path,
     rank: int | None,

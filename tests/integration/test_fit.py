@@ -263,7 +263,8 @@ def unbroken(untrained_lab: Path) -> tuple[Recorder, dict[str, Tensor]]:
 
 
 @pytest.mark.usefixtures("in_lab")
-@pytest.mark.parametrize("stop", [3, 8])  # in the first pass over the prompts, and at its end
+# In the first pass over the prompts, and at its end.
+@pytest.mark.parametrize("stop", [pytest.param(3, marks=pytest.mark.slow), 8])
 def test_resume_continues_bit_for_bit(
     stop: int, unbroken: tuple[Recorder, dict[str, Tensor]], tmp_path: Path
 ) -> None:

@@ -48,7 +48,9 @@ def words(command: str, run: Path, out: Path) -> list[str]:
     return [command, "--config", f"{run}/config.yaml", "--ckpt_path=last", *more]
 
 
-@pytest.mark.parametrize("command", OWN)
+@pytest.mark.parametrize(
+    "command", ["export", "sample", pytest.param("write-responses", marks=pytest.mark.slow)]
+)
 def test_it_is_taken_and_named(
     in_lab: Path, run: Path, command: str, tmp_path: Path, capsys: Said
 ) -> None:
