@@ -12,26 +12,26 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from opd_lightning import strict_json
+from opd_lightning.data.chats import Chat, encodable, read_chat
+from opd_lightning.data.layouts import FIELDS, Layout, has_column, layout_of
 from opd_lightning.data.row_checks import RowChecks
 from opd_lightning.data.row_report import Problems, Texts
-from opd_lightning.data.rows import BadRowError, read_rows
+from opd_lightning.data.rows import BadRowError, cut, read_rows, shown
 from opd_lightning.errors import UserError
 from opd_lightning.types import Message, Prompt
 
 log = logging.getLogger(__name__)
 
 BATCH = 256  # rows that are read and tokenised together
-TEXTS = ("answer", "response", "privileged", "domain", "id")
-FIELDS = ("messages", *TEXTS, "response_ids")
 NUMBERS_TOO = ("answer", "id")  # fields where 7 is as good as "7"
-ROLES = ("system", "user", "assistant")
 
 
 class _Used(NamedTuple):
     """A row that is of use if it passes the checks."""
 
     prompt: Prompt
-    row: Mapping[str, Any]
+    layout: Layout
+    chat: Chat
 
 
 class _Seen:
@@ -49,11 +49,15 @@ class PromptSource:
     Args:
         path: A .jsonl or .parquet file, or a folder written by `datasets.Dataset.save_to_disk`;
             `~` is the home folder.
-        columns: Columns of the file by field, as field: column. The fields are messages (a chat,
-            or text that becomes one user message), answer, response, privileged, domain, id and
-            response_ids (the recorded response as token ids, EOS included, which is never
-            tokenised again). A field that is not listed is read from the column of its name.
-            Without a column messages, the column prompt is read.
+        columns: Columns of the file by field, as field: column, or field: column.key for a key in
+            a nested column. The fields are messages (a chat, or text that becomes one user
+            message; an assistant's turn at its end is the response), system (a system message),
+            answer, response, privileged, domain, id and response_ids (the recorded response as
+            token ids, EOS included, which is never tokenised again); input (text that continues a
+            user message, on a new line) and history (earlier turns as pairs of texts). A field
+            that is not listed is read from the column of its name, without input and history.
+            Without a column messages, the column prompt is read. Rows of Alpaca, ShareGPT and
+            verl are recognised by their columns, unless messages is listed.
         domains: Keep only the rows of these domains; None keeps all.
         limit: Keep only the first this many prompts.
         on_bad_row: Stop at a row that cannot be used ("error") or leave it out ("skip"),
@@ -125,7 +129,7 @@ class PromptSource:
                         raise UserError(f"{problems.first}; {advice}") from one
                 elif one is not None and self._passes(one.prompt, checks, problems):
                     prompts.append(one.prompt)
-                    texts.see(one.prompt, one.row, self.columns)
+                    texts.see(one.prompt, one.layout, one.chat)
         self.skipped = problems.count
         self._report(prompts, problems, seen.lacking)
         texts.report(len(prompts))
@@ -139,8 +143,11 @@ class PromptSource:
             if isinstance(raw, BadRowError):
                 raise raw
             row = _decode(raw) if isinstance(raw, bytes) else raw
-            seen.lacking = {field: name for field, name in seen.lacking.items() if name not in row}
-            prompt = self._prompt(row, line)
+            seen.lacking = {
+                field: name for field, name in seen.lacking.items() if not has_column(row, name)
+            }
+            layout = layout_of(row, self.columns)
+            prompt, chat = self._prompt(row, line, layout)
             if prompt.id in seen.lines:
                 earlier = seen.lines[prompt.id]
                 raise BadRowError(f"'id' must be unique, got {prompt.id!r} as in row {earlier}")
@@ -150,7 +157,7 @@ class PromptSource:
         seen.lines[prompt.id] = line
         seen.domains.add(prompt.domain)
         wanted = self.domains is None or prompt.domain in self.domains
-        return _Used(prompt, row) if wanted else None
+        return _Used(prompt, layout, chat) if wanted else None
 
     def _passes(self, prompt: Prompt, checks: RowChecks | None, problems: Problems) -> bool:
         """Return whether a prompt passes all checks; raise the error unless rows are skipped."""
@@ -171,7 +178,7 @@ class PromptSource:
         if (token := checks.control_token(prompt)) is None:
             return prompt
         if self.on_control_tokens == "error":
-            raise BadRowError(f"must not hold control tokens as text, got {_cut(repr(token))}")
+            raise BadRowError(f"must not hold control tokens as text, got {cut(repr(token))}")
         escaped: tuple[Message, ...] = tuple(
             {"role": message["role"], "content": checks.escaped(message["content"])}
             for message in prompt.messages
@@ -214,83 +221,66 @@ class PromptSource:
                 problems.first,
             )
 
-    def _prompt(self, row: Mapping[str, Any], line: int) -> Prompt:
+    def _prompt(self, row: Mapping[str, Any], line: int, layout: Layout) -> tuple[Prompt, Chat]:
         texts = {
-            field: _text(row, self.columns.get(field, field), number=field in NUMBERS_TOO)
-            for field in TEXTS
+            field: _text(layout.value(row, field), layout.columns[field], field in NUMBERS_TOO)
+            for field in ("system", "answer", "response", "privileged", "domain", "id", "input")
+            if field in layout.columns
         }
-        column = self.columns.get("messages", "messages")
-        if "messages" not in self.columns and row.get("messages") is None and "prompt" in row:
-            column = "prompt"
-        return Prompt(
+        chat = read_chat(
+            layout.value(row, "messages"),
+            layout.columns["messages"],
+            row,
+            system=texts["system"],
+            history=layout.value(row, "history"),
+            more=texts.get("input") or "",
+        )
+        prompt = Prompt(
             id=texts["id"] or f"{Path(self.path).stem}:{line}",
-            messages=_messages(row, column),
+            messages=chat.messages,
             answer=texts["answer"],
-            response=texts["response"],
-            response_ids=_ids(row, self.columns.get("response_ids", "response_ids")),
+            response=_response(texts["response"], chat.response, layout),
+            response_ids=_ids(layout.value(row, "response_ids"), layout.columns["response_ids"]),
             privileged=texts["privileged"],
             domain=texts["domain"] or "default",
             origin=f"{self.path}:{line}",
         )
+        return prompt, chat
 
 
-def _messages(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
-    value = row.get(column)
-    if isinstance(value, str) and value.strip():
-        value = [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        got = _show(value) if column in row else f"only the columns {', '.join(map(str, row))}"
-        raise BadRowError(f"{column!r} must be a chat or a text that is not empty, got {_cut(got)}")
-    messages = tuple(_message(item, f"{column}[{i}]") for i, item in enumerate(value))
-    if messages[-1]["role"] == "assistant":
+def _response(given: str | None, last: str | None, layout: Layout) -> str | None:
+    """Return the recorded response, from its column or the end of the chat."""
+    if given is not None and last is not None and given != last:
         raise BadRowError(
-            f"{column!r} must end before the assistant's turn, got an assistant message last (a "
-            "recorded answer belongs in 'response')"
+            f"must have one response, got {layout.columns['response']!r} and another as the "
+            f"assistant's last turn in {layout.columns['messages']!r}; remove one of them"
         )
-    return messages
+    return last if given is None else given
 
 
-def _message(item: Any, where: str) -> Message:
-    if not isinstance(item, Mapping) or not isinstance(item.get("content"), str):
-        raise BadRowError(f"'{where}' must have a role and a text as content, got {_show(item)}")
-    if item.get("role") not in ROLES:
-        roles = ", ".join(ROLES)
-        raise BadRowError(f"'{where}' must have a role of {roles}, got {_show(item.get('role'))}")
-    return {"role": item["role"], "content": _encodable(item["content"], where)}
-
-
-def _text(row: Mapping[str, Any], column: str, *, number: bool) -> str | None:
+def _text(value: Any, column: str, number: bool) -> str | None:
     """Return the text in a column, or None; a number becomes text if `number`."""
-    value = row.get(column)
     if value is None:
         return None
     if isinstance(value, str):
-        return _encodable(value, column)
+        return encodable(value, column)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and is_number and (isinstance(value, int) or math.isfinite(value)):
         return str(value)
     expected = "a text or a finite number" if number else "a text"
-    raise BadRowError(f"{column!r} must be {expected}, got {_show(value)}")
+    raise BadRowError(f"{column!r} must be {expected}, got {shown(value)}")
 
 
-def _ids(row: Mapping[str, Any], column: str) -> tuple[int, ...] | None:
+def _ids(value: Any, column: str) -> tuple[int, ...] | None:
     """Return the token ids in a column, or None."""
-    value = row.get(column)
     if value is None:
         return None
     if not isinstance(value, list) or not value:
-        raise BadRowError(f"{column!r} must be a list of token ids, got {_show(value)}")
+        raise BadRowError(f"{column!r} must be a list of token ids, got {shown(value)}")
     for i, token in enumerate(value):
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise BadRowError(f"'{column}[{i}]' must be a token id, got {_show(token)}")
+            raise BadRowError(f"'{column}[{i}]' must be a token id, got {shown(token)}")
     return tuple(value)
-
-
-def _encodable(text: str, where: str) -> str:
-    # Half a surrogate pair is legal in JSON ("\ud83d") but no tokenizer takes it.
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadRowError(f"'{where}' must be valid Unicode, got half a surrogate pair")
-    return text
 
 
 def _decode(raw: bytes) -> dict[str, Any]:
@@ -302,16 +292,8 @@ def _decode(raw: bytes) -> dict[str, Any]:
         raise BadRowError(f"must be UTF-8, got a bad byte at position {error.start}") from error
     except ValueError as error:
         raise BadRowError(
-            f"must be one JSON object per line, got {_show(raw)} ({error})"
+            f"must be one JSON object per line, got {shown(raw)} ({error})"
         ) from error
     if not isinstance(row, dict):
-        raise BadRowError(f"must be one JSON object per line, got {_show(row)}")
+        raise BadRowError(f"must be one JSON object per line, got {shown(row)}")
     return row
-
-
-def _show(value: Any) -> str:
-    return "nothing" if value is None else _cut(repr(value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
 
+from opd_lightning.data.chats import Chat
+from opd_lightning.data.layouts import Layout
 from opd_lightning.data.row_checks import RowChecks, texts_of
+from opd_lightning.errors import note
+from opd_lightning.processes import rank
 from opd_lightning.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -44,18 +46,20 @@ class Texts:
         self.path = path
         self.checks = checks
         self.control: list[tuple[str, str]] = []  # origins and tokens
-        self.both: list[str] = []  # origins
+        self.both: dict[tuple[str, str], list[str]] = {}  # origins, by the columns
+        self.layouts: dict[str, dict[str, str]] = {}  # recognised columns by field, by layout
         self.unread: dict[str, list[str]] = {}  # origins, by key of a message
         self.characters: dict[str, str] = {}  # origin of the first row with it, by character
 
-    def see(self, prompt: Prompt, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    def see(self, prompt: Prompt, layout: Layout, chat: Chat) -> None:
         """Record the findings of a used row."""
-        if "messages" not in columns and row.get("messages") and row.get("prompt"):
-            self.both.append(prompt.origin)
-        chat = row.get(columns.get("messages", "messages")) or row.get("prompt")
-        messages = chat if isinstance(chat, list) else []
-        given = {key for message in messages for key, value in message.items() if value is not None}
-        for key in sorted(given - {"role", "content"}):
+        if layout.unread is not None:
+            self.both.setdefault((layout.columns["messages"], layout.unread), []).append(
+                prompt.origin
+            )
+        if layout.name is not None:
+            self.layouts.setdefault(layout.name, {}).update(layout.recognised)
+        for key in sorted(chat.unread):
             self.unread.setdefault(key, []).append(prompt.origin)
         if self.checks is None:
             return
@@ -67,14 +71,20 @@ class Texts:
 
     def report(self, rows: int) -> None:
         """Warn, once for each kind, with the number of rows and the first one."""
-        if self.both:
+        for layout, columns in self.layouts.items() if rank() == 0 else ():
+            read = ", ".join(f"{field} from {column}" for field, column in columns.items())
+            note(f"{self.path}: rows are read as {layout}: {read}; columns: {{...}} reads others")
+        for (column, other), origins in self.both.items():
             log.warning(
-                "%d of %d rows of %s have both 'messages' and 'prompt', of which 'messages' is "
-                "read; choose with columns: {messages: ...}; first: %s",
-                len(self.both),
+                "%d of %d rows of %s have both %r and %r, of which %r is read; choose with "
+                "columns: {messages: ...}; first: %s",
+                len(origins),
                 rows,
                 self.path,
-                self.both[0],
+                column,
+                other,
+                column,
+                origins[0],
             )
         for key, origins in self.unread.items():
             log.warning(

@@ -39,7 +39,9 @@ def read_rows(path: str, size: int | None = None) -> Iterator[tuple[int, Row]]:
     except OSError as error:
         if error.errno is None:  # a library's, about the content
             raise _unreadable(Path(path), "prompts", error) from error
-        raise UserError(f"cannot read {_cut(path)!r}: {error.strerror}; give {READABLE}") from error
+        raise UserError(
+            f"cannot read {cut(path, 150)!r}: {error.strerror}; give {READABLE}"
+        ) from error
 
 
 def _read(place: Path, size: int | None) -> Iterator[tuple[int, Row]]:
@@ -143,14 +145,20 @@ def _values(read: Callable[[], Mapping[str, Any]]) -> Row:
     except RecursionError:
         return BadRowError("is nested too deeply to be read")
     except (ValueError, OverflowError) as error:
-        return BadRowError(f"cannot be read: {_cut(' '.join(str(error).split()))}")
+        return BadRowError(f"cannot be read: {cut(' '.join(str(error).split()), 150)}")
 
 
 def _unreadable(path: Path, kind: str, error: Exception, row: int = 0) -> UserError:
     reason = " ".join(str(error).split()) or type(error).__name__
     where = f" behind row {row}" if row else ""
-    return UserError(f"cannot read '{path}' as {kind}{where}: {_cut(reason)}; give {READABLE}")
+    return UserError(f"cannot read '{path}' as {kind}{where}: {cut(reason, 150)}; give {READABLE}")
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= 150 else f"{text[:147]}..."
+def shown(value: Any) -> str:
+    """Return a value of a row as errors show it."""
+    return "nothing" if value is None else cut(repr(value))
+
+
+def cut(text: str, length: int = 80) -> str:
+    """Return a text of at most `length` characters."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -179,9 +179,8 @@ def test_a_folder_of_splits_is_refused(tmp_path: Path) -> None:
             "'messages[0]' must have a role of system, user, assistant, got nothing",
         ),
         (
-            {"messages": [*CHAT, {"role": "assistant", "content": "4"}]},
-            "'messages' must end before the assistant's turn, got an assistant message last (a "
-            "recorded answer belongs in 'response')",
+            {"messages": [CHAT[0], {"role": "assistant", "content": "4"}]},
+            "'messages' must have a user's turn before the assistant's last, got none",
         ),
         ({"prompt": "a", "answer": True}, "'answer' must be a text or a finite number, got True"),
         ('{"prompt": "a", "answer": NaN}', "'answer' must be a text or a finite number, got nan"),
@@ -280,8 +279,8 @@ def test_wrong_settings_are_refused_at_construction() -> None:
     with pytest.raises(UserError) as caught:
         PromptSource("x.jsonl", columns={"question": "messages"})
     assert str(caught.value) == (
-        "columns: unknown field 'question'; the fields are messages, answer, response, privileged, "
-        "domain, id, response_ids, written as field: column"
+        "columns: unknown field 'question'; the fields are messages, system, answer, response, "
+        "privileged, domain, id, response_ids, input, history, written as field: column"
     )
     with pytest.raises(UserError, match=r"^limit must be at least 1, got 0; leave it out"):
         PromptSource("x.jsonl", limit=0)
