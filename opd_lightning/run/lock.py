@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
@@ -15,10 +14,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from opd_lightning.errors import UserError, note
+from opd_lightning.models.made_once import LOCK, UNSUPPORTED
 
-LOCK = ".lock"
 PATIENCE = 120.0  # seconds that a requeued job waits for its previous process to end
-UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def held(folder: Path, *, patience: float = PATIENCE) -> AbstractContextManager[None]:
@@ -31,32 +29,6 @@ def held_file(file: Path, *, patience: float = PATIENCE) -> AbstractContextManag
     """Lock a file that a command writes to, its folder created if missing; see `_held`."""
     place = file.with_name(f".{file.name}{LOCK}")
     return _held(place, f"--out: {str(file)!r}", "name another file", patience)
-
-
-@contextmanager
-def made_by_one(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock while one process makes a file or folder; others wait without time limit.
-
-    On file systems without locks, several processes may make it.
-
-    Args:
-        path: Lock file, which is not deleted.
-        what: Name of the result, for the note of waiting processes.
-    """
-    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            note(f"{what}: another process makes it; waiting")
-            lock.acquire()
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

