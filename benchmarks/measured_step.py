@@ -29,7 +29,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from benchmarks.observers import Collectives, Pushes, Record
 from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.prompts import PromptSource
-from opd_lightning.lab.arithmetic import generate_mixture, write_jsonl
+from opd_lightning.lab.arithmetic import generate_mixture
+from opd_lightning.lab.problems import write_jsonl
 from opd_lightning.lab.tokenizer import build_tokenizer
 from opd_lightning.methods import OPD
 from opd_lightning.models.sharding import HSDPStrategy

@@ -22,8 +22,9 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from opd_lightning.lab.arithmetic import generate, generate_mixture, write_jsonl
+from opd_lightning.lab.arithmetic import generate, generate_mixture
 from opd_lightning.lab.build import ModelRecipe, train_model
+from opd_lightning.lab.problems import write_jsonl
 
 OPD = [sys.executable, "-m", "opd_lightning"]
 CONFIG = Path(__file__).parents[1] / "configs" / "lab"

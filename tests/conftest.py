@@ -138,7 +138,7 @@ def write_tokenizer(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def untrained_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like a user's, with both labs as configs/lab names them, models untrained."""
+    """A folder like a user's, with all labs as configs/lab names them, models untrained."""
     root = tmp_path_factory.mktemp("user")
     (root / "configs").symlink_to(Path(__file__).parents[1] / "configs")
     write_untrained_lab(root / "lab")
@@ -146,10 +146,11 @@ def untrained_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_untrained_lab(folder: Path) -> None:
-    """Write both labs, models untrained, to the folders `arithmetic` and `identity`."""
-    from opd_lightning.lab import identity
-    from opd_lightning.lab.arithmetic import generate_mixture, write_jsonl
+    """Write all labs, models untrained, to the folders `arithmetic`, `identity` and `skills`."""
+    from opd_lightning.lab import arithmetic, identity, programs
+    from opd_lightning.lab.arithmetic import generate_mixture
     from opd_lightning.lab.models import new_model
+    from opd_lightning.lab.problems import interleaved, write_jsonl
 
     lab = folder / "arithmetic"
     for role, hidden_size in (("teacher", 64), ("student", 32)):
@@ -167,6 +168,16 @@ def write_untrained_lab(folder: Path) -> None:
     new_model(lab / "base", layers=2, hidden_size=32, seed=1)
     for name, rows in {"train": identity.training_rows(), **identity.probe_rows()}.items():
         identity.write_jsonl(lab / f"{name}.jsonl", rows)
+
+    lab = folder / "skills"
+    (lab / "start").mkdir(parents=True)
+    new_model(lab / "start", layers=2, hidden_size=32, seed=2)
+    for name, is_held_out in (("train", False), ("held_out", True), ("test", True)):
+        drawn = interleaved(
+            arithmetic.generate("add-3", 8, seed=0, held_out=is_held_out),
+            programs.generate("program-2", 8, seed=0, held_out=is_held_out),
+        )
+        write_jsonl(lab / f"{name}.jsonl", drawn)
 
 
 @pytest.fixture

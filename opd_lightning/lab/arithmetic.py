@@ -12,20 +12,15 @@ is an operation and the number of digits of both operands, which have no leading
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from opd_lightning.errors import UserError
+from opd_lightning.lab import problems
 
 # Matches the final answer of a response; used by the verifiers of the lab's configurations.
 ANSWER_PATTERN = r";(-?\d+)$"
-
-# One problem in this many is held out for evaluation.
-HELD_OUT_ONE_IN = 10
 
 _SIGNS = {"add": "+", "sub": "-"}
 
@@ -56,15 +51,6 @@ class Problem:
         # Reversed, because columns are worked from the ones upwards.
         lefts, rights = ([int(c) for c in str(n)[::-1]] for n in (self.left, self.right))
         return ",".join(work(lefts, rights)) + ";" + self.answer
-
-    @property
-    def is_held_out(self) -> bool:
-        """Return whether the problem is for evaluation only.
-
-        Depends only on the question: training and evaluation are disjoint for any seed and count.
-        """
-        digest = hashlib.blake2b(self.question.encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") % HELD_OUT_ONE_IN == 0
 
 
 def _add_columns(lefts: Sequence[int], rights: Sequence[int]) -> Iterable[str]:
@@ -104,48 +90,22 @@ def generate(domain: str, count: int, *, seed: int, held_out: bool) -> list[Prob
     numbers = highest - lowest + 1
     pairs = numbers**2 if operation == "add" else numbers * (numbers + 1) // 2
     rng = random.Random(f"arithmetic/{domain}/{seed}/{held_out}")
-    seen: set[tuple[int, int]] = set()
-    problems: list[Problem] = []
-    while len(problems) < count:
-        if len(seen) == pairs:
-            raise UserError(
-                f"arithmetic domain {domain}: {count} problems asked for, but its "
-                f"{'held-out' if held_out else 'training'} part has only {len(problems)}"
-            )
+
+    def draw() -> Problem:
         left, right = rng.randint(lowest, highest), rng.randint(lowest, highest)
         if operation == "sub":
             left, right = max(left, right), min(left, right)
-        problem = Problem(domain, left, right)
-        if (left, right) not in seen and problem.is_held_out == held_out:
-            problems.append(problem)
-        seen.add((left, right))
-    return problems
+        return Problem(domain, left, right)
+
+    return problems.distinct(
+        draw, count, existing=pairs, held_out=held_out, domain=f"arithmetic domain {domain}"
+    )
 
 
 def generate_mixture(
     domains: Sequence[str], count_per_domain: int, *, seed: int, held_out: bool
-) -> list[Problem]:
+) -> list[problems.Problem]:
     """Draw equally many problems of every domain, interleaved, so any prefix is balanced."""
-    drawn = [generate(d, count_per_domain, seed=seed, held_out=held_out) for d in domains]
-    return [problem for turn in zip(*drawn, strict=True) for problem in turn]
-
-
-def write_jsonl(path: Path, problems: Iterable[Problem], *, with_response: bool = False) -> None:
-    """Write a prompt file with one problem per row.
-
-    Args:
-        path: File to write.
-        problems: Problems, in order.
-        with_response: Add the worked solution as "response", for supervised training.
-    """
-    with path.open("w", encoding="utf-8") as file:
-        for problem in problems:
-            row = {
-                "id": f"{problem.domain}/{problem.question[:-1]}",
-                "messages": [{"role": "user", "content": problem.question}],
-                "answer": problem.answer,
-                "domain": problem.domain,
-            }
-            if with_response:
-                row["response"] = problem.solution
-            file.write(json.dumps(row) + "\n")
+    return problems.interleaved(
+        *(generate(d, count_per_domain, seed=seed, held_out=held_out) for d in domains)
+    )

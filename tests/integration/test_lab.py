@@ -14,7 +14,14 @@ from opd_lightning.cli import main
 from opd_lightning.errors import UserError
 from opd_lightning.lab import build as build_module
 from opd_lightning.lab import demo as demo_module
-from opd_lightning.lab.build import ArithmeticRecipe, IdentityRecipe, ModelRecipe, Recipe, build
+from opd_lightning.lab.build import (
+    ArithmeticRecipe,
+    IdentityRecipe,
+    ModelRecipe,
+    Recipe,
+    SkillsRecipe,
+    build,
+)
 from opd_lightning.lab.demo import evaluate
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +44,9 @@ SHORT = {
     "max_steps": 2, "val_check_interval": 1, "prompts_per_step": 16, "max_new_tokens": 16
 }  # fmt: skip
 SMALL_IDENTITY = IdentityRecipe(lessons=64, base=model(1, steps=2))
+SMALL_SKILLS = SkillsRecipe(
+    prompts_per_domain=16, held_out_per_domain=4, test_per_domain=5, start=model(1, steps=2)
+)
 
 
 @pytest.fixture
@@ -79,14 +89,27 @@ def test_the_identity_world_from_the_command_line(
     assert (folder / "base" / "model.safetensors").is_file()
 
 
+def test_the_skills_world_has_disjoint_prompts_of_both_domains(cache: Path) -> None:
+    folder = build(SMALL_SKILLS)
+    sizes = {"train": 16, "held_out": 4, "test": 5}
+    assert {p.name for p in folder.iterdir()} == {
+        *(f"{name}.jsonl" for name in (*sizes, "demonstrations")), "recipe.json", "start"
+    }  # fmt: skip
+    rows = {
+        name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in sizes
+    }
+    for name, count in sizes.items():
+        assert [row["domain"] for row in rows[name]] == ["add-3", "program-2"] * count
+    assert len({row["id"] for name in sizes for row in rows[name]}) == 2 * sum(sizes.values())
+
+
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["--identity.lessons=5"], "lab build: --identity needs --world identity; add it"),
-        (
-            ["--world=identity", "--recipe.prompts_per_domain=5"],
-            "lab build: --recipe is of the arithmetic world; set --identity instead",
-        ),
+        (["--identity.lessons=5"], "--identity, of the identity world, with --world arithmetic"),
+        (["--world=identity", "--recipe.prompts_per_domain=5"], "--recipe, of the arithmetic"),
+        (["--world=identity", "--skills.version=5"], "--skills, of the skills world"),
     ],
 )
 def test_a_recipe_of_the_other_world_is_refused(
@@ -106,15 +129,17 @@ def test_the_help_lists_every_number(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert "--recipe.teacher.steps" in shown
     assert "--identity.base.steps" in shown
+    assert "--skills.start.steps" in shown
 
 
 def test_the_recipe_names_the_folder() -> None:
     assert SMALL.digest() == ArithmeticRecipe(**vars(SMALL)).digest()
     assert SMALL.digest() != ArithmeticRecipe().digest()
     assert SMALL_IDENTITY.digest() != IdentityRecipe().digest()
+    assert SMALL_SKILLS.digest() != SkillsRecipe().digest()
 
 
-@pytest.mark.parametrize("recipe", [SMALL, SMALL_IDENTITY])
+@pytest.mark.parametrize("recipe", [SMALL, SMALL_IDENTITY, SMALL_SKILLS])
 def test_an_interrupted_build_leaves_nothing(
     cache: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
 ) -> None:

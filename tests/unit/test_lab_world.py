@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd_lightning.errors import UserError
-from opd_lightning.lab import arithmetic
+from opd_lightning.lab import arithmetic, problems
 from opd_lightning.lab.models import new_model
 from opd_lightning.lab.tokenizer import VOCABULARY, build_tokenizer
 from opd_lightning.models.source import ModelSource
@@ -71,17 +71,17 @@ def test_training_and_held_out_problems_are_disjoint_and_cover_the_domain() -> N
         p for s in range(5) for p in arithmetic.generate("add-1", 70, seed=s, held_out=False)
     }
     assert training.isdisjoint(held_out)
-    assert not any(problem.is_held_out for problem in training)
+    assert not any(map(problems.is_held_out, training))
     share = sum(
-        arithmetic.Problem("add-2", a, b).is_held_out
+        problems.is_held_out(arithmetic.Problem("add-2", a, b))
         for a in range(10, 100)
         for b in range(10, 100)
     )
-    assert abs(share / 8100 - 1 / arithmetic.HELD_OUT_ONE_IN) < 4 * (0.1 * 0.9 / 8100) ** 0.5
+    assert abs(share / 8100 - 1 / problems.HELD_OUT_ONE_IN) < 4 * (0.1 * 0.9 / 8100) ** 0.5
 
 
 def test_problems_are_distinct_and_functions_of_the_seed() -> None:
-    def draw(seed: int) -> list[arithmetic.Problem]:
+    def draw(seed: int) -> list[problems.Problem]:
         return arithmetic.generate_mixture(DOMAINS[1:4], 50, seed=seed, held_out=False)
 
     assert draw(3) == draw(3)
@@ -97,9 +97,9 @@ def test_unknown_domains_are_refused(domain: str) -> None:
 
 
 def test_prompt_files(tmp_path: Path) -> None:
-    problems = [arithmetic.Problem("add-3", 347, 589)]
-    arithmetic.write_jsonl(tmp_path / "prompts.jsonl", problems)
-    arithmetic.write_jsonl(tmp_path / "sft.jsonl", problems, with_response=True)
+    drawn = [arithmetic.Problem("add-3", 347, 589)]
+    problems.write_jsonl(tmp_path / "prompts.jsonl", drawn)
+    problems.write_jsonl(tmp_path / "sft.jsonl", drawn, with_response=True)
     row = {
         "id": "add-3/347+589",
         "messages": [{"role": USER, "content": "347+589="}],
