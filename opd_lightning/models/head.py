@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -52,6 +53,20 @@ class TokenStates:
 
 
 @dataclass(frozen=True, slots=True)
+class MixedStates:
+    """States of several models, each for its own rows; the rows of all are 0 to N - 1."""
+
+    parts: tuple[tuple[Tensor, TokenStates], ...]  # rows [m] int64, ascending; states of m tokens
+
+    def within(self, rows: slice) -> Iterator[tuple[Tensor, slice, TokenStates]]:
+        """Yield for each part its rows in a slice, counted from there, and their place in it."""
+        for index, states in self.parts:
+            ends = torch.searchsorted(index, index.new_tensor([rows.start, rows.stop])).tolist()
+            place = slice(*ends)
+            yield index[place] - rows.start, place, states
+
+
+@dataclass(frozen=True, slots=True)
 class TopLogprobs:
     """Distribution of which only the top K tokens are known; all others count as impossible."""
 
@@ -59,11 +74,12 @@ class TopLogprobs:
     logprobs: Tensor  # [N, K] float32 nats of the full softmax
 
 
-Distribution = TokenStates | Tensor | TopLogprobs  # a Tensor is full log-probs [N, V]
+States = TokenStates | MixedStates
+Distribution = States | Tensor | TopLogprobs  # a Tensor is full log-probs [N, V]
 
 
 class Comparison(NamedTuple):
-    """Value per token; `function` maps full log-probs `[n, V]` of any rows to `[n]`."""
+    """Value per token; `function` maps full log-probs `[n, V]` of any rows to `[n, ...]`."""
 
     teacher: Distribution | None  # None: `function` uses the student only and gets None
     function: Divergence
@@ -130,9 +146,9 @@ class _Reader:
 
     def teacher_logits(self, rows: slice) -> dict[int, Tensor]:
         """Return raw logits `[n, V]` of the teachers that are models, in the dtype of each."""
-        models = {k: t for k, t in self.teachers.items() if isinstance(t, TokenStates)}
+        models = {k: t for k, t in self.teachers.items() if isinstance(t, States)}
         with torch.no_grad(), torch.autocast(self.targets.device.type, enabled=False):
-            return {k: t.head.project(t.hidden[rows]) for k, t in models.items()}
+            return {k: _raw(t, rows) for k, t in models.items()}
 
     def blocks(self, raw: Tensor, rows: slice) -> Iterator[_Block]:
         """Split a chunk's logits into blocks of rows."""
@@ -295,12 +311,30 @@ def _is_plain_linear(project: Any) -> TypeGuard[nn.Linear]:
     return type(project.weight) in (Tensor, nn.Parameter) and not wrapped
 
 
+def _raw(teacher: States, rows: slice) -> Tensor:
+    """Return raw logits `[n, V]`, in the most precise dtype of its models."""
+    if isinstance(teacher, TokenStates):
+        return teacher.head.project(teacher.hidden[rows])
+    parts = [(at, s.head.project(s.hidden[place])) for at, place, s in teacher.within(rows)]
+    dtype = reduce(torch.promote_types, (raw.dtype for _, raw in parts))
+    whole = parts[0][1].new_empty(rows.stop - rows.start, parts[0][1].shape[1], dtype=dtype)
+    for at, raw in parts:
+        whole[at] = raw.to(dtype)
+    return whole
+
+
 @torch.no_grad()
 def _full(teacher: Distribution, raw: Tensor | None, rows: slice, like: Tensor) -> Tensor:
     """Return a teacher's log-probs `[n, V]`; `raw` are its logits if it is a model."""
     if isinstance(teacher, TokenStates):
         assert raw is not None
         return teacher.head.finish(raw).log_softmax(dim=-1)
+    if isinstance(teacher, MixedStates):
+        assert raw is not None
+        whole = torch.empty_like(like)
+        for at, _, states in teacher.within(rows):
+            whole[at] = states.head.finish(raw[at]).log_softmax(dim=-1).to(like.dtype)
+        return whole
     if isinstance(teacher, Tensor):
         return teacher[rows].to(like.dtype)
     known = teacher.logprobs[rows].to(like.dtype)

@@ -12,7 +12,7 @@ from opd_lightning.errors import reason_of
 from opd_lightning.models.source import ModelSource
 from opd_lightning.preflight.finding import Finding
 from opd_lightning.preflight.probe import Probe
-from opd_lightning.teachers.base import Ask, Teacher, TopKTeacher
+from opd_lightning.teachers.base import Ask, Provides, Teacher
 from opd_lightning.teachers.by_domain import ByDomainTeacher
 from opd_lightning.teachers.frozen import FrozenTeacher
 from opd_lightning.types import Rollout, RolloutBatch, TokenScores
@@ -154,7 +154,7 @@ def _compared(probe: Probe, role: str, ask: Ask, answers: _Answers) -> Finding:
 
 def _local_twin(teacher: Teacher) -> Teacher | None:
     """Return the teacher with its remote parts in this process; None if it has no such parts."""
-    if isinstance(teacher, TopKTeacher) and isinstance(teacher.source, ModelSource):
+    if teacher.provides is Provides.TOP_K and isinstance(teacher.source, ModelSource):
         source = teacher.source
         return FrozenTeacher(source.path, trust_remote_code=source.trust_remote_code)
     if isinstance(teacher, ByDomainTeacher):

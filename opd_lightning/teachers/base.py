@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from opd_lightning.models.head import TokenStates, TopLogprobs
+from opd_lightning.models.head import Comparison, States, TokenStates, TopLogprobs, score
 from opd_lightning.models.source import ModelSource
 from opd_lightning.types import Prompt, RolloutBatch, TokenScores
 
@@ -26,14 +27,25 @@ class RecordedQuestion(NamedTuple):
     top_k: int  # number of the teacher's top tokens that are read
 
 
+class Provides(IntEnum):
+    """What a teacher returns; each includes those before it."""
+
+    SAMPLED_TOKENS = 0  # `Teacher.score`
+    TOP_K = 1  # `TopKTeacher.score_top`
+    DISTRIBUTIONS = 2  # `DistributionTeacher.states`
+
+
 class Teacher(ABC):
     """Model that scores sampled tokens without a gradient and without an optimiser.
 
     `source` is its model folder; None for teachers derived from the student, whose folder they
     share. `answers_live` is False for teachers that score only responses recorded before the run.
     With `has_own_tokenizer`, scores are those of groups of tokens: `TokenScores.ends`.
+    `provides_entropy` is True if it returns the entropy of its full distributions, else NaN.
     """
 
+    provides: Provides = Provides.SAMPLED_TOKENS
+    provides_entropy: bool = True
     source: ModelSource | None = None
     answers_live: bool = True
     has_own_tokenizer: bool = False
@@ -87,14 +99,13 @@ class Teacher(ABC):
 
 
 class TopKTeacher(Teacher):
-    """Teacher that returns log-probs of some tokens, not the full distribution.
+    """Teacher that returns log-probs of some tokens of its distributions.
 
-    With `scores_given_ids` these may be any tokens, otherwise only its top k. `provides_entropy` is
-    True if it returns the entropy of the full distribution.
+    With `scores_given_ids` these may be any tokens, otherwise only its top k.
     """
 
+    provides = Provides.TOP_K
     scores_given_ids: bool = False
-    provides_entropy: bool = True
 
     @abstractmethod
     def score_top(
@@ -106,12 +117,46 @@ class TopKTeacher(Teacher):
         """
 
 
-class DistributionTeacher(Teacher):
-    """Teacher in this process, whose full next-token distribution can be read."""
+class DistributionTeacher(TopKTeacher):
+    """Teacher in this process, whose full next-token distributions can be read."""
+
+    provides = Provides.DISTRIBUTIONS
+    scores_given_ids = True
 
     @abstractmethod
-    def states(self, batch: RolloutBatch, view: str) -> TokenStates:
+    def states(self, batch: RolloutBatch, view: str) -> States:
         """Return the hidden states that predict the response tokens, with the head."""
+
+    def score_top(
+        self, batch: RolloutBatch, view: str, *, top_k: int, ids: Tensor | None = None
+    ) -> tuple[TokenScores, TopLogprobs]:
+        given = {} if ids is None else {"given": Comparison(None, _at, [ids])}
+        targets = batch.response_ids[batch.response_mask]
+        states = self.states(batch, view)
+        assert isinstance(states, TokenStates), "teachers with several models override this method"
+        with torch.no_grad(), torch.autocast(targets.device.type, enabled=False):
+            found = score(states, targets, top_k=top_k, comparisons=given)
+        own = found.student
+        known = (
+            TopLogprobs(own.top_ids, own.top_logprobs)
+            if ids is None
+            else TopLogprobs(ids, found.values["given"])
+        )
+        return TokenScores.unflatten(own, batch), known
+
+
+def _at(logprobs: Tensor, _: Tensor | None, ids: Tensor) -> Tensor:
+    return logprobs.gather(1, ids)
+
+
+def provides_top_k(teacher: Teacher) -> TypeGuard[TopKTeacher]:
+    """Return whether a teacher returns log-probs of top tokens."""
+    return teacher.provides >= Provides.TOP_K
+
+
+def provides_distributions(teacher: Teacher) -> TypeGuard[DistributionTeacher]:
+    """Return whether a teacher returns full distributions."""
+    return teacher.provides >= Provides.DISTRIBUTIONS
 
 
 class Ask(NamedTuple):

@@ -14,7 +14,12 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.models.head import TopLogprobs
 from opd_lightning.models.source import ModelSource
-from opd_lightning.teachers.base import DistributionTeacher, RecordedQuestion, Teacher, TopKTeacher
+from opd_lightning.teachers.base import (
+    RecordedQuestion,
+    Teacher,
+    TopKTeacher,
+    provides_top_k,
+)
 from opd_lightning.teachers.score_store import Description, ScoreStore, exists, row_key
 from opd_lightning.types import Prompt, RolloutBatch, TokenScores
 
@@ -36,15 +41,14 @@ class CachedTeacher(TopKTeacher):
     answers_live = False
 
     def __init__(self, cache: str, teacher: Teacher) -> None:
-        known = isinstance(teacher, DistributionTeacher | TopKTeacher)
-        if not known or teacher.source is None or not teacher.answers_live:
+        if not provides_top_k(teacher) or teacher.source is None or not teacher.answers_live:
             raise UserError(
                 f"CachedTeacher.teacher: got a {type(teacher).__name__}, expected a teacher that "
                 "has a model folder of its own and never changes, such as FrozenTeacher"
             )
         self.folder = Path(cache).expanduser()
         self.teacher = teacher
-        self.provides_entropy = not isinstance(teacher, TopKTeacher) or teacher.provides_entropy
+        self.provides_entropy = teacher.provides_entropy
         # Reading needs only the tokenizer; the teacher's own source may need servers.
         source = teacher.source
         self.source = ModelSource(

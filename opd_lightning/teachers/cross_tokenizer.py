@@ -66,6 +66,7 @@ class CrossTokenizerTeacher(Teacher):
     """
 
     has_own_tokenizer = True
+    provides_entropy = False
     _student: Any  # the student's tokenizer
     _token_bytes: tuple[dict[int, bytes], dict[int, bytes]]  # bytes by token: student's, teacher's
     _longer_tokens: LongerTokens

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from opd_lightning.errors import UserError
 from opd_lightning.losses.surrogate import Surrogate
 from opd_lightning.losses.top_k import TopK
-from opd_lightning.teachers.base import DistributionTeacher, Teacher, TopKTeacher
+from opd_lightning.teachers.base import Teacher, provides_distributions, provides_top_k
 from opd_lightning.training.scoring import LOSS
 
 if TYPE_CHECKING:
@@ -60,10 +60,11 @@ def check_parts(composed: ComposedMethod) -> None:
     parts: list[Rule | Term] = [*composed.rules, *composed.terms]
     for part in parts:
         teacher = asks["teacher"].teacher if part.reads_entropy else None
-        if isinstance(teacher, TopKTeacher) and not teacher.provides_entropy:
+        if teacher is not None and not teacher.provides_entropy:
+            silent = next(one for one in teacher.parts() if not one.provides_entropy)
             raise UserError(
                 f"{type(part).__name__} reads the teacher's entropy, which "
-                f"{type(teacher).__name__} cannot tell; leave it out, or use a teacher in this "
+                f"{type(silent).__name__} cannot tell; leave it out, or use a teacher in this "
                 "process (or its cached answers)"
             )
 
@@ -99,14 +100,14 @@ def corrects_sampler(composed: ComposedMethod) -> bool:
 
 def _check_known(method: str, teacher: Teacher, function: Any) -> None:
     """Raise UserError if a teacher cannot provide the log-probs that a comparison reads."""
-    if isinstance(teacher, DistributionTeacher):
+    if provides_distributions(teacher):
         return
-    kind = type(teacher).__name__
-    if not (isinstance(teacher, TopKTeacher) and isinstance(function, TopK)):
+    kind = type(min(teacher.parts(), key=lambda part: part.provides)).__name__
+    if not (provides_top_k(teacher) and isinstance(function, TopK)):
         raise UserError(
             f"{method} reads whole distributions, which {kind} cannot give; use a teacher in this "
             "process with the student's tokenizer, a method of sampled tokens"
-            + (", or DivergenceOPD with TopK" if isinstance(teacher, TopKTeacher) else "")
+            + (", or DivergenceOPD with TopK" if provides_top_k(teacher) else "")
         )
     supports = ("teacher", "intersection", *(("student",) if teacher.scores_given_ids else ()))
     if function.support not in supports:

@@ -14,7 +14,7 @@ from opd_lightning.losses.top_k import TopK
 from opd_lightning.models.head import Comparison
 from opd_lightning.models.student import LateComparison, Student
 from opd_lightning.rules.base import Compare, Scored
-from opd_lightning.teachers.base import Ask, DistributionTeacher, TopKTeacher
+from opd_lightning.teachers.base import Ask, provides_distributions, provides_top_k
 from opd_lightning.timing import StepTimer
 from opd_lightning.training.top_k_query import TopKQuery, prefetch_top_k
 from opd_lightning.types import RolloutBatch, TokenScores
@@ -50,7 +50,7 @@ def score_batch(
         batch: The micro-batch.
         asks: Teachers and the views they read, by name. Each pair of teacher and view is scored
             once, under any number of names, and once more if its distribution is compared. A
-            `TopKTeacher` is queried once per comparison.
+            teacher of top-k tokens is queried once per comparison.
         comparisons: Functions of whole distributions, by name.
         known: Scores of this batch from an earlier call.
         top_k: Size of the top-k sets of the student and of the teacher named "teacher".
@@ -66,7 +66,7 @@ def score_batch(
     pairs: dict[str, Comparison | LateComparison] = {}
     with timer.stage("teacher"):
         for name, ask in asks.items():
-            if name in compared and isinstance(ask.teacher, DistributionTeacher):
+            if name in compared and provides_distributions(ask.teacher):
                 states[name] = ask.teacher.states(batch, ask.view)
             elif name not in compared and name not in others:
                 if ask not in by_ask:
@@ -129,7 +129,10 @@ def prefetch_scores(
     for ask in sampled:
         ask.teacher.prefetch(batch, ask.view, top_k=_overlap(ask, asks, top_k))
     for compare in comparisons.values():
-        if compare.other is not None and isinstance(asks[compare.other].teacher, TopKTeacher):
+        if compare.other is None:
+            continue
+        teacher = asks[compare.other].teacher
+        if provides_top_k(teacher) and not provides_distributions(teacher):
             prefetch_top_k(asks[compare.other], batch, compare.function, top_k)
 
 

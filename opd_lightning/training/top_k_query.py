@@ -10,7 +10,7 @@ from torch import Tensor
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.models.head import Comparison, TopLogprobs
 from opd_lightning.models.student import LateComparison
-from opd_lightning.teachers.base import Ask, TopKTeacher
+from opd_lightning.teachers.base import Ask, provides_top_k
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import RolloutBatch, TokenScores
 
@@ -23,7 +23,7 @@ def prefetch_top_k(question: Ask, batch: RolloutBatch, function: Any, overlap_to
 
 
 class TopKQuery(NamedTuple):
-    """Requests of one comparison to a `TopKTeacher`."""
+    """Requests of one comparison to a teacher of top-k tokens."""
 
     name: str
     question: Ask
@@ -55,7 +55,7 @@ class TopKQuery(NamedTuple):
 
     def _query(self, top_k: int, ids: Tensor | None) -> TopLogprobs:
         teacher = self.question.teacher
-        assert isinstance(teacher, TopKTeacher)  # checked at set-up
+        assert provides_top_k(teacher)  # checked at set-up
         scores, known = teacher.score_top(self.batch, self.question.view, top_k=top_k, ids=ids)
         self.others.setdefault(
             self.name,
