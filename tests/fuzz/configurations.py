@@ -28,6 +28,7 @@ WRITTEN = ("runs", "run", "tmp", "lightning_logs", "checkpoints", "lab/scores.db
 # Settings that name such a place.
 PLACES = ("save_dir", "name", "version", "dirpath", "default_root_dir", "sub_dir", "filename")
 NOT_SAVED = ("ckpt_path", "config", "print_config", "weights_only")  # of a command, not of a run
+NEED_OTHERS = ("lightning_opd", "mopd", "exopd_merge")  # the output of another command
 INSIDE = ("class_path", "init_args", "dict_kwargs")  # no names of settings
 
 
@@ -44,8 +45,7 @@ class Configurations(Kind):
         self._warm = Warm("fit", stop="parsing", cwd=base)
 
     def make(self, random: Random, base: Path) -> Input:
-        # All but the one that needs another command's output.
-        sources = sorted({*CONFIGS.glob("*.yaml")} - {CONFIGS / "lightning_opd.yaml"})
+        sources = sorted(p for p in CONFIGS.glob("*.yaml") if p.stem not in NEED_OTHERS)
         source = random.choice(sources)
         text = source.read_text()
         tree = yaml.safe_load(text)
