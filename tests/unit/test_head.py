@@ -335,6 +335,25 @@ def test_bfloat16_is_as_exact_as_the_plain_computation(
         torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("is_summed", [False, True])
+def test_sums_of_many_chunks_in_bfloat16_lose_nothing(
+    monkeypatch: pytest.MonkeyPatch, is_summed: bool
+) -> None:
+    """Equal tokens: in bfloat16 alone, a sum of 256 of them would not change by one more."""
+    small_chunks(monkeypatch, 1, 1)
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        mine, linear = states(0, rows=400, dtype=torch.bfloat16)
+        linear.to(dtype)
+        hidden = mine.hidden[:1].detach().to(dtype).expand(400, H).requires_grad_()
+        of = TokenStates(hidden, mine.head)
+        comparison = Comparison(None, sharpness, is_summed=is_summed)
+        got = score(of, targets_of(400), comparisons={"s": comparison})
+        found.append(torch.autograd.grad(got.values["s"].sum() / 7, linear.weight)[0].double())
+    torch.testing.assert_close(*found, rtol=2**-6, atol=1e-3)
+    assert found[1].abs().max() > 0.1
+
+
 def test_autocast_still_trains_the_weight_elsewhere() -> None:
     """Autocast caches what it casts; nothing may be cached while gradients are off."""
     mine, linear = states(0, dtype=torch.float32)
