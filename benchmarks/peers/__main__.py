@@ -167,7 +167,7 @@ def main() -> None:
         print(f"\n{name}\n\n{table(report['sizes'][name])}", flush=True)
         if options.out:
             options.out.write_text(json.dumps(report, indent=1) + "\n")
-    for side in SIDES[:2]:
+    for side in BASES:
         if stages := account(report["sizes"], side):
             print(f"\n{side}: stages, microseconds per response token\n\n{stages}")
 

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 
 from benchmarks.peers.sizes import EOS, PAD, SIZES
-from benchmarks.peers.turns import Turns
+from benchmarks.peers.turns import Turns, stages_of
 from opd_lightning.serving.vllm_process import CPU_ARGUMENTS, repack
+from opd_lightning.timing import StepTimer
 
 
 def hidden_states(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -45,14 +46,18 @@ def train(world: Path, name: str, precision: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world / "student")
     rows = [json.loads(line)["prompt"][0] for line in (world / "prompts.jsonl").open()]
     prompts = tokenizer([row["content"] for row in rows])["input_ids"]
-    step, going = 0, True
+    step, going, timer = 0, True, StepTimer()
     turns.start()
     while going:
+        timer.next_step()
         chosen = [prompts[(step * size.rows + i) % len(prompts)] for i in range(size.rows)]
         weights = {"weights_iterator": iter(student.state_dict().items())}
-        llm.collective_rpc("reload_weights", kwargs=weights)
-        llm.apply_model(repack)
-        outputs = llm.generate([{"prompt_token_ids": p} for p in chosen], sampling, use_tqdm=False)
+        with timer.stage("sync"):
+            llm.collective_rpc("reload_weights", kwargs=weights)
+            llm.apply_model(repack)
+        asked = [{"prompt_token_ids": p} for p in chosen]
+        with timer.stage("generate"):
+            outputs = llm.generate(asked, sampling, use_tqdm=False)
         written = [list(output.outputs[0].token_ids) for output in outputs]
         texts = [(len(p), p + ids) for p, ids in zip(chosen, written, strict=True)]
         texts.sort(key=lambda text: len(text[1]))
@@ -65,18 +70,25 @@ def train(world: Path, name: str, precision: str) -> None:
             place = torch.arange(longest)
             mask = place < torch.tensor([len(ids) for _, ids in part])[:, None]
             read = mask[:, 1:] & (place[1:] >= torch.tensor([start for start, _ in part])[:, None])
-            with torch.no_grad():
+            with torch.no_grad(), timer.stage("teacher"):
                 states = hidden_states(teacher, ids, mask)[:, :-1][read]
+            with torch.no_grad(), timer.stage("head"):
                 theirs = teacher.lm_head(states).float().log_softmax(-1)
             with torch.autocast("cpu", dtype, enabled=precision != "float32"):
-                states = hidden_states(student, ids, mask)[:, :-1][read]
-                ours = student.lm_head(states).float().log_softmax(-1)
-            ((ours.exp() * (ours - theirs)).sum() / tokens).backward()
-        clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+                with timer.stage("student"):
+                    states = hidden_states(student, ids, mask)[:, :-1][read]
+                with timer.stage("head"):
+                    ours = student.lm_head(states).float().log_softmax(-1)
+                    loss = (ours.exp() * (ours - theirs)).sum() / tokens
+            with timer.stage("backward"):
+                loss.backward()
+        with timer.stage("optimizer"):
+            clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
         step += 1
-        going = turns.end(tokens)
+        timer.next_step()
+        going = turns.end(tokens, stages_of(timer))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from benchmarks.peers.sizes import SIZES
-from benchmarks.peers.turns import Turns
+from benchmarks.peers.turns import Turns, stages_of
 from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.methods import DivergenceOPD
@@ -48,7 +48,7 @@ class TakeTurns(RunCallback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         module.timer.next_step()
-        stages = {k: s for k, s in module.timer.last.items() if k not in ("step", "overhead")}
+        stages = stages_of(module.timer)
         stages["student"] -= stages["head"]
         if not self.turns.end(self.tokens, stages):
             trainer.should_stop = True

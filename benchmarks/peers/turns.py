@@ -15,7 +15,10 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter, process_time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # a peer's environment need not have the project installed
+    from opd_lightning.timing import StepTimer
 
 ROOT = Path(__file__).parents[2]
 PREFIX = "TURN "  # of lines that are for the benchmark; libraries print too
@@ -57,6 +60,11 @@ class Turns:
         word = sys.stdin.readline().strip()
         self._began = perf_counter(), process_time()
         return word == STEP
+
+
+def stages_of(timer: StepTimer) -> dict[str, float]:
+    """Return the seconds of the last step's stages."""
+    return {k: s for k, s in timer.last.items() if k not in ("step", "overhead")}
 
 
 class Side:
