@@ -148,7 +148,8 @@ def opd_signal(scored: Scored, mask: Tensor | None = None) -> Signal:
 def applied(rule: Rule, scored: Scored, signal: Signal | None = None) -> tuple[Signal, Rates]:
     """Apply a rule to a step of a single micro-batch."""
     signal = opd_signal(scored) if signal is None else signal
-    observed = rule.observe(signal, scored) if rule.step_wide else None
+    is_wide = rule.observes(scored.batch.totals.step)
+    observed = rule.observe(signal, scored) if is_wide else None
     return rule.apply(signal, scored, observed)
 
 

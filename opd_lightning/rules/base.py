@@ -106,6 +106,10 @@ class Rule(ABC):
     shapes_advantage = False  # changes the advantage: for policy gradients only
     reads_entropy = False  # reads the entropy of the teacher's full distribution
     corrects_sampler = False  # weights by pi_theta / mu: for policy gradients only
+    # Its statistic is the mean of (sum, count) rows and only divides all weights; without it,
+    # `apply` leaves them undivided.
+    divides = False
+    ignores_weights = False  # multiplies weights at most, by factors that do not depend on them
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -116,6 +120,10 @@ class Rule(ABC):
     def step_wide(self) -> bool:
         """Return whether the rule needs statistics of the whole step: see `observe`."""
         return False
+
+    def observes(self, step: int) -> bool:
+        """Return whether a rule needs statistics of this optimiser step; by default of all."""
+        return self.step_wide
 
     def comparisons(self) -> Mapping[str, Compare]:
         """Return the comparisons that the rule reads from `Scored.values`, by name."""
@@ -129,7 +137,8 @@ class Rule(ABC):
         """Return what a step-wide rule needs from each micro-batch, `[M, C]` float.
 
         The rows of all micro-batches and ranks are concatenated and passed to `apply`. Called only
-        if `step_wide` is True, which costs the student one more forward pass.
+        if `observes` is True, which costs the student one more forward pass of all micro-batches
+        but the first; none if the rule `divides` and those after it ignore weights.
         """
         return None
 

@@ -46,10 +46,11 @@ class TruncatedImportance(Rule):
         cap: Above 0. G-OPD and SG-OPD use 5 at token level; SDPO and TRL use 2.
         unit_mean: Divide by the mean weight of the step, over on-policy tokens that take part at
             token level and over their rollouts at sequence level. Costs the student one more
-            forward pass; off, as in verl.
+            forward pass of all micro-batches but the first; off, as in verl.
     """
 
     corrects_sampler = True
+    ignores_weights = True
 
     level: Literal["token", "sequence"] = "token"
     cap: float = 5.0
@@ -107,6 +108,7 @@ class IcePop(Rule):
     """
 
     corrects_sampler = True
+    ignores_weights = True
 
     low: float = 0.5
     high: float = 5.0

@@ -140,13 +140,15 @@ class PhasedFloor(Floor):
         check(self, "top", 0 < self.top <= 1, "a number in (0, 1]")
         check(self, "switch_step", self.switch_step >= 0, "0 or more")
 
+    def observes(self, step: int) -> bool:
+        return step >= self.switch_step
+
     def _refines(self, scored: Scored) -> bool:
-        return scored.batch.totals.step >= self.switch_step
+        return self.observes(scored.batch.totals.step)
 
     def observe(self, signal: Signal, scored: Scored) -> Tensor:
-        """Return student entropies in nats, `[N, 1]`; N is 0 before `switch_step`."""
-        entropy = scored.student.entropy[signal.mask][:, None].double()
-        return entropy if self._refines(scored) else entropy[:0]
+        """Return student entropies in nats, `[N, 1]`."""
+        return scored.student.entropy[signal.mask][:, None].double()
 
     def apply(
         self, signal: Signal, scored: Scored, observed: Tensor | None = None

@@ -36,6 +36,8 @@ class StabilityWeight(Rule):
 
     needs = ("teacher",)
     step_wide = True
+    divides = True
+    ignores_weights = True
 
     def __post_init__(self) -> None:
         check(self, "tau", self.tau > 0, "more than 0")
@@ -53,7 +55,9 @@ class StabilityWeight(Rule):
         self, signal: Signal, scored: Scored, observed: Tensor | None = None
     ) -> tuple[Signal, Rates]:
         raw = self._raw(scored)
-        return weighed(signal, raw / step_mean(observed).to(raw)), {
+        if observed is not None:
+            raw = raw / step_mean(observed).to(raw)
+        return weighed(signal, raw), {
             "stability_weight/softened": rate(scored, scored.log_ratio.abs() > self.tau)
         }
 
@@ -77,6 +81,7 @@ class PositionWeight(Rule):
 
     needs = ("teacher",)
     sums_tokens = True
+    ignores_weights = True
 
     def __post_init__(self) -> None:
         check(self, "gamma", 0 <= self.gamma < float("inf"), "a finite number of 0 or more")
@@ -109,6 +114,8 @@ class LikelihoodWeight(Rule):
     """
 
     form: Literal["p", "p(1-p)"] = "p"
+
+    ignores_weights = True
 
     def apply(
         self, signal: Signal, scored: Scored, observed: Tensor | None = None

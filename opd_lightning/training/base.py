@@ -192,8 +192,11 @@ class DistillationModule(Contract, EvaluatedModule):
         with self.timer.stage("log"):
             parameters = list(self.student.parameters())
             gradients = [p.grad for p in parameters if p.grad is not None]
+            factor = self.loss_factor()
+            for gradient in gradients if factor != 1 else ():
+                gradient.mul_(factor)
             norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
-            loss = self.loss_sum.compute()
+            loss = self.loss_sum.compute() * factor
             skipped = self.skipped.skip(self.trainer.global_step, loss, norm, parameters)
             if skipped is not None and self.trainer.is_global_zero:
                 note(skipped)

@@ -21,6 +21,7 @@ from opd_lightning.terminal.progress import Progress
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.checks import check_parts, corrects_sampler
 from opd_lightning.training.scoring import LOSS, BatchScores, prefetch_scores, score_batch
+from opd_lightning.training.step_divisors import StepDivisors, divide_the_loss
 from opd_lightning.types import RolloutBatch, TokenScores, Totals
 
 
@@ -66,7 +67,11 @@ class ComposedMethod(DistillationModule):
         self.extra_terms = terms or []
         self.imitation = imitation
         self.surrogate = surrogate
+        # Of a step whose signals need all of it: what they are computed from, of all micro-batches
+        # but the first, then the signals of those that are left to train on.
+        self._scored: list[BatchScores] | None = None
         self._prepared: deque[_Prepared] = deque()
+        self._divisors: StepDivisors | None = None  # of a step that is divided at its end
 
     # Hooks of a subclass ------------------------------------------------------------------
 
@@ -127,8 +132,12 @@ class ComposedMethod(DistillationModule):
         return [*self.own_terms(), *self.extra_terms]
 
     def loss(self, batch: RolloutBatch) -> Tensor:
+        known = self._prepared[0].others if self._prepared else {}
+        results = self._score(batch, known)
+        if self._scored is not None:
+            self._prepare_signals([results, *self._scored])
+            self._scored = None
         prepared = self._prepared.popleft() if self._prepared else None
-        results = self._score(batch, prepared.others if prepared else {})
         scored, student, values = results.scored, results.student, results.values
         self.compare_with_engine(batch, student)
         mask = self._learnt(batch) & self._has_views(batch, self._names_read())
@@ -138,7 +147,11 @@ class ComposedMethod(DistillationModule):
         if prepared is None:
             signal = self._first_signal(scored)
             rates: Rates = {}
-            for rule in self.rules:
+            for place, rule in enumerate(self.rules):
+                if self._divisors is not None and rule.observes(batch.totals.step):
+                    rows = rule.observe(signal, scored)
+                    assert rows is not None
+                    self._divisors.add(f"rule {place}", rows)
                 signal, more = rule.apply(signal, scored)
                 add_rates(rates, more)
         else:
@@ -148,7 +161,10 @@ class ComposedMethod(DistillationModule):
         token_loss = self.token_loss(student, signal, scored, values)
         totals = batch.totals.all if self.imitation is None else batch.totals.written
         selected = totals
-        if self.aggregation == "mask-mean":
+        if self.aggregation == "mask-mean" and self._divisors is not None:
+            counts = torch.stack([signal.mask.sum(), batch.response_mask.sum()])
+            self._divisors.add("mask-mean", counts[None])
+        elif self.aggregation == "mask-mean":
             assert prepared is not None
             selected = Totals(prepared.selected, totals.sequences)
         loss = aggregate(signal.weight * token_loss, signal.mask, selected, self.aggregation)
@@ -179,33 +195,53 @@ class ComposedMethod(DistillationModule):
         return loss
 
     def prepare_step(self, batches: Sequence[RolloutBatch]) -> None:
-        """Compute the signals of the whole step, if a rule or the normaliser needs them.
+        """Score the step's micro-batches, if a rule or the normaliser needs them all.
 
-        Adds one forward pass of the student and of teachers whose whole distribution is compared.
-        The scores of other teachers are computed here and reused.
+        Adds a forward pass of the student, and of teachers whose whole distribution is compared,
+        over all micro-batches but the first, whose training pass scores it in time. The scores of
+        other teachers are computed here and reused. None is needed where the loss as a whole can
+        be divided after the last micro-batch.
         """
+        self._scored, self._divisors = None, None
         self._prepared.clear()
         for batch in batches:
             prefetch_scores(self.all_asks(), self.all_comparisons(), batch, self.overlap_top_k)
-        if self.aggregation != "mask-mean" and not any(rule.step_wide for rule in self.rules):
+        step = batches[0].totals.step
+        if self.aggregation != "mask-mean" and not any(r.observes(step) for r in self.rules):
             return
-        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            with Progress("score", len(batches), "micro-batch", within=True) as bar:
-                results = [self._score(batch.to(self.device)) for batch in bar.each(batches)]
-            scored = [result.scored for result in results]
-            signals = [self._first_signal(one) for one in scored]
-            rates: list[Rates] = [{} for _ in batches]
-            for rule in self.rules:
-                observed = self._observe(rule, signals, scored) if rule.step_wide else None
-                for i, one in enumerate(scored):
-                    signals[i], more = rule.apply(signals[i], one, observed)
-                    add_rates(rates[i], more)
-            counts = torch.stack([signal.mask.sum() for signal in signals]).sum()
-            selected = int(concatenate_ranks(counts[None, None]).sum())
+        later = batches[1:]
+        adds = bool(self.terms) or self.imitation is not None
+        if later and not adds and divide_the_loss(self.rules, step):
+            self._divisors = StepDivisors()
+            return
+        with (
+            torch.no_grad(),
+            self.trainer.precision_plugin.forward_context(),
+            Progress("score", len(later), "micro-batch", within=True) as bar,
+        ):
+            self._scored = [self._score(batch.to(self.device)) for batch in bar.each(later)]
+
+    @torch.no_grad()
+    def _prepare_signals(self, results: Sequence[BatchScores]) -> None:
+        """Compute the signals of a step from the scores of all its micro-batches."""
+        scored = [result.scored for result in results]
+        signals = [self._first_signal(one) for one in scored]
+        rates: list[Rates] = [{} for _ in results]
+        for rule in self.rules:
+            is_wide = rule.observes(scored[0].batch.totals.step)
+            observed = self._observe(rule, signals, scored) if is_wide else None
+            for i, one in enumerate(scored):
+                signals[i], more = rule.apply(signals[i], one, observed)
+                add_rates(rates[i], more)
+        counts = torch.stack([signal.mask.sum() for signal in signals]).sum()
+        selected = int(concatenate_ranks(counts[None, None]).sum())
         self._prepared.extend(
             _Prepared(result.others, signal, rate, selected)
             for result, signal, rate in zip(results, signals, rates, strict=True)
         )
+
+    def loss_factor(self) -> float:
+        return 1.0 if self._divisors is None else self._divisors.factor()
 
     def _observe(self, rule: Rule, signals: list[Signal], scored: list[Scored]) -> Tensor | None:
         seen = [rule.observe(s, o) for s, o in zip(signals, scored, strict=True)]

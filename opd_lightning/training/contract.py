@@ -42,6 +42,10 @@ class Contract(ABC):
     def prepare_step(self, batches: Sequence[RolloutBatch]) -> None:  # noqa: B027 - nor to prepare
         """Called with all micro-batches of a step, on the CPU, before training on the first."""
 
+    def loss_factor(self) -> float:
+        """Return a factor of the step's loss, known after its last micro-batch. Collective."""
+        return 1.0
+
     @property
     def needs_rewards(self) -> bool:
         """Return whether responses must be verified."""

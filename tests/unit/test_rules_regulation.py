@@ -138,8 +138,7 @@ def test_u16_the_quantile_is_that_of_the_step() -> None:
     seen = torch.cat([rule.observe(opd_signal(one), one) for one in (high, low)])
     masks = [rule.apply(opd_signal(one), one, seen)[0].mask.tolist() for one in (high, low)]
     assert masks == [[[True, True]], [[False, False]]]
-    early = of_ratio(0.0, 0.0, entropy=[0.8, 0.9], step=2)
-    assert rule.observe(opd_signal(early), early).shape == (0, 1)
+    assert [rule.observes(step) for step in (2, 3)] == [False, True]
 
 
 def test_u16_refinement_of_an_empty_step_keeps_nothing() -> None:
