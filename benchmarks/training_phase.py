@@ -27,6 +27,7 @@ from benchmarks.operations import forward_operations
 from opd_lightning.data.collate import collate
 from opd_lightning.data.micro_batches import split_by_cost
 from opd_lightning.methods import OPD
+from opd_lightning.models.compilation import compile_layers
 from opd_lightning.models.packing import Packing
 from opd_lightning.models.student import Student
 from opd_lightning.preflight.layout import Layout
@@ -257,8 +258,8 @@ def measure(case: Case, repeats: Repeats, peak_operations: float) -> dict[str, A
         student.load()
         teacher.load(torch.device(case.device), student)
     if case.compiled:
-        for layer in [*student.model.model.layers, *teacher.model().model.layers]:
-            layer.compile(backend=case.compiled)
+        for lm in (student.model, teacher.model()):
+            compile_layers(lm, case.compiled)
     module = OPD(student, teacher, max_logprob_gap=torch.inf)  # random log-probs
     module.timer = WaitingTimer(times.clock)
     batches = micro_batches_of(case, student.source.config.vocab_size)

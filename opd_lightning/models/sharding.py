@@ -108,6 +108,9 @@ class Sharding:
         Rank 0 broadcasts the weights unit by unit, and every rank keeps its shard, so that no
         device holds more than one full layer at a time, or the modules outside of layers.
         """
+        for module in root.modules():  # calls are collectives, and all ranks make the same
+            if hasattr(module, "opd_shares_prompts"):
+                module.opd_shares_prompts = False
         for layer, inside in shard_units(root):
             _materialise(inside, self.device)
             for tensor in _tensors(inside):
@@ -193,20 +196,26 @@ def copy_full(target: Tensor, value: Tensor) -> None:
 
 def shard_units(root: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
     """Return every decoder layer, then the root, each with the modules that belong to it."""
-    # transformers' list of modules that must not be split.
-    names = {n for m in root.modules() for n in getattr(m, "_no_split_modules", None) or ()}
-    units: list[tuple[nn.Module, list[nn.Module]]] = []
-    taken: set[nn.Module] = set()
-    for module in root.modules():
-        if type(module).__name__ in names and module not in taken:
-            units.append((module, list(module.modules())))
-            taken.update(module.modules())
+    units = [(layer, list(layer.modules())) for layer in decoder_layers(root)]
     if not units:
         raise UserError(
             f"trainer.strategy: got sharding, but {type(root).__name__}'s model does not name its "
             "layers (_no_split_modules); train it with strategy ddp"
         )
+    taken = {module for _, inside in units for module in inside}
     return [*units, (root, [module for module in root.modules() if module not in taken])]
+
+
+def decoder_layers(root: nn.Module) -> list[nn.Module]:
+    """Return the decoder layers: transformers' modules that must not be split."""
+    names = {n for m in root.modules() for n in getattr(m, "_no_split_modules", None) or ()}
+    layers: list[nn.Module] = []
+    taken: set[nn.Module] = set()
+    for module in root.modules():
+        if type(module).__name__ in names and module not in taken:
+            layers.append(module)
+            taken.update(module.modules())
+    return layers
 
 
 def _materialise(modules: Iterable[nn.Module], device: torch.device) -> None:

@@ -18,6 +18,7 @@ from opd_lightning.models.causal_lm import (
     load_causal_lm,
     response_states,
 )
+from opd_lightning.models.compilation import check_compiler, compile_layers
 from opd_lightning.models.folder_format import stored_tensors
 from opd_lightning.models.head import (
     Comparison,
@@ -56,6 +57,8 @@ class Student(nn.Module):
         attn_implementation: transformers' attention kernel; None uses its default.
         packing: Read a micro-batch as one row without padding: "auto" on GPUs with flash attention,
             "on" with any attention kernel.
+        compile: Compile the decoder layers with torch.compile, which takes a minute or more at the
+            first step.
         trust_remote_code: Run code that ships with the model.
         chat_template: Jinja text or file, used instead of the folder's; exported with the student.
         eos_tokens: Tokens that end a response, instead of the folder's EOS; exported likewise.
@@ -75,6 +78,7 @@ class Student(nn.Module):
         chat_template: str | None = None,
         eos_tokens: list[str] | None = None,
         packing: Packing = "auto",
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if lora is not None:
@@ -91,6 +95,7 @@ class Student(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
         self.packing: Packing = packing
+        self.is_compiled = compile
         self.model = None
         self.sharding = None
 
@@ -107,6 +112,8 @@ class Student(nn.Module):
 
     def check(self) -> None:
         """Raise UserError, before weights load, if the model cannot be built or adapted."""
+        if self.is_compiled:
+            check_compiler()
         if self.model is None:
             self.build(empty=True)
 
@@ -127,6 +134,8 @@ class Student(nn.Module):
                     "not support; leave it out"
                 )
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.is_compiled:
+            compile_layers(model)
         if self.lora is not None:
             with torch.device("meta") if empty else nullcontext():
                 model = with_lora(model, self.lora, empty=empty)

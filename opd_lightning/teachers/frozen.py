@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from opd_lightning.models.causal_lm import Dtype, Reader, empty_causal_lm, load_causal_lm
+from opd_lightning.models.compilation import check_compiler, compile_layers
 from opd_lightning.models.head import TokenStates
 from opd_lightning.models.packing import Packing
 from opd_lightning.models.source import ModelSource
@@ -34,6 +35,7 @@ class FrozenTeacher(OwnModelTeacher):
             folder's. Prompts are always rendered with the student's.
         eos_tokens: Tokens that end a response, instead of the folder's.
         packing: Whether a micro-batch is read as one row without padding, as for the student.
+        compile: Compile the decoder layers with torch.compile, as for the student.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class FrozenTeacher(OwnModelTeacher):
         chat_template: str | None = None,
         eos_tokens: list[str] | None = None,
         packing: Packing = "auto",
+        compile: bool = False,
     ) -> None:
         self.source: ModelSource = ModelSource(
             path,
@@ -57,11 +60,14 @@ class FrozenTeacher(OwnModelTeacher):
         self.dtype: Dtype = dtype
         self.attn_implementation = attn_implementation
         self.packing: Packing = packing
+        self.is_compiled = compile
         self.offload = offload
         self._device: torch.device | None = None  # device of an offloaded model's copy
         self._device_copy: Reader | None = None  # that copy
 
     def check_model(self, student: Student) -> None:
+        if self.is_compiled:
+            check_compiler()
         if self._reader is None:
             self._build(empty=True)
 
@@ -80,12 +86,15 @@ class FrozenTeacher(OwnModelTeacher):
 
     def _build(self, *, empty: bool) -> Any:
         make = empty_causal_lm if empty else load_causal_lm
-        return make(
+        model = make(
             self.source,
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
             packing=self.packing,
         )
+        if self.is_compiled:
+            compile_layers(model)
+        return model
 
     def release(self) -> None:
         super().release()
@@ -99,6 +108,8 @@ class FrozenTeacher(OwnModelTeacher):
         if self._device_copy is None:
             assert self._reader is not None
             self._device_copy = _copy_to(self._device, self._reader)
+            if self.is_compiled:  # which copies are not
+                compile_layers(self._device_copy.model)
         states: TokenStates = self._device_copy(batch, view)
         return states
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opd_lightning.errors import UserError
 from opd_lightning.models.causal_lm import Reader
+from opd_lightning.models.compilation import compile_layers
 from opd_lightning.models.head import TokenStates
 from opd_lightning.models.lora import moves_base
 from opd_lightning.models.sharding import copy_full, full_tensor
@@ -56,6 +57,8 @@ class EMATeacher(OwnModelTeacher):
             return
         sharding = self._sharding = student.sharding
         model = deepcopy(student.model) if sharding is None else student.build(empty=True)
+        if student.is_compiled and sharding is None:  # copies are not
+            compile_layers(model.get_base_model() if student.lora is not None else model)
         self._reader = Reader(model).eval().requires_grad_(False)
         if sharding is None:
             self._reader.to(device)
