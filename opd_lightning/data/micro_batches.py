@@ -15,6 +15,9 @@ def split_by_cost(
 ) -> list[list[Rollout]]:
     """Split rollouts into `parts` non-empty micro-batches, longest rollouts first.
 
+    Packed ones are in order of the longest of their prompt's samples, which stay together, so that
+    teachers can read a prompt once for all of them (`models/shared_prompts.py`).
+
     The cost of a micro-batch is its number of positions over all views, padding included unless
     they are packed. In order of length the rollouts of a micro-batch need little padding; of all
     splits in that order this one has the smallest maximum cost, so that a short micro-batch has
@@ -27,7 +30,7 @@ def split_by_cost(
     if len(rollouts) < parts:
         raise ValueError(f"{len(rollouts)} rollouts cannot fill {parts} micro-batches")
     cost = _packed_cost if packed else _padded_cost
-    longest_first, lengths = _in_order(rollouts)
+    longest_first, lengths = _in_order(rollouts, packed)
     # The smallest limit of the cost under which `parts` micro-batches suffice.
     low, high = sum(lengths[0]), cost(lengths)
     while low < high:
@@ -49,12 +52,21 @@ def micro_batches_within(rollouts: Sequence[Rollout], budget: int, *, packed: bo
 
     A rollout that costs more by itself is a micro-batch of its own.
     """
-    return sum(1 for _ in _ends(_in_order(rollouts)[1], budget, packed))
+    return sum(1 for _ in _ends(_in_order(rollouts, packed)[1], budget, packed))
 
 
-def _in_order(rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[Lengths]]:
-    """Return the rollouts and their lengths, longest first."""
-    ordered = sorted(rollouts, key=lambda rollout: sum(_lengths(rollout)), reverse=True)
+def _in_order(rollouts: Sequence[Rollout], packed: bool) -> tuple[list[Rollout], list[Lengths]]:
+    """Return the rollouts and their lengths, longest first; packed ones by prompt."""
+    own = [sum(_lengths(rollout)) for rollout in rollouts]
+    longest: dict[int, int] = {}
+    for rollout, length in zip(rollouts, own, strict=True):
+        longest[rollout.group] = max(length, longest.get(rollout.group, 0))
+
+    def place(i: int) -> tuple[int, ...]:
+        group = rollouts[i].group
+        return (-longest[group], group, -own[i]) if packed else (-own[i],)
+
+    ordered = [rollouts[i] for i in sorted(range(len(rollouts)), key=place)]
     return ordered, [_lengths(rollout) for rollout in ordered]
 
 

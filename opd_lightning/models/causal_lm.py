@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from opd_lightning.errors import UserError, reason_of
+from opd_lightning.models.compilation import uncompiled
 from opd_lightning.models.folder import Tensors, check_weights
 from opd_lightning.models.head import TokenStates
 from opd_lightning.models.packing import (
@@ -26,6 +27,7 @@ from opd_lightning.models.readout import (
     readout_of,
     train_without_noise,
 )
+from opd_lightning.models.shared_prompts import check_sharing, shared_prompts
 from opd_lightning.models.source import ModelSource
 from opd_lightning.terminal.library_bars import shown_as
 from opd_lightning.types import RolloutBatch
@@ -73,6 +75,7 @@ def load_causal_lm(
         check_logits(model, attention=attn_implementation, training=training)
         if model.opd_packing != "off":
             check_packing(model, attention=attn_implementation)
+        check_sharing(model, attention=attn_implementation)
     if training:
         train_without_noise(model)
     return model
@@ -246,6 +249,9 @@ def response_states(model: Any, batch: RolloutBatch, view: str) -> TokenStates:
     readout = readout_of(lm)
     backbone: nn.Module = lm.get_submodule(readout.backbone)
     head = readout.head(lm, batch.temperature)
+    if shared := shared_prompts(lm, seen, batch.response_mask):
+        with uncompiled(lm):
+            return TokenStates(shared.read(backbone, batch.response_mask), head)
     if is_packed(lm, seen.input_ids.device):
         row = PackedRow.of(seen, batch.response_mask)
         return TokenStates(row.read(backbone)[row.predicting], head)

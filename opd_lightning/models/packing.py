@@ -65,7 +65,7 @@ class PackedRow(NamedTuple):
     def arguments(self, backbone: nn.Module) -> dict[str, Any]:
         """Return the arguments of a backbone's forward method beside the tokens."""
         arguments = {"position_ids": self.position_ids, "use_cache": False}
-        if not _is_varlen(getattr(backbone, "config", None)):
+        if not is_varlen(getattr(backbone, "config", None)):
             return arguments
         # Without them every layer finds the bounds in the positions, which waits for the device.
         bounds = {f"cu_seq_lens_{x}": self.bounds for x in "qk"}
@@ -89,7 +89,7 @@ def set_packing(lm: Any, packing: Packing) -> None:
     reason = why_not(lm)
     if packing == "on" and reason is not None:
         raise UserError(f"packing: got on, but {reason}; set it to auto or off")
-    if packing == "auto" and (reason is not None or not _is_varlen(lm.config)):
+    if packing == "auto" and (reason is not None or not is_varlen(lm.config)):
         packing = "off"
     lm.opd_packing = packing
 
@@ -105,7 +105,7 @@ def why_not(lm: Any) -> str | None:
         return f"{kind} has layers of {min(others)!r}, which run over the ends of packed sequences"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return f"{kind} takes no position_ids, by which packed sequences are kept apart"
-    if _is_varlen(lm.config) and not _hands_on_bounds(lm, backbone):
+    if is_varlen(lm.config) and not _hands_on_bounds(lm, backbone):
         return f"{kind} hands no bounds of packed sequences to its attention kernel"
     return None
 
@@ -160,7 +160,7 @@ def check_packing(lm: Any, *, attention: str | None) -> None:
         result.append(torch.cat(alone))
     if not result:
         return
-    stand_in = VARLEN if _is_varlen(lm.config) else "eager"
+    stand_in = VARLEN if is_varlen(lm.config) else "eager"
     with runs_on_cpu(lm, attention, stand_in) as packed:
         packed.append(row.read(backbone))
     if not packed:
@@ -186,7 +186,7 @@ def _probe(tokens: list[int]) -> PackedRow:
     )
 
 
-def _is_varlen(config: Any) -> bool:
+def is_varlen(config: Any) -> bool:
     """Return whether the attention kernel takes the bounds of sequences in a row."""
     name = getattr(config, "_attn_implementation", None) or ""
     return "flash" in name or "varlen" in name

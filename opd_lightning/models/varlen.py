@@ -41,41 +41,48 @@ def varlen_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Return the outputs of causal attention, `[1, T, heads, D]`, as flash attention does.
 
+    Where a sequence has more keys than queries, its queries are those of its last tokens.
+
     Args:
         module: The attention layer; not read.
         query: `[1, heads, T, D]`.
-        key: `[1, key heads, T, D]`.
+        key: `[1, key heads, K, D]`.
         value: Likewise.
         attention_mask: None.
         scaling: Factor of the products; None for 1 / sqrt(D).
         sliding_window: Number of tokens that a token sees, itself included.
         softcap: Products become softcap * tanh(products / softcap).
         s_aux: `[heads]` logits of attention sinks, which take a share and return nothing.
-        cu_seq_lens_q: `[B + 1]` where sequences begin, and T.
+        cu_seq_lens_q: `[B + 1]` where sequences begin among the queries, and T.
+        cu_seq_lens_k: Likewise among the keys, and K.
     """
     assert cu_seq_lens_q is not None
+    assert cu_seq_lens_k is not None
     assert attention_mask is None
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    lengths = cu_seq_lens_q.diff().tolist()
+    lengths, keys = cu_seq_lens_q.diff().tolist(), cu_seq_lens_k.diff().tolist()
     outputs = []
-    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+    split = (query.split(lengths, dim=2), key.split(keys, dim=2), value.split(keys, dim=2))
+    for q, k, v in zip(*split, strict=True):
         scores = factor * (q @ k.transpose(2, 3)).float()
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+        earlier = k.shape[2] - q.shape[2]
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(earlier)
         if sliding_window is not None:
-            seen = seen.triu(1 - sliding_window)
+            seen = seen.triu(1 - sliding_window + earlier)
         scores = scores.masked_fill(~seen, -torch.inf)
         if s_aux is not None:
             sinks = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
             scores = torch.cat([scores, sinks], dim=3)
-        shares = scores.softmax(dim=3)[..., : q.shape[2]]
+        shares = scores.softmax(dim=3)[..., : k.shape[2]]
         outputs.append(shares.to(v.dtype) @ v)
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 

@@ -128,3 +128,20 @@ def test_packed_micro_batches_have_equal_numbers_of_tokens(parts: int) -> None:
     fair = sum(1 + n for n in lengths) / parts
     assert max(tokens) < fair + max(lengths) + 1
     assert micro_batches_within(rollouts_of(lengths), max(tokens), packed=True) <= parts
+
+
+def test_packed_samples_of_a_prompt_stay_together() -> None:
+    """In order of the longest of them; a prompt is cut only where a micro-batch ends."""
+    random = Random(0)
+    rollouts = [
+        make_rollout([7] * random.randint(1, 99), prompt_ids=[5], group=i % 5) for i in range(20)
+    ]
+    for parts in (1, 5, 7):
+        split = split_by_cost(rollouts, parts, packed=True)
+        order = [r for part in split for r in part]
+        assert sorted(map(id, order)) == sorted(map(id, rollouts))
+        assert len(order[0].response_ids) == max(len(r.response_ids) for r in rollouts)
+        changes = sum(a.group != b.group for a, b in pairwise(order))
+        assert changes == 4
+        longest = [max(len(r.response_ids) for r in order[i : i + 4]) for i in range(0, 20, 4)]
+        assert longest == sorted(longest, reverse=True)
