@@ -101,9 +101,10 @@ def check_kinds(place: str, there: object, here: object, *, optional: bool = Fal
 
 
 def _kind(value: object) -> type:
-    """Return the type of a value; numbers are of one kind, tensors too."""
-    kinds: tuple[tuple[Any, type], ...] = (((int, float, Tensor), float), ((list, tuple), list))
-    return next((kind for types, kind in kinds if isinstance(value, types)), type(value))
+    """Return the type of a value; numbers are of one kind, and lists and tuples."""
+    if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
+        return float
+    return list if isinstance(value, list | tuple) else type(value)
 
 
 def differences(saved: Saved, trainer: Trainer) -> list[str]:

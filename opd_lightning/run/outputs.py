@@ -49,7 +49,8 @@ def check_folder(option: str, path: Path) -> None:
 def check_run_files(folder: Path, names: Iterable[str]) -> None:
     """Raise UserError if a run folder has something else where a run writes its files.
 
-    A pipe would make it wait for ever, and a device takes what is written.
+    A pipe would make it wait for ever, a device takes what is written, and what a link names may be
+    the file of another.
 
     Args:
         folder: The run folder, which need not be there.
@@ -57,10 +58,10 @@ def check_run_files(folder: Path, names: Iterable[str]) -> None:
     """
     with _in_one_line("run folder", folder):
         for path in (folder / name for name in names):
-            if path.exists() and not path.is_file():
+            if path.is_symlink() or (path.exists() and not path.is_file()):
                 raise UserError(
-                    f"run folder: got a folder, pipe or device at {str(path)!r}, expected a file "
-                    "of the run, or nothing; remove it, or name another folder"
+                    f"run folder: got a folder, link, pipe or device at {str(path)!r}, expected a "
+                    "file of the run, or nothing; remove it, or name another folder"
                 )
 
 

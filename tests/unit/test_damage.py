@@ -172,6 +172,9 @@ def test_a_scheduler_s_or_optimiser_s_values_of_another_kind_are_refused() -> No
             if key != "params" and value is not None:
                 with pytest.raises(TypeError, match=rf"^here\.{key}: got dict, expected "):
                     check_kinds("here", {**fresh, key: {}}, fresh)
+    with pytest.raises(TypeError, match=r"^here: got Tensor, expected float"):
+        check_kinds("here", torch.zeros(3), 1.0)
+    check_kinds("here", torch.zeros(()), 1.0)
     with pytest.raises(TypeError, match=r"^here\.betas\.1: got str, expected float"):
         check_kinds("here", {"betas": (0.9, "x")}, {"betas": (0.9, 0.999)})
 

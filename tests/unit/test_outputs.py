@@ -140,9 +140,10 @@ def test_a_disk_that_refuses_is_no_bug(capsys: pytest.CaptureFixture[str]) -> No
         run(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "x"))
 
 
-@pytest.mark.parametrize("name", ["folder", "pipe", "device"])
+@pytest.mark.parametrize("name", ["folder", "pipe", "device", "link"])
 def test_a_run_writes_its_files_to_files_alone(name: str, here: Path) -> None:
     (here / "device").symlink_to("/dev/null")
+    (here / "link").symlink_to("file")
     check_run_files(here, ["file", "new"])
     check_run_files(here / "nowhere", ["file"])
     with pytest.raises(UserError, match=rf"run folder: got .*{name}'"):
