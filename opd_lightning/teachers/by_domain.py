@@ -44,6 +44,7 @@ class ByDomainTeacher(DistributionTeacher):
         if not teachers:
             raise UserError("ByDomainTeacher.teachers: got none, expected one per domain")
         self.teachers = teachers
+        self.domains = sorted(teachers)
         parts = teachers.values()
         self.provides = min(part.provides for part in parts)
         self.provides_entropy = all(part.provides_entropy for part in parts)

@@ -22,6 +22,7 @@ from opd_lightning.metrics.overlap import OverlapStatistics
 from opd_lightning.metrics.signal import SignalStatistics
 from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics, RewardParts
 from opd_lightning.metrics.sums import Means
+from opd_lightning.metrics.teachers import TeacherStatistics
 from opd_lightning.models.sharding import Sharding, full_tensor
 from opd_lightning.models.student import Student
 from opd_lightning.processes import Ranks
@@ -79,6 +80,7 @@ class DistillationModule(Contract, EvaluatedModule):
         self.signal = SignalStatistics()
         self.overlap = OverlapStatistics()
         self.depth = DepthStatistics()
+        self.by_teacher = TeacherStatistics()
         self.rates = Means()
         # [B, R] or [B, 1] values of the latest micro-batch, by name, for logs.
         self.token_figures: Mapping[str, Tensor] = {}
@@ -114,6 +116,8 @@ class DistillationModule(Contract, EvaluatedModule):
         self.signal.update(batch, student, teacher, mask)
         self.overlap.update(student, teacher, mask)
         self.depth.update(student, teacher, mask)
+        if domains := self.all_asks()["teacher"].teacher.domains:
+            self.by_teacher.update(batch, domains, student, teacher, mask)
 
     def note_rules(self, scored: Scored, signal: Signal, rates: Rates) -> None:
         """Record the effect of the rules on the signal, per token."""
@@ -178,7 +182,7 @@ class DistillationModule(Contract, EvaluatedModule):
         self._later = batch[1:] if isinstance(batch, WholeStep) else []
 
     def _metrics(self) -> tuple[Metric, ...]:
-        about_teacher = (self.signal, self.overlap, self.depth)
+        about_teacher = (self.signal, self.overlap, self.depth, self.by_teacher)
         about_responses = (self.responses, self.reward_parts, self.engine_gap)
         return (self.loss_sum, *about_responses, *about_teacher, self.rates)
 

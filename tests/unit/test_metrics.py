@@ -22,6 +22,7 @@ from opd_lightning.metrics.overlap import OverlapStatistics
 from opd_lightning.metrics.repetition import is_repetitive
 from opd_lightning.metrics.signal import SignalStatistics
 from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics
+from opd_lightning.metrics.teachers import TeacherStatistics
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Rollout, TokenScores
 from tests.batches import make_batch, make_rollout
@@ -370,3 +371,39 @@ def test_what_others_wrote_is_counted_apart() -> None:
     assert got["response/tokens_per_step"] == 12
     assert got["demonstration/length"] == 5
     assert got["demonstration/kept"] == got["demonstration/reward"] == 0.5
+
+
+def test_teachers_by_domain_by_hand_and_over_micro_batches() -> None:
+    rollouts = [
+        make_rollout([5, 6], domain="math"),
+        make_rollout([7], domain="code"),
+        make_rollout([8], domain="math"),
+    ]
+    student, teacher = (
+        scores([[-1.0, -2.0], [-1.0, 0.0], [-3.0, 0.0]], 0.0, []),
+        scores([[-0.5, -3.0], [-4.0, 0.0], [-2.0, 0.0]], 0.0, []),
+    )
+    whole, parts = TeacherStatistics(), TeacherStatistics()
+    domains = ["code", "law", "math"]
+    batch = make_batch(rollouts)
+    whole.update(batch, domains, student, teacher, batch.response_mask)
+    for row in range(3):
+        one = batch.select([row])
+        mine, theirs = (
+            replace(s, logprobs=s.logprobs[[row]], entropy=s.entropy[[row]])
+            for s in (student, teacher)
+        )
+        parts.update(one, domains, mine, theirs, one.response_mask)
+    found = {name: float(value) for name, value in whole.compute().items()}
+    assert found == pytest.approx(
+        {
+            "teacher/code/share": 1 / 4,
+            "teacher/code/log_ratio_mean": -3.0,
+            "teacher/code/log_ratio_abs_mean": 3.0,
+            "teacher/law/share": 0.0,
+            "teacher/math/share": 3 / 4,
+            "teacher/math/log_ratio_mean": (0.5 - 1.0 + 1.0) / 3,
+            "teacher/math/log_ratio_abs_mean": 2.5 / 3,
+        }
+    )
+    assert found == pytest.approx({name: float(x) for name, x in parts.compute().items()})
