@@ -190,6 +190,8 @@ class RolloutBatch(_Movable):
     temperature: float  # of the sampler; student's and teachers' logits are divided by it
     totals: StepTotals  # loss normalisers of the optimiser step
     rollouts: tuple[Rollout, ...]  # one per row, for logs
+    top_p: float = 1.0  # of the student's sampler; losses read the whole distribution
+    top_k: int = 0  # likewise
     # Repeats a rollout, without response tokens, because other ranks have more micro-batches.
     is_filler: bool = False
 
@@ -236,6 +238,15 @@ class TokenScores:
     # [B, R] bool, from a model with another tokenizer: True at the last token of a group, which
     # holds the log-prob of the group. Tokens after the last end have no score. None: no groups.
     ends: Tensor | None = None
+    # [B, R] float32 nats, <= 0, detached: log mass of the tokens that a truncated sampler could
+    # draw from this model. None: all of them.
+    log_mass: Tensor | None = None
+
+    @property
+    def sampled_logprobs(self) -> Tensor:
+        """Log-probs `[B, R]` under the sampler's distribution, truncated or not; detached."""
+        logprobs = self.logprobs.detach()
+        return logprobs if self.log_mass is None else logprobs - self.log_mass
 
     @classmethod
     def unflatten(cls, flat: Iterable[Tensor], batch: RolloutBatch) -> Self:

@@ -37,6 +37,7 @@ class TokenScorer:
     """
 
     def __init__(self, module: DistillationModule, data: RolloutDataModule, prompt: Prompt) -> None:
+        data.sampling.check_temperature()
         self.module = module
         self.data = data
         self.ask = self._ask(prompt)

@@ -74,12 +74,14 @@ def write_responses(
     author = _author(module, data, kind, ckpt_path)
     renderer = Renderer(author.source.tokenizer, data.template_args, {}, author.source.eos_ids)
     prompts, ids = _prompts(module, data, renderer, author)
-    budget = author.sampling.max_new_tokens
+    sampling, budget = author.sampling, author.sampling.max_new_tokens
     written_by = (
         f"{kind} {author.source.identity}"
         # A run overwrites its last.ckpt, so the path alone does not identify the weights.
         + (f", checkpoint {ckpt_path} of step {whole(ckpt_path).step}" if ckpt_path else "")
-        + f", temperature {author.sampling.temperature}, max_new_tokens {budget}, seed {data.seed}"
+        + f", temperature {sampling.temperature}"
+        + (f", top_p {sampling.top_p}, top_k {sampling.top_k}" if sampling.is_truncated else "")
+        + f", max_new_tokens {budget}, seed {data.seed}"
     )
     rows = [
         (f"{prompt.id}/{sample}", Row(prompt, ids[i], i, kind, seed))

@@ -11,7 +11,13 @@ from opd_lightning.types import Author, Rollout, RolloutBatch, StepTotals
 
 
 def collate(
-    rollouts: Sequence[Rollout], *, totals: StepTotals, temperature: float, pad_id: int
+    rollouts: Sequence[Rollout],
+    *,
+    totals: StepTotals,
+    temperature: float,
+    pad_id: int,
+    top_p: float = 1.0,
+    top_k: int = 0,
 ) -> RolloutBatch:
     """Collate rollouts to one right-padded micro-batch.
 
@@ -20,6 +26,8 @@ def collate(
         totals: Sizes of the whole optimiser step.
         temperature: Sampling temperature.
         pad_id: Fills padded positions of `input_ids` and `response_ids`.
+        top_p: Nucleus mass of the student's sampler.
+        top_k: Number of candidates of the student's sampler; 0: all.
     """
     prompts = [r.prompt_ids for r in rollouts]
     responses = [r.response_ids for r in rollouts]
@@ -46,6 +54,8 @@ def collate(
         temperature=temperature,
         totals=totals,
         rollouts=tuple(rollouts),
+        top_p=top_p,
+        top_k=top_k,
     )
 
 

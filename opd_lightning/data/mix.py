@@ -140,6 +140,8 @@ class TeacherSampler:
         path: Model folder or hub name; it must use the student's token ids.
         engine: Samples its responses: a separate engine, whose weights never change.
         max_new_tokens: Longest response, in tokens; None uses the training sampling's.
+        sampling: Sampling of its responses, greedy and truncated allowed; None uses the training
+            sampling.
         chat_template: Jinja text or file that it is taken to expect, instead of the folder's.
             Prompts are always rendered with the student's.
         eos_tokens: Tokens that end its responses, instead of the folder's.
@@ -148,8 +150,21 @@ class TeacherSampler:
     path: str
     engine: Engine
     max_new_tokens: int | None = None
+    sampling: Sampling | None = None
     chat_template: str | None = None
     eos_tokens: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampling is not None and self.max_new_tokens is not None:
+            raise UserError(
+                f"data.teacher.max_new_tokens: got {self.max_new_tokens} besides "
+                "data.teacher.sampling, which has its own; leave one of them out"
+            )
+
+    def sampling_of(self, training: Sampling) -> Sampling:
+        """Return the sampling of its responses in a run with the sampling `training`."""
+        budget = self.max_new_tokens or training.max_new_tokens
+        return self.sampling or replace(training, max_new_tokens=budget)
 
     @cached_property
     def source(self) -> ModelSource:
@@ -169,8 +184,7 @@ def samplings_by_author(
     own = sampling if mix.samples else Sampling()
     by_author = {Author.STUDENT: own, Author.GUIDED: own}
     if teacher is not None:
-        budget = teacher.max_new_tokens or sampling.max_new_tokens
-        by_author[Author.TEACHER] = replace(sampling, max_new_tokens=budget)
+        by_author[Author.TEACHER] = teacher.sampling_of(sampling)
     return by_author
 
 

@@ -201,8 +201,15 @@ class TrainingStream:
         totals = StepTotals(step=step, written=written, demonstrated=demonstrated)
 
         def collated(part: Sequence[Rollout]) -> RolloutBatch:
-            temperature = self.samplings[Author.STUDENT].temperature
-            return collate(part, totals=totals, temperature=temperature, pad_id=self.pad_id)
+            sampling = self.samplings[Author.STUDENT]
+            return collate(
+                part,
+                totals=totals,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                pad_id=self.pad_id,
+            )
 
         parts = self.micro_batches
         if self.max_tokens is not None:

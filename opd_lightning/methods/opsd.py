@@ -19,7 +19,7 @@ class OPSD(DivergenceMethod):
 
     The authors sample at temperature 1.1 (which divides both models' logits), train LoRA of rank 64
     at 2e-4 with 32 responses per step, and keep the teacher at the initial weights. They also
-    sample with top-p 0.95 and top-k 20, which is refused here: it is not the scored policy.
+    sample with top-p 0.95 and top-k 20.
 
     Args:
         student: The model to train, on the plain prompt.

@@ -7,7 +7,7 @@ Axes: N response tokens of a micro-batch, n of a chunk or block, H hidden size, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple, TypeGuard
@@ -159,15 +159,21 @@ class _Reader:
             block = slice(here.start - rows.start, here.stop - rows.start)
             yield raw[block], {k: x[block] for k, x in theirs.items()}, here
 
-    def read(self, block: _Block, describe: bool) -> list[Tensor]:
-        """Return log-probs and values `[n]`, with gradients; if `describe`, then `FlatScores`."""
+    def read(self, block: _Block, describe: bool, unused: Container[int] = ()) -> list[Tensor]:
+        """Return log-probs and values `[n]`, with gradients; if `describe`, then `FlatScores`.
+
+        Outputs at the places `unused` are not computed, and have any value.
+        """
         raw, theirs, rows = block
         with torch.autocast(raw.device.type, enabled=False):
             ours = self.head.finish(raw).log_softmax(dim=-1)
             others = {k: _full(t, theirs.get(k), rows, ours) for k, t in self.teachers.items()}
             targets = self.targets[rows, None]
             found = [ours.gather(1, targets).squeeze(1)]
-            for one in self.comparisons:
+            for place, one in enumerate(self.comparisons, 1):
+                if place in unused:
+                    found.append(found[0].detach())
+                    continue
                 given = (x[rows] for x in one.given)
                 found.append(one.function(ours, others.get(id(one.teacher)), *given))
             for x in (ours, *others.values()) if describe else ():
@@ -179,7 +185,9 @@ class _Reader:
         """Return the gradient `[n, V]` of raw logits, given those `[N]` of `read`'s outputs."""
         raw, theirs, rows = block
         leaf = raw.detach().requires_grad_()
-        pairs = zip(self.read((leaf, theirs, rows), describe=False), upstream, strict=False)
+        unused = {place for place, gradient in enumerate(upstream) if gradient is None}
+        found = self.read((leaf, theirs, rows), describe=False, unused=unused)
+        pairs = zip(found, upstream, strict=False)
         used = [(x, g[rows]) for x, g in pairs if g is not None and x.requires_grad]
         values, up = [x for x, _ in used], [g for _, g in used]
         return torch.autograd.grad(values, leaf, up)[0] if used else torch.zeros_like(raw)

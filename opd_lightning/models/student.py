@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from opd_lightning.errors import UserError
+from opd_lightning.losses.truncation import KeptMass
 from opd_lightning.models.causal_lm import (
     Dtype,
     empty_causal_lm,
@@ -34,6 +36,8 @@ from opd_lightning.models.sharding import Sharding
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.weights import full_weights
 from opd_lightning.types import RolloutBatch, TokenScores
+
+KEPT_MASS = "kept_mass"  # name of the comparison that is added for a truncated sampler
 
 
 class LateComparison(NamedTuple):
@@ -165,11 +169,14 @@ class Student(nn.Module):
         """Run backbone and head in one module call, so that sharding hooks cover both.
 
         Results are flat, `[N]`, in the order of the response mask; see `head.score`. Late
-        comparisons cost one more pass of the head, without gradients.
+        comparisons cost one more pass of the head, without gradients. For a truncated sampler the
+        values include the log mass that it draws from, see `token_scores`.
         """
         states = response_states(self.model, batch, view="student")
         targets = batch.response_ids[batch.response_mask]
-        requested = comparisons or {}
+        requested = dict(comparisons or {})
+        if batch.top_p < 1 or batch.top_k > 0:
+            requested[KEPT_MASS] = Comparison(None, KeptMass(batch.top_p, batch.top_k))
         late = [one.top_k for one in requested.values() if isinstance(one, LateComparison)]
         if late:
             with torch.no_grad():
@@ -188,4 +195,11 @@ class Student(nn.Module):
 
     def score(self, batch: RolloutBatch, *, top_k: int = 0) -> TokenScores:
         """Score the sampled tokens without comparisons; the log-probs carry the gradient."""
-        return TokenScores.unflatten(self(batch, top_k=top_k).student, batch)
+        return token_scores(self(batch, top_k=top_k), batch)
+
+
+def token_scores(scores: HeadScores, batch: RolloutBatch) -> TokenScores:
+    """Return the student's scores `[B, R]`, with the log mass of a truncated sampler."""
+    found = TokenScores.unflatten(scores.student, batch)
+    mass = scores.values.get(KEPT_MASS)
+    return found if mass is None else replace(found, log_mass=batch.unflatten(mass.detach()))

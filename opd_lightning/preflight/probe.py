@@ -20,7 +20,15 @@ from opd_lightning.data.stream import TrainingStream
 from opd_lightning.data.writer import Row
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.seeding import TRAINING_SAMPLE, derive_seed
-from opd_lightning.types import Author, Completion, Rollout, RolloutBatch, StepTotals, Totals
+from opd_lightning.types import (
+    Author,
+    Completion,
+    Rollout,
+    RolloutBatch,
+    StepTotals,
+    TokenScores,
+    Totals,
+)
 
 if TYPE_CHECKING:
     from opd_lightning.run.datamodule import RolloutDataModule
@@ -153,6 +161,8 @@ class Probe:
                 part,
                 totals=totals,
                 temperature=self.sampling.temperature,
+                top_p=self.sampling.top_p,
+                top_k=self.sampling.top_k,
                 pad_id=self.stream.pad_id,
             ).to(self.module.device)
             for part in split_by_cost(rollouts, parts, packed=self.stream.packed())
@@ -160,14 +170,19 @@ class Probe:
 
     def logprobs(self, batch: RolloutBatch) -> Tensor:
         """Compute the trainer's log-probs, `[B, R]`, as a step does."""
+        return self._scores(batch).logprobs
+
+    def _scores(self, batch: RolloutBatch) -> TokenScores:
         with self.module.trainer.precision_plugin.forward_context():
-            return self.module.student.score(batch).logprobs
+            return self.module.student.score(batch)
 
     @torch.no_grad()
     def gaps(self, rollouts: list[Rollout]) -> Tensor:
         """Compute |engine - trainer| of the log-probs of every response token, `[N]` nats."""
         gaps = [
-            (self.logprobs(batch) - batch.behaviour_logprobs)[batch.response_mask].abs()
+            (self._scores(batch).sampled_logprobs - batch.behaviour_logprobs)[
+                batch.response_mask
+            ].abs()
             for batch in self.batches(rollouts)
         ]
         return torch.cat(gaps)

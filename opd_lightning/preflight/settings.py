@@ -20,7 +20,7 @@ def check_settings(
     module: DistillationModule, data: RolloutDataModule, stream: TrainingStream
 ) -> list[Finding]:
     """Return findings that need the prompts but no weights."""
-    return [_lengths(module, data, stream), _precisions(module, data), _sampling(data)]
+    return [_lengths(module, data, stream), _precisions(module, data), _sampling(module, data)]
 
 
 def _lengths(
@@ -68,15 +68,27 @@ def _precisions(module: DistillationModule, data: RolloutDataModule) -> Finding:
     )
 
 
-def _sampling(data: RolloutDataModule) -> Finding:
-    """Report suites with other samplings; training always samples the whole distribution."""
-    own = f"temperature {data.sampling.temperature:g}, the whole distribution"
+def _sampling(module: DistillationModule, data: RolloutDataModule) -> Finding:
+    """Report suites with other samplings, and a training that truncates."""
+    sampling = data.sampling
+    kept = f"top_p {sampling.top_p:g}, top_k {sampling.top_k}"
+    own = f"temperature {sampling.temperature:g}, " + (
+        kept if sampling.is_truncated else "the whole distribution"
+    )
+    if data.accept_truncation_bias:
+        return Finding(
+            "warning",
+            "sampling",
+            own,
+            f"the gradient of {type(module).__name__} is that of the truncated distribution: mass "
+            "moves from tokens that are never drawn to those that are; engine/kept_mass is logged",
+        )
     suites = data.suites_of("validate") | data.suites_of("test")
     samplings = {name: s.own_sampling for name, s in suites.items() if s.own_sampling is not None}
     cut = {
         name: "greedy" if sampling.temperature == 0 else "truncated"
         for name, sampling in samplings.items()
-        if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k
+        if sampling.temperature == 0 or sampling.is_truncated
     }
     if not cut:
         return Finding("ok", "sampling", own)

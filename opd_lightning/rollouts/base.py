@@ -21,10 +21,10 @@ class Sampling:
     """Sampling parameters.
 
     Args:
-        temperature: Divisor of the logits, in the sampler and in every loss. 0 is greedy and for
-            evaluation only.
-        top_p: Nucleus mass; 1.0 samples the full distribution, anything less biases the loss.
-        top_k: Number of candidates; 0 keeps all.
+        temperature: Divisor of the logits, in the sampler and in every loss. 0 is greedy: for
+            evaluation and demonstrations.
+        top_p: Nucleus mass; 1.0 samples the full distribution. Less biases policy gradients.
+        top_k: Number of candidates; 0 keeps all. It is applied before `top_p`.
         max_new_tokens: Maximum number of response tokens, EOS included.
     """
 
@@ -43,13 +43,18 @@ class Sampling:
         if self.max_new_tokens < 1:
             raise UserError(f"sampling.max_new_tokens: got {self.max_new_tokens}, expected >= 1")
 
-    def check_whole(self) -> None:
-        """Raise UserError unless samples come from the policy that a loss is computed for."""
-        if self.temperature == 0 or self.top_p < 1 or self.top_k > 0:
+    @property
+    def is_truncated(self) -> bool:
+        """Return whether some tokens of the distribution are never drawn."""
+        return self.top_p < 1 or self.top_k > 0
+
+    def check_temperature(self) -> None:
+        """Raise UserError at temperature 0, by which the log-probs of losses are divided."""
+        if self.temperature == 0:
             raise UserError(
-                f"data.sampling: got {self}, but training needs samples of the policy's whole "
-                "distribution: temperature above 0, top_p 1, top_k 0; a suite's own sampling may "
-                "be greedy or truncated"
+                "data.sampling.temperature: got 0, by which the logits of student and teachers are "
+                "divided; expected more than 0; a suite's sampling and data.teacher.sampling may "
+                "be greedy"
             )
 
 

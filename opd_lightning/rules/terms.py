@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
-from opd_lightning.losses.divergence import ReverseKL
+from opd_lightning.losses.divergence import ForwardKL, ReverseKL
 from opd_lightning.losses.estimators import estimate_kl
 from opd_lightning.losses.schedule import Schedule, value_at
 from opd_lightning.losses.top_k import TopK
@@ -28,6 +28,11 @@ class Term(ABC):
 
     name: str
     reads_entropy = False  # reads the entropy of the teacher's full distribution
+
+    @property
+    def averages_samples(self) -> bool:
+        """Return whether it is a mean over sampled tokens, biased by a truncated sampler."""
+        return True
 
     def asks(self) -> Mapping[str, Ask]:
         """Return further models whose scores the term reads, by name."""
@@ -56,11 +61,13 @@ class TrustRegion(Term):
     initial student; neither publishes its estimator.
 
     Args:
-        reference: Reference model, on the student's own prompt.
+        reference: Reference model.
         coefficient: Weight of the divergence; a schedule anneals it (KDRL, 2506.02208).
         estimator: "k2" and "k3" read only the sampled tokens. The gradient of k2 is that of the
-            reverse KL, of k3 that of the forward KL. "full" is the reverse KL itself.
+            reverse KL, of k3 that of the forward KL. "full" is the KL itself.
         name: Name of the logged metrics; two trust regions need two names.
+        view: Prompt view that the reference reads; "student" is the student's own prompt.
+        direction: Of "full": "reverse" is KL(pi_theta || pi_ref), "forward" KL(pi_ref || pi_theta).
     """
 
     name = "trust_region"
@@ -71,17 +78,33 @@ class TrustRegion(Term):
         coefficient: float | Schedule = 0.05,
         estimator: Literal["k2", "k3", "full"] = "k2",
         name: str = "trust_region",
+        view: str = "student",
+        direction: Literal["reverse", "forward"] = "reverse",
     ) -> None:
+        if direction == "forward" and estimator != "full":
+            raise UserError(
+                f"TrustRegion.direction: got 'forward' with the estimator {estimator!r}, expected "
+                "'full'; of the others, k3 has the gradient of the forward KL"
+            )
         self.name = name
+        self.view = view
+        self.direction = direction
         self.reference = reference
         self.coefficient = coefficient
         self.estimator = estimator
 
+    @property
+    def averages_samples(self) -> bool:
+        return self.estimator != "full"
+
     def asks(self) -> Mapping[str, Ask]:
-        return {self.name: Ask(self.reference, "student")}
+        return {self.name: Ask(self.reference, self.view)}
 
     def comparisons(self) -> Mapping[str, Compare]:
-        return {self.name: Compare(self.name, ReverseKL())} if self.estimator == "full" else {}
+        if self.estimator != "full":
+            return {}
+        divergence = ReverseKL() if self.direction == "reverse" else ForwardKL()
+        return {self.name: Compare(self.name, divergence)}
 
     def token_loss(
         self, student: TokenScores, scored: Scored, values: Mapping[str, Tensor]
@@ -101,6 +124,7 @@ class EntropyBonus(Term):
     """
 
     name = "entropy_bonus"
+    averages_samples = False
 
     def __init__(self, coefficient: float = 1e-3) -> None:
         self.coefficient = coefficient
@@ -129,6 +153,7 @@ class EntropyGatedForwardKL(Term):
 
     name = "entropy_gated_forward_kl"
     reads_entropy = True
+    averages_samples = False
 
     def __init__(self, threshold: float = 0.8, top_k: int = 16) -> None:
         if top_k < 1:

@@ -143,6 +143,7 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
             "let data.mix.recorded and data.mix.teacher add up to 1"
         )
     _check_prepared(module, data)
+    check_truncation(module, data)
     for share, count in zip(
         ("teacher", "recorded"), data.mix.counts(data.prompts_per_step), strict=True
     ):
@@ -161,6 +162,24 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
 
 def _shards(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def check_truncation(module: DistillationModule, data: RolloutDataModule) -> None:
+    """Check that a truncated sampler is not read as the policy, unless its bias is accepted."""
+    name = type(module).__name__
+    biased = data.mix.samples and data.sampling.is_truncated and module.averages_samples
+    if biased and not data.accept_truncation_bias:
+        raise UserError(
+            f"data.sampling: got top_p {data.sampling.top_p:g}, top_k {data.sampling.top_k}, but "
+            f"the loss of {name} with its rules and terms is a mean over sampled tokens, biased "
+            "where some are never drawn; expected top_p 1, top_k 0, a divergence, or "
+            "data.accept_truncation_bias true"
+        )
+    if data.accept_truncation_bias and not biased:
+        raise UserError(
+            f"data.accept_truncation_bias: got true, but sampling biases no gradient of {name} "
+            "here; leave it out"
+        )
 
 
 def _check_prepared(module: DistillationModule, data: RolloutDataModule) -> None:

@@ -58,7 +58,11 @@ class RolloutDataModule(LightningDataModule):
         texts: Suites of texts that are scored, for all three commands, by name.
         tasks: Tasks of lm-evaluation-harness, for all three commands, by name.
         suites: Suites of other classes, for all three commands, by name.
-        sampling: Sampling of responses.
+        sampling: Sampling of responses. A truncated one (top_p, top_k) is for losses that are not
+            means over sampled tokens, such as divergences.
+        accept_truncation_bias: Allow a truncated sampling for policy gradients too. Their
+            gradient is then that of the truncated distribution: mass moves from tokens that are
+            never drawn to those that are.
         prompts_per_step: Prompts per optimiser step, over all ranks.
         samples_per_prompt: Responses of the student per prompt.
         max_tokens_per_micro_batch: Most positions of a micro-batch, padding included, over all
@@ -85,6 +89,7 @@ class RolloutDataModule(LightningDataModule):
         tasks: dict[str, HarnessTask] | None = None,
         suites: dict[str, Suite] | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008
+        accept_truncation_bias: bool = False,
         prompts_per_step: int = 64,
         samples_per_prompt: int = 1,
         max_tokens_per_micro_batch: int | None = None,
@@ -94,7 +99,6 @@ class RolloutDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        sampling.check_whole()
         self.train = train
         self.engine = engine
         self.mix = mix
@@ -109,6 +113,7 @@ class RolloutDataModule(LightningDataModule):
         }
         self._add_suites(texts=texts, tasks=tasks, suites=suites)
         self.sampling = sampling
+        self.accept_truncation_bias = accept_truncation_bias
         self.prompts_per_step = prompts_per_step
         self.samples_per_prompt = samples_per_prompt
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
@@ -135,6 +140,7 @@ class RolloutDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the data, and run all checks that need no weights."""
         assert self.trainer is not None
+        self.sampling.check_temperature()
         self.module.check()
         check_models(self.module)
         if self.compares_with_start(stage):

@@ -28,7 +28,7 @@ def plan_engines(data: RolloutDataModule, longest: int, needs: Iterable[EngineNe
         most = longest + max([budget, *(need.response_tokens for need in needs)])
         data.engines.plan(Author.STUDENT, data.module.student.source, most)
     if data.teacher is not None:
-        most = longest + (data.teacher.max_new_tokens or budget)
+        most = longest + data.teacher.sampling_of(data.sampling).max_new_tokens
         data.engines.plan(Author.TEACHER, data.teacher.source, most)
 
 

@@ -45,7 +45,8 @@ class PromptCheck:
         self.longest_response = sampling.max_new_tokens
         if sampler is not None:
             sources.append(sampler.source)
-            self.longest_response = max(self.longest_response, sampler.max_new_tokens or 0)
+            theirs = sampler.sampling_of(sampling).max_new_tokens
+            self.longest_response = max(self.longest_response, theirs)
         self.context, self.role = min((source.context_length, source.role) for source in sources)
         self.module = module
         self.renderer = renderer

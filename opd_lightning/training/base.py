@@ -95,6 +95,8 @@ class DistillationModule(Contract, EvaluatedModule):
     def compare_with_engine(self, batch: RolloutBatch, student: TokenScores) -> None:
         """Record the gap between the engine's log-probs of its samples and the trainer's.
 
+        An engine that truncates reports the log-probs of what it kept; the trainer's are then
+        divided by the mass that the same truncation keeps of its whole distribution.
         A step whose mean gap is too large stops the run before the optimiser step. Rollouts that
         are recorded or were sampled under another prompt are not compared. For rollouts of older
         weights a gap is expected, so only their importance weights are recorded.
@@ -105,9 +107,11 @@ class DistillationModule(Contract, EvaluatedModule):
         fresh = torch.tensor(versions, device=mask.device) == batch.totals.step
         self.engine_gap.update(
             batch.behaviour_logprobs[mask],
-            student.logprobs.detach()[mask],
+            student.sampled_logprobs[mask],
             fresh[:, None].expand_as(mask)[mask],
         )
+        if student.log_mass is not None:
+            self.rates.update(batch, {"engine/kept_mass": student.log_mass.exp()})
 
     def note_signal(
         self, batch: RolloutBatch, student: TokenScores, teacher: TokenScores, mask: Tensor

@@ -9,7 +9,6 @@ from opd_lightning.errors import UserError
 from opd_lightning.losses.surrogate import Surrogate
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.teachers.base import Teacher, provides_distributions, provides_top_k
-from opd_lightning.training.scoring import LOSS
 
 if TYPE_CHECKING:
     from opd_lightning.rules.base import Rule
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 def check_parts(composed: ComposedMethod) -> None:
     """Raise UserError, before any weight is loaded, if an input of a part is not provided."""
     method, asks = type(composed).__name__, composed.all_asks()
-    is_divergence = LOSS in composed.comparisons()
+    is_divergence = not composed.has_advantage
     _check_names(composed)
     _check_tokens(composed)
     for rule in composed.rules:
@@ -57,7 +56,7 @@ def check_parts(composed: ComposedMethod) -> None:
                 f"for {', '.join(asks) or 'none'}; choose a method that has it"
             )
         _check_known(method, asks[compare.other].teacher, compare.function)
-    parts: list[Rule | Term] = [*composed.rules, *composed.terms]
+    parts: list[ComposedMethod | Rule | Term] = [composed, *composed.rules, *composed.terms]
     for part in parts:
         teacher = asks["teacher"].teacher if part.reads_entropy else None
         if teacher is not None and not teacher.provides_entropy:

@@ -75,6 +75,8 @@ class ComposedMethod(DistillationModule):
 
     # Hooks of a subclass ------------------------------------------------------------------
 
+    reads_entropy = False  # whether it reads the entropy of the teacher's full distribution
+
     def advantage(self, scored: Scored) -> Tensor:
         """Return the advantage of the sampled tokens, `[B, R]` nats."""
         return scored.log_ratio
@@ -331,11 +333,23 @@ class ComposedMethod(DistillationModule):
 
     @property
     def takes_demonstrations(self) -> bool:
-        return self.imitation is not None or LOSS in self.comparisons()
+        return self.imitation is not None or not self.has_advantage
+
+    @property
+    def has_advantage(self) -> bool:
+        """Return whether the token loss reads `signal.advantage`; divergences do not."""
+        return LOSS not in self.comparisons()
+
+    @property
+    def averages_samples(self) -> bool:
+        weighs = any(rule.corrects_sampler for rule in self.rules)
+        estimates = any(term.averages_samples for term in self.terms)
+        overridden = type(self).token_loss is not ComposedMethod.token_loss
+        return self.has_advantage or overridden or weighs or estimates
 
     @property
     def corrects_staleness(self) -> bool:
-        return LOSS in self.comparisons() or corrects_sampler(self)
+        return not self.has_advantage or corrects_sampler(self)
 
     def check(self) -> None:
         check_parts(self)

@@ -76,6 +76,15 @@ class Contract(ABC):
         """Return whether the loss is correct on rollouts sampled by older student weights."""
         return False
 
+    @property
+    def averages_samples(self) -> bool:
+        """Return whether the loss is a mean over sampled tokens, biased by a truncated sampler.
+
+        So are policy gradients and estimates from sampled tokens, but not divergences between
+        whole distributions.
+        """
+        return True
+
     # Derived properties -------------------------------------------------------------------
 
     def teachers(self) -> list[Teacher]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from opd_lightning.losses.alignment import in_groups
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.models.head import Comparison
-from opd_lightning.models.student import LateComparison, Student
+from opd_lightning.models.student import LateComparison, Student, token_scores
 from opd_lightning.rules.base import Compare, Scored
 from opd_lightning.teachers.base import Ask, provides_distributions, provides_top_k
 from opd_lightning.timing import StepTimer
@@ -87,8 +87,8 @@ def score_batch(
         output = student(batch, top_k=top_k, comparisons=pairs)
     for other in states.keys() & compared.keys():
         others[other] = TokenScores.unflatten(output.teachers[compared[other]], batch)
-    own = TokenScores.unflatten(output.student, batch)
-    values = {name: batch.unflatten(value) for name, value in output.values.items()}
+    own = token_scores(output, batch)
+    values = {name: batch.unflatten(output.values[name]) for name in pairs}
     detached = {name: value.detach() for name, value in values.items()}
     grouped = _in_groups(own.detach(), others)
     scored = Scored(batch=batch, student=own.detach(), others=grouped, values=detached)

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd_lightning.errors import UserError
+from opd_lightning.losses.divergence import ForwardKL, ReverseKL
 from opd_lightning.models.student import Student
-from opd_lightning.rules import EntropyGatedForwardKL, Rule, Term
+from opd_lightning.rules import EntropyGatedForwardKL, Rule, Term, TrustRegion
 from opd_lightning.rules.base import Compare, Scored
 from opd_lightning.teachers import Teacher
 from opd_lightning.teachers.base import Ask
@@ -116,3 +118,14 @@ def test_what_parts_read_is_known() -> None:
             return {"x": Compare("other", max), "y": Compare(None, min)}
 
     assert Compares().names_read() == {"hint", "other"}
+
+
+def test_a_trust_region_has_a_view_and_a_direction() -> None:
+    ours, theirs = (torch.randn(3, 7).log_softmax(-1) for _ in range(2))
+    for direction, kl in (("reverse", ReverseKL()), ("forward", ForwardKL())):
+        term = TrustRegion(OTHER, estimator="full", view="hint", direction=direction)  # type: ignore[arg-type]
+        assert term.asks() == {"trust_region": Ask(OTHER, "hint")}
+        compare = term.comparisons()["trust_region"]
+        assert torch.equal(compare.function(ours, theirs), kl(ours, theirs))
+    with pytest.raises(UserError, match="direction"):
+        TrustRegion(OTHER, estimator="k2", direction="forward")
