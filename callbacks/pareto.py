@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 
 from opd_lightning.checkpoints.places import remove
 from opd_lightning.errors import UserError
+from opd_lightning.run.lock import FOLDER_SETTINGS
 
 from .measurement import Measurement
 
@@ -63,7 +64,7 @@ class ParetoFolder:
         if any(self.folder.glob("step-*.ckpt")):
             raise UserError(
                 f"{str(self.folder)!r} holds the students of an earlier run; name another run "
-                "folder with --trainer.logger.init_args.save_dir, or remove them"
+                f"folder with {FOLDER_SETTINGS}, or remove them"
             )
 
     def keep(self, trainer: Trainer, points: list[Point], about: dict[str, Any]) -> None:

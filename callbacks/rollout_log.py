@@ -1,4 +1,4 @@
-"""Sample rollouts in TensorBoard, a JSON lines file and HTML pages with coloured tokens."""
+"""Sample rollouts in the run's loggers, a JSON lines file and HTML pages with coloured tokens."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from opd_lightning.errors import UserError
+from opd_lightning.metrics.trackers import write_table
 from opd_lightning.models.tokenization import token_texts
 from opd_lightning.terminal.token_page import TokenRow, token_page
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.callback import RunCallback
 from opd_lightning.types import Rollout, RolloutBatch
 
+COLUMNS = ("prompt", "author", "response", "end", "reward", "mean log-prob")
 LINES = "rollouts.jsonl"
 OLD_FILES = 4  # of JSON lines, besides the current one
 
 
 class RolloutLog(RunCallback):
-    """Logs some rollouts of a step, in TensorBoard's text tab and in the run folder.
+    """Logs some rollouts of a step, as a table in the loggers, and in the run folder.
 
     `rollouts.jsonl` has one object per line, with the sampler's log-probs. A run that is
     resumed from step n removes lines of earlier processes for n and later. The pages
@@ -33,7 +34,8 @@ class RolloutLog(RunCallback):
     Args:
         every_n_steps: Optimiser steps between two entries.
         count: Rollouts per entry.
-        max_characters: Longer prompts and responses are cut in the middle, in TensorBoard.
+        max_characters: Longer prompts and responses are cut in the middle in the table, except
+            in Weights & Biases.
         max_megabytes: Size at which `rollouts.jsonl` is rotated; the newest five files are kept.
     """
 
@@ -71,10 +73,8 @@ class RolloutLog(RunCallback):
         # Rollouts are sorted by length; an even spacing takes long and short ones.
         spread = range(0, len(batch.rollouts), max(1, len(batch.rollouts) // self.count))
         chosen = list(spread)[: self.count]
-        text = self._table([batch.rollouts[i] for i in chosen])
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("rollouts", text, step)
+        rows = [_cells(batch.rollouts[i]) for i in chosen]
+        write_table(trainer, "rollouts", COLUMNS, rows, step, self.max_characters)
         if self._folder is not None:
             self._write_lines(self._folder, step, [batch.rollouts[i] for i in chosen])
             pages = self._folder / "rollouts"
@@ -96,24 +96,13 @@ class RolloutLog(RunCallback):
             line = json.dumps({"step": step, **_plain(rollout)}, ensure_ascii=False)
             self._lines.emit(logging.makeLogRecord({"msg": line}))
 
-    def _table(self, rollouts: Sequence[Rollout]) -> str:
-        """Return a Markdown table with one row per rollout."""
-        columns = ("prompt", "author", "response", "end", "reward", "mean log-prob")
-        rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-        for r in rollouts:
-            mean = sum(r.behaviour_logprobs) / max(len(r.behaviour_logprobs), 1)
-            rows.append(
-                f"| {self._cell(_question(r))} | {r.author} | {self._cell(r.text)} "
-                f"| {r.stop_reason} | {r.reward:.2f} | {mean:.3f} |"
-            )
-        return "\n".join(rows)
 
-    def _cell(self, text: str) -> str:
-        if len(text) > self.max_characters:
-            half = self.max_characters // 2
-            text = f"{text[:half]} ... {text[-half:]}"
-        # In Markdown, a bar ends the cell and a line break the row.
-        return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
+def _cells(rollout: Rollout) -> list[str]:
+    """Return a rollout as a row of the table."""
+    mean = sum(rollout.behaviour_logprobs) / max(len(rollout.behaviour_logprobs), 1)
+    numbers = (f"{rollout.reward:.2f}", f"{mean:.3f}")
+    end = (str(rollout.author), rollout.text, str(rollout.stop_reason))
+    return [_question(rollout), *end, *numbers]
 
 
 def _drop_from(path: Path, step: int) -> None:

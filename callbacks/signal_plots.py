@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from opd_lightning.errors import UserError
 from opd_lightning.metrics.depth import DECILES
+from opd_lightning.metrics.trackers import write_picture
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.callback import RunCallback
 
@@ -20,11 +21,11 @@ COLOURS = "#4c72b0", "#c44e52"
 
 
 class SignalPlots(RunCallback):
-    """Logs d_t = log pi_T - log pi_S of a whole step, over all ranks, to TensorBoard.
+    """Logs d_t = log pi_T - log pi_S of a whole step, over all ranks, as pictures.
 
-    `signal/log_ratio` is its histogram, in bins of 0.1 nats. The image `signal/by_depth` shows its
-    mean and absolute mean by tenth of `sampling.max_new_tokens`. Methods without a teacher log
-    neither.
+    The image `signal/by_depth` shows its mean and absolute mean by tenth of
+    `sampling.max_new_tokens`. `signal/log_ratio` is its histogram, in bins of 0.1 nats, in
+    TensorBoard alone. Methods without a teacher log neither.
 
     Args:
         every_n_steps: Optimiser steps between two entries.
@@ -49,11 +50,10 @@ class SignalPlots(RunCallback):
         depth, counts, moments = whole.cpu().split([sums.numel(), BINS, 2])
         if not trainer.is_global_zero or not counts.any():
             return
-        picture = draw(depth.view(3, DECILES))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 _add_histogram(logger.experiment, counts, moments, step)
-                logger.experiment.add_image("signal/by_depth", picture, step, dataformats="HWC")
+        write_picture(trainer, "signal/by_depth", draw(depth.view(3, DECILES)), step)
 
 
 def histogram(ratio: Tensor) -> tuple[Tensor, Tensor]:

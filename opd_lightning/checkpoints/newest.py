@@ -6,7 +6,7 @@ All processes of a run must call these functions, and get the same result.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -30,18 +30,35 @@ def settle_folders(trainer: Trainer) -> None:
         keeper.dirpath = keeper.dirpath or str(Path(trainer.log_dir or ".", "checkpoints"))
 
 
-def check_found_again(run: Path) -> None:
-    """Raise UserError if a restart looks in another folder, since loggers number their versions."""
+def check_found_again(run: Path, former: Path | None = None, kept: Sequence[Path] = ()) -> None:
+    """Raise UserError if a restart looks in another folder than the run wrote to.
+
+    Args:
+        run: The run folder. A logger that numbers its versions gives every start another one.
+        former: Folder that it would have without `trainer.default_root_dir`.
+        kept: Folders in which the restart looks for checkpoints.
+    """
+    if any(_has_checkpoints(folder) for folder in kept):
+        return
+    if former is not None and former != run and _has_checkpoints(former / "checkpoints"):
+        raise UserError(
+            f"--ckpt_path: got {LAST!r}, but trainer.default_root_dir makes {str(run)!r} the run "
+            f"folder, and the checkpoints are in {str(former)!r}; leave it out, or name a file"
+        )
     number = re.fullmatch(r"version_(\d+)", run.name)
     if number is None or run.exists():
         return
     earlier = run.with_name(f"version_{int(number[1]) - 1}")
-    if any((earlier / "checkpoints").glob(f"*{ModelCheckpoint.FILE_EXTENSION}")):
+    if _has_checkpoints(earlier / "checkpoints"):
         raise UserError(
             f"--ckpt_path: got {LAST!r}, but the logger names a new folder at every start "
             f"({str(run)!r} now), and the checkpoints are in {str(earlier)!r}; set the logger's "
-            "name and version to '', or name a file"
+            "name and version to '', or trainer.default_root_dir, or name a file"
         )
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any(folder.glob(f"*{ModelCheckpoint.FILE_EXTENSION}"))
 
 
 def folders(trainer: Trainer) -> list[Path]:

@@ -94,6 +94,11 @@ def whole(path: str | Path) -> Saved:
     return saved
 
 
+def state_of(saved: Saved) -> dict[str, Any]:
+    """Load the plain data of a checkpoint; tensors of a file are read on access."""
+    return _load_state(saved.path / META if saved.is_folder else saved.path)
+
+
 @contextmanager
 def restoring(what: str) -> Iterator[None]:
     """Convert every error that a state of a checkpoint causes where it is restored to UserError.

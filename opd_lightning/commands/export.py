@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 from opd_lightning.checkpoints import whole
 from opd_lightning.checkpoints.matching import first_difference, shapes_of
 from opd_lightning.checkpoints.plain import load
+from opd_lightning.checkpoints.reading import Saved
 from opd_lightning.errors import UserError
 from opd_lightning.models.student import Student
 from opd_lightning.terminal.library_bars import shown_as
@@ -17,8 +18,8 @@ from opd_lightning.terminal.library_bars import shown_as
 PREFIX = "student."  # of the student's tensors in a checkpoint
 
 
-def load_student(student: Student, checkpoint: str) -> int:
-    """Load the student's weights from a run's checkpoint and return its optimiser step.
+def load_student(student: Student, checkpoint: str) -> Saved:
+    """Load the student's weights from a run's checkpoint and return its description.
 
     A checkpoint is a file or a folder of shards. Shards are read directly into the weights.
 
@@ -42,7 +43,7 @@ def load_student(student: Student, checkpoint: str) -> int:
     else:
         content = load(saved.path, mmap=True)
         student.load_state_dict({n: content["state_dict"][PREFIX + n] for n in weights})
-    return saved.step
+    return saved
 
 
 def write_hf_folder(student: Student, folder: Path) -> None:

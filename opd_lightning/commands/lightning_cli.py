@@ -23,6 +23,7 @@ from opd_lightning.commands.parser_messages import hint, one_line
 from opd_lightning.commands.trainer import Trainer
 from opd_lightning.errors import UserError, note, report
 from opd_lightning.run.datamodule import RolloutDataModule
+from opd_lightning.run.lock import FOLDER_SETTINGS
 from opd_lightning.run.settings import flat_settings
 from opd_lightning.training.base import DistillationModule
 
@@ -34,6 +35,7 @@ TRAINER_DEFAULTS = {
     "max_epochs": -1,  # runs are measured in optimiser steps: trainer.max_steps
 }
 
+FLAGS = ("--json", "--card")
 STANDARD_COMMANDS = ("fit", "validate", "test")
 DASHED = [name for name in TRAINER_COMMANDS if name not in STANDARD_COMMANDS]
 OWN_COMMANDS = [name.replace("-", "_") for name in DASHED]
@@ -98,8 +100,8 @@ class OPDCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         # Commands are methods of the trainer; names of methods have no dashes.
         args = [word.replace("-", "_") if word in DASHED else word for word in args[:1]] + args[1:]
-        # jsonargparse requires a value for the flag.
-        args = ["--json=true" if word == "--json" else word for word in args]
+        # jsonargparse requires a value for a flag.
+        args = [f"{word}=true" if word in FLAGS else word for word in args]
         commands = self.subcommands()
         self.command = args[0] if args and args[0] in commands else None
         if self.command is not None:
@@ -184,15 +186,14 @@ class OPDCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse to mix a new run with an old one; pass the settings to the run log."""
-        folder = Path(self.trainer.log_dir or ".", "checkpoints")
+        assert isinstance(self.trainer, Trainer)
+        folder = Path(str(self.trainer.log_dir), "checkpoints")
         resumes = self.config.fit.get("ckpt_path")
-        if self.trainer.logger and not resumes and any(folder.glob("[!.]*")):
+        if self.trainer.keeps_files and not resumes and any(folder.glob("[!.]*")):
             raise UserError(
                 f"{str(folder)!r} holds the checkpoints of an earlier run; continue it with "
-                f"--ckpt_path {LAST}, or name another run folder with "
-                "--trainer.logger.init_args.save_dir"
+                f"--ckpt_path {LAST}, or name another run folder with {FOLDER_SETTINGS}"
             )
-        assert isinstance(self.trainer, Trainer)
         self.trainer.run_log.settings = flat_settings(self.config.fit.as_dict())
 
     def before_validate(self) -> None:

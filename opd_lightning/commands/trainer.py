@@ -29,6 +29,7 @@ from opd_lightning.run.interruption import SaveOnInterruption, TermAsInterrupt
 from opd_lightning.run.lock import held
 from opd_lightning.run.log import RunLog
 from opd_lightning.run.step_progress import FirstLine, StepProgressBar
+from opd_lightning.run.trackers import continue_tracked_run
 from opd_lightning.terminal.quiet import only_warnings
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.callback import RunCallback, run_callbacks
@@ -44,8 +45,11 @@ class Trainer(Commands):
     """Lightning's Trainer; see its documentation for the arguments.
 
     Adds commands, a progress bar in optimiser steps, a continuous log of resumed runs, scores as a
-    table or JSON, and a checkpoint when a run is interrupted.
+    table or JSON, and a checkpoint when a run is interrupted. The run folder is `default_root_dir`
+    where that is given, whatever the loggers are; else the folder of the first logger.
     """
+
+    run_folder: Path | None = None  # during `fit`; None if the run keeps no files
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = kwargs.get("callbacks") or []
@@ -59,11 +63,26 @@ class Trainer(Commands):
         self.run_log = RunLog()  # first, before other callbacks log
         kwargs["callbacks"] = [self.run_log, *given, *ours]
         super().__init__(*args, **kwargs)  # exactly this call: jsonargparse reads it
+        self._folder_is_given = kwargs.get("default_root_dir") is not None
         self._checkpoint_connector = CheckpointConnector(self)
         check_strategy(self.strategy, self.num_devices, self.num_nodes)
         self._signal_connector = TermAsInterrupt(self)
         if not any(callback.handles_signals for callback in run_callbacks(self)):
             signals.restore()
+
+    @property
+    def log_dir(self) -> str | None:
+        """The run folder. Collective."""
+        return self.default_root_dir if self._folder_is_given else self._folder_of_logger()
+
+    def _folder_of_logger(self) -> str:
+        """Return the first logger's folder; a tracker elsewhere may have none. Collective."""
+        return super().log_dir or self.default_root_dir
+
+    @property
+    def keeps_files(self) -> bool:
+        """Whether the run has a folder: one is given, or there is a logger."""
+        return self._folder_is_given or self.logger is not None
 
     def save_checkpoint(
         self,
@@ -100,7 +119,7 @@ class Trainer(Commands):
                 the run folder; if there is none, last starts from the beginning.
             weights_only: Not needed; only tensors and plain data are ever read.
         """
-        folder = None if self.logger is None else Path(self.log_dir or ".")
+        folder = self.run_folder = Path(str(self.log_dir)) if self.keeps_files else None
         if folder is not None:
             outputs.check_run_files(folder, RUN_FILES)
         settle_folders(self)  # Lightning's name for one may be another at every start
@@ -108,12 +127,15 @@ class Trainer(Commands):
             check_place(str(keeper.dirpath))
             outputs.check_folder("ModelCheckpoint.dirpath", Path(str(keeper.dirpath)))
         if ckpt_path == LAST and folder is not None:
-            check_found_again(folder)
+            former = Path(self._folder_of_logger())
+            check_found_again(folder, former, [Path(str(k.dirpath)) for k in keepers(self)])
         if isinstance(datamodule, RolloutDataModule):
             datamodule.prompt_files = PromptFiles(folder, resumes=bool(ckpt_path))
         with held(folder) if folder is not None and self.is_global_zero else nullcontext():
             if self.is_global_zero:
                 set_aside(self)
+                if folder is not None and ckpt_path:
+                    continue_tracked_run(self, folder)
             super().fit(
                 model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
             )

@@ -13,8 +13,10 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch import Trainer as LightningTrainer
 from rich.console import Console
 
+from opd_lightning.checkpoints.reading import state_of
 from opd_lightning.commands.cache_teacher import fill
 from opd_lightning.commands.export import load_student, write_hf_folder
+from opd_lightning.commands.model_card import model_card
 from opd_lightning.commands.sample import Question, Sampler, chat, read_prompt
 from opd_lightning.commands.write_responses import write_responses
 from opd_lightning.errors import NotReadyError, UserError
@@ -38,6 +40,7 @@ class Commands(LightningTrainer):
         model: DistillationModule,
         ckpt_path: str,
         out: str,
+        card: bool = False,
         datamodule: LightningDataModule | None = None,
     ) -> None:
         """Write a checkpoint's student as a Hugging Face folder.
@@ -45,6 +48,7 @@ class Commands(LightningTrainer):
         Args:
             ckpt_path: Checkpoint of the run whose config is given; last: its newest whole one.
             out: Folder to write; must not exist or be empty.
+            card: Also write README.md, a model card with models, settings and scores of the run.
             datamodule: Not needed; all commands are called with one.
         """
         folder = Path(out).expanduser()
@@ -52,10 +56,13 @@ class Commands(LightningTrainer):
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"--out: {out!r} is not empty; name a new folder")
         check_usable(model.student.source)
-        step = load_student(model.student, ckpt_path)
+        saved = load_student(model.student, ckpt_path)
         with outputs.writing_folder("--out", folder):
             write_hf_folder(model.student, folder)
-        print(f"wrote the student of step {step} to {folder}")
+            if card:
+                text = model_card(model, folder.name, saved, state_of(saved))
+                (folder / "README.md").write_text(text)
+        print(f"wrote the student of step {saved.step} to {folder}")
 
     def check(
         self,

@@ -10,6 +10,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 
+from opd_lightning.metrics.trackers import write_text
+
 
 def write_figures(trainer: Trainer, figures: Mapping[str, float], step: int) -> None:
     """Log figures and flush them to disk.
@@ -34,10 +36,9 @@ def write_validation(
     trainer: Trainer, scores: Mapping[str, float], tables: Mapping[str, str]
 ) -> None:
     """Log the scores and Markdown tables of a validation, at the number of optimiser steps made."""
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            for tag, table in tables.items():
-                logger.experiment.add_text(tag, table, trainer.global_step)
+    for tag, table in tables.items():
+        if trainer.is_global_zero:
+            write_text(trainer, tag, table, trainer.global_step)
     write_figures(trainer, scores, trainer.global_step)  # flushes the tables, too
 
 

@@ -16,12 +16,13 @@ from filelock import FileLock, Timeout
 from opd_lightning.errors import UserError, note
 from opd_lightning.models.made_once import LOCK, UNSUPPORTED
 
+FOLDER_SETTINGS = "--trainer.logger.init_args.save_dir (or --trainer.default_root_dir)"
 PATIENCE = 120.0  # seconds that a requeued job waits for its previous process to end
 
 
 def held(folder: Path, *, patience: float = PATIENCE) -> AbstractContextManager[None]:
     """Lock a run folder, created if missing; see `_held`."""
-    elsewhere = "name another folder with --trainer.logger.init_args.save_dir"
+    elsewhere = f"name another folder with {FOLDER_SETTINGS}"
     return _held(folder / LOCK, f"run folder {str(folder)!r}", elsewhere, patience)
 
 

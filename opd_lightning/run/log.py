@@ -16,10 +16,12 @@ from torch import Tensor
 from opd_lightning.checkpoints import restoring
 from opd_lightning.errors import note
 from opd_lightning.metrics.log import write_validation
+from opd_lightning.metrics.trackers import run_folder_of
 from opd_lightning.run.csv_log import put_back
 from opd_lightning.run.dashboard import write_dashboard
 from opd_lightning.run.settings import differences
 from opd_lightning.run.starts import note_start
+from opd_lightning.run.trackers import log_settings, tracked_runs
 from opd_lightning.training.callback import RunCallback
 
 if TYPE_CHECKING:
@@ -63,10 +65,10 @@ class RunLog(RunCallback):
         self, trainer: Trainer, pl_module: DistillationModule
     ) -> None:
         self._began = True
-        log_dir = trainer.log_dir  # a broadcast, so all ranks must read it
         self._resume(trainer, pl_module)
-        if trainer.logger is not None and log_dir is not None and trainer.is_global_zero:
-            self._note_start(trainer, pl_module, Path(log_dir))
+        folder = run_folder_of(trainer)
+        if folder is not None and trainer.is_global_zero:
+            self._note_start(trainer, pl_module, folder)
 
     def _note_start(self, trainer: Trainer, module: DistillationModule, run: Path) -> None:
         seeds = {
@@ -79,9 +81,11 @@ class RunLog(RunCallback):
             checkpoint=None if trainer.ckpt_path is None else str(trainer.ckpt_path),
             seeds=seeds,
             processes=trainer.world_size,
+            trackers=tracked_runs(trainer),
         )
         if first or trainer.global_step == 0:
             write_dashboard(trainer, module, self.settings)
+            log_settings(trainer, self.settings)
 
     def _resume(self, trainer: Trainer, pl_module: EvaluatedModule) -> None:
         if trainer.is_global_zero:

@@ -54,6 +54,22 @@ def note_start(run: Path, *, step: int, **about: Any) -> bool:
     return first
 
 
+def last_start(run: Path) -> Mapping[str, Any]:
+    """Return the newest readable entry of the run folder; empty if there is none."""
+    try:
+        lines = (run / FILE).read_text().splitlines()
+    except (OSError, ValueError):
+        return {}
+    for line in reversed(lines):
+        try:
+            entry = json.loads(line)
+        except ValueError:  # cut short
+            continue
+        if isinstance(entry, dict):
+            return entry
+    return {}
+
+
 def git_state() -> Mapping[str, Any] | None:
     """Return the working folder's commit and changed files; None outside of a repository."""
     commit = _git("rev-parse", "HEAD")

@@ -448,7 +448,10 @@ def test_a_user_sees_the_run_and_exports_the_student(
 
     checkpoint = run / "checkpoints" / "last.ckpt"
     config = str(run / "config.yaml")
-    main(["export", "--config", config, f"--ckpt_path={checkpoint}", f"--out={out}"])
+    main(["export", "--config", config, f"--ckpt_path={checkpoint}", f"--out={out}", "--card"])
+    card = (out / "README.md").read_text()
+    assert "\n| method | OPD |\n" in card
+    assert "\n| sums | score |" in card
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert not [name for name in saved if "teacher" in name]
     exported = Student(str(out))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,12 @@ class NamesEachStart(Logger):
 
 
 def go_on(run: Path, steps: int, kind: str, **settings: str) -> None:
-    given = "".join(f", {name}: '{value}'" for name, value in settings.items())
-    logger = f"{{class_path: {kind}, init_args: {{save_dir: {run}{given}}}}}"
-    main(["fit", "--config", CONFIG, *FAST, f"--trainer.logger={logger}",
-          f"--trainer.max_steps={steps}"])  # fmt: skip
+    given = {"class_path": kind, "init_args": {"save_dir": str(run), **settings}}
+    fit(steps, f"--trainer.logger={json.dumps(given)}")
+
+
+def fit(steps: int, *more: str) -> None:
+    main(["fit", "--config", CONFIG, *FAST, f"--trainer.max_steps={steps}", *more])
 
 
 @pytest.mark.usefixtures("in_lab")
@@ -88,6 +91,72 @@ def test_a_csv_file_keeps_its_earlier_steps(tmp_path: Path) -> None:
     for old, new in zip(first, found, strict=False):
         assert {name: new[name] for name in old} == old
     assert not list(tmp_path.glob("metrics.csv.*"))
+    assert "| prompt | author |" in (tmp_path / "tables/rollouts/000000.md").read_text()
+    picture = (tmp_path / "pictures/signal/by_depth/000000.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+
+
+CSV, BOARD = (f"lightning.pytorch.loggers.{name}Logger" for name in ("CSV", "TensorBoard"))
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_the_run_folder_does_not_depend_on_loggers(tmp_path: Path) -> None:
+    """A logger that numbers its folders, none, and two others: the run goes on."""
+    run, place = tmp_path / "run", f"{{save_dir: {tmp_path}/elsewhere}}"
+    loggers = (
+        f"{{class_path: {CSV}, init_args: {place}}}",
+        "false",
+        f"[{{class_path: {CSV}, init_args: {place}}}, {{class_path: {BOARD}, init_args: {place}}}]",
+    )
+    for steps, logger in enumerate(loggers, 1):
+        fit(steps, f"--trainer.logger={logger}", f"--trainer.default_root_dir={run}")
+        assert whole(run / "checkpoints" / "last.ckpt").step == steps
+    assert {"config.yaml", ".prompts.json", ".lock"} <= {path.name for path in run.iterdir()}
+    starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 1, 2]
+    assert not list(tmp_path.glob("elsewhere/**/*.ckpt"))
+    assert list(tmp_path.glob("elsewhere/**/events.out.tfevents.*"))
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_weights_and_biases_goes_on_with_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_RUN_ID", "")  # restored after the test
+    monkeypatch.delenv("WANDB_RUN_ID")
+    ids = []
+    for steps in (1, 2):
+        go_on(tmp_path, steps, "lightning.pytorch.loggers.WandbLogger")
+        assert wandb.run is not None
+        ids.append(wandb.run.id)
+        assert wandb.run.config["data.prompts_per_step"] == 4
+        wandb.finish()
+        monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    assert ids[0] == ids[1]
+    assert whole(tmp_path / "checkpoints" / "last.ckpt").step == 2
+    media = {path.parent.name for path in tmp_path.glob("wandb/*/files/media/**/*.*")}
+    assert {"table", "signal"} <= media  # the rollouts and the picture
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_mlflow_takes_figures_tables_and_pictures(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    run = tmp_path / "run"
+    settings = {"class_path": "lightning.pytorch.loggers.MLFlowLogger",
+                "init_args": {"save_dir": str(tmp_path / "mlruns")}}  # fmt: skip
+    for steps in (1, 2):
+        fit(steps, f"--trainer.logger={json.dumps(settings)}", f"--trainer.default_root_dir={run}")
+    assert whole(run / "checkpoints" / "last.ckpt").step == 2
+    client = mlflow.tracking.MlflowClient(f"file:{tmp_path / 'mlruns'}")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert sorted(point.step for run in runs for point in client.get_metric_history(
+        run.info.run_id, "loss")) == [0, 1]  # fmt: skip
+    first = max(runs, key=lambda run: len(run.data.params))
+    assert first.data.params["data.prompts_per_step"] == "4"
+    kept = {path.relative_to(tmp_path / "mlruns").parts[3:] for path in tmp_path.rglob("000000.*")}
+    assert {("rollouts", "000000.md"), ("signal", "by_depth", "000000.png")} <= kept
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -103,3 +172,7 @@ def test_a_folder_that_no_restart_can_find_is_refused(tmp_path: Path) -> None:
     check_found_again(tmp_path / "version_0")
     with pytest.raises(UserError, match="version_0"):
         check_found_again(tmp_path / "version_1")
+    with pytest.raises(UserError, match="default_root_dir"):
+        check_found_again(tmp_path / "run", former=tmp_path / "version_0")
+    kept = [tmp_path / "version_0" / "checkpoints"]  # where ModelCheckpoint.dirpath says
+    check_found_again(tmp_path / "version_1", tmp_path / "version_0", kept)

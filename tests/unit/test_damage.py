@@ -263,7 +263,7 @@ def test_another_student_is_named_by_its_first_weight(
     student.load()
     weights = {f"student.{name}": tensor for name, tensor in student.state_dict().items()}
     torch.save({"global_step": 3, "state_dict": weights}, tmp_path / "3.ckpt")
-    assert load_student(student, str(tmp_path / "3.ckpt")) == 3
+    assert load_student(student, str(tmp_path / "3.ckpt")).step == 3
     wider = Student(str(tiny_model_dir(hidden_size=128)))
     with pytest.raises(UserError, match=r"is of shape \[.*64\] there and of shape \[.*128\] in"):
         load_student(wider, str(tmp_path / "3.ckpt"))
