@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from opd_lightning.data.chats import Chat, encodable, read_chat
 from opd_lightning.data.layouts import FIELDS, Layout, has_column, layout_of
 from opd_lightning.data.row_checks import RowChecks
 from opd_lightning.data.row_report import Problems, Texts
-from opd_lightning.data.rows import BadRowError, cut, read_rows, shown
+from opd_lightning.data.rows import BadRowError, Row, cut, read_rows, shown
 from opd_lightning.errors import UserError
 from opd_lightning.types import Message, Prompt
 
@@ -111,7 +111,7 @@ class PromptSource:
         problems = Problems()
         seen = _Seen(dict(self.columns))
         texts = Texts(self.path, checks)
-        rows = read_rows(self.path, size)
+        rows = self.rows(size)
         # In batches, as prompts are tokenised faster together, and none is read beyond the limit.
         while room := BATCH if self.limit is None else min(BATCH, self.limit - len(prompts)):
             batch = [self._read(line, raw, seen, checks) for line, raw in islice(rows, room)]
@@ -134,6 +134,10 @@ class PromptSource:
         self._report(prompts, problems, seen.lacking)
         texts.report(len(prompts))
         return prompts
+
+    def rows(self, size: int | None) -> Iterator[tuple[int, Row]]:
+        """Yield the number of each row from 1, and the row. A subclass may make rows instead."""
+        return read_rows(self.path, size)
 
     def _read(
         self, line: int, raw: Any, seen: _Seen, checks: RowChecks | None

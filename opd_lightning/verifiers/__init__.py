@@ -7,6 +7,7 @@ from opd_lightning.verifiers.exact import ExactMatch
 from opd_lightning.verifiers.judge import JudgeVerifier
 from opd_lightning.verifiers.length import LengthLimit
 from opd_lightning.verifiers.math import MathVerifier
+from opd_lightning.verifiers.reasoning_gym import ReasoningGymVerifier
 from opd_lightning.verifiers.regex import RegexMatch
 from opd_lightning.verifiers.weighted import Part, WeightedVerifier
 
@@ -18,6 +19,7 @@ __all__ = [
     "LengthLimit",
     "MathVerifier",
     "Part",
+    "ReasoningGymVerifier",
     "RegexMatch",
     "Rewards",
     "Verifier",
