@@ -113,6 +113,48 @@ class SkewedReverseKL(Divergence):
         return kl(student_logprobs, mixture)
 
 
+@dataclass(frozen=True)
+class TotalVariation(Divergence):
+    """`sum_v |S(v) - T(v)| / 2` (f-DISTILL, 2307.15190): symmetric, from 0 to 1."""
+
+    def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+        return (student_logprobs.exp() - teacher_logprobs.exp()).abs().sum(dim=-1) / 2
+
+
+@dataclass(frozen=True)
+class AdaptiveKL(Divergence):
+    """Both KLs, weighted by where the distributions differ (AKL, 2404.02657; official code).
+
+        h KL(T || S) + (1 - h) KL(S || T),   h = sum_head |S - T| / sum |S - T|
+
+    The head is the most probable tokens of the teacher, at least one, whose mass is at most `head`.
+    h has no gradient; it is 1/2 where the distributions are equal.
+
+    Args:
+        head: Mass of the head, in [0, 1].
+    """
+
+    head: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.head <= 1:
+            raise UserError(f"AdaptiveKL: head is {self.head}, expected a number from 0 to 1")
+
+    def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+        weight = self._head_weight(student_logprobs.detach(), teacher_logprobs.detach())
+        forward = kl(teacher_logprobs, student_logprobs)
+        return weight * forward + (1 - weight) * kl(student_logprobs, teacher_logprobs)
+
+    def _head_weight(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+        """Return h, `[...]`."""
+        teacher, order = teacher_logprobs.exp().sort(dim=-1, descending=True)
+        gap = (student_logprobs.exp().gather(-1, order) - teacher).abs()
+        in_head = teacher.cumsum(dim=-1) <= self.head
+        in_head[..., 0] = True
+        total = gap.sum(dim=-1)
+        return torch.where(total > 0, (gap * in_head).sum(dim=-1) / total, 0.5)
+
+
 def reverse_kl(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
     """Compute `KL(S || T) = sum_v S(v) (log S(v) - log T(v))`, `[..., V] -> [...]`, nats.
 

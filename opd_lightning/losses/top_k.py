@@ -21,6 +21,7 @@ class TopK(Divergence):
         SG-TopK (2605.11182)     k 20, intersection, none, stop-gradient
         MOPD (2606.30406)        k 64, teacher, none, corrected
         Revisit-OPD (2603.25562) k 32, teacher, renormalise
+        Rethinking-OPD (2604.13016) k 16, student, none, per-candidate
         SDPO (2601.20802)        k 100, student, tail, jsd with beta 0.5
         EOPD (2603.07079)        k 16, teacher, teacher, forward
         verl forward_kl_topk     k 32, teacher, none, forward, clamp
@@ -40,8 +41,10 @@ class TopK(Divergence):
         divergence: "reverse" is `S log(S / T)`, "forward" `T log(T / S)`, "jsd" see `JSD`.
         gradient: Of the reverse KL. "plain" differentiates both factors; "stop-gradient" is
             `S sg[log(S / T)]`; "corrected" is `S log(S / T) - S + T`, a loss of at least 0 with
-            the same gradient, `sum_K S log(S / T) grad log S`. If both sides sum to 1, all three
-            gradients are equal.
+            the same gradient, `sum_K S log(S / T) grad log S`. If both sides sum to 1, these three
+            gradients are equal. "per-candidate" is a policy gradient of every token of K with the
+            advantage `-w log(S / T)`, w the student renormalised on K: the gradient of
+            "stop-gradient" divided by the student's mass on K.
         beta: Beta of `JSD`, for "jsd" only; None uses its default.
         clamp: Raise negative sums to 0, as verl does; their gradient is then 0.
     """
@@ -50,7 +53,7 @@ class TopK(Divergence):
     support: Literal["student", "teacher", "intersection", "union"]
     normalise: Literal["none", "renormalise", "teacher", "tail"]
     divergence: Literal["reverse", "forward", "jsd"] = "reverse"
-    gradient: Literal["plain", "stop-gradient", "corrected"] = "plain"
+    gradient: Literal["plain", "stop-gradient", "corrected", "per-candidate"] = "plain"
     beta: float | None = None
     clamp: bool = False
 
@@ -67,10 +70,10 @@ class TopK(Divergence):
                 f"TopK: gradient is {self.gradient!r} with divergence {self.divergence!r}, "
                 "expected gradient 'plain' or divergence 'reverse'"
             )
-        if self.gradient == "corrected" and self.normalise != "none":
+        if self.gradient in ("corrected", "per-candidate") and self.normalise != "none":
             raise UserError(
-                f"TopK: gradient is 'corrected' with normalise {self.normalise!r}, where there is "
-                "nothing to correct; expected gradient 'plain' or normalise 'none'"
+                f"TopK: gradient is {self.gradient!r} with normalise {self.normalise!r}, where "
+                "sums are 1 already; expected gradient 'plain' or normalise 'none'"
             )
         if self.normalise == "teacher" and self.divergence != "forward":
             raise UserError(
@@ -107,7 +110,7 @@ class TopK(Divergence):
             case _:
                 assert_never(self.normalise)
         # Unused slots get probability 1 on both sides, which adds 0 to value and gradient.
-        value = self._compare(student.where(kept, 0.0), teacher.where(kept, 0.0))
+        value = self._compare(student.where(kept, 0.0), teacher.where(kept, 0.0), kept)
         return value.clamp(min=0) if self.clamp else value
 
     def _choose(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,8 +130,8 @@ class TopK(Divergence):
             return top_t, shared
         return torch.cat([top_s, top_t], dim=-1), torch.cat([all_kept, ~shared], dim=-1)
 
-    def _compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Map `[..., m]` log-probs on the support to `[...]`."""
+    def _compare(self, student: Tensor, teacher: Tensor, kept: Tensor) -> Tensor:
+        """Map `[..., m]` log-probs on the support, and a mask of the slots in use, to `[...]`."""
         match self.gradient:
             case "plain":
                 return self._inner()(student, teacher)
@@ -136,6 +139,10 @@ class TopK(Divergence):
                 return (student.exp() * log_quotient(student, teacher).detach()).sum(dim=-1)
             case "corrected":
                 return kl(student, teacher) + (teacher.exp() - student.exp()).sum(dim=-1)
+            case "per-candidate":
+                share = (student - _log_mass(student, kept)).exp().where(kept, 0.0)
+                cost = (share * log_quotient(student, teacher)).detach()
+                return (cost * (student - student.detach()).exp()).sum(dim=-1)
         assert_never(self.gradient)
 
     def _inner(self) -> Divergence:

@@ -2,7 +2,9 @@
 
 from opd_lightning.methods.aopd import AOPD
 from opd_lightning.methods.crisp import CRISP
+from opd_lightning.methods.distillm2 import DistiLLM2
 from opd_lightning.methods.edge_opd import EDGEOPD
+from opd_lightning.methods.entropy_switch import EntropySwitch
 from opd_lightning.methods.g_opd import GOPD
 from opd_lightning.methods.gkd import GKD
 from opd_lightning.methods.grpo import GRPO
@@ -34,8 +36,10 @@ __all__ = [
     "SFT",
     "SGOPD",
     "ComposedMethod",
+    "DistiLLM2",
     "DistillationModule",
     "DivergenceOPD",
+    "EntropySwitch",
     "LightningOPD",
     "TrOPD",
 ]

@@ -12,17 +12,26 @@ from opd_lightning.rules.gates import (
     TrajectoryGate,
 )
 from opd_lightning.rules.importance import IcePop, TruncatedImportance
-from opd_lightning.rules.masks import PrefixWindow, SkipFirst, TeacherEntropyMask, TokenMask
+from opd_lightning.rules.masks import (
+    HighEntropyMask,
+    PrefixWindow,
+    SkipFirst,
+    TeacherEntropyMask,
+    TokenMask,
+)
 from opd_lightning.rules.regulation import (
     AddOutcome,
     Floor,
     HardClip,
     PhasedFloor,
+    PowerReward,
+    ReliableExtrapolation,
     SoftLog,
     VocabularyBaseline,
 )
 from opd_lightning.rules.terms import EntropyBonus, EntropyGatedForwardKL, Term, TrustRegion
 from opd_lightning.rules.weights import (
+    LateWeight,
     LikelihoodWeight,
     PositionWeight,
     ScopeWeight,
@@ -41,14 +50,18 @@ __all__ = [
     "Floor",
     "GroupGate",
     "HardClip",
+    "HighEntropyMask",
     "IcePop",
+    "LateWeight",
     "LikelihoodWeight",
     "OnlyCorrect",
     "PhasedFloor",
     "PositionWeight",
+    "PowerReward",
     "PrefixWindow",
     "RandomGate",
     "Rates",
+    "ReliableExtrapolation",
     "Rule",
     "ScopeWeight",
     "Scored",

@@ -6,6 +6,7 @@ enters a result, and a rule sees the tokens that earlier rules kept.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Literal
 
@@ -61,6 +62,18 @@ def step_mean(observed: Tensor | None) -> Tensor:
     assert observed is not None, "step-wide"
     total, count = observed.sum(dim=0)
     return torch.where(total > 0, total / count, 1.0)
+
+
+def quantile(values: Tensor, q: float) -> Tensor:
+    """Return the smallest value at or above the interpolated q-quantile of `[N]`; +inf if N is 0.
+
+    No value lies between the two, so comparing with either keeps the same tokens. torch.quantile
+    supports at most 2**24 values.
+    """
+    if not len(values):
+        return values.new_tensor(math.inf)
+    rank = math.ceil(q * (len(values) - 1) - 1e-9)  # (1 - 0.7) * 10 is a little more than 3
+    return values.kthvalue(rank + 1).values
 
 
 def uniform_draws(

@@ -1,4 +1,4 @@
-"""Masks by a token's position or id."""
+"""Masks by a token's position, id or entropy."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opd_lightning.losses.schedule import Schedule, value_at
 from opd_lightning.rules.base import Rates, Rule, Scored, Signal
-from opd_lightning.rules.common import check, kept, rate
+from opd_lightning.rules.common import check, kept, quantile, rate
 
 
 def positions(scored: Scored) -> Tensor:
@@ -121,3 +121,35 @@ class TeacherEntropyMask(Rule):
         sure = scored.teacher.entropy <= self.threshold
         keep = sure if self.keep == "below" else ~sure
         return kept(signal, keep), {"teacher_entropy_mask/kept": rate(scored, keep)}
+
+
+@dataclass(frozen=True)
+class HighEntropyMask(Rule):
+    """Keeps the tokens of the step at which the student is least sure (2506.01939).
+
+    The threshold is a quantile of the student's entropy over all tokens of the step that take part.
+
+    Rates: kept.
+
+    Args:
+        share: Share of tokens to keep, in (0, 1]. The authors of the paper above keep 0.2 under
+            RL; TIP (2604.14084) keeps 0.5 under distillation.
+    """
+
+    share: float = 0.2
+
+    step_wide = True
+
+    def __post_init__(self) -> None:
+        check(self, "share", 0 < self.share <= 1, "a number in (0, 1]")
+
+    def observe(self, signal: Signal, scored: Scored) -> Tensor:
+        """Return student entropies in nats, `[N, 1]`."""
+        return scored.student.entropy[signal.mask][:, None].double()
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        assert observed is not None, "step-wide"
+        keep = scored.student.entropy >= quantile(observed[:, 0], 1 - self.share)
+        return kept(signal, keep), {"high_entropy_mask/kept": rate(scored, keep)}

@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from opd_lightning.losses.divergence import ReverseKL
+from opd_lightning.losses.estimators import k3
 from opd_lightning.losses.schedule import Schedule, value_at
 from opd_lightning.rules.base import Compare, Rates, Rule, Scored, Signal
-from opd_lightning.rules.common import check, kept, rate, with_advantage
+from opd_lightning.rules.common import check, kept, quantile, rate, with_advantage
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,70 @@ class SoftLog(Rule):
     ) -> tuple[Signal, Rates]:
         old = signal.advantage
         return with_advantage(signal, old.sign() * old.abs().log1p()), {}
+
+
+@dataclass(frozen=True)
+class PowerReward(Rule):
+    """PowerOPD (2606.17199; official code): `A_t <- pi_T(y_t)^alpha - pi_theta(y_t)^alpha`.
+
+    It has the sign of d_t and is bounded by 1. It replaces the advantage, so list it first.
+
+    Args:
+        alpha: Above 0; 5 in the authors' script. `A_t / alpha` tends to d_t as alpha falls to 0.
+    """
+
+    alpha: float = 5.0
+
+    needs = ("teacher",)
+    shapes_advantage = True
+
+    def __post_init__(self) -> None:
+        check(self, "alpha", 0 < self.alpha < math.inf, "a finite number above 0")
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        ours, theirs = ((self.alpha * x.logprobs).exp() for x in (scored.student, scored.teacher))
+        return with_advantage(signal, theirs - ours), {}
+
+
+@dataclass(frozen=True)
+class ReliableExtrapolation(Rule):
+    """REOPD's adaptive scale of G-OPD, without its budget (its arXiv number is not known here).
+
+        A_t <- A_t + gamma q_t (log pi_T(y_t) - log pi_ref(y_t)),   q_t = exp(-k3(d_t) / tau)
+        k3(d) = exp(d) - 1 - d
+
+    So the scale of a token is 1 + gamma q_t: above 1 only where both models agree on it. The
+    authors set gamma by a budget that is calibrated and smoothed during the run, at most 1.
+
+    Rates: reliability, the mean of q.
+
+    Args:
+        gamma: Largest addition to the scale, 0 or more, or a schedule.
+        tau: Above 0; the authors use 0.007.
+    """
+
+    gamma: float | Schedule
+    tau: float = 0.007
+
+    needs = ("teacher", "reference")
+    shapes_advantage = True
+
+    def __post_init__(self) -> None:
+        check(self, "tau", self.tau > 0, "more than 0")
+        check(self, "gamma", value_at(self.gamma, 0) >= 0, "0 or more")
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        distance = k3(scored.student.logprobs, scored.teacher.logprobs)
+        reliability = (-distance / self.tau).exp()
+        gain = scored.teacher.logprobs - scored.others["reference"].logprobs
+        gamma = value_at(self.gamma, scored.batch.totals.step)
+        return with_advantage(signal, signal.advantage + gamma * reliability * gain), {
+            "extrapolation/reliability": rate(scored, reliability)
+        }
 
 
 @dataclass(frozen=True)
@@ -156,7 +221,7 @@ class PhasedFloor(Floor):
         raised, rates = super().apply(signal, scored)
         if self._refines(scored):
             assert observed is not None, "step-wide"
-            keep = scored.student.entropy >= _quantile(observed[:, 0], 1 - self.top)
+            keep = scored.student.entropy >= quantile(observed[:, 0], 1 - self.top)
         else:
             keep = signal.advantage >= self.value
         return kept(raised, keep), {**rates, "floor/kept": rate(scored, keep)}
@@ -188,15 +253,3 @@ class AddOutcome(Rule):
         added = coefficient * scored.outcome_advantage(normalise=self.normalise_std)
         rates = {"add_outcome/size": rate(scored, added.abs())}
         return with_advantage(signal, signal.advantage + added), rates
-
-
-def _quantile(values: Tensor, q: float) -> Tensor:
-    """Return the smallest value at or above the interpolated q-quantile of `[N]`; +inf if N is 0.
-
-    No value lies between the two, so comparing with either keeps the same tokens. torch.quantile
-    supports at most 2**24 values.
-    """
-    if not len(values):
-        return values.new_tensor(math.inf)
-    rank = math.ceil(q * (len(values) - 1) - 1e-9)  # (1 - 0.7) * 10 is a little more than 3
-    return values.kthvalue(rank + 1).values

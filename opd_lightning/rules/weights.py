@@ -16,6 +16,7 @@ from opd_lightning.rules.common import (
     weighed,
     with_advantage,
 )
+from opd_lightning.rules.masks import positions
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,37 @@ class PositionWeight(Rule):
         share = torch.where(total > 0, before / total, 0.0)  # the total of identical models is 0
         factor = 1 + self.gamma * (1 - share)
         return weighed(signal, factor), {"position_weight/value": rate(scored, factor)}
+
+
+@dataclass(frozen=True)
+class LateWeight(Rule):
+    """PW-OPSD (2605.21606; known at second hand): weight that rises along a response.
+
+        w_t = least + (1 - least) sigmoid((t / T - centre) / width),   t from 0, T tokens
+
+    Rates: value, the mean weight.
+
+    Args:
+        least: Weight that the first tokens approach, in [0, 1].
+        centre: Relative position of the middle of the rise.
+        width: Relative width of the rise, above 0.
+    """
+
+    least: float = 0.25
+    centre: float = 0.3
+    width: float = 0.1
+
+    def __post_init__(self) -> None:
+        check(self, "least", 0 <= self.least <= 1, "a number in [0, 1]")
+        check(self, "width", self.width > 0, "more than 0")
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        length = scored.batch.response_mask.sum(dim=1, keepdim=True).clamp(min=1)
+        rise = torch.sigmoid((positions(scored) / length - self.centre) / self.width)
+        factor = (self.least + (1 - self.least) * rise).to(signal.weight)
+        return weighed(signal, factor), {"late_weight/value": rate(scored, factor)}
 
 
 @dataclass(frozen=True)

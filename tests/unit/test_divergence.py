@@ -12,11 +12,13 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.losses.divergence import (
     JSD,
+    AdaptiveKL,
     Divergence,
     ForwardKL,
     ReverseKL,
     SkewedForwardKL,
     SkewedReverseKL,
+    TotalVariation,
     reverse_kl,
 )
 from tests.toy import finite_difference
@@ -28,9 +30,12 @@ ALL: list[Divergence] = [
     *(JSD(beta) for beta in (0.0, 0.1, 0.5, 0.9, 1.0)),
     *(SkewedForwardKL(alpha) for alpha in (0.0, 0.1, 0.7)),
     *(SkewedReverseKL(alpha) for alpha in (0.0, 0.1, 0.7)),
+    TotalVariation(),
+    *(AdaptiveKL(head) for head in (0.0, 0.5, 1.0)),
 ]
 # Finite for a teacher that gives some tokens no mass at all.
-BOUNDED = [ForwardKL(), JSD(0.0), JSD(0.3), SkewedForwardKL(0.1), SkewedReverseKL(0.1)]
+BOUNDED = [ForwardKL(), JSD(0.0), JSD(0.3), SkewedForwardKL(0.1), SkewedReverseKL(0.1),
+           TotalVariation()]  # fmt: skip
 each = pytest.mark.parametrize("divergence", ALL, ids=repr)
 
 
@@ -60,6 +65,8 @@ def close(actual: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
 
 @each
 def test_gradients_are_finite_differences(divergence: Divergence) -> None:
+    if isinstance(divergence, AdaptiveKL) and divergence.head < 1:
+        pytest.skip("its weight has no gradient")
     _, gradient = value_and_gradient(of_logits(divergence), STUDENT)
     close(gradient, finite_difference(of_logits(divergence), STUDENT), atol=1e-6)
     assert gradient.abs().max() > 0.01
@@ -130,6 +137,25 @@ def test_skew_by_its_definition() -> None:
     close(of_logits(SkewedForwardKL(0.1))(STUDENT), forward)
     reverse = (S * (S / (0.1 * S + 0.9 * T)).log()).sum(-1)
     close(of_logits(SkewedReverseKL(0.1))(STUDENT), reverse)
+
+
+def test_total_variation_by_hand() -> None:
+    ours = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    theirs = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
+    assert TotalVariation()(ours, theirs).item() == pytest.approx(0.5, abs=1e-12)
+
+
+def test_akl_weighs_both_kls_by_where_the_gap_is() -> None:
+    """The teacher's two likeliest of 0.4, 0.3, 0.2, 0.1 have a mass of 0.7."""
+    theirs = torch.tensor([[0.2, 0.4, 0.1, 0.3]], dtype=torch.float64)
+    ours = torch.tensor([[0.5, 0.3, 0.1, 0.1]], dtype=torch.float64)
+    student, teacher = ours.log(), theirs.log()
+    for head, weight in ((0.0, 0.1 / 0.6), (0.5, 0.1 / 0.6), (0.75, 0.3 / 0.6), (1.0, 1.0)):
+        value, gradient = value_and_gradient(of_logits(AdaptiveKL(head), teacher), student)
+        forward, slope = value_and_gradient(of_logits(ForwardKL(), teacher), student)
+        reverse, other = value_and_gradient(of_logits(ReverseKL(), teacher), student)
+        close(value, weight * forward + (1 - weight) * reverse)
+        close(gradient, weight * slope + (1 - weight) * other)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5])
@@ -226,6 +252,7 @@ def test_jsd_is_that_of_trl(
     [
         (lambda: JSD(1.5), "JSD: beta is 1.5, expected a number from 0 to 1"),
         (lambda: JSD(math.nan), "JSD: beta is nan, expected a number from 0 to 1"),
+        (lambda: AdaptiveKL(1.5), "AdaptiveKL: head is 1.5, expected a number from 0 to 1"),
         (lambda: SkewedForwardKL(1.0), "SkewedForwardKL: alpha is 1.0, expected"),
         (lambda: SkewedReverseKL(-0.1), "SkewedReverseKL: alpha is -0.1, expected"),
     ],

@@ -1,4 +1,4 @@
-"""AOPD and TrOPD: two losses by token, against their formulas, summed over all sequences."""
+"""Methods with two losses, by token or by author, against their formulas on all sequences."""
 
 from dataclasses import replace
 
@@ -6,9 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_lightning.losses.divergence import Divergence, ForwardKL, ReverseKL
+from opd_lightning.losses.divergence import (
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    SkewedForwardKL,
+    SkewedReverseKL,
+)
 from opd_lightning.losses.top_k import TopK
-from opd_lightning.methods import AOPD, TrOPD
+from opd_lightning.methods import AOPD, DistiLLM2, EntropySwitch, TrOPD
 from opd_lightning.models.student import Student
 from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.training.composed import ComposedMethod
@@ -28,20 +34,31 @@ from tests.toy import (
 ALL_FORWARD = TopK(k=VOCABULARY, support="teacher", normalise="none", divergence="forward")
 
 
-def token_losses(method: ComposedMethod, at: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+def token_losses(
+    method: ComposedMethod,
+    at: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    entropy: Tensor | None = None,
+) -> Tensor:
     """Losses `[S, T]` of all sequences, differentiable in `student`, decided at `at`."""
     ((name, compare),) = method.comparisons().items()
     scored = make_scored(token_logprobs(at), token_logprobs(teacher), ids=TOKENS)
+    if entropy is not None:
+        theirs = replace(scored.teacher, entropy=entropy)
+        scored = replace(scored, others={**scored.others, "teacher": theirs})
     scores = replace(scored.student, logprobs=token_logprobs(student))
     values = compare.function(student.log_softmax(-1), teacher.log_softmax(-1))[VISITED]
     signal = replace(opd_signal(scored), advantage=method.advantage(scored))
     return method.token_loss(scores, signal, scored, {name: values})
 
 
-def gradient(method: ComposedMethod, logits: Tensor, teacher: Tensor) -> Tensor:
+def gradient(
+    method: ComposedMethod, logits: Tensor, teacher: Tensor, entropy: Tensor | None = None
+) -> Tensor:
     """Return the expected gradient over all sequences, weighted by their probabilities."""
     student = logits.clone().requires_grad_()
-    losses = token_losses(method, logits, student, teacher)
+    losses = token_losses(method, logits, student, teacher, entropy)
     (found,) = torch.autograd.grad((sequence_probs(logits)[:, None] * losses).sum(), student)
     return found
 
@@ -95,6 +112,47 @@ def test_tropd_is_on_average_the_mixture_of_its_two_losses() -> None:
     assert (found.mean(0) - exact).norm() < 0.1 * exact.norm()
     assert not torch.equal(found[0], found[1])
     assert torch.equal(found[0], gradient(methods[0], logits, teacher))
+
+
+def test_the_switch_is_opd_or_its_divergence() -> None:
+    logits, teacher = random_logits(0), random_logits(1)
+    target = teacher.log_softmax(-1)
+    entropy = -(target.exp() * target).sum(-1)[VISITED]
+    threshold = float(entropy.median())
+    method = EntropySwitch(Student("nowhere"), FrozenTeacher("nowhere"), threshold, ForwardKL())
+    assert ((entropy > threshold).any(), (entropy <= threshold).any()) == (True, True)
+
+    def objective(at: Tensor) -> Tensor:
+        """Per prefix, one of the two losses: the teacher's entropy is the prefix's."""
+        ours = at.log_softmax(-1)
+        pushed = -(logits.softmax(-1) * (target - logits.log_softmax(-1)) * ours).sum(-1)
+        unsure = -(target.exp() * target).sum(-1) > threshold
+        local = ForwardKL()(ours, target)
+        return (visit_probabilities(logits) * torch.where(unsure, local, pushed)).sum()
+
+    found = gradient(method, logits, teacher, entropy)
+    torch.testing.assert_close(found, finite_difference(objective, logits), atol=1e-7, rtol=1e-6)
+    for at, divergence in ((-1.0, True), (99.0, False)):
+        method.threshold = at
+        alone = gradient(method, logits, teacher, entropy)
+        assert (alone - found).abs().max() > 1e-3, divergence
+
+
+def test_distillm2_has_a_divergence_for_each_author() -> None:
+    logits, teacher = random_logits(0), random_logits(1)
+    method = DistiLLM2(Student("nowhere"), FrozenTeacher("nowhere"), alpha=0.3)
+    ours, theirs = logits.log_softmax(-1), teacher.log_softmax(-1)
+    of = {name: c.function(ours, theirs)[VISITED] for name, c in method.comparisons().items()}
+    scored = make_scored(token_logprobs(logits), token_logprobs(teacher), ids=TOKENS)
+    given = torch.arange(len(TOKENS)) % 2 == 0
+    scored.batch.demonstrated = given  # type: ignore[misc]
+    found = method.token_loss(scored.student, opd_signal(scored), scored, of)
+    expected = {True: SkewedForwardKL(0.3), False: SkewedReverseKL(0.3)}
+    for kind, divergence in expected.items():
+        assert torch.equal(found[given == kind], divergence(ours, theirs)[VISITED][given == kind])
+    assert not method.has_advantage
+    assert not method.averages_samples
+    assert method.takes_demonstrations
 
 
 @pytest.mark.parametrize("kind", [AOPD, TrOPD])

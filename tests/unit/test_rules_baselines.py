@@ -6,9 +6,13 @@ import torch
 from opd_lightning.errors import UserError
 from opd_lightning.rules import (
     AddOutcome,
+    HighEntropyMask,
+    LateWeight,
     LikelihoodWeight,
     OnlyCorrect,
+    PowerReward,
     RandomGate,
+    ReliableExtrapolation,
     SignGate,
     TeacherEntropyMask,
 )
@@ -123,3 +127,51 @@ def test_with_plain_others_it_is_a_sign_gate_that_does_not_look() -> None:
 def test_a_share_is_a_probability(share: float) -> None:
     with pytest.raises(UserError, match="share"):
         RandomGate(share)
+
+
+def test_the_surest_tokens_are_dropped() -> None:
+    entropy = torch.tensor([[0.1, 2.0], [0.8, 0.5], [3.0, 0.9]], dtype=torch.float64)
+    scored = make_scored(STUDENT, TEACHER, entropy=entropy)
+    signal, rates = applied(HighEntropyMask(share=0.4), scored)
+    assert signal.mask.tolist() == [[False, True], [False, False], [True, False]]
+    assert torch.equal(rates["high_entropy_mask/kept"].bool(), signal.mask)
+    assert applied(HighEntropyMask(share=1.0), scored)[0].mask.all()
+    with pytest.raises(UserError, match="share"):
+        HighEntropyMask(share=0.0)
+
+
+def test_power_rewards_have_the_sign_of_d_and_its_limit() -> None:
+    scored = make_scored(STUDENT, TEACHER)
+    found = applied(PowerReward(alpha=2.0), scored)[0].advantage
+    torch.testing.assert_close(found, TEACHER.exp() ** 2 - STUDENT.exp() ** 2)
+    assert torch.equal(found.sign(), (TEACHER - STUDENT).sign())
+    small = applied(PowerReward(alpha=1e-6), scored)[0].advantage / 1e-6
+    torch.testing.assert_close(small, TEACHER - STUDENT, atol=1e-5, rtol=0)
+
+
+def test_extrapolation_goes_where_both_models_agree() -> None:
+    reference = STUDENT - 0.25
+    scored = make_scored(STUDENT, TEACHER, reference=reference)
+    d = TEACHER - STUDENT
+    q = (-(d.exp() - 1 - d) / 0.5).exp()
+    signal, rates = applied(ReliableExtrapolation(gamma=0.8, tau=0.5), scored)
+    torch.testing.assert_close(signal.advantage, d + 0.8 * q * (TEACHER - reference))
+    torch.testing.assert_close(rates["extrapolation/reliability"], q)
+    same = make_scored(STUDENT, STUDENT, reference=reference)  # q is 1: G-OPD's advantage
+    extrapolated = applied(ReliableExtrapolation(gamma=0.8), same)[0].advantage
+    torch.testing.assert_close(extrapolated, 0.8 * (STUDENT - reference))
+    plain = applied(ReliableExtrapolation(gamma=0.0), scored)[0].advantage
+    assert torch.equal(plain, d)
+
+
+def test_late_weights_rise_over_a_response_of_any_length() -> None:
+    d = torch.zeros(2, 10, dtype=torch.float64)
+    mask = torch.arange(10)[None] < torch.tensor([[10], [5]])
+    scored = make_scored(d, d, mask=mask)
+    weight = applied(LateWeight(), scored)[0].weight
+    relative = torch.arange(10, dtype=torch.float64) / 10
+    expected = 0.25 + 0.75 * torch.sigmoid((relative - 0.3) / 0.1)
+    torch.testing.assert_close(weight[0], expected)
+    torch.testing.assert_close(weight[1, :5], expected[::2])
+    assert (weight[1, 5:] == 1).all()
+    assert (applied(LateWeight(least=1.0), scored)[0].weight == 1).all()

@@ -25,16 +25,25 @@ from opd_lightning.rules.gates import (
     TrajectoryGate,
 )
 from opd_lightning.rules.importance import IcePop, TruncatedImportance
-from opd_lightning.rules.masks import PrefixWindow, SkipFirst, TeacherEntropyMask, TokenMask
+from opd_lightning.rules.masks import (
+    HighEntropyMask,
+    PrefixWindow,
+    SkipFirst,
+    TeacherEntropyMask,
+    TokenMask,
+)
 from opd_lightning.rules.regulation import (
     AddOutcome,
     Floor,
     HardClip,
     PhasedFloor,
+    PowerReward,
+    ReliableExtrapolation,
     SoftLog,
     VocabularyBaseline,
 )
 from opd_lightning.rules.weights import (
+    LateWeight,
     LikelihoodWeight,
     PositionWeight,
     ScopeWeight,
@@ -79,6 +88,10 @@ RULES: list[Rule] = [
     LikelihoodWeight(),
     LikelihoodWeight(form="p(1-p)"),
     TeacherEntropyMask(),
+    HighEntropyMask(0.5),
+    PowerReward(),
+    ReliableExtrapolation(0.5, tau=1.0),
+    LateWeight(),
 ]
 every_rule = pytest.mark.parametrize("rule", RULES, ids=repr)
 
