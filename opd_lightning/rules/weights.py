@@ -116,6 +116,8 @@ class LateWeight(Rule):
     centre: float = 0.3
     width: float = 0.1
 
+    ignores_weights = True
+
     def __post_init__(self) -> None:
         check(self, "least", 0 <= self.least <= 1, "a number in [0, 1]")
         check(self, "width", self.width > 0, "more than 0")
