@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from opd_lightning.errors import UserError
 from opd_lightning.metrics.depth import DECILES
-from opd_lightning.metrics.trackers import write_picture
+from opd_lightning.metrics.trackers import run_folder_of, write_picture
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.callback import RunCallback
 
@@ -41,7 +41,8 @@ class SignalPlots(RunCallback):
     ) -> None:
         # Last hook before the module logs and resets its metrics.
         step = trainer.global_step
-        if step % self.every_n_steps or trainer.logger is None:
+        is_kept = trainer.logger is not None or run_folder_of(trainer) is not None
+        if step % self.every_n_steps or not is_kept:
             return
         sums = module.depth.sums
         ratios = torch.cat([sums.new_zeros(0), *module.signal.log_ratios])
