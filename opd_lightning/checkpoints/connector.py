@@ -12,6 +12,7 @@ from opd_lightning.checkpoints.matching import (
     check_kinds,
     check_optimizers,
     check_readable,
+    check_shapes,
     differences,
     provenance,
 )
@@ -131,6 +132,7 @@ class CheckpointConnector(_CheckpointConnector):
         for state, optimizer in zip(states, self.trainer.optimizers, strict=False):
             groups = optimizer.state_dict()["param_groups"]
             check_kinds("optimizer", state["param_groups"], groups)
+            check_shapes(state["state"], optimizer)
         super().restore_optimizers()
 
     def restore_lr_schedulers(self) -> None:

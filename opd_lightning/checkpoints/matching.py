@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from opd_lightning.checkpoints.reading import Saved, Shape
 from opd_lightning.errors import UserError, raised_by_all
@@ -98,6 +98,33 @@ def check_kinds(place: str, there: object, here: object, *, optional: bool = Fal
     else:
         got, expected = (type(value).__name__ for value in (there, here))
         raise TypeError(f"{place}: got {got}, expected {expected}")
+
+
+def check_shapes(state: Mapping[int, Mapping[str, Any]], optimizer: Optimizer) -> None:
+    """Refuse moments of other shapes than their weights'.
+
+    Only for optimisers of PyTorch whose tensors have the shapes of the weights, or 1 in the place
+    of a size; others may factor them in any way.
+
+    Args:
+        state: The state of each weight, by its number.
+        optimizer: The optimiser that it is restored to.
+
+    Raises:
+        ValueError: At the first tensor of another shape.
+    """
+    if type(optimizer).__module__.startswith("torch.optim") and not isinstance(optimizer, LBFGS):
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        for number, weight in enumerate(weights):
+            for name, value in state.get(number, {}).items():
+                if not isinstance(value, Tensor) or value.numel() == 1:
+                    continue
+                sizes = zip(value.shape, weight.shape, strict=False)
+                if value.dim() != weight.dim() or any(a not in (b, 1) for a, b in sizes):
+                    raise ValueError(
+                        f"optimizer.{number}.{name}: got shape {list(value.shape)}, expected "
+                        f"{list(weight.shape)}"
+                    )
 
 
 def _kind(value: object) -> type:

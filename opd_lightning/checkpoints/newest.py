@@ -5,6 +5,7 @@ All processes of a run must call these functions, and get the same result.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -138,7 +139,8 @@ def _candidates(trainer: Trainer) -> list[Saved]:
     for folder in folders(trainer):
         for path in sorted(folder.glob(f"*{ModelCheckpoint.FILE_EXTENSION}")):
             try:
-                found.setdefault(path.resolve(), _describe(path))
+                # Unlike `Path.resolve`, this accepts a circle of links, whose reading fails below.
+                found.setdefault(Path(os.path.realpath(path)), _describe(path))
             except DamagedError as error:
                 rank_zero_note(f"{str(path)!r} is passed over: {error}")
     return sorted(found.values(), key=lambda s: (s.step, s.time), reverse=True)

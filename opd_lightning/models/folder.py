@@ -22,6 +22,7 @@ TOKENIZER = (
 _TEXTS = ("chat_template.jinja", "merges.txt", "tokenizer.model", "spiece.model")
 _LFS = b"version https://git-lfs.github.com/spec/"
 _MOST_LAYERS = 10_000
+_MOST_TOKENS = 2**24
 _ENTRY = {"dtype", "shape", "data_offsets"}  # of a tensor in the header
 _MAX_HEADER = 100_000_000  # bytes; safetensors refuses larger ones
 _MAX_JSON = 2**28  # bytes of a JSON file; large tokenizers have 2**25
@@ -58,6 +59,18 @@ def check_texts(folder: Path, names: tuple[str, ...], role: str) -> None:
             # transformers makes a list of them when it reads the configuration.
             if "layers" in key and isinstance(value, int) and value > _MOST_LAYERS:
                 raise _error(folder / name, role, f"says {key} is {str(value)[:20]}")
+        if name == "tokenizer.json" and (largest := _largest_id(content)) >= _MOST_TOKENS:
+            raise _error(folder / name, role, f"says the id of a token is {str(largest)[:20]}")
+
+
+def _largest_id(content: Mapping[str, Any]) -> int:
+    """Return the largest id in a tokenizer.json; the library allocates memory up to it."""
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else []
+    if isinstance(added, list):
+        ids += [token.get("id") for token in added if isinstance(token, dict)]
+    return max((i for i in ids if isinstance(i, int)), default=0)
 
 
 def check_weights(folder: Path, role: str) -> Tensors:

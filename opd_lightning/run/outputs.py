@@ -75,7 +75,7 @@ def write_text(option: str, path: Path, text: str) -> None:
         if path.exists() and not path.is_file():  # a pipe or a device
             path.write_text(text, encoding="utf-8")
             return
-        target = path.resolve()  # replaces the target of a link, not the link
+        target = Path(os.path.realpath(path))  # replaces the target of a link, not the link
         draft = target.with_name(f".{target.name}.writing")
         try:
             draft.write_text(text, encoding="utf-8")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from opd_lightning.checkpoints import whole
-from opd_lightning.checkpoints.matching import check_kinds
+from opd_lightning.checkpoints.matching import check_kinds, check_shapes
 from opd_lightning.commands.export import load_student
 from opd_lightning.errors import UserError
 from opd_lightning.models.student import Student
@@ -177,6 +177,19 @@ def test_a_scheduler_s_or_optimiser_s_values_of_another_kind_are_refused() -> No
     check_kinds("here", torch.zeros(()), 1.0)
     with pytest.raises(TypeError, match=r"^here\.betas\.1: got str, expected float"):
         check_kinds("here", {"betas": (0.9, "x")}, {"betas": (0.9, 0.999)})
+
+
+def test_moments_of_another_shape_are_refused() -> None:
+    weights = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(()))]
+    for kind in (torch.optim.AdamW, torch.optim.Adafactor, torch.optim.RMSprop):
+        optimizer = kind(weights)
+        sum(weight.sum() for weight in weights).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        state = optimizer.state_dict()["state"]
+        check_shapes(state, optimizer)
+        name = next(name for name, value in state[0].items() if value.numel() > 1)
+        with pytest.raises(ValueError, match=rf"^optimizer\.0\.{name}: got shape \[2\]"):
+            check_shapes({0: {**state[0], name: torch.zeros(2)}}, optimizer)
 
 
 def test_what_has_no_end_is_not_read(saved: Path, tmp_path: Path) -> None:
