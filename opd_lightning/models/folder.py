@@ -55,6 +55,9 @@ def check_texts(folder: Path, names: tuple[str, ...], role: str) -> None:
         if not (folder / name).is_file():
             continue
         content = _read_object(folder / name, role)
+        classes = content.get("architectures") or [] if name == CONFIGURATION[0] else []
+        if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
+            raise _error(folder / name, role, "has architectures that are no list of names")
         for key, value in content.items() if name == CONFIGURATION[0] else ():
             # transformers makes a list of them when it reads the configuration.
             if "layers" in key and isinstance(value, int) and value > _MOST_LAYERS:

@@ -125,7 +125,7 @@ def _names(change: mutations.Mutation) -> tuple[str, ...]:
     keys = [key for key in change.path if isinstance(key, str) and key not in INSIDE]
     names = [*keys[-2:]]
     if isinstance(change.value, str):
-        names += [change.value[:20]] if len(change.value) > 2 else []
+        names += [change.value[:20] if len(change.value) > 2 else repr(change.value)]
     elif change.path[-1] in INSIDE or change.what == "another's value":
         names += [FILE]
     return tuple(name.removeprefix(TWICE) for name in names)

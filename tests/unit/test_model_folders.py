@@ -146,6 +146,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change(f, "generation_config.json", eos_token_id=[[1], [2]]),
         "eos_token_id",
     ),
+    "architectures are a truth": (
+        lambda f: change(f, "config.json", architectures=True),
+        "architectures",
+    ),
     "a token's id is too large": (
         lambda f: change(f, "tokenizer.json", added_tokens=[{"id": 2**31, "content": "x"}]),
         "the id of a token is 2147483648",
