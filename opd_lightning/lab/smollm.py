@@ -26,7 +26,7 @@ MESSAGE_IDS = (
     *(2, 198, 1, 520, 9531, 198),
 )
 # Questions and what is in the model's greedy answers.
-ANSWERS = {"What is the capital of France?": "Paris", "What is the capital of Japan?": "Tokyo"}
+ANSWERS = {"What is the capital of France?": "Paris"}
 _ANSWER_TOKENS = 24
 
 
@@ -73,7 +73,8 @@ def check_answers(folder: Path) -> None:
 
     def ids(text: str) -> list[int]:
         chat = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        return encoded["input_ids"]
 
     if (got := ids(MESSAGE)) != list(MESSAGE_IDS):
         raise RunStoppedError(

