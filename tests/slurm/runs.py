@@ -44,7 +44,9 @@ def submit(
         engine: Class of the engine.
     """
     write_changes(user, engine, pause)
-    options = (f"--nodes={nodes_of(strategy)}", *options)
+    # One node, so that a requeued job goes back to it.
+    nodes = ("--nodelist=n1",) if strategy == ONE else (f"--nodes={nodes_of(strategy)}",)
+    options = (*nodes, *options)
     config = " ".join(files_of(strategy))
     return user.submit("train.sbatch", sbatch=options, CONFIG=config, RUN="run")
 
