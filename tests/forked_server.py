@@ -18,7 +18,7 @@ def fork() -> None:
     def forking(method: str | None = None) -> Any:
         return get_context("fork" if method == "spawn" else method)
 
-    multiprocessing.get_context = forking  # type: ignore[assignment]
+    multiprocessing.get_context = forking
 
 
 if __name__ == "__main__":

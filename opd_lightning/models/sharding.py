@@ -110,7 +110,7 @@ class Sharding:
         """
         for module in root.modules():  # calls are collectives, and all ranks make the same
             if hasattr(module, "opd_shares_prompts"):
-                module.opd_shares_prompts = False
+                module.opd_shares_prompts = False  # type: ignore[assignment]
         for layer, inside in shard_units(root):
             _materialise(inside, self.device)
             for tensor in _tensors(inside):

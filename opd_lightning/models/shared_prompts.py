@@ -124,7 +124,7 @@ class SharedPrompts:
         return torch.cat([states, found]), len(states) + begins
 
 
-class _Continued(DynamicLayer):  # type: ignore[misc]
+class _Continued(DynamicLayer):
     """Keys and values of prompts in one layer, for rows that continue them; keeps no others.
 
     Args:

@@ -75,8 +75,8 @@ def run_of(cell: str) -> tuple[DistillationModule, RolloutDataModule]:
             if key in DATA or key.startswith("data.")}  # fmt: skip
     if "teacher" in data:
         sampling = data["teacher"].pop("sampling", None)
-        more = {} if sampling is None else {"sampling": Sampling(**sampling)}
-        data["teacher"] = TeacherSampler(engine=HFEngine(), **data["teacher"], **more)
+        given = data["teacher"] | ({} if sampling is None else {"sampling": Sampling(**sampling)})
+        data["teacher"] = TeacherSampler(engine=HFEngine(), **given)
     kind = CLASSES[name]
     for role, parameter in signature(kind).parameters.items():
         if role == "teacher" and parameter.default is Parameter.empty:

@@ -44,6 +44,7 @@ def test_the_task_scores_what_stands_in_the_tags() -> None:
         assert score(prompt.answer, f"so <answer>{prompt.privileged}</answer>") == 1.0
         assert score(prompt.answer, str(prompt.privileged)) == 0.0
         assert score(prompt.answer, "<answer>no</answer>") < 1.0
+    assert prompt.answer is not None
     numbers = json.loads(prompt.answer)["entry"]["metadata"]["numbers"]
     wrong = score(prompt.answer, f"<answer>{'+'.join(map(str, numbers))}+1</answer>")
     assert 0 <= wrong < 1

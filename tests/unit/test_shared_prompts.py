@@ -130,7 +130,12 @@ def test_teachers_and_students_share(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sharing, "MIN_SAVED", 1)
     calls: list[int] = []
     real = SharedPrompts.read
-    monkeypatch.setattr(SharedPrompts, "read", lambda *args: (calls.append(1), real(*args))[1])
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(SharedPrompts, "read", counted)
     for teacher in teachers:
         teacher.score(BATCH, "student")
     assert len(calls) == 2

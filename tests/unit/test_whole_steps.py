@@ -34,7 +34,7 @@ class Given(ComposedMethod):
     def __init__(self, logprobs: Tensor, **more: Any) -> None:
         super().__init__(Student("nowhere"), **more)
         self.logprobs = logprobs
-        self.read: list[tuple[bool, int]] = []  # with a gradient, rows
+        self.reads: list[tuple[bool, int]] = []  # with a gradient, rows
         plugin = SimpleNamespace(forward_context=nullcontext)
         self.trainer: Any = SimpleNamespace(precision_plugin=plugin)
 
@@ -42,7 +42,7 @@ class Given(ComposedMethod):
         return {"teacher": Ask(TEACHER, "student")}
 
     def _score(self, batch: RolloutBatch, known: Any = None) -> BatchScores:
-        self.read.append((torch.is_grad_enabled(), len(batch.groups)))
+        self.reads.append((torch.is_grad_enabled(), len(batch.groups)))
         own = self.logprobs[batch.groups]
         entropy = -own.detach() / 2
         student = replace(score_of(own, entropy), logprobs=own)
@@ -59,9 +59,9 @@ def gradient(sizes: Sequence[int], rules: Sequence[Rule], **more: Any) -> tuple[
     batches = [BATCH.select(rows.tolist()) for rows in torch.arange(ROWS).split([*sizes])]
     method.prepare_step(batches)
     for batch in batches:
-        method.loss(batch).backward()  # type: ignore[no-untyped-call]
+        method.loss(batch).backward()
     assert logprobs.grad is not None
-    return logprobs.grad * method.loss_factor(), method.read
+    return logprobs.grad * method.loss_factor(), method.reads
 
 
 STEP_WIDE = [StabilityWeight(tau=0.5), PhasedFloor(mixing=0.3, switch_step=0)]
