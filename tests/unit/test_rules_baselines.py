@@ -132,7 +132,7 @@ def test_a_share_is_a_probability(share: float) -> None:
 def test_the_surest_tokens_are_dropped() -> None:
     entropy = torch.tensor([[0.1, 2.0], [0.8, 0.5], [3.0, 0.9]], dtype=torch.float64)
     scored = make_scored(STUDENT, TEACHER, entropy=entropy)
-    signal, rates = applied(HighEntropyMask(share=0.4), scored)
+    signal, rates = applied(HighEntropyMask(share=0.2), scored)
     assert signal.mask.tolist() == [[False, True], [False, False], [True, False]]
     assert torch.equal(rates["high_entropy_mask/kept"].bool(), signal.mask)
     assert applied(HighEntropyMask(share=1.0), scored)[0].mask.all()
