@@ -134,7 +134,7 @@ def test_weights_and_biases_goes_on_with_its_run(
         ids.append(wandb.run.id)
         if steps == 1:  # settings are those of the first start
             assert wandb.run.config["data.prompts_per_step"] == 4
-        wandb.finish()
+        wandb.teardown()  # as at the end of the process: the library reads the environment once
         monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     assert ids[0] == ids[1]
     assert whole(tmp_path / "checkpoints" / "last.ckpt").step == 2
@@ -143,8 +143,11 @@ def test_weights_and_biases_goes_on_with_its_run(
 
 
 @pytest.mark.usefixtures("in_lab")
-def test_mlflow_takes_figures_tables_and_pictures(tmp_path: Path) -> None:
+def test_mlflow_takes_figures_tables_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     run = tmp_path / "run"
     settings = {"class_path": "lightning.pytorch.loggers.MLFlowLogger",
                 "init_args": {"save_dir": str(tmp_path / "mlruns")}}  # fmt: skip
