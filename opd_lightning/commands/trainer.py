@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,6 +53,7 @@ class Trainer(Commands):
     run_folder: Path | None = None  # during `fit`; None if the run keeps no files
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _check_times(kwargs)
         given = kwargs.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         ours: list[Callback] = [RememberSavers(), SaveOnInterruption()]
@@ -218,3 +220,16 @@ class Trainer(Commands):
             report.as_table(found, suites, Console())
         if out is not None:  # last, for it may fail
             outputs.write_text("--out", Path(out), report.as_json(found) + "\n")
+
+
+def _check_times(options: Mapping[str, Any]) -> None:
+    """Raise UserError unless times that are given by their parts have parts of a time."""
+    for name in ("val_check_interval", "max_time"):
+        if isinstance(value := options.get(name), Mapping):
+            try:
+                timedelta(**value)
+            except (TypeError, OverflowError) as error:
+                raise UserError(
+                    f"trainer.{name}: got {dict(value)}, expected numbers of days, hours, minutes "
+                    "or seconds"
+                ) from error

@@ -128,6 +128,9 @@ def _names(change: mutations.Mutation) -> tuple[str, ...]:
         names += [change.value[:20] if len(change.value) > 2 else repr(change.value)]
     elif change.path[-1] in INSIDE or change.what == "another's value":
         names += [FILE]
+    if change.what == "another's value":  # or what it holds
+        held = (mutations.at(change.value, path) for path in mutations.places(change.value))
+        names += [text for text in held if isinstance(text, str) and len(text) > 2]
     return tuple(name.removeprefix(TWICE) for name in names)
 
 

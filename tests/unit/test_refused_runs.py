@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig
 
+from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.errors import UserError
@@ -75,6 +76,9 @@ def test_validation_within_a_step(refusal: Refusal) -> None:
     assert "val_check_interval: got 5 micro-batches" in line
     line = refusal(trainer={"accumulate_grad_batches": 2, "val_check_interval": {"minutes": 1}})
     assert "val_check_interval: got a time" in line
+    for option in ("val_check_interval", "max_time"):
+        with pytest.raises(UserError, match=rf"^trainer\.{option}: got \{{'steps': 1\}}, expected"):
+            Trainer(**{option: {"steps": 1}})
 
 
 def test_more_micro_batches_than_rollouts(refusal: Refusal) -> None:
