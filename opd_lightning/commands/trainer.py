@@ -53,7 +53,8 @@ class Trainer(Commands):
     run_folder: Path | None = None  # during `fit`; None if the run keeps no files
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _check_times(kwargs)
+        for name in ("val_check_interval", "max_time"):
+            _check_time(name, kwargs.get(name))
         given = kwargs.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         ours: list[Callback] = [RememberSavers(), SaveOnInterruption()]
@@ -222,14 +223,13 @@ class Trainer(Commands):
             outputs.write_text("--out", Path(out), report.as_json(found) + "\n")
 
 
-def _check_times(options: Mapping[str, Any]) -> None:
-    """Raise UserError unless times that are given by their parts have parts of a time."""
-    for name in ("val_check_interval", "max_time"):
-        if isinstance(value := options.get(name), Mapping):
-            try:
-                timedelta(**value)
-            except (TypeError, OverflowError) as error:
-                raise UserError(
-                    f"trainer.{name}: got {dict(value)}, expected numbers of days, hours, minutes "
-                    "or seconds"
-                ) from error
+def _check_time(name: str, value: object) -> None:
+    """Raise UserError if an option is a time by its parts with other parts than a time has."""
+    if isinstance(value, Mapping):
+        try:
+            timedelta(**value)
+        except (TypeError, OverflowError) as error:
+            raise UserError(
+                f"trainer.{name}: got {dict(value)}, expected numbers of days, hours, minutes or "
+                "seconds"
+            ) from error

@@ -46,7 +46,8 @@ class Given(ComposedMethod):
         own = self.logprobs[batch.groups]
         entropy = -own.detach() / 2
         student = replace(score_of(own, entropy), logprobs=own)
-        others = {"teacher": score_of(torch.linspace(-4, 0, own.numel()).view_as(own).flip(0))}
+        teacher = torch.linspace(-4, 0, ROWS * LENGTH).view(ROWS, LENGTH).flip(0)[batch.groups]
+        others = {"teacher": score_of(teacher)}
         scored = Scored(batch=batch, student=student.detach(), others=others, values={})
         return BatchScores(scored, student, dict.fromkeys(self.all_comparisons(), own), others)
 
