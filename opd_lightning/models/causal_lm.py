@@ -27,7 +27,6 @@ from opd_lightning.models.readout import (
     readout_of,
     train_without_noise,
 )
-from opd_lightning.models.shared_prompts import check_sharing, shared_prompts
 from opd_lightning.models.source import ModelSource
 from opd_lightning.terminal.library_bars import shown_as
 from opd_lightning.types import RolloutBatch
@@ -75,6 +74,8 @@ def load_causal_lm(
         check_logits(model, attention=attn_implementation, training=training)
         if model.opd_packing != "off":
             check_packing(model, attention=attn_implementation)
+        from opd_lightning.models.shared_prompts import check_sharing  # imports transformers
+
         check_sharing(model, attention=attn_implementation)
     if training:
         train_without_noise(model)
@@ -249,6 +250,8 @@ def response_states(model: Any, batch: RolloutBatch, view: str) -> TokenStates:
     readout = readout_of(lm)
     backbone: nn.Module = lm.get_submodule(readout.backbone)
     head = readout.head(lm, batch.temperature)
+    from opd_lightning.models.shared_prompts import shared_prompts
+
     if shared := shared_prompts(lm, seen, batch.response_mask):
         with uncompiled(lm):
             return TokenStates(shared.read(backbone, batch.response_mask), head)

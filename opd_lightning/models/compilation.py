@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError, reason_of
-from opd_lightning.models.sharding import decoder_layers
 
 
 def compile_layers(lm: Any, backend: str = "inductor") -> None:
@@ -27,6 +26,8 @@ def compile_layers(lm: Any, backend: str = "inductor") -> None:
     Raises:
         UserError: The model does not name its layers.
     """
+    from opd_lightning.models.sharding import decoder_layers  # imports Lightning
+
     layers = decoder_layers(lm)
     if not layers:
         raise UserError(

@@ -171,7 +171,6 @@ def test_a_budget_gives_all_ranks_equally_many_micro_batches(
     found = runs(layout, part)["budget"]
     assert len(found["parts"]) == 3  # as many as steps
     assert min(found["parts"]) > 2
-    assert layout != "one" or len(set(found["parts"])) > 1
     assert (found["fillers"] > 0) is (layout != "one")
 
 

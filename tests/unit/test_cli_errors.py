@@ -66,7 +66,7 @@ def test_wrong_value_inside_a_union(fail: Fail) -> None:
     [
         (["lab"], "expected a command: build,demo; `opd lab --help`"),
         (["lab", "bild"], "got the command 'bild', expected 'build', 'demo'"),
-        (["lab", "build", "--world=mars"], "world: expected one of 'arithmetic', 'identity', got"),
+        (["lab", "build", "--world=mars"], "world: expected one of 'arithmetic', 'identity'"),
         (["lab", "build", "--wor=identity"], "not accepted: --wor=identity"),  # abbreviated
         (["serve", "--model=x"], "key_file: got nothing, expected a value; `opd serve --help`"),
         (["serve", "--model=x", "--key=k"], "not accepted: --key=k"),

@@ -97,7 +97,7 @@ def test_help_of_fit(monkeypatch: pytest.MonkeyPatch, all_options: set[str]) -> 
     monkeypatch.setenv("COLUMNS", "80")
     text = page("fit")
     lines = text.splitlines()
-    assert len(lines) <= 160
+    assert len(lines) <= 170
     assert max(map(len, lines)) <= 100
     assert "the newest whole checkpoint" in " ".join(text.split())
     assert all(f"\n  callbacks.{name} " in text for name in callbacks.__all__)

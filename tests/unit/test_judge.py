@@ -1,6 +1,7 @@
 """Scores by a served model, against a server of one function on loopback."""
 
 import copy
+import logging
 import math
 import pickle
 from collections.abc import Iterator
@@ -131,7 +132,8 @@ def test_what_fails_is_repeated_and_then_has_no_reward(
         return (400, {"error": "too long"}) if text_of(asked) == "long" else reply("1")
 
     verifier = judge(serve(answer), timeout_seconds=10.0)
-    scores = verifier.verify([prompt()] * 3, ["flaky", "long", "fine"])
+    with caplog.at_level(logging.WARNING, logger="opd_lightning"):
+        scores = verifier.verify([prompt()] * 3, ["flaky", "long", "fine"])
     assert scores[::2] == [1, 1]
     assert math.isnan(scores[1])
     assert seen.count("flaky") == 3

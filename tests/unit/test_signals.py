@@ -103,13 +103,18 @@ def test_what_nobody_will_grant_is_obeyed() -> None:
     assert done.stdout == "alive\n"
 
 
+def kill_and_wait(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(5)  # another thread of the process may be given it
+
+
 @pytest.mark.parametrize("number", [TERM, HUP])
 def test_before_anybody_polls_a_stop_acts_at_once(number: signal.Signals) -> None:
     signals.close()
     signals.interrupt_on_stops()
     signals.listen()
     with pytest.raises(Interrupted) as stop:
-        os.kill(os.getpid(), number)
+        kill_and_wait(number)
     assert signal_of(stop.value) is number
     os.kill(os.getpid(), USR1)
     os.kill(os.getpid(), number)  # the time limit's second signal, while the first is to requeue
