@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 from opd_lightning.checkpoints import whole
 from opd_lightning.checkpoints.newest import check_found_again
 from opd_lightning.cli import main
 from opd_lightning.errors import UserError
+from opd_lightning.run.trackers import WANDB_RUN, continue_tracked_run
 from tests.integration.test_fit import CONFIG
 
 FAST = [
@@ -125,19 +128,20 @@ def test_weights_and_biases_goes_on_with_its_run(
 ) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_RUN_ID", "")  # restored after the test
-    monkeypatch.delenv("WANDB_RUN_ID")
-    ids = []
-    for steps in (1, 2):
-        go_on(tmp_path, steps, "lightning.pytorch.loggers.WandbLogger")
-        assert wandb.run is not None
-        ids.append(wandb.run.id)
-        if steps == 1:  # settings are those of the first start
-            assert wandb.run.config["data.prompts_per_step"] == 4
-        wandb.teardown()  # as at the end of the process: the library reads the environment once
-        monkeypatch.delenv("WANDB_RUN_ID", raising=False)
-    assert ids[0] == ids[1]
-    assert whole(tmp_path / "checkpoints" / "last.ckpt").step == 2
+    monkeypatch.setenv(WANDB_RUN, "")  # restored after the test
+    monkeypatch.delenv(WANDB_RUN)
+    go_on(tmp_path, 1, "lightning.pytorch.loggers.WandbLogger")
+    assert wandb.run is not None
+    assert wandb.run.config["data.prompts_per_step"] == 4
+    name = wandb.run.id
+    wandb.finish()
+    # The library reads the environment once a process, so the next start is not made here.
+    restarts: Any = SimpleNamespace(loggers=[WandbLogger(save_dir=tmp_path, id="another")])
+    continue_tracked_run(restarts, tmp_path)
+    assert WANDB_RUN not in os.environ
+    restarts.loggers = [WandbLogger(save_dir=tmp_path)]
+    continue_tracked_run(restarts, tmp_path)
+    assert os.environ[WANDB_RUN] == name
     media = {path.parent.name for path in tmp_path.glob("wandb/*/files/media/**/*.*")}
     assert {"table", "signal"} <= media  # the rollouts and the picture
 
@@ -160,7 +164,10 @@ def test_mlflow_takes_figures_tables_and_pictures(
         run.info.run_id, "loss")) == [0, 1]  # fmt: skip
     first = max(runs, key=lambda run: len(run.data.params))
     assert first.data.params["data.prompts_per_step"] == "4"
-    kept = {path.relative_to(tmp_path / "mlruns").parts[3:] for path in tmp_path.rglob("000000.*")}
+    kept = {
+        path.relative_to(tmp_path / "mlruns").parts[3:]
+        for path in (tmp_path / "mlruns").rglob("000000.*")
+    }
     assert {("rollouts", "000000.md"), ("signal", "by_depth", "000000.png")} <= kept
 
 
