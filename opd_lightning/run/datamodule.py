@@ -58,11 +58,8 @@ class RolloutDataModule(LightningDataModule):
         texts: Suites of texts that are scored, for all three commands, by name.
         tasks: Tasks of lm-evaluation-harness, for all three commands, by name.
         suites: Suites of other classes, for all three commands, by name.
-        sampling: Sampling of responses. A truncated one (top_p, top_k) is for losses that are not
-            means over sampled tokens, such as divergences.
-        accept_truncation_bias: Allow a truncated sampling for policy gradients too. Their
-            gradient is then that of the truncated distribution: mass moves from tokens that are
-            never drawn to those that are.
+        sampling: Sampling of responses.
+        accept_truncation_bias: Let top_p and top_k bias a policy gradient.
         prompts_per_step: Prompts per optimiser step, over all ranks.
         samples_per_prompt: Responses of the student per prompt.
         max_tokens_per_micro_batch: Most positions of a micro-batch, padding included, over all
