@@ -51,16 +51,16 @@ def test_the_larger_action_holds_until_the_end(
 ) -> None:
     signals.listen()  # twice is once
     for number in came:
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
     assert [signals.requested(), signals.requested()] == [action, action]
     signals.clear()
     assert signals.requested() is SignalAction.NONE
 
 
 def test_what_comes_too_late_hurts_nobody() -> None:
-    os.kill(os.getpid(), USR1)
+    signal.raise_signal(USR1)
     signals.close()
-    os.kill(os.getpid(), USR1)
+    signal.raise_signal(USR1)
 
 
 def test_a_program_that_is_started_is_deaf_to_usr1_alone() -> None:
@@ -103,21 +103,16 @@ def test_what_nobody_will_grant_is_obeyed() -> None:
     assert done.stdout == "alive\n"
 
 
-def kill_and_wait(number: signal.Signals) -> None:
-    os.kill(os.getpid(), number)
-    time.sleep(5)  # another thread of the process may be given it
-
-
 @pytest.mark.parametrize("number", [TERM, HUP])
 def test_before_anybody_polls_a_stop_acts_at_once(number: signal.Signals) -> None:
     signals.close()
     signals.interrupt_on_stops()
     signals.listen()
     with pytest.raises(Interrupted) as stop:
-        kill_and_wait(number)
+        signal.raise_signal(number)
     assert signal_of(stop.value) is number
-    os.kill(os.getpid(), USR1)
-    os.kill(os.getpid(), number)  # the time limit's second signal, while the first is to requeue
+    signal.raise_signal(USR1)
+    signal.raise_signal(number)  # the time limit's second signal, while the first is to requeue
     assert signals.requested() is SignalAction.REQUEUE
 
 
@@ -127,8 +122,8 @@ def test_what_is_ignored_or_handled_stays_so() -> None:
     signal.signal(HUP, signal.SIG_IGN)  # by `nohup`
     signal.signal(TERM, lambda number, _: handled.append(number))
     assert signals.interrupt_on_stops() == {}
-    os.kill(os.getpid(), HUP)
-    os.kill(os.getpid(), TERM)
+    signal.raise_signal(HUP)
+    signal.raise_signal(TERM)
     assert handled == [TERM]
 
 
@@ -137,7 +132,7 @@ def save(*come: signal.Signals) -> Iterator[str]:
     try:
         with signals.finishing():
             for number in come:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
             yield "saved"
     except KeyboardInterrupt as stop:
         yield signal_of(stop).name
@@ -151,13 +146,13 @@ def test_a_save_is_finished_first(number: signal.Signals) -> None:
     assert list(save(number, number)) == [number.name]  # a second signal acts at once
     assert list(save()) == ["saved"]
     with pytest.raises(KeyboardInterrupt):  # and the handlers are back
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
 
 
 def end_by(number: signal.Signals, *, lightning: bool) -> None:
     with one_line_errors():
         try:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         except KeyboardInterrupt:
             if lightning:
                 sys.exit(1)
