@@ -16,34 +16,22 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.peers.sizes import SIZES, make_model
+from benchmarks.training_phase import random_rollout
 from opd_lightning.data.collate import collate
 from opd_lightning.models import causal_lm
+from opd_lightning.models import shared_prompts as sharing
 from opd_lightning.models.readout import measure
 from opd_lightning.models.shared_prompts import check_sharing, shared_prompts
-from opd_lightning.types import Author, Prompt, Rollout, StepTotals, StopReason, Totals
+from opd_lightning.types import Rollout, StepTotals, Totals
 
 
 def rollouts_of(prompt: int, samples: int, response: int, vocabulary: int) -> list[Rollout]:
     """Return samples of one prompt, with random tokens."""
     tokens = torch.randint(3, vocabulary, (prompt + samples * response,)).tolist()
+    ends = (prompt + (i + 1) * response for i in range(samples))
     return [
-        Rollout(
-            prompt=Prompt(id="p", messages=({"role": "user", "content": "?"},)),
-            prompt_ids=tokens[:prompt],
-            views={},
-            group=0,
-            response_ids=tokens[prompt + i * response :][:response],
-            behaviour_logprobs=[0.0] * response,
-            stop_reason=StopReason.LENGTH,
-            text="",
-            reward=0.0,
-            group_mean=0.0,
-            group_std=0.0,
-            author=Author.STUDENT,
-            dropped=False,
-            policy_version=0,
-        )
-        for i in range(samples)
+        random_rollout(tokens[:prompt], tokens[end - response : end], [0.0] * response)
+        for end in ends
     ]
 
 
@@ -70,7 +58,7 @@ def main() -> None:
         for _ in range(options.repeats):
             for way, found in seconds.items():
                 choose = shared_prompts if way == "once" else lambda *_: None
-                with patch.object(causal_lm, "shared_prompts", choose):
+                with patch.object(sharing, "shared_prompts", choose):
                     began = time.process_time()
                     states[way] = causal_lm.response_states(lm, batch, "student").hidden
                     found.append(time.process_time() - began)

@@ -194,10 +194,10 @@ class _Checker:
 
     def object(self, place: str, tree: Mapping[Any, Any], default: Class | None) -> None:
         """Check the arguments of a class, named by the tree, an earlier one or the annotation."""
-        path = tree.get("class_path", "")
-        if not isinstance(path, str | _Unknown):
+        path = tree.get("class_path")
+        if "class_path" in tree and not isinstance(path, str | _Unknown):
             self.refuse(f"{place}.class_path", f"got {shown(path)}, expected the name of a class")
-        if isinstance(path, str) and path:
+        if isinstance(path, str):
             if (found := unknown_class(path)) is not None:
                 self.refuse(place, found)
             self.drop_classes(place)  # arguments of another class may have other classes

@@ -61,7 +61,7 @@ class Commands(LightningTrainer):
             write_hf_folder(model.student, folder)
             if card:
                 text = model_card(model, folder.name, saved, state_of(saved))
-                (folder / "README.md").write_text(text)
+                (folder / "README.md").write_text(text, encoding="utf-8")
         print(f"wrote the student of step {saved.step} to {folder}")
 
     def check(

@@ -115,7 +115,10 @@ class SkewedReverseKL(Divergence):
 
 @dataclass(frozen=True)
 class TotalVariation(Divergence):
-    """`sum_v |S(v) - T(v)| / 2` (f-DISTILL, 2307.15190): symmetric, from 0 to 1."""
+    """`sum_v |S(v) - T(v)| / 2` (f-DISTILL, 2307.15190): symmetric, from 0 to 1.
+
+    That it is one of the paper's divergences is known at second hand.
+    """
 
     def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         return (student_logprobs.exp() - teacher_logprobs.exp()).abs().sum(dim=-1) / 2

@@ -128,6 +128,7 @@ class HighEntropyMask(Rule):
     """Keeps the tokens of the step at which the student is least sure (2506.01939).
 
     The threshold is a quantile of the student's entropy over all tokens of the step that take part.
+    The formula and the share are known at second hand.
 
     Rates: kept.
 

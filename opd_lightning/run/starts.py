@@ -57,7 +57,7 @@ def note_start(run: Path, *, step: int, **about: Any) -> bool:
 def last_start(run: Path) -> Mapping[str, Any]:
     """Return the newest readable entry of the run folder; empty if there is none."""
     try:
-        lines = (run / FILE).read_text().splitlines()
+        lines = (run / FILE).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return {}
     for line in reversed(lines):

@@ -84,6 +84,7 @@ class DistillationModule(Contract, EvaluatedModule):
         self.rates = Means()
         # [B, R] or [B, 1] values of the latest micro-batch, by name, for logs.
         self.token_figures: Mapping[str, Tensor] = {}
+        self._factor = 1.0  # of the step's loss: see `Contract.loss_factor`
         self._later: list[RolloutBatch] = []  # the step's micro-batches after the first
         self._tokens = 0.0  # of the last logged step
         self.moving = False  # an update of weights, scheduler and callbacks is in progress
@@ -200,11 +201,8 @@ class DistillationModule(Contract, EvaluatedModule):
         with self.timer.stage("log"):
             parameters = list(self.student.parameters())
             gradients = [p.grad for p in parameters if p.grad is not None]
-            factor = self.loss_factor()
-            for gradient in gradients if factor != 1 else ():
-                gradient.mul_(factor)
             norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
-            loss = self.loss_sum.compute() * factor
+            loss = self.loss_sum.compute() * self._factor
             skipped = self.skipped.skip(self.trainer.global_step, loss, norm, parameters)
             if skipped is not None and self.trainer.is_global_zero:
                 note(skipped)
@@ -223,11 +221,25 @@ class DistillationModule(Contract, EvaluatedModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         assert optimizer_closure is not None
-        closure = accumulating(optimizer_closure, self._later, self.trainer, batch_idx)
+        passes = accumulating(optimizer_closure, self._later, self.trainer, batch_idx)
+
+        def closure() -> Any:
+            result = passes()
+            self._scale_gradients()  # before callbacks see them and they are clipped
+            return result
+
         with scaled(self.trainer.optimizers, math.prod(self.rate_scales.values())):
             super().optimizer_step(epoch, batch_idx, optimizer, closure)
         check_weights(self.trainer.global_step, self.student, Ranks.of(self.trainer))
         self.timer.stop("optimizer")
+
+    def _scale_gradients(self) -> None:
+        """Multiply the gradients of the step by the factor of its loss."""
+        self._factor = self.loss_factor()
+        if self._factor != 1:
+            for parameter in self.student.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self._factor)
 
     def on_train_batch_end(self, *_: Any) -> None:
         self._later = []

@@ -36,21 +36,17 @@ CONFIG = str(Path(__file__).parents[2] / "configs" / "lab" / "opd.yaml")
 
 
 class Recorder(Callback):
-    """Keeps the gradients of each optimiser step, as it used them, and every logged value."""
+    """Keeps the gradients before each optimiser step and every logged value after it."""
 
     def __init__(self) -> None:
         self.gradients: list[dict[str, Tensor]] = []
         self.logged: list[dict[str, float]] = []
-        self.step = 0
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.step = trainer.global_step
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        named = pl_module.student.named_parameters()
+        self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        if trainer.global_step > self.step:
-            self.step = trainer.global_step
-            named = pl_module.student.named_parameters()
-            self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         if trainer.global_step > len(self.logged):
             self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
 
