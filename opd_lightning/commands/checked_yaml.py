@@ -23,13 +23,17 @@ def load(text: str) -> Any:
     Raises:
         TypeError: It repeats a key, contains itself, or is nested too deeply. Parsers add the name
             of the option.
-        yaml.YAMLError: It is no YAML, so that it may be a value.
+        yaml.YAMLError: It is no YAML, so that it may be a value; or a comment or an anchor and
+            nothing else, such as the name "#1", which would otherwise become null.
     """
     try:
         check_text("YAML", text)
     except UserError as error:
         raise TypeError(str(error)) from error
-    return _load(text)
+    value = _load(text)
+    if value is None and text.startswith(("#", "&")) and "\n" not in text:
+        raise yaml.YAMLError("a comment or an anchor without a value")
+    return value
 
 
 set_loader("yaml", load, (yaml.YAMLError,))

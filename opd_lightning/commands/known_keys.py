@@ -109,6 +109,8 @@ class _Checker:
         self.source = source
         for key, value in tree.items():
             self.expect("", key, [*self.options])
+            if key == "config" and source and value is not None:
+                self.refuse(key, "a file cannot name another; give --config once for each")
             if key in SECTIONS:
                 self.section(key, value)
             elif (option := self.options[key]) is not None:
@@ -187,6 +189,14 @@ class _Checker:
             text = shown(Word(seed)) if abs(seed) < 10**12 else "a number of many digits"
             self.refuse("seed_everything", f"got {text}, expected 0 to {2**32 - 1}")
 
+    def expect_itself(self, place: str, path: Any, parameter: Parameter) -> None:
+        """Refuse another class where a table of options is expected, which has no subclasses."""
+        kind, by_name = _class_of(parameter)
+        if kind is None or by_name or not kind.is_dataclass or kind.node.bases:
+            return
+        if isinstance(path, str) and path.rpartition(".")[2] != kind.node.name:
+            self.refuse(place, f"got the class {path}, expected the options of {kind.node.name}")
+
     def refuse(self, place: str, problem: str) -> NoReturn:
         where = f"{self.source}: " if self.source else ""
         dash = "" if self.source else "--"
@@ -241,6 +251,7 @@ class _Checker:
                     self.object(f"{place}.{i}", item, None)
                     self.classes[place] = self.classes.get(f"{place}.{i}")
         elif isinstance(value, Mapping) and "class_path" in value:
+            self.expect_itself(place, value["class_path"], parameter)
             self.object(place, value, None)
         elif isinstance(value, Mapping):
             kind, by_name = _class_of(parameter)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from opd_lightning.data.prompts import PromptSource
+from opd_lightning.data.rows import check_place
 from opd_lightning.errors import UserError, note, reason_of
 from opd_lightning.processes import Ranks
 
@@ -61,18 +62,22 @@ class PromptFiles:
         Args:
             sources: Prompt sources by configuration key, such as "data.train".
             ranks: All ranks must call; rank 0 writes the record and prints notes.
+
+        Raises:
+            UserError: A file is absent, or was changed; a folder is no saved dataset.
         """
+        paths = {name: Path(source.path) for name, source in sources.items()}
+        for name, path in paths.items():
+            check_place(name, path)
         if self.folder is None:
             return
-        paths = {name: Path(source.path) for name, source in sources.items()}
-        there = {name: path for name, path in paths.items() if path.exists()}
         record = self.folder / RECORD
         known: dict[str, Content] = {}
         first = ranks.rank == 0
         if first:
             if self.resumes:
-                known = {name: one for name, one in _recorded(record).items() if name in there}
-            known |= {name: Content.of(there[name]) for name in there.keys() - known.keys()}
+                known = {name: one for name, one in _recorded(record).items() if name in paths}
+            known |= {name: Content.of(paths[name]) for name in paths.keys() - known.keys()}
         known = ranks.gather(known)[0]
         for name, content in known.items():
             self._check(name, paths[name], content, first=first)

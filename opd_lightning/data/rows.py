@@ -94,7 +94,19 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
         raise _unreadable(path, "parquet", error, row) from error
 
 
-def _read_folder(path: Path) -> Iterator[tuple[int, Row]]:
+def check_place(name: str, path: Path) -> None:
+    """Raise UserError, with the configuration key `name`, if no prompts can be at a path."""
+    if not path.exists():
+        raise UserError(f"{name}: no prompt file at {str(path)!r}; give {READABLE}")
+    if path.is_dir():
+        try:
+            _check_folder(path)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+
+
+def _check_folder(path: Path) -> None:
+    """Raise UserError if a folder is not what Dataset.save_to_disk wrote."""
     if (path / "dataset_dict.json").is_file():
         try:
             splits = [*map(str, json.loads((path / "dataset_dict.json").read_bytes())["splits"])]
@@ -107,6 +119,10 @@ def _read_folder(path: Path) -> Iterator[tuple[int, Row]]:
         )
     if not (path / "state.json").is_file():
         raise UserError(f"'{path}' is not a saved dataset: it has no state.json; give {READABLE}")
+
+
+def _read_folder(path: Path) -> Iterator[tuple[int, Row]]:
+    _check_folder(path)
     from datasets import load_from_disk
 
     row = 0

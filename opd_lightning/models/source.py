@@ -114,6 +114,14 @@ class ModelSource:
                 f"{self.role} model: cannot read {self.path!r}: generation_config.json: "
                 f"{reason_of(error)}"
             ) from error
+        # generate() reads the list of config.json where there is no generation_config.json.
+        configured = getattr(self.config.get_text_config(), "eos_token_id", None)
+        for file, value in (("generation_config", listed), ("config", configured)):
+            if isinstance(value, list | tuple) and not value:
+                raise UserError(
+                    f"{self.role} {self.path!r}: eos_token_id in {file}.json: got an empty list, "
+                    "expected a token id or a list of them; remove the line if there is none"
+                )
         ids = listed if isinstance(listed, list | tuple) else [] if listed is None else [listed]
         largest = self.config.get_text_config().vocab_size - 1 if ids else 0
         for i in ids:

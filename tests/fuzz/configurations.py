@@ -125,7 +125,8 @@ def _names(change: mutations.Mutation) -> tuple[str, ...]:
     keys = [key for key in change.path if isinstance(key, str) and key not in INSIDE]
     names = [*keys[-2:]]
     if isinstance(change.value, str):
-        names += [change.value[:20] if len(change.value) > 2 else repr(change.value)]
+        quoted = repr(change.value)
+        names += [change.value[:20], quoted[1:-1][:20]] if len(change.value) > 2 else [quoted]
     elif change.path[-1] in INSIDE or change.what == "another's value":
         names += [FILE]
     if change.what == "another's value":  # or what it holds
@@ -161,6 +162,10 @@ def _written(given: Input) -> list[Any]:
 def _places(trees: list[Any]) -> Iterator[str]:
     """First folders of the paths that the settings tell a run to write to."""
     for tree in trees:
+        trainer = tree.get("trainer") if isinstance(tree, Mapping) else None
+        logger = trainer.get("logger", True) if isinstance(trainer, Mapping) else True
+        if str(logger).lower() in ("false", "none", "null"):
+            yield "config.yaml"  # the run folder is the current one
         for path in mutations.places(tree):
             value = mutations.at(tree, path)
             if path[-1] in PLACES and isinstance(value, str | int | float):
@@ -185,6 +190,8 @@ def unused(written: Any, used: Any, place: str = "") -> str | None:
             name = str(key).removesuffix("+")
             if not place and name in NOT_SAVED:
                 continue
+            if not place and name == "seed_everything" and value is True:
+                continue  # a seed is chosen
             inner = used
             if name not in used and isinstance(used.get("init_args"), Mapping):
                 inner = used["init_args"]
@@ -222,7 +229,7 @@ def same(written: Any, used: Any) -> bool:
         try:
             number = float(str(written).replace(".inf", "inf").replace(".nan", "nan"))
         except ValueError:
-            return False
+            return bool(yaml.safe_load(str(written)) == used)  # such as 0x10
         return number == used or (math.isnan(number) and math.isnan(used))
     return False
 

@@ -8,6 +8,7 @@ import yaml
 
 from opd_lightning.commands.known_keys import check_keys
 from opd_lightning.commands.parser_messages import one_line
+from opd_lightning.commands.parsers import OneLineParser
 from opd_lightning.errors import UserError
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "lab" / "opd.yaml")
@@ -256,3 +257,19 @@ def test_files_of_settings_that_are_good_or_no_files(tmp_path: Path) -> None:
 
 def test_a_number_beyond_what_its_types_hold_is_refused_though_a_text_would_do() -> None:
     assert "trainer.val_check_interval" in refusal(f"--trainer.val_check_interval=1{'0' * 400}")
+
+
+def test_a_table_of_options_has_no_subclasses() -> None:
+    given = "{class_path: torch.nn.Linear, init_args: {}}"
+    said = refusal(f"--data.sampling={given}")
+    assert "data.sampling: got the class torch.nn.Linear, expected the options of Sampling" in said
+    check("--data.sampling={class_path: opd_lightning.rollouts.Sampling, init_args: {}}")
+
+
+@pytest.mark.parametrize("value", ["#", "# pilot", "&run"])
+def test_a_comment_or_an_anchor_is_a_text_on_the_command_line(value: str) -> None:
+    """The parser takes a text for YAML where null is allowed, too."""
+    parser = OneLineParser()
+    parser.add_argument("--name", type=str | None)
+    assert parser.parse_args([f"--name={value}"]).name == value
+    assert parser.parse_args(["--name=null"]).name is None
