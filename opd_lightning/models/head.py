@@ -216,7 +216,10 @@ class _Reader:
 
     def chunks(self, hidden: Tensor, matrix: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield (rows, raw logits `[n, V]` in a reused buffer, hidden states `[n, H]`)."""
-        runs = list(self.slices(slice(0, len(hidden)), MAX_CHUNK_ELEMENTS))
+        # CPUs without instructions for 16 bits multiply float32 copies of a chunk.
+        is_copied = matrix.device.type == "cpu" and matrix.dtype.itemsize < 4
+        size = MAX_CHUNK_ELEMENTS // 4 if is_copied else MAX_CHUNK_ELEMENTS
+        runs = list(self.slices(slice(0, len(hidden)), size))
         buffer = matrix.new_empty(runs[0].stop, len(matrix))
         for rows in runs:
             states = hidden[rows].to(matrix.dtype)
