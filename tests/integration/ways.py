@@ -112,6 +112,11 @@ def packed() -> DistillationModule:
     return DivergenceOPD(student(packing="on"), teacher, optimizer=sgd)
 
 
+def compiled() -> DistillationModule:
+    teacher = FrozenTeacher(TEACHER, compile=True)
+    return DivergenceOPD(student(compile=True), teacher, optimizer=sgd)
+
+
 def top_k() -> DistillationModule:
     return divergence(divergence=TopK(k=8, support="student", normalise="tail"))
 
@@ -204,6 +209,7 @@ def ways(prompts: int) -> dict[str, dict[str, Way]]:
             "top-k": Way(method=top_k),
             "dropped": Way(method=divergence, data=MIXED),
         },
+        "compiled": {"compiled": Way(method=compiled)},
         "bfloat16": {
             "bfloat16": Way(method=divergence, trainer={"precision": "bf16-mixed"}),
             "bfloat16 adapters": Way(method=bare, trainer={"precision": "bf16-mixed"}),

@@ -64,7 +64,6 @@ def test_a_compiled_student(
     plain, compiled = students
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     torch.testing.assert_close(gradients(compiled), gradients(plain))
-    print("FRAMES", name, checkpointing, traced.frame_count)
     assert 0 < traced.frame_count <= 4
 
 
