@@ -63,12 +63,12 @@ class Plan:
     warm_up: int = 1  # rounds
 
 
-# Where a side is left out, its step takes too long, or too much memory.
+# GKD is left out where its step takes too long, or too much memory.
 PLANS = {
     "tiny": Plan(SIDES, 0.1, warm_up=2),
     "middle": Plan(SIDES, 0.3),
-    "vocabulary": Plan(("ours-vllm", "trl", "bare"), 0.4),
-    "tail": Plan(("ours-vllm", "trl", "bare"), 0.2),
+    "vocabulary": Plan(("ours-vllm", "ours-hf", "trl", "bare"), 0.4),
+    "tail": Plan(("ours-vllm", "ours-hf", "trl", "bare"), 0.2),
 }
 
 
