@@ -22,6 +22,7 @@ PAGES = {
     "configs/README.md": "configurations.md",
     "slurm/README.md": "slurm_variables.md",
     "benchmarks/README.md": "benchmarks.md",
+    "experiments/README.md": "experiments.md",
 }
 
 # Packages with a page of the API, in the order of the navigation; None stands for the callbacks.

@@ -1,0 +1,52 @@
+"""Run the studies in this folder, and print their tables.
+
+python -m experiments run merging [--seeds 0 1 2] [--only "merged-*"]    # what is missing
+python -m experiments status merging
+python -m experiments table merging [--write]                           # into the page in docs/
+
+A run that was killed goes on where it stopped, when the command is given again. Several of these
+commands share the work, also in several terminals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from experiments.results import status, tables, write_page
+from experiments.study import STUDIES, Study, read_study
+from experiments.work import run_missing
+
+WORK = Path("runs/experiments")
+
+
+def main(words: list[str] | None = None) -> None:
+    """Parse the command line and run one of the commands."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=("run", "status", "table"))
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--seeds", type=int, nargs="+", help="the study's, if not given")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="of the runs' names")
+    parser.add_argument("--work", type=Path, default=WORK, help=f"default: {WORK}")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/")
+    given = parser.parse_args(words)
+    study: Study = read_study(given.study)
+    seeds = given.seeds or list(range(study.seeds))
+    work = given.work.resolve() / study.name
+    if given.command == "run":
+        sys.exit(run_missing(study, seeds, given.only, work))
+    if given.command == "status":
+        print(status(study, seeds, work))
+    elif given.write:
+        write_page(study, seeds, work)
+    else:
+        print(tables(study, seeds, work))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""A study: the runs that test a paper's claims, and what the claims say about their scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from opd_lightning.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted(path.parent.name for path in Path(__file__).parent.glob("*/study.yaml"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One student: trained by `opd fit`, or measured as it is.
+
+    Args:
+        config: Configuration, from the project's folder; None trains nothing.
+        set: Options that differ from the configuration, as on the command line of `opd fit`.
+        after: Runs whose students this one reads, as runs/NAME/student.
+        student: Folder of the student that is measured; None is the trained one, exported.
+    """
+
+    config: str | None = None
+    set: dict[str, Any] = field(default_factory=dict)
+    after: list[str] = field(default_factory=list)
+    student: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A comparison of two runs, seed by seed.
+
+    Args:
+        says: The claim, in a sentence.
+        source: Where the paper says so.
+        run: Name of the run.
+        than: Name of the run that it is compared with.
+        score: Name of the score, SUITE or SUITE/DOMAIN.
+        expects: The sign of run - than.
+    """
+
+    says: str
+    source: str
+    run: str
+    than: str
+    score: str
+    expects: Literal["higher", "lower"] = "higher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Runs, and claims about them.
+
+    Args:
+        name: Folder in experiments/.
+        worlds: Labs that `opd lab build` makes.
+        test: Configuration whose test suites measure every student.
+        page: Page in docs/ that shows the tables.
+        seeds: Number of seeds, from 0.
+        runs: Runs by name, each after those that it reads.
+        claims: Claims by name.
+    """
+
+    name: str
+    worlds: list[str]
+    test: str
+    page: str
+    runs: dict[str, Run]
+    seeds: int = 5
+    claims: dict[str, Claim] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        before: set[str] = set()
+        for name, run in self.runs.items():
+            if missing := [other for other in run.after if other not in before]:
+                raise UserError(f"{self.name}: run {name}: after: no earlier run is {missing[0]}")
+            if (run.config is None) == (run.student is None):
+                raise UserError(f"{self.name}: run {name}: give config or student, one of them")
+            before.add(name)
+        for name, claim in self.claims.items():
+            if missing := [run for run in (claim.run, claim.than) if run not in self.runs]:
+                raise UserError(f"{self.name}: claim {name}: no run is {missing[0]}")
+
+
+def read_study(name: str) -> Study:
+    """Read experiments/NAME/study.yaml."""
+    values = yaml.safe_load((ROOT / "experiments" / name / "study.yaml").read_text())
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--study", type=Study)
+    try:
+        return parser.instantiate(parser.parse_object({"study": values | {"name": name}})).study
+    except ArgumentError as error:
+        raise UserError(f"experiments/{name}/study.yaml: {error}") from error

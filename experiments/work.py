@@ -1,0 +1,185 @@
+"""The runs of a study: what is missing is trained and measured, each in a process of its own.
+
+Every seed has a folder with `lab/`, `configs/` and `runs/NAME/`, as configurations name them. A run
+is done when its scores are written, and locked while a process works on it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from experiments.study import ROOT, Run, Study
+from opd_lightning.cli import main as opd
+
+QUIET = "--trainer.enable_progress_bar=false"
+WAIT = 5.0  # seconds between looks at what other processes work on
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run of one seed, and its files."""
+
+    name: str
+    seed: int
+    work: Path  # of the study
+
+    @property
+    def root(self) -> Path:
+        return self.work / str(self.seed)
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "runs" / self.name
+
+    @property
+    def scores(self) -> Path:
+        return self.root / "scores" / f"{self.name}.json"
+
+    @property
+    def used(self) -> Path:
+        """File of the CPU seconds of all attempts."""
+        return self.root / "scores" / f"{self.name}.cpu_seconds"
+
+    def is_done(self) -> bool:
+        return self.scores.exists()
+
+
+def places(study: Study, seeds: Sequence[int], only: str, work: Path) -> list[Place]:
+    """Return the runs whose names match `only`, and those that they read, by seed."""
+    names = {name for name in study.runs if fnmatch(name, only)}
+    for name in reversed(study.runs):
+        if name in names:
+            names.update(study.runs[name].after)
+    return [Place(name, seed, work) for seed in seeds for name in study.runs if name in names]
+
+
+def run_missing(study: Study, seeds: Sequence[int], only: str, work: Path) -> int:
+    """Run what is not done and not worked on by another process; wait for what is.
+
+    Returns:
+        The exit code: 1 if runs failed, which are named, with the file of their output.
+    """
+    missing = places(study, seeds, only, work)
+    failed: list[Place] = []
+    while missing:
+        before = len(missing)
+        for place in [*missing]:
+            needs = [Place(name, place.seed, work) for name in study.runs[place.name].after]
+            if place.is_done():
+                missing.remove(place)
+            elif any(need in failed for need in needs):
+                missing.remove(place)
+                failed.append(place)
+            elif all(need.is_done() for need in needs):
+                with locked(place) as is_ours:
+                    if is_ours and not place.is_done():
+                        missing.remove(place)
+                        if not run_apart(study, place):
+                            failed.append(place)
+        if missing and len(missing) == before:  # others work on them
+            time.sleep(WAIT)
+    return 1 if failed else 0
+
+
+@contextmanager
+def locked(place: Place) -> Iterator[bool]:
+    """Yield whether no other process works on the run; keep it from them meanwhile."""
+    place.scores.parent.mkdir(parents=True, exist_ok=True)
+    with place.scores.with_suffix(".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def run_apart(study: Study, place: Place) -> bool:
+    """Train and measure in a forked process; return whether it ended well."""
+    began = time.monotonic()
+    output = place.scores.with_suffix(".out")
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            with output.open("a") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            train_and_measure(study, place)
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    _, state, usage = os.wait4(pid, 0)
+    seconds = usage.ru_utime + usage.ru_stime
+    before = float(place.used.read_text()) if place.used.exists() else 0.0
+    place.used.write_text(str(before + seconds))
+    ended = "done" if place.is_done() else f"failed, see {output}"
+    took = time.monotonic() - began
+    print(
+        f"{place.name}, seed {place.seed}: {ended} ({took:.0f} s, CPU {seconds:.0f} s)", flush=True
+    )
+    return state == 0 and place.is_done()
+
+
+def train_and_measure(study: Study, place: Place) -> None:
+    """Train the run's student, export it, and write its scores on the study's test suites."""
+    place.root.mkdir(parents=True, exist_ok=True)
+    os.chdir(place.root)
+    for name in ("configs", "experiments"):
+        if not Path(name).exists():
+            Path(name).symlink_to(ROOT / name)
+    for world in study.worlds:
+        if not Path("lab", world).exists():
+            opd(["lab", "build", "--world", world])
+    run = study.runs[place.name]
+    student = run.student or train(run, place)
+    report = place.scores.with_suffix(".report.json")
+    words = ["--config", study.test, f"--model.student.path={student}", QUIET]
+    opd(["test", *words, "--out", str(report)])
+    found = json.dumps(scores_of(json.loads(report.read_text())))
+    partial = place.scores.with_suffix(".partial")
+    partial.write_text(found)
+    partial.replace(place.scores)
+
+
+def train(run: Run, place: Place) -> str:
+    """Train from where an earlier attempt stopped; return the exported student's folder."""
+    student = place.folder / "student"
+    if not student.exists():
+        assert run.config is not None
+        own = [f"--{key}={as_word(value)}" for key, value in run.set.items()]
+        to = f"--trainer.logger.init_args.save_dir=runs/{place.name}"
+        words = ["--config", run.config, f"--seed_everything={place.seed}", to, QUIET, *own]
+        opd(["fit", *words, "--ckpt_path", "last"])
+        saved = ["--config", str(place.folder / "config.yaml"), "--ckpt_path", "last"]
+        opd(["export", *saved, "--out", str(student)])
+    return str(student)
+
+
+def as_word(value: Any) -> str:
+    """Return a value as on a command line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def scores_of(report: dict[str, Any]) -> dict[str, float]:
+    """Return the scores in what `opd test --out` wrote, as SUITE and SUITE/DOMAIN."""
+    scores = {}
+    for suite, row in report["suites"].items():
+        scores[suite] = row["score"]
+        for domain, own in row.get("domains", {}).items():
+            scores[f"{suite}/{domain}"] = own["score"]
+    return scores

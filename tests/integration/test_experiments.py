@@ -1,0 +1,128 @@
+"""Studies: what is missing is trained, exported and measured; what is done is left alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.results import interval, tables, verdict
+from experiments.study import STUDIES, Claim, Run, Study, read_study
+from experiments.work import Place, locked, places, run_missing
+from opd_lightning.errors import UserError
+from tests import processes
+
+SHORT: dict[str, Any] = {
+    "trainer.max_steps": 1,
+    "trainer.limit_val_batches": 0,
+    "data.prompts_per_step": 4,
+    "data.sampling.max_new_tokens": 6,
+}
+LEARNS = Claim(says="it learns", source="section 1", run="trained", than="start", score="skills")
+STUDY = Study(
+    name="small",
+    worlds=["skills"],
+    test="experiments/merging/test.yaml",
+    page="docs/small.md",
+    seeds=2,
+    runs={
+        "start": Run(student="lab/skills/start"),
+        "trained": Run(config="configs/lab/experts_sums.yaml", set=SHORT),
+        "broken": Run(config="configs/lab/experts_sums.yaml", set={"trainer.max_step": 1}),
+        "later": Run(config="configs/lab/experts_sums.yaml", set=SHORT, after=["broken"]),
+    },
+    claims={"learns": LEARNS},
+)
+
+
+def run_all(work: str) -> None:
+    """Exit with what `python -m experiments run` would."""
+    raise SystemExit(run_missing(STUDY, [0], "*", Path(work)))
+
+
+def test_what_is_missing_is_run(untrained_lab: Path, tmp_path: Path) -> None:
+    root = tmp_path / "0"
+    root.mkdir()
+    (root / "lab").symlink_to(untrained_lab / "lab")
+    first = processes.call(run_all, str(tmp_path))
+    said = first.communicate(timeout=250)[0]
+    assert first.returncode == 1
+    assert [line.split(":")[1].split()[0] for line in said.splitlines()] == [
+        "done",
+        "done",
+        "failed,",
+    ]
+    assert "broken, seed 0" in said.splitlines()[2]
+    assert "max_step" in (root / "scores" / "broken.out").read_text()
+    start, trained, broken, later = (Place(name, 0, tmp_path) for name in STUDY.runs)
+    assert start.is_done()
+    assert trained.is_done()
+    assert not broken.is_done()
+    assert not later.used.exists()  # what it reads is missing
+    scores = json.loads(trained.scores.read_text())
+    assert scores.keys() == {"skills", "skills/add-3", "skills/program-2"}
+    assert float(trained.used.read_text()) > 0
+    assert (trained.folder / "student" / "config.json").exists()
+
+    before = trained.scores.stat().st_mtime_ns
+    again = processes.call(run_all, str(tmp_path))
+    assert "trained" not in again.communicate(timeout=100)[0]
+    assert trained.scores.stat().st_mtime_ns == before
+
+    shown = tables(STUDY, [0], tmp_path)
+    assert "| trained | 0.000 | 0.000 | 0.000 | 1 |" in shown
+    assert (
+        "| it learns (trained - start, skills) | section 1 | +0.000 (1 seeds) |  | not shown |"
+        in (shown)
+    )
+
+
+def test_a_run_is_worked_on_once(tmp_path: Path) -> None:
+    place = Place("start", 0, tmp_path)
+    with locked(place) as first, locked(place) as second:
+        assert first
+        assert not second
+    with locked(place) as third:
+        assert third
+
+
+def test_a_pattern_takes_what_its_runs_read(tmp_path: Path) -> None:
+    chosen = places(STUDY, [3], "lat*", tmp_path)
+    assert [(place.name, place.seed) for place in chosen] == [("broken", 3), ("later", 3)]
+
+
+def test_verdicts() -> None:
+    # Mean 2, standard deviation 1, t of 2 degrees of freedom 4.303.
+    low, high = interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert verdict(LEARNS, [1.0, 2.0, 3.0]) == "not shown"
+    assert verdict(LEARNS, [2.0, 2.1, 2.2]) == "shown"
+    assert verdict(LEARNS, [-2.0, -2.1, -2.2]) == "contradicted"
+    assert verdict(replace(LEARNS, expects="lower"), [-2.0, -2.1, -2.2]) == "shown"
+    assert verdict(LEARNS, [5.0]) == "not shown"
+    assert verdict(LEARNS, []) == "not measured"
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_studies_are_whole(name: str) -> None:
+    study = read_study(name)
+    root = Path(__file__).parents[2]
+    files = {study.test, study.page, *(run.config for run in study.runs.values() if run.config)}
+    assert [file for file in sorted(files) if not (root / file).is_file()] == []
+    assert study.claims
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        ({"a": Run(student="s", after=["b"])}, "run a: after: no earlier run is b"),
+        ({"a": Run()}, "run a: give config or student"),
+        ({"start": Run(student="s")}, "claim learns: no run is trained"),
+    ],
+)
+def test_mistakes_are_named(runs: dict[str, Run], said: str) -> None:
+    with pytest.raises(UserError, match=f"small: {said}"):
+        replace(STUDY, runs=runs)
