@@ -94,6 +94,10 @@ def read_study(name: str) -> Study:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--study", type=Study)
     try:
-        return parser.instantiate(parser.parse_object({"study": values | {"name": name}})).study
+        found = parser.parse_object({"study": values | {"name": name}}).as_dict()["study"]
     except ArgumentError as error:
         raise UserError(f"experiments/{name}/study.yaml: {error}") from error
+    # Not instantiated by the parser, which would make the classes that options name.
+    runs = {run: Run(**fields) for run, fields in found.pop("runs").items()}
+    claims = {claim: Claim(**fields) for claim, fields in found.pop("claims").items()}
+    return Study(runs=runs, claims=claims, **found)

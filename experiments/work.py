@@ -160,14 +160,18 @@ def train(run: Run, place: Place) -> str:
     """Train from where an earlier attempt stopped; return the exported student's folder."""
     student = place.folder / "student"
     if not student.exists():
-        assert run.config is not None
-        own = [f"--{key}={as_word(value)}" for key, value in run.set.items()]
-        to = f"--trainer.logger.init_args.save_dir=runs/{place.name}"
-        words = ["--config", run.config, f"--seed_everything={place.seed}", to, QUIET, *own]
-        opd(["fit", *words, "--ckpt_path", "last"])
+        opd([*fit_words(run, place), "--ckpt_path", "last"])
         saved = ["--config", str(place.folder / "config.yaml"), "--ckpt_path", "last"]
         opd(["export", *saved, "--out", str(student)])
     return str(student)
+
+
+def fit_words(run: Run, place: Place) -> list[str]:
+    """Return the command line that trains a run."""
+    assert run.config is not None
+    own = [f"--{key}={as_word(value)}" for key, value in run.set.items()]
+    to = f"--trainer.logger.init_args.save_dir=runs/{place.name}"
+    return ["fit", "--config", run.config, f"--seed_everything={place.seed}", to, QUIET, *own]
 
 
 def as_word(value: Any) -> str:

@@ -11,7 +11,9 @@ import pytest
 
 from experiments.results import interval, tables, verdict
 from experiments.study import STUDIES, Claim, Run, Study, read_study
-from experiments.work import Place, locked, places, run_missing
+from experiments.work import Place, fit_words, locked, places, run_missing
+from opd_lightning.commands.known_keys import check_keys
+from opd_lightning.commands.lightning_cli import OPDCLI
 from opd_lightning.errors import UserError
 from tests import processes
 
@@ -126,3 +128,18 @@ def test_the_studies_are_whole(name: str) -> None:
 def test_mistakes_are_named(runs: dict[str, Run], said: str) -> None:
     with pytest.raises(UserError, match=f"small: {said}"):
         replace(STUDY, runs=runs)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_run_of_a_study_is_accepted(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    study = read_study(name)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setattr(OPDCLI, "_run_subcommand", lambda self, subcommand: None)
+    for label, run in study.runs.items():
+        if run.config is not None:
+            words = fit_words(run, Place(label, 0, tmp_path))
+            check_keys("fit", words[1:])
+            assert OPDCLI(words).model.student.model is None

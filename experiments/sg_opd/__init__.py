@@ -1,0 +1,1 @@
+"""SG-OPD on the skills lab."""
