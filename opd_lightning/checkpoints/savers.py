@@ -51,29 +51,51 @@ def _is_below(path: Path, folder: Path) -> bool:
 
 
 class RememberSavers(Callback):
-    """Callback that saves and restores further state of every ModelCheckpoint.
+    """Callback that completes what Lightning's ModelCheckpoints know and do.
 
-    Without it a resumed run would immediately save the step that it resumed from again, as `-v1`,
-    and keep it twice among the best.
+    It saves and restores further state of each. Without it a resumed run would immediately save
+    the step that it resumed from again, as `-v1`, and keep it twice among the best. A run that was
+    killed after a validation when some of its ModelCheckpoints had saved, but not all, lets the
+    others save when it is resumed. What Lightning defers to the next validation (saves on a
+    training metric in the last step of an epoch) is saved at the end of training if none comes.
     """
+
+    def __init__(self) -> None:
+        self._resumed = False
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["savers"] = {
-            saver.state_key: {name: getattr(saver, name) for name in _UNSAVED}
-            for saver in _savers(trainer)
-        }
+        saving = getattr(trainer, "saving", None)
+        checkpoint["savers"] = {}
+        for saver in _savers(trainer):
+            state = {name: getattr(saver, name) for name in _UNSAVED}
+            written = {*saver.best_k_models, saver.best_model_path, saver.last_model_path}
+            if saving in written:  # recorded by the saver only once it is written
+                state["_last_global_step_saved"] = trainer.global_step
+            checkpoint["savers"][saver.state_key] = state
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        self._resumed = True
         for saver in _savers(trainer):
             for name, value in checkpoint.get("savers", {}).get(saver.state_key, {}).items():
                 if name in _UNSAVED:
                     setattr(saver, name, value)
-            if saver._every_n_train_steps:  # it was saved before the saver recorded the step
+            if saver._every_n_train_steps:  # earlier versions did not record the step
                 saver._last_global_step_saved = checkpoint["global_step"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self._resumed and pl_module.validation_is_over:
+            for saver in _savers(trainer):  # those that have saved this step skip it
+                saver.on_validation_end(trainer, pl_module)
+        self._resumed = False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for saver in _savers(trainer):
+            if saver._defer_save_until_validation and saver.monitor in trainer.callback_metrics:
+                saver.on_validation_end(trainer, pl_module)
 
 
 def _savers(trainer: Trainer) -> list[ModelCheckpoint]:

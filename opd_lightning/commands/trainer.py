@@ -51,6 +51,7 @@ class Trainer(Commands):
     """
 
     run_folder: Path | None = None  # during `fit`; None if the run keeps no files
+    saving: str | None = None  # the checkpoint that is being written
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         for name in ("val_check_interval", "max_time"):
@@ -99,6 +100,7 @@ class Trainer(Commands):
         if self.model is None:
             super().save_checkpoint(filepath, weights_only)  # raises Lightning's error
         profiled = self.profiler.profile("save_checkpoint")  # type: ignore[attr-defined]
+        self.saving = str(filepath)
         with signals.finishing(), profiled:
             write(self, self._checkpoint_connector.dump_checkpoint(weights_only), filepath)
 

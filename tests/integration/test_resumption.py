@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from opd_lightning.cli import main
-from tests.comparing import compare, scalars, tensors
+from tests.comparing import compare, scalars, state, tensors
 from tests.full_run import CONFIG, RUN, settings
 
 STEPS = 10  # an epoch is eight; validation follows steps 5 and 10
@@ -69,3 +69,23 @@ def test_a_run_goes_on_bit_for_bit_from_any_checkpoint(
                 path.unlink()
         fit(config, "--ckpt_path", str(start))
         assert "\n".join(compare(resumed, whole)) == "", name
+
+
+def test_a_kill_between_two_savers_loses_no_save(
+    untrained_lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both save after the validation of step 5; the resumed run does what the second had to do."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings(whole, steps=8, callbacks=["tests.full_run.Snapshot"])
+    (whole / "lab").symlink_to(untrained_lab / "lab")
+    monkeypatch.chdir(whole)
+    fit(CONFIG)
+    last, best = (Path(RUN, "checkpoints", name) for name in ("last.ckpt", "best-step=5.ckpt"))
+    assert state(killed / last)["global_step"] == 5
+    assert not (killed / best).exists()
+    monkeypatch.chdir(killed)
+    fit(CONFIG, "--ckpt_path", "last")
+    assert (killed / best).exists()
+    assert "\n".join(compare(killed, whole)) == ""
+    # The last step of an epoch, whose save Lightning defers to a validation that does not come.
+    assert state(whole / last)["global_step"] == 8
