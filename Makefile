@@ -68,7 +68,7 @@ dist: $(VENV)/.dev ## Wheel and source archive in dist/, installed in an empty e
 # (+cpu) are cut off, so that other builds of the same version are accepted.
 constraints: ## Write constraints.txt anew; commit it when `make test lint docs demo` pass with it
 	rm -rf .venv-constraints
-	$(MAKE) VENV=.venv-constraints CONSTRAINTS= .venv-constraints/.dev .venv-constraints/.docs
+	$(MAKE) VENV=.venv-constraints CONSTRAINTS= .venv-constraints/.all
 	.venv-constraints/bin/python -m pip freeze --exclude opd-lightning \
 	  | sed 's/+[a-z0-9.]*$$//' >constraints.new
 	mv constraints.new constraints.txt
@@ -114,3 +114,8 @@ $(VENV)/.dev: $(VENV)/.installed
 $(VENV)/.docs: $(VENV)/.installed
 	@$(PIP) $(FROM) -e ".[docs]" "torch==$(TORCH)"
 	@touch $@
+
+# Both by one call of pip, which builds the project anew every time.
+$(VENV)/.all: $(VENV)/.installed
+	@$(PIP) $(FROM) -e ".[dev,dist,docs]" "torch==$(TORCH)"
+	@touch $(VENV)/.dev $(VENV)/.docs $@
