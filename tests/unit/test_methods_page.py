@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -86,12 +86,7 @@ def run_of(cell: str) -> tuple[DistillationModule, RolloutDataModule]:
     return kind(Student("start"), **found), RolloutDataModule(**data)
 
 
-def ids() -> Iterator[Any]:
-    for paper, cell, _ in VARIANTS:
-        yield pytest.param(cell, id=paper)
-
-
-@pytest.mark.parametrize("cell", ids())
+@pytest.mark.parametrize("cell", [pytest.param(cell, id=paper) for paper, cell, _ in VARIANTS])
 def test_a_row_is_a_run_whose_parts_fit(cell: str) -> None:
     method, data = run_of(cell)
     method.check()
