@@ -1,17 +1,49 @@
-"""`opd serve` whose engine process is forked, and so spared a second import of vLLM.
+"""`opd serve` forked from a process that has imported vLLM: half a minute of CPU time once.
 
-vLLM forks it on GPUs. On CPUs it spawns it, because a fork loses the threads of OpenMP; tests have
-one thread. `tests/servers.py` also starts servers as a user does.
+The server's engine process is forked too. vLLM does so on GPUs; on CPUs it spawns it, because a
+fork loses the threads of OpenMP, of which tests have none. `tests/servers.py` also starts servers
+as a user does.
 """
 
 import multiprocessing
 import sys
+from functools import cache
 from typing import Any
 
+import torch
+
 from opd_lightning.cli import main
+from opd_lightning.serving.vllm_process import vllm_unavailable
+from opd_lightning.terminal.quiet import quiet_libraries
+from tests import processes, warm_parent
+
+# What a server and its engine import by the first answer.
+PRELOADED = (
+    "opd_lightning.commands.parsers",
+    "opd_lightning.serving.serve",
+    "opd_lightning.serving.worker",
+    "vllm.entrypoints.launchers.api_server.entry",
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
+    "vllm.model_executor.models.qwen3",
+)
+ON_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn")
 
 
-def fork() -> None:
+@cache
+def parent() -> processes.Prepared:
+    """Return the process that servers are forked from; it ends with this one."""
+    return processes.Prepared(__name__)
+
+
+def _preload() -> None:
+    quiet_libraries()
+    if reason := vllm_unavailable():
+        raise RuntimeError(reason)
+    warm_parent.import_all((*PRELOADED, *(() if torch.cuda.is_available() else ON_CPU)))
+
+
+def _fork() -> None:
     """Let contexts that spawn processes fork them."""
     get_context: Any = multiprocessing.get_context
 
@@ -22,5 +54,7 @@ def fork() -> None:
 
 
 if __name__ == "__main__":
-    fork()
+    _preload()
+    warm_parent.serve_stdin()
+    _fork()
     main(sys.argv[1:])

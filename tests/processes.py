@@ -134,6 +134,36 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
+class Prepared:
+    """A process forked from the warm parent that goes on until it waits for requests to fork.
+
+    It calls `warm_parent.serve_stdin` where further processes are to begin.
+
+    Args:
+        module: Run as the main module.
+        arguments: Follow on the command line.
+        options: Those of `Process`, without `stdin`.
+    """
+
+    def __init__(self, module: str, *arguments: str, **options: Any) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = Process(module, *arguments, stdin=theirs.fileno(), **options)
+
+    def fork(self, module: str, *arguments: str, **options: Any) -> Process:
+        """Start a `Process`, once this one waits; `module` is not run, its name is only told."""
+        try:
+            return Process(module, *arguments, parent=self._control, **options)
+        except RuntimeError:
+            out, err = self._process.communicate(60)
+            told = f"{out[-2000:]}\n{err[-5000:]}"
+            raise RuntimeError(f"{self._process.args[2:]} has ended:\n{told}") from None
+
+    def close(self) -> None:
+        self._control.close()
+        self._process.wait(60)
+
+
 def run(
     module: str, *arguments: str, timeout: float, check: bool = False, **options: Any
 ) -> subprocess.CompletedProcess[str]:

@@ -8,18 +8,22 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from tests import forked_server
 from tests.processes import Process
 
-START_SECONDS = 240  # half a minute on a free core
+# Less than a test's time limit, so that a server that hangs is told with its log, or a request that
+# it does not answer with its path: half a minute on a free core, and a second.
+START_SECONDS = 200
+WAITS: dict[str, Any] = {"patience": 20.0, "timeout": 60.0}
 
 
 class RunningServer:
     """An `opd serve` of `model`; its files are in `folder`, where servers share a key.
 
-    Started as a user starts it, or forked from a warm parent, which has read its environment and
-    imported PyTorch before (see `tests/processes.py`), and then itself forked for its engine (see
-    `tests/forked_server.py`).
+    Started as a user starts it, or forked from a process that has imported PyTorch and vLLM, and
+    read the environment, before; see `tests/forked_server.py`.
     """
 
     def __init__(
@@ -38,7 +42,8 @@ class RunningServer:
         with self.log.open("w") as log:
             self.process: Process | subprocess.Popen[bytes]
             if self._warm:
-                self.process = Process("tests.forked_server", *words, stdout=log, stderr=log)
+                parent = forked_server.parent()
+                self.process = parent.fork("tests.forked_server", *words, stdout=log, stderr=log)
             else:
                 self.process = subprocess.Popen(
                     [sys.executable, "-m", "opd_lightning", *words], stdout=log, stderr=log

@@ -16,7 +16,7 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -108,6 +108,14 @@ def serve(*clients: socket.socket, listener: socket.socket | None = None) -> dic
         return request
 
 
+def serve_stdin() -> None:
+    """Serve the client whose connection is the standard input; return in its children alone."""
+    with socket.socket(fileno=os.dup(0)) as control:
+        request = serve(control)
+    if request is None:
+        os._exit(0)
+
+
 def _accepted(listener: socket.socket) -> list[socket.socket]:
     """Return the next connection, unless it is another user's: names of sockets are for all."""
     client = listener.accept()[0]
@@ -179,11 +187,18 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     np.random.seed()
 
 
-def _main() -> None:
-    for name in PRELOADED:
+def import_all(names: Iterable[str]) -> None:
+    """Import modules without garbage collections, and leave what they made out of later ones."""
+    gc.disable()
+    for name in names:
         import_module(name)
+    gc.freeze()
+    gc.enable()
+
+
+def _main() -> None:
+    import_all(PRELOADED)
     with socket.socket(fileno=int(sys.argv[1])) as listener:
-        gc.freeze()  # or every collection below would pass over all that is loaded
         _read_signatures()
         request = serve(listener=listener)
     if request is not None:

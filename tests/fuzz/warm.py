@@ -12,7 +12,6 @@ import functools
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -40,11 +39,7 @@ class Warm:
     """
 
     def __init__(self, *words: str, stop: str, cwd: Path) -> None:
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._parent = processes.Process(
-                __name__, stop, *words, cwd=cwd, stdin=theirs.fileno(), env=_environment(cwd)
-            )
+        self._parent = processes.Prepared(__name__, stop, *words, cwd=cwd, env=_environment(cwd))
 
     def run(
         self,
@@ -68,16 +63,9 @@ class Warm:
         (folder / "tmp").mkdir(exist_ok=True)
         before = files(folder.parent)
         environment = {**_environment(folder), **(env or {}), "FUZZ_SECONDS": str(int(seconds))}
-        try:
-            process = processes.Process(
-                __name__, *words, cwd=folder, env=environment, start_new_session=True,
-                parent=self._control,
-            )  # fmt: skip
-        except RuntimeError:
-            out, err = self._parent.communicate(60)
-            raise RuntimeError(
-                f"the warm process has ended:\n{out[-2000:]}\n{err[-5000:]}"
-            ) from None
+        process = self._parent.fork(
+            __name__, *words, cwd=folder, env=environment, start_new_session=True
+        )
         late = False
         try:
             process.wait(seconds * WALL)
@@ -99,8 +87,7 @@ class Warm:
         )
 
     def close(self) -> None:
-        self._control.close()
-        self._parent.wait(60)
+        self._parent.close()
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -114,10 +101,7 @@ def _environment(folder: Path) -> dict[str, str]:
 
 def _wait() -> list[str]:
     """Wait until an input comes; return its words, in the process that is forked for it."""
-    with socket.socket(fileno=os.dup(0)) as control:
-        request = warm_parent.serve(control)
-    if request is None:
-        os._exit(0)
+    warm_parent.serve_stdin()
     _limit(int(os.environ["FUZZ_SECONDS"]))
     return sys.argv[1:]
 

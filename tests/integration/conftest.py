@@ -12,7 +12,7 @@ from opd_lightning.errors import UserError
 from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts import Sampling, VLLMServerEngine
 from tests.engine_contract import MAX_LENGTH, REQUESTS, assert_scored_by, reference_model
-from tests.servers import RunningServer
+from tests.servers import WAITS, RunningServer
 
 # A low limit, so that long prompts are computed in chunks.
 CHUNKS = '{"max_num_batched_tokens": 64, "enable_chunked_prefill": true}'
@@ -44,7 +44,8 @@ def _rollout_server(
     tiny_model_dir: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
     options = ("--weights", "pushed", "--max_length", str(MAX_LENGTH))
-    server = RunningServer(tiny_model_dir(), tmp_path_factory.mktemp("server"), *options)
+    folder = tmp_path_factory.mktemp("server")
+    server = RunningServer(tiny_model_dir(), folder, *options, warm=True)
     try:
         _check_first_weights(server.wait(), tiny_model_dir())
         yield server
@@ -54,7 +55,7 @@ def _rollout_server(
 
 def _check_first_weights(server: RunningServer, folder: Path) -> None:
     """Check the server's log-probs before any push."""
-    engine = VLLMServerEngine([server.url], key_file=str(server.key_file))
+    engine = VLLMServerEngine([server.url], key_file=str(server.key_file), **WAITS)
     engine.start(ModelSource(str(folder)), max_length=MAX_LENGTH)
     assert engine.version == -1
     greedy = Sampling(temperature=0.0, max_new_tokens=8)

@@ -31,7 +31,7 @@ from tests.engine_contract import (
     whole_and_nucleus,
 )
 from tests.processes import call_ranks
-from tests.servers import RunningServer, is_running
+from tests.servers import WAITS, RunningServer, is_running
 
 pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def engine_of(server: RunningServer, folder: Path, **options: Any) -> VLLMServer
         [str(server.address_file)],
         key_file=str(server.key_file),
         push_folder=str(folder / "push"),
-        patience=20.0,
+        **WAITS,
         **options,
     )
 
@@ -101,6 +101,10 @@ class TestVLLMServerEngine(EngineContract):
         self, engine: Engine, model: Any, sampling: Sampling
     ) -> None:
         super().test_frequencies_match_the_distribution(engine, model, sampling)
+
+    @pytest.mark.slow  # hundreds of requests
+    def test_an_eos_on_the_last_token_is_an_eos(self, engine: Engine) -> None:
+        super().test_an_eos_on_the_last_token_is_an_eos(engine)
 
 
 def test_its_log_has_no_bars(server: RunningServer) -> None:
@@ -221,7 +225,7 @@ def test_a_run_on_wrong_servers_ends_before_weights_load(
 
 def _rank(rank: int, rendezvous: str, address: str, key: str, push: str, models: Any) -> None:
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-    engine = VLLMServerEngine([address], key_file=key, push_folder=push, patience=20.0)
+    engine = VLLMServerEngine([address], key_file=key, push_folder=push, **WAITS)
     engine.start(ModelSource(str(models[0])), max_length=MAX_LENGTH)
     for version, folder in enumerate((models[1], models[0])):
         model = reference_model(folder)
