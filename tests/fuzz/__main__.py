@@ -114,7 +114,7 @@ def keep(folder: Path, name: str, given: Input, rule: str) -> Path:
 
 
 def fuzz(
-    name: str,
+    fuzzer: Fuzzer,
     *,
     seed: int = 0,
     seconds: float | None = None,
@@ -126,7 +126,7 @@ def fuzz(
     """Run inputs of a kind until time or number is reached.
 
     Args:
-        name: The kind.
+        fuzzer: Of the kind.
         seed: Decides all inputs.
         seconds: Begin no further input after this time; None for no end.
         inputs: The number of inputs; None for no end.
@@ -134,28 +134,27 @@ def fuzz(
         folder: Where inputs that break a rule are kept; None keeps none.
         loud: Whether every outcome is printed.
     """
-    tally = Tally()
-    with Fuzzer(name) as fuzzer:
-        until = time.monotonic() + seconds if seconds else None
-        number = 0
-        while inputs is None or number < inputs:
-            if until and time.monotonic() > until:
-                break
-            if numbers is not None and number >= len(numbers):
-                break
-            place = number if numbers is None else numbers[number]
-            number += 1
-            given = fuzzer.make(seed, place)
-            outcome, found = fuzzer.run(given)
-            tally.add(outcome, found[0] if found else None)
-            if loud:
-                said = [*outcome.err, *(outcome.out if outcome.accepted else ())]
-                print(f"{name}:{place} {given.what}\n  exit {outcome.code}: " + "\n  ".join(said))
-            if found:
-                rule, why = found
-                print(f"{name}:{place} {rule}: {given.what}: {why}", flush=True)
-                if folder:
-                    keep(folder, name, given, rule)
+    tally, name = Tally(), fuzzer.kind.name
+    until = time.monotonic() + seconds if seconds else None
+    number = 0
+    while inputs is None or number < inputs:
+        if until and time.monotonic() > until:
+            break
+        if numbers is not None and number >= len(numbers):
+            break
+        place = number if numbers is None else numbers[number]
+        number += 1
+        given = fuzzer.make(seed, place)
+        outcome, found = fuzzer.run(given)
+        tally.add(outcome, found[0] if found else None)
+        if loud:
+            said = [*outcome.err, *(outcome.out if outcome.accepted else ())]
+            print(f"{name}:{place} {given.what}\n  exit {outcome.code}: " + "\n  ".join(said))
+        if found:
+            rule, why = found
+            print(f"{name}:{place} {rule}: {given.what}: {why}", flush=True)
+            if folder:
+                keep(folder, name, given, rule)
     return tally
 
 
@@ -180,15 +179,16 @@ def main() -> None:
         given.seconds = 60.0
     rows, failed = [], False
     for name in chosen:
-        tally = fuzz(
-            name,
-            seed=given.seed,
-            seconds=given.seconds,
-            inputs=given.inputs,
-            numbers=numbers,
-            folder=None if numbers else given.keep,
-            loud=given.loud or numbers is not None,
-        )
+        with Fuzzer(name) as fuzzer:
+            tally = fuzz(
+                fuzzer,
+                seed=given.seed,
+                seconds=given.seconds,
+                inputs=given.inputs,
+                numbers=numbers,
+                folder=None if numbers else given.keep,
+                loud=given.loud or numbers is not None,
+            )
         rows.append(tally.row(name))
         failed |= bool(tally.rules)
     print(HEAD, *rows, sep="\n")

@@ -1,6 +1,6 @@
-"""A program: `many_ranks LAYOUT PART FILE` trains in the untrained lab it is run in.
+"""A program: `many_ranks LAYOUT FILE PART...` trains in the untrained lab it is run in.
 
-In all the ways of a part, over the processes of a layout. Rank 0 writes what it recorded.
+In all the ways of the parts, over the processes of a layout. Rank 0 writes what it recorded.
 """
 
 from __future__ import annotations
@@ -177,13 +177,15 @@ def resumed(layout: Layout, path: str, *, folder: bool) -> dict[str, Any]:
     return {"unbroken": train(whole_run, layout), "first": first, "second": second}
 
 
-def main(name: str, part: str, file: str) -> None:
+def main(name: str, file: str, *parts: str) -> None:
     warnings.filterwarnings("ignore")
     layout = LAYOUTS[name]
-    if part in SAVED_AS:
-        found = resumed(layout, f"{name}-{part}", folder=part == "shards")
-    else:
-        found = {key: train(way, layout) for key, way in ways(PROMPTS)[part].items()}
+    found = {
+        part: resumed(layout, f"{name}-{part}", folder=part == "shards")
+        if part in SAVED_AS
+        else {key: train(way, layout) for key, way in ways(PROMPTS)[part].items()}
+        for part in parts
+    }
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(found, file)
     if dist.is_initialized():  # gloo's threads may abort a process that leaves first
@@ -192,4 +194,4 @@ def main(name: str, part: str, file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:])

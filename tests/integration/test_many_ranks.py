@@ -28,28 +28,32 @@ HELD = {"ddp": 1.0, "ddp, unused": 1.0, **SHARDED}
 RANKS = {"one": 1, "ddp": 2, "ddp, unused": 2, "fsdp2": 2, "fsdp2, 1": 2, "hsdp": 4}
 # Layouts by part. With DDP, runs of other tests are compared with those of one process: see
 # test_collapse.py, test_checkpoint_ranks.py and test_measuring_ranks.py.
-QUICK = {"core": ("one", "fsdp2"), "start": ("one", "fsdp2")}
+QUICK = {"core": ("one", "fsdp2"), "start": ("one", "fsdp2"), "shards": ("fsdp2",)}
 TIMING = ("time/", "cost/", "tokens_per_second")
 
 Found = dict[str, Any]
 
 
 class Runs:
-    """Starts the script for what nobody has asked for yet, and remembers the answer."""
+    """Starts the script for what nobody has asked for yet, and remembers the answer.
+
+    The quick parts of a layout share its processes, which import the tasks' library once.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder  # where runs leave their checkpoints
-        self._found: dict[str, dict[str, Found]] = {}
+        self._found: dict[str, dict[str, dict[str, Found]]] = {layout: {} for layout in RANKS}
 
     def __call__(self, layout: str, part: str) -> dict[str, Found]:
         """What was found by way."""
-        key = f"{part} {layout}"
-        if key not in self._found:
-            words = (layout, part, "found.pt")
-            count = RANKS[layout]
+        found = self._found[layout]
+        if part not in found:
+            quick = [name for name, layouts in QUICK.items() if layout in layouts]
+            parts = quick if part in quick else [part]
+            words, count = (layout, "found.pt", *parts), RANKS[layout]
             processes.run_ranks(SCRIPT, *words, count=count, cwd=self.folder, timeout=500)
-            self._found[key] = torch.load(self.folder / "found.pt", weights_only=True)
-        return self._found[key]
+            found |= torch.load(self.folder / "found.pt", weights_only=True)
+        return found[part]
 
 
 @pytest.fixture(scope="module")
@@ -191,13 +195,7 @@ def test_layers_are_gathered_in_bfloat16_under_autocast(runs: Runs, layout: str,
         )
 
 
-CHECKPOINTS = [
-    pytest.param(
-        layout, kind, marks=[] if (layout, kind) == ("fsdp2", "shards") else pytest.mark.slow
-    )
-    for layout in ("fsdp2", "hsdp")
-    for kind in SAVED_AS
-]
+CHECKPOINTS = [of(layout, kind) for layout in ("fsdp2", "hsdp") for kind in SAVED_AS]
 
 
 @pytest.mark.parametrize(("layout", "kind"), CHECKPOINTS)
