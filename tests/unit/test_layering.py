@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import callbacks
+from tests.sources import parsed
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "opd_lightning"
@@ -45,11 +46,6 @@ ROOMS = [
 # Old paths of classes that configurations name; nothing of ours imports them.
 SHIMS = {"student", "hsdp"}
 LONG, TOO_LONG = 300, 400  # lines
-
-
-@cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
 
 
 @cache

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from tests.metrics_page import listed, unlisted
+from tests.sources import parsed
 
 PACKAGE = Path(__file__).parents[2] / "opd_lightning"
 
 
 def names_in(package: str) -> set[str]:
     """Return the strings of a package's code that are names of figures, `group/name`."""
-    trees = [ast.parse(path.read_text()) for path in (PACKAGE / package).glob("*.py")]
+    trees = [parsed(path) for path in (PACKAGE / package).glob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     parts = {part for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
     strings = {

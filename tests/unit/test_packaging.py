@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sources import parsed
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = {"opd_lightning", "callbacks"}
@@ -40,7 +42,7 @@ def imported() -> dict[str, set[str]]:
     """Return top-level names outside the standard library, with the files that import them."""
     found: dict[str, set[str]] = {}
     for path in (p for package in OURS for p in (ROOT / package).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             names: list[str] = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.sources import parsed
+
 ROOT = Path(__file__).parents[2]
 LIST: dict[str, dict[str, dict[str, str]]] = yaml.safe_load(
     (ROOT / "tests" / "private_names.yaml").read_text()
@@ -39,7 +41,7 @@ LISTED = sorted({name for section in LIST.values() for names in section.values()
 def trees() -> dict[str, ast.Module]:
     """Return our files, parsed, by their paths."""
     return {
-        str(path.relative_to(ROOT)): ast.parse(path.read_text())
+        str(path.relative_to(ROOT)): parsed(path)
         for package in ("opd_lightning", "callbacks")
         for path in sorted((ROOT / package).rglob("*.py"))
     }
