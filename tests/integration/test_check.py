@@ -159,9 +159,9 @@ def test_a_good_configuration(check: Check) -> None:
     assert findings["time (estimate)"]["values"]["step_seconds"] > 0
 
 
-def test_a_budget_of_positions_is_reckoned_with(check: Check) -> None:
+def test_a_budget_of_positions_is_reckoned_with(look: Look) -> None:
     """Eight rollouts of 11 to 19 positions: two or three in a micro-batch."""
-    findings = by_subject(check("--data.max_tokens_per_micro_batch=40"))
+    findings = by_subject(look(max_tokens_per_micro_batch=40))
     assert findings["tokens (estimate)"]["values"]["micro_batches"] in (3, 4)
     assert "at most 40 positions" in findings["tokens (estimate)"]["found"]
 

@@ -66,6 +66,7 @@ def fit(steps: int, *more: str) -> None:
     main(["fit", "--config", CONFIG, *FAST, f"--trainer.max_steps={steps}", *more])
 
 
+@pytest.mark.slow  # a logger that numbers its folders is tested below
 @pytest.mark.usefixtures("in_lab")
 def test_behind_a_logger_that_names_each_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

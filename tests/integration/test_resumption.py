@@ -21,15 +21,11 @@ PHASES: dict[str, Any] = {
 
 # How runs differ from the settings, which have an EMA teacher, a one-cycle schedule, early
 # stopping, and checkpoints of best loss and best score; and which checkpoints are tried.
-ON_VLLM = [pytest.mark.vllm, pytest.mark.slow]
 WAYS = [
-    pytest.param(CONFIG, {}, slice(4, 5), id="plain"),  # step 4
-    pytest.param(CONFIG, {}, slice(None), id="plain, all", marks=pytest.mark.slow),
-    pytest.param(
-        CONFIG, {"data__max_staleness": 1}, slice(3, 6, 2), id="stale", marks=pytest.mark.slow
-    ),
-    pytest.param(SG_OPD, PHASES, slice(3, 6, 2), id="phases", marks=pytest.mark.slow),
-    pytest.param(CONFIG, {"data__engine": VLLM}, slice(3, 6, 2), id="vllm", marks=ON_VLLM),
+    pytest.param(CONFIG, {}, slice(None), id="plain"),
+    pytest.param(CONFIG, {"data__max_staleness": 1}, slice(3, 6, 2), id="stale"),
+    pytest.param(SG_OPD, PHASES, slice(3, 6, 2), id="phases"),
+    pytest.param(CONFIG, {"data__engine": VLLM}, slice(3, 6, 2), id="vllm", marks=pytest.mark.vllm),
 ]
 
 
@@ -38,6 +34,7 @@ def fit(config: Path, *more: str) -> None:
     main(["fit", "--config", str(config), "--config", "settings.yaml", *more])
 
 
+@pytest.mark.slow  # test_killed.py compares a run that goes on from its last checkpoint
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("config", "changes", "tried"), WAYS)
 def test_a_run_goes_on_bit_for_bit_from_any_checkpoint(

@@ -192,6 +192,7 @@ def paused(folder: Path) -> bool:
     return all((folder / f"waits-{rank}").exists() for rank in (0, 1))
 
 
+@pytest.mark.slow  # the line of one process is tested above, two processes below
 def test_several_processes_save_nothing_on_their_own(untrained_lab: Path, tmp_path: Path) -> None:
     run = begin(untrained_lab, tmp_path, [PAUSE], count=2)
     until(lambda: paused(tmp_path), "the pause")
@@ -228,7 +229,7 @@ def noisy(folder: Path, seed: int, *callbacks: Any, ckpt_path: str | None = None
         FrozenTeacher("lab/arithmetic/teacher"),
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
     )
-    fit(module, steps=4, micro_batches=PARTS, callbacks=[saver, *callbacks], ckpt_path=ckpt_path)
+    fit(module, steps=3, micro_batches=PARTS, callbacks=[saver, *callbacks], ckpt_path=ckpt_path)
     return weights(module)
 
 

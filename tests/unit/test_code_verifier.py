@@ -18,7 +18,7 @@ from opd_lightning.verifiers.code.tests import parse_tests, program_of, same_out
 
 DOUBLE = "def f(x):\n    return x * 2\n"
 TESTS = "assert f(2) == 4\nassert f([1]) == [1, 1]"
-LIMIT = 1.0
+LIMIT = 0.5
 
 
 def prompt(answer: str, number: int = 0) -> Prompt:

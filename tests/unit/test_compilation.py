@@ -47,8 +47,9 @@ def gradients(student: Student) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
+# The second has layers of two kinds.
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("name", [pytest.param("qwen3", marks=pytest.mark.slow), "gemma3_text"])
 def test_a_compiled_student(
     name: str, checkpointing: bool, tmp_path: Path, traced: CompileCounter
 ) -> None:

@@ -15,7 +15,7 @@ from tests.processes import call_ranks
 
 def end(rank: int, rendezvous: str, lines: tuple[str, str], folder: Path) -> None:
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-    processes_module.PATIENCE = 2.0 if "alone" in lines[rank] else 60.0
+    processes_module.PATIENCE = 0.5 if "alone" in lines[rank] else 60.0
     ending = Ending(lines[rank])
     answer = (ending.is_first, ending.wait_for_all())
     (folder / f"{rank}.json").write_text(json.dumps(answer))
