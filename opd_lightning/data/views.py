@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -22,9 +22,21 @@ log = logging.getLogger(__name__)
 
 _TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
+
+class Late(NamedTuple):
+    """What views may say of a response, known only after the responses are verified."""
+
+    attempt: str | None = None  # the response itself
+    reward: float | None = None  # its score
+    peer: str | None = None  # another response of the student's to the prompt that succeeded
+    peer_failure: str | None = None  # one that failed
+    feedback: str | None = None  # the verifier's, on this response
+
+
 # Names that a template may read, and those known only after the responses are verified.
-VARIABLES = frozenset({"question", "privileged", "answer", "response", "peer", "feedback"})
-LATE = frozenset({"peer", "feedback"})
+LATE = frozenset(Late._fields)
+VARIABLES = frozenset({"question", "privileged", "answer", "response"}) | LATE
+RESPONSES = frozenset({"attempt", "peer", "peer_failure"})  # of the student's sampling budget
 
 _compiled = cache(_TEMPLATES.from_string)  # 0.5 ms a template
 
@@ -37,19 +49,28 @@ class PromptView:
 
     Args:
         template: Jinja text over `question` (the last user message), `privileged`, `answer` and
-            `response` (columns of the row), `peer` (another response to the prompt that the
-            verifier accepted) and `feedback` (the verifier's, on this response). If a template
-            reads `peer` or `feedback` and none of those it reads is known, or the text is too long
-            for the models' context, the row has no such view.
+            `response` (columns of the row), and what is known of the row's response: `attempt`
+            (its text), `reward` (its score, a number), `peer` and `peer_failure` (the student's
+            first other response to the prompt that scores at least 0.5, or less) and `feedback`
+            (the verifier's). If a template reads any of these but `attempt` and none of those it
+            reads is known, or the text is too long for the models' context, the row has no such
+            view. Peers are shown without their <think> part.
         place: "system" makes the text a system message, after an existing one; "user" replaces
             the last user message, which the template may quote as `{{ question }}`. An empty
             text leaves the prompt unchanged.
+        late_characters: Longest `attempt`, `peer`, `peer_failure` and `feedback`, of which the
+            first so many characters are shown; None shows all.
     """
 
     template: str = "{{ privileged }}"
     place: Literal["system", "user"] = "system"
+    late_characters: int | None = None
 
     def __post_init__(self) -> None:
+        if self.late_characters is not None and self.late_characters < 1:
+            raise UserError(
+                f"data.views: late_characters is {self.late_characters}, expected at least 1"
+            )
         try:
             unknown = self.variables - VARIABLES
         except (TemplateError, TimeoutError) as error:
@@ -75,12 +96,17 @@ class PromptView:
         """Return whether the view depends on the responses."""
         return bool(self.variables & LATE)
 
-    def messages(
-        self, prompt: Prompt, peer: str | None = None, feedback: str | None = None
-    ) -> tuple[Message, ...] | None:
+    @property
+    def late_responses(self) -> int:
+        """Return how many texts as long as a response the view may add to the prompt."""
+        read = len(self.variables & RESPONSES)
+        return read or int("feedback" in self.variables)
+
+    def messages(self, prompt: Prompt, late: Late = Late()) -> tuple[Message, ...] | None:  # noqa: B008
         """Return the prompt's messages under this view; None if it has none."""
-        late = {"peer": peer and _THINKING.sub("", peer), "feedback": feedback}
-        if self.is_late and not any(late[name] for name in self.variables & LATE):
+        shown = {name: self._shown(name, value) for name, value in late._asdict().items()}
+        needed = self.variables & LATE - {"attempt"}
+        if needed and all(shown[name] in (None, "") for name in needed):
             return None
         own = {name: getattr(prompt, name) for name in ("privileged", "answer", "response")}
         for name in sorted(self.variables & own.keys()):
@@ -92,7 +118,7 @@ class PromptView:
         users = [i for i, message in enumerate(prompt.messages) if message["role"] == "user"]
         question = prompt.messages[users[-1]]["content"] if users else ""
         try:
-            text = bounded(lambda: self._render(question=question, **own, **late))
+            text = bounded(lambda: self._render(question=question, **own, **shown))
         except Exception as error:  # whatever the template's expressions raise
             raise UserError(
                 f"{prompt.origin or prompt.id}: data.views: {self.template[:100]!r} cannot be "
@@ -100,7 +126,14 @@ class PromptView:
             ) from error
         return self._placed(text, prompt, users)
 
-    def _render(self, **variables: str | None) -> str:
+    def _shown(self, name: str, value: str | float | None) -> str | float | None:
+        """Return a late value as templates read it."""
+        if not isinstance(value, str):
+            return value
+        text = value if name in ("attempt", "feedback") else _THINKING.sub("", value)
+        return text[: self.late_characters]
+
+    def _render(self, **variables: str | float | None) -> str:
         return _compiled(self.template).render(**variables)
 
     def _placed(self, text: str, prompt: Prompt, users: Sequence[int]) -> tuple[Message, ...]:
@@ -222,14 +255,12 @@ class Renderer:
                 f"message, of role {shape[-1]!r}; change the template (student.chat_template)"
             )
 
-    def view(
-        self, name: str, prompt: Prompt, peer: str | None = None, feedback: str | None = None
-    ) -> list[int] | None:
+    def view(self, name: str, prompt: Prompt, late: Late = Late()) -> list[int] | None:  # noqa: B008
         """Return the ids under a named view; None where the prompt has no such view."""
         view = self.views[name]
         if not view.is_late and (name, prompt.id) in self._early:
             return self._early[name, prompt.id].tolist()
-        messages = view.messages(prompt, peer, feedback)
+        messages = view.messages(prompt, late)
         if messages is None:
             return None
         ids = render(prompt, self.tokenizer, self.template_args, messages)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from opd_lightning.data.views import Renderer
+from opd_lightning.data.views import Late, Renderer
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.time_limit import TimeLimit
 from opd_lightning.timing import StepTimer
@@ -19,7 +19,8 @@ from opd_lightning.verifiers.base import Verifier, checked_rewards
 
 log = logging.getLogger(__name__)
 
-# A response with at least this reward is shown to the others of its group as a `peer`.
+# A response with at least this reward is shown to the others of its group as a `peer`, one with
+# less as a `peer_failure`.
 PEER_REWARD = 0.5
 
 
@@ -89,9 +90,12 @@ class RolloutWriter:
                 if self.renderer.reads_feedback:
                     feedback = self.verifier.feedback(prompts, texts)
             groups = _groups(rows, rewards)
-            peers = [self._peer(i, rows, groups, rewards, texts) for i in range(len(rows))]
             views = [
-                self._views(row.prompt, peers[i], feedback[i], completions[i].response_ids)
+                self._views(
+                    row.prompt,
+                    self._late(i, rows, groups, rewards, texts)._replace(feedback=feedback[i]),
+                    completions[i].response_ids,
+                )
                 for i, row in enumerate(rows)
             ]
             return [
@@ -152,13 +156,9 @@ class RolloutWriter:
         stop_reason = StopReason.EOS if ended else StopReason.LENGTH
         return Completion(ids, [float("nan")] * len(ids), stop_reason)
 
-    def _views(
-        self, prompt: Prompt, peer: str | None, feedback: str | None, response_ids: Sequence[int]
-    ) -> _Views:
+    def _views(self, prompt: Prompt, late: Late, response_ids: Sequence[int]) -> _Views:
         """Render the views of a response, without those that exceed the models' context."""
-        ids = {
-            name: self.renderer.view(name, prompt, peer, feedback) for name in self.renderer.views
-        }
+        ids = {name: self.renderer.view(name, prompt, late) for name in self.renderer.views}
         too_long = tuple(
             name
             for name, seen in ids.items()
@@ -178,17 +178,22 @@ class RolloutWriter:
             )
         return _Views(ids | dict.fromkeys(too_long), too_long)
 
-    def _peer(
+    def _late(
         self,
         mine: int,
         rows: Sequence[Row],
         groups: Mapping[int, _Group],
         rewards: Sequence[float],
         texts: Sequence[str],
-    ) -> str | None:
-        """Return the first other response of the student to the prompt with a high reward."""
-        others = (i for i in groups[rows[mine].group].members if i != mine)
-        return next((texts[i] for i in others if rewards[i] >= PEER_REWARD), None)
+    ) -> Late:
+        """Return what is known of a response, without the verifier's feedback."""
+        others = [i for i in groups[rows[mine].group].members if i != mine]
+        return Late(
+            attempt=texts[mine],
+            reward=None if math.isnan(rewards[mine]) else rewards[mine],
+            peer=next((texts[i] for i in others if rewards[i] >= PEER_REWARD), None),
+            peer_failure=next((texts[i] for i in others if rewards[i] < PEER_REWARD), None),
+        )
 
     def _drops(self, author: Author, reward: float) -> bool:
         return self.only_correct and author is Author.TEACHER and not reward >= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from opd_lightning.data.views import LATE, RESPONSES
 from opd_lightning.errors import UserError
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.tokenization import check_spelling
@@ -95,6 +97,7 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
             f"{' or '.join(sorted(fits))}: the sampler must be told what {name}'s teacher is told, "
             "and before there are responses"
         )
+    _check_late_views(data, sorted(module.views()))
     parts = [part for teacher in module.teachers() for part in teacher.parts()]
     offloaded = [part for part in parts if isinstance(part, FrozenTeacher) and part.offload]
     if offloaded and _shards(trainer):
@@ -199,6 +202,22 @@ def _check_prepared(module: DistillationModule, data: RolloutDataModule) -> None
                     f"data.views: {ask.view!r} depends on how responses are verified, which a "
                     f"{kind} cannot know in advance; name the teacher itself"
                 )
+
+
+def _check_late_views(data: RolloutDataModule, names: Sequence[str]) -> None:
+    """Check that what the templates of late views read can be known of some response."""
+    for name in names:
+        read = data.views[name].variables & LATE - {"attempt"}
+        if read and data.verifier is None:
+            raise UserError(
+                f"data.verifier: got nothing, but the view {name!r} reads {min(read)!r}, which "
+                "comes from one; name a verifier, or change the template"
+            )
+        if read and read <= RESPONSES and data.samples_per_prompt < 2:
+            raise UserError(
+                f"data.samples_per_prompt: got {data.samples_per_prompt}, but the view {name!r} "
+                f"reads {min(read)!r}, another response to the prompt; expected at least 2"
+            )
 
 
 def check_step_size(trainer: Trainer, data: RolloutDataModule) -> None:

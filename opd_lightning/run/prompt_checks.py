@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from opd_lightning.data.mix import RolloutMix, TeacherSampler
-from opd_lightning.data.views import Renderer
+from opd_lightning.data.views import Late, Renderer
 from opd_lightning.errors import UserError
 from opd_lightning.rollouts.base import Sampling
 from opd_lightning.run.configuration import teacher_sources
@@ -15,6 +16,9 @@ from opd_lightning.types import Prompt
 
 if TYPE_CHECKING:
     from opd_lightning.training.base import DistillationModule
+
+# Late variables whose own length is negligible.
+_KNOWN = Late(attempt="?", reward=1.0, peer="?", peer_failure="?", feedback="?")
 
 
 class PromptCheck:
@@ -68,16 +72,16 @@ class PromptCheck:
         what, budget = max(budgets.items(), key=lambda item: item[1])
         longest = positions = len(ids)
         for name, view in self.renderer.views.items():
-            # A peer's response may have the maximum length.
-            peer = "?" if view.is_late else None
-            seen = self.renderer.view(name, prompt, peer, peer) or []
+            seen = self.renderer.view(name, prompt, _KNOWN if view.is_late else Late()) or []
             if seen == ids and not view.is_late and view.messages(prompt) != prompt.messages:
                 raise UserError(
                     f"{prompt.origin or prompt.id}: the view {name!r} renders as the prompt alone: "
                     f"the chat template leaves out its {view.place} message; change its place in "
                     "data.views, or the template"
                 )
-            late = self.sampling.max_new_tokens if view.is_late else 0
+            # A peer's response may have the maximum length; a token is about a character or more.
+            length = min(self.sampling.max_new_tokens, view.late_characters or math.inf)
+            late = view.late_responses * int(length)
             longest = max(longest, len(seen) + late)
             positions += (len(seen) or len(ids)) + late
         if longest + budget > self.context:

@@ -45,6 +45,15 @@ def test_views_must_exist(refusal: Refusal) -> None:
     assert "data.views: got privileged, but OPSDK1 reads the view 'secret'" in line
 
 
+def test_what_late_views_read_must_come_from_somewhere(refusal: Refusal) -> None:
+    for template in ("{{ attempt }} {{ reward }}", "{{ peer_failure }}"):
+        views = {"late": PromptView(template=template)}
+        line = refusal(lambda: opsd(view="late"), views=views, verifier=None, **PAIRS)
+        assert line.startswith("data.verifier: got nothing, but the view 'late'")
+    line = refusal(lambda: opsd(view="late"), views=views)
+    assert line.startswith("data.samples_per_prompt: got 1, but the view 'late'")
+
+
 def test_privileged_text_must_be_there(refusal: Refusal) -> None:
     assert "train.jsonl:1: no 'privileged', which a view's template reads" in refusal(opsd)
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from opd_lightning.data.collate import collate
 from opd_lightning.data.mix import RolloutMix
-from opd_lightning.data.views import PromptView, Renderer
+from opd_lightning.data.views import Late, PromptView, Renderer
 from opd_lightning.data.writer import RolloutWriter, Row
 from opd_lightning.errors import UserError
 from opd_lightning.losses.advantage import group_advantage
@@ -38,8 +38,8 @@ PROMPT = Prompt(
 SYSTEM: dict[str, str] = {"role": "system", "content": "be good"}
 
 
-def contents(view: PromptView, prompt: Prompt = PROMPT, **late: str) -> list[tuple[str, str]]:
-    messages = view.messages(prompt, **late)
+def contents(view: PromptView, prompt: Prompt = PROMPT, **late: Any) -> list[tuple[str, str]]:
+    messages = view.messages(prompt, Late(**late))
     assert messages is not None
     return [(m["role"], m["content"]) for m in messages]
 
@@ -69,6 +69,24 @@ def test_late_views_need_what_is_late() -> None:
     view = PromptView(template="{% if peer %}see {{ peer }}{% endif %}")
     assert view.messages(PROMPT) is None
     assert contents(view, peer="<think>hm</think>\nx")[0] == ("system", "see x")
+
+
+def test_a_view_shows_the_attempt_and_its_reward() -> None:
+    """The attempt is always known; a reward of 0 is, and a missing one leaves no view."""
+    told = PromptView(template="{{ attempt }}: {{ 'right' if reward >= 0.5 else 'wrong' }}")
+    assert contents(told, attempt="x", reward=0.0)[0] == ("system", "x: wrong")
+    assert contents(told, attempt="x", reward=1.0)[0] == ("system", "x: right")
+    assert told.messages(PROMPT, Late(attempt="x")) is None
+    alone = PromptView(template="again: {{ attempt }}")
+    assert contents(alone, attempt="<think>a</think>b")[0][1] == "again: <think>a</think>b"
+    assert (told.late_responses, alone.late_responses, PromptView().late_responses) == (1, 1, 0)
+
+
+def test_late_texts_are_cut() -> None:
+    view = PromptView(template="{{ peer }}|{{ feedback }}|{{ question }}", late_characters=3)
+    assert contents(view, peer="<think>long</think>abcd", feedback="12345")[0][1] == "abc|123|who?"
+    with pytest.raises(UserError, match="late_characters"):
+        PromptView(late_characters=0)
 
 
 def test_templates_are_checked_when_they_are_written() -> None:
@@ -103,7 +121,11 @@ class Lengths(Verifier):
 
 
 def written(tokenizer: Any, authors: list[Author], **more: Any) -> list[Rollout]:
-    views = {"privileged": PromptView(), "peer": PromptView(template="see {{ peer }}")}
+    views = {
+        "privileged": PromptView(),
+        "peer": PromptView(template="see {{ peer }}"),
+        "both": PromptView(template="{{ peer_failure }}/{{ attempt }}/{{ reward }}"),
+    }
     renderer = Renderer(tokenizer, {}, views, (tokenizer.eos_token_id,))
     engine = FakeEngine()
     writer = RolloutWriter(
@@ -164,6 +186,13 @@ def test_peers_are_other_successes_of_the_students(tokenizer: Any) -> None:
             return_dict=False,
         )
         assert rollout.views["peer"] == ids
+        fails = (r.text for j, r in enumerate(rollouts[:6]) if r.reward < 0.5 and j != i)
+        text = f"{next(fails, None)}/{rollout.text}/{rollout.reward}"
+        assert rollout.views["both"] == tokenizer.apply_chat_template(
+            [{"role": "system", "content": text}, *PROMPT.messages],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
 
 
 class Verbose(Lengths):
