@@ -19,6 +19,10 @@ from opd_lightning.errors import UserError
 class Divergence(ABC):
     """Base of divergences between the next-token distributions of student and teacher."""
 
+    def at(self, step: int) -> Divergence:
+        """Return the divergence of an optimiser step: itself, unless it has a schedule."""
+        return self
+
     @abstractmethod
     def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         """Map `[..., V]`, `[..., V]` to `[...]` nats, with a gradient to the student only."""
@@ -55,22 +59,118 @@ class JSD(Divergence):
 
     Args:
         beta: Weight of the teacher in the mixture, from 0 to 1.
+        clip: Largest contribution of one token of the vocabulary to the sum, nats; above it the
+            contribution has no gradient. OPSD's code (2601.18734) had 0.05. None for no bound.
+    """
+
+    beta: float = 0.5
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_share(self)
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"JSD: clip is {self.clip}, expected more than 0, or null")
+
+    def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+        pairs = self._weighted_pairs(student_logprobs, teacher_logprobs)
+        if self.clip is None:
+            return torch.stack([weight * kl(p, q) for weight, p, q in pairs]).sum(dim=0)
+        terms = torch.stack([weight * kl_terms(p, q) for weight, p, q in pairs]).sum(dim=0)
+        return terms.clamp(max=self.clip).sum(dim=-1)
+
+    def _weighted_pairs(
+        self, student_logprobs: Tensor, teacher_logprobs: Tensor
+    ) -> list[tuple[float, Tensor, Tensor]]:
+        """Return the KLs that the divergence is the sum of: weight, and both `[..., V]`."""
+        if self.beta == 0:
+            return [(1.0, teacher_logprobs, student_logprobs)]
+        if self.beta == 1:
+            return [(1.0, student_logprobs, teacher_logprobs)]
+        middle = _log_mixture(student_logprobs, teacher_logprobs, self.beta)
+        return [
+            (self.beta, teacher_logprobs, middle),
+            (1 - self.beta, student_logprobs, middle),
+        ]
+
+
+@dataclass(frozen=True)
+class MixedKL(Divergence):
+    """`(1 - beta) KL(T || S) + beta KL(S || T)`: both directions, as in NeMo-RL's distillation.
+
+    Unlike `JSD` it compares with no mixture and is continuous in beta.
+
+    Args:
+        beta: Weight of the reverse KL, from 0 to 1.
     """
 
     beta: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta <= 1:
-            raise UserError(f"JSD: beta is {self.beta}, expected a number from 0 to 1")
+        _check_share(self)
 
     def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-        if self.beta == 0:
-            return kl(teacher_logprobs, student_logprobs)
-        if self.beta == 1:
-            return kl(student_logprobs, teacher_logprobs)
-        middle = _log_mixture(student_logprobs, teacher_logprobs, self.beta)
-        from_teacher = kl(teacher_logprobs, middle)
-        return self.beta * from_teacher + (1 - self.beta) * kl(student_logprobs, middle)
+        forward = kl(teacher_logprobs, student_logprobs)
+        return (1 - self.beta) * forward + self.beta * kl(student_logprobs, teacher_logprobs)
+
+
+@dataclass(frozen=True)
+class TokenwiseKL(Divergence):
+    """Both KLs, weighted for each token of the vocabulary (ToDi, 2505.16297; official code).
+
+        sum_v w(v) T(v) log(T(v) / S(v)) + (1 - w(v)) S(v) log(S(v) / T(v)),
+        w(v) = sigmoid(log(T(v) / S(v)))
+
+    w has no gradient. The forward part counts where the student is too low, the reverse part where
+    it is too high.
+    """
+
+    def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+        ratio = log_quotient(teacher_logprobs, student_logprobs).detach()
+        forward = ratio.sigmoid() * kl_terms(teacher_logprobs, student_logprobs)
+        reverse = (-ratio).sigmoid() * kl_terms(student_logprobs, teacher_logprobs)
+        return (forward + reverse).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class AlphaBetaDivergence(Divergence):
+    """alpha-beta divergence (ABKD, 2505.04560; official code).
+
+        -1 / (alpha beta) sum_v [T^alpha S^beta - (alpha T^(alpha + beta) + beta S^(alpha + beta))
+                                 / (alpha + beta)]
+
+    (1, 0) is the forward KL, (0, 1) the reverse KL, as limits; (1/2, 1/2) is four times the squared
+    Hellinger distance.
+
+    Args:
+        alpha: 0 or more; larger, it attends to tokens that the teacher finds probable.
+        beta: 0 or more, not with alpha 0; larger, to tokens that the student finds probable.
+    """
+
+    alpha: float
+    beta: float
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(
+                    f"AlphaBetaDivergence: {name} is {getattr(self, name)}, expected a finite "
+                    "number of 0 or more"
+                )
+        if self.alpha + self.beta == 0:
+            raise UserError(
+                "AlphaBetaDivergence: alpha and beta are 0, expected one of them to be more"
+            )
+
+    def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+        alpha, beta = self.alpha, self.beta
+        if beta == 0:
+            return _power_kl(teacher_logprobs, student_logprobs, alpha)
+        if alpha == 0:
+            return _power_kl(student_logprobs, teacher_logprobs, beta)
+        both = (alpha * teacher_logprobs + beta * student_logprobs).exp()
+        theirs, ours = (((alpha + beta) * x).exp() for x in (teacher_logprobs, student_logprobs))
+        mean = (alpha * theirs + beta * ours) / (alpha + beta)
+        return (mean - both).sum(dim=-1) / (alpha * beta)
 
 
 @dataclass(frozen=True)
@@ -173,13 +273,24 @@ def kl(p_logprobs: Tensor, q_logprobs: Tensor) -> Tensor:
     Tokens with p = 0 (log-prob -inf) add 0. Nothing is renormalised: on a part of the vocabulary
     the sum may be negative.
     """
-    return (p_logprobs.exp() * log_quotient(p_logprobs, q_logprobs)).sum(dim=-1)
+    return kl_terms(p_logprobs, q_logprobs).sum(dim=-1)
+
+
+def kl_terms(p_logprobs: Tensor, q_logprobs: Tensor) -> Tensor:
+    """Return the summands of `kl`, `[..., V]`."""
+    return p_logprobs.exp() * log_quotient(p_logprobs, q_logprobs)
 
 
 def log_quotient(p_logprobs: Tensor, q_logprobs: Tensor) -> Tensor:
     """Return `log p - log q`, `[..., V]`; 0 where p is 0, so that `p log(p / q)` is 0 there."""
     # Filled before the multiplication: 0 * inf is NaN, in the value and in the gradient.
     return (p_logprobs - q_logprobs).masked_fill_(p_logprobs == -torch.inf, 0.0)
+
+
+def _power_kl(p_logprobs: Tensor, q_logprobs: Tensor, power: float) -> Tensor:
+    """Compute `sum_v p^a log(p / q) + (q^a - p^a) / a`, `[..., V] -> [...]`; a is `power`."""
+    p, q = (power * p_logprobs).exp(), (power * q_logprobs).exp()
+    return (p * log_quotient(p_logprobs, q_logprobs) + (q - p) / power).sum(dim=-1)
 
 
 def _log_mixture(student_logprobs: Tensor, teacher_logprobs: Tensor, weight: float) -> Tensor:
@@ -193,6 +304,12 @@ def _log_mixture(student_logprobs: Tensor, teacher_logprobs: Tensor, weight: flo
     return torch.logaddexp(
         student_logprobs + math.log1p(-weight), teacher_logprobs + math.log(weight)
     )
+
+
+def _check_share(divergence: JSD | MixedKL) -> None:
+    if not 0 <= divergence.beta <= 1:
+        name = type(divergence).__name__
+        raise UserError(f"{name}: beta is {divergence.beta}, expected a number from 0 to 1")
 
 
 def _check_skew(divergence: SkewedForwardKL | SkewedReverseKL) -> None:

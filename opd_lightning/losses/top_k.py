@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
-from opd_lightning.losses.divergence import JSD, Divergence, ForwardKL, ReverseKL, kl, log_quotient
+from opd_lightning.losses.divergence import (
+    JSD,
+    Divergence,
+    ForwardKL,
+    MixedKL,
+    ReverseKL,
+    kl,
+    log_quotient,
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,7 @@ class TopK(Divergence):
         SDPO (2601.20802)        k 100, student, tail, jsd with beta 0.5
         EOPD (2603.07079)        k 16, teacher, teacher, forward
         verl forward_kl_topk     k 32, teacher, none, forward, clamp
+        NeMo-RL's distillation   k 64, teacher, renormalise, mixed
 
     `normalise: none` with `gradient: plain` and the reverse KL is biased and provided for study
     only. Its gradient is `sum_K S (log(S / T) + 1) grad log S`, which raises a token only if
@@ -38,21 +47,22 @@ class TopK(Divergence):
         normalise: "none" sums over K without normalising; "renormalise" scales both sides to sum
             to 1 on K and ignores the mass outside; "teacher" scales the teacher only; "tail" adds
             the mass outside K as one more token, which bounds the full divergence from below.
-        divergence: "reverse" is `S log(S / T)`, "forward" `T log(T / S)`, "jsd" see `JSD`.
+        divergence: "reverse" is `S log(S / T)`, "forward" `T log(T / S)`, "jsd" see `JSD`, "mixed"
+            see `MixedKL`.
         gradient: Of the reverse KL. "plain" differentiates both factors; "stop-gradient" is
             `S sg[log(S / T)]`; "corrected" is `S log(S / T) - S + T`, a loss of at least 0 with
             the same gradient, `sum_K S log(S / T) grad log S`. If both sides sum to 1, these three
             gradients are equal. "per-candidate" is a policy gradient of every token of K with the
             advantage `-w log(S / T)`, w the student renormalised on K: the gradient of
             "stop-gradient" divided by the student's mass on K.
-        beta: Beta of `JSD`, for "jsd" only; None uses its default.
+        beta: Beta of `JSD` or `MixedKL`, for "jsd" and "mixed" only; None uses its default.
         clamp: Raise negative sums to 0, as verl does; their gradient is then 0.
     """
 
     k: int
     support: Literal["student", "teacher", "intersection", "union"]
     normalise: Literal["none", "renormalise", "teacher", "tail"]
-    divergence: Literal["reverse", "forward", "jsd"] = "reverse"
+    divergence: Literal["reverse", "forward", "jsd", "mixed"] = "reverse"
     gradient: Literal["plain", "stop-gradient", "corrected", "per-candidate"] = "plain"
     beta: float | None = None
     clamp: bool = False
@@ -85,10 +95,10 @@ class TopK(Divergence):
                 f"TopK: clamp is true with normalise {self.normalise!r} and gradient "
                 f"{self.gradient!r}, expected normalise 'none' and gradient 'plain'"
             )
-        if self.beta is not None and self.divergence != "jsd":
+        if self.beta is not None and self.divergence not in ("jsd", "mixed"):
             raise UserError(
                 f"TopK: beta is {self.beta} with divergence {self.divergence!r}, expected it with "
-                "'jsd' only"
+                "'jsd' or 'mixed' only"
             )
         self._inner()  # raises if beta is out of range
 
@@ -153,6 +163,8 @@ class TopK(Divergence):
                 return ForwardKL()
             case "jsd":
                 return JSD() if self.beta is None else JSD(self.beta)
+            case "mixed":
+                return MixedKL() if self.beta is None else MixedKL(self.beta)
         assert_never(self.divergence)
 
 

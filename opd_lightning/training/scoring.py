@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.losses.alignment import in_groups
+from opd_lightning.losses.divergence import Divergence
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.models.head import Comparison
 from opd_lightning.models.student import LateComparison, Student, token_scores
@@ -58,6 +59,7 @@ def score_batch(
         sums_loss: Whether the loss is a multiple of the sum of the comparison named "loss", as far
             as is known. Nothing but time depends on it.
     """
+    comparisons = {name: _of_step(one, batch.totals.step) for name, one in comparisons.items()}
     compared = {
         compare.other: name for name, compare in comparisons.items() if compare.other is not None
     }
@@ -93,6 +95,26 @@ def score_batch(
     grouped = _in_groups(own.detach(), others)
     scored = Scored(batch=batch, student=own.detach(), others=grouped, values=detached)
     return BatchScores(scored, own, values, others)
+
+
+def mean_logprobs(student: Student, batches: Iterable[RolloutBatch]) -> list[float]:
+    """Return the student's mean log-prob of each rollout's tokens, nats; 0 without tokens."""
+    found: list[float] = []
+    with torch.no_grad():
+        for batch in batches:
+            total = student.score(batch).logprobs.sum(dim=1)
+            found += (total / batch.response_mask.sum(dim=1).clamp(min=1)).tolist()
+    return found
+
+
+def _of_step(compare: Compare, step: int) -> Compare:
+    """Return a comparison with the function of an optimiser step."""
+    function = compare.function
+    return (
+        compare._replace(function=function.at(step))
+        if isinstance(function, Divergence)
+        else compare
+    )
 
 
 def _in_groups(student: TokenScores, others: Mapping[str, TokenScores]) -> dict[str, TokenScores]:

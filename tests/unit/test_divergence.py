@@ -13,14 +13,19 @@ from opd_lightning.errors import UserError
 from opd_lightning.losses.divergence import (
     JSD,
     AdaptiveKL,
+    AlphaBetaDivergence,
     Divergence,
     ForwardKL,
+    MixedKL,
     ReverseKL,
     SkewedForwardKL,
     SkewedReverseKL,
+    TokenwiseKL,
     TotalVariation,
     reverse_kl,
 )
+from opd_lightning.losses.schedule import Linear
+from opd_lightning.losses.target import GeometricTarget
 from tests.toy import finite_difference
 
 VOCABULARY = 7
@@ -32,10 +37,17 @@ ALL: list[Divergence] = [
     *(SkewedReverseKL(alpha) for alpha in (0.0, 0.1, 0.7)),
     TotalVariation(),
     *(AdaptiveKL(head) for head in (0.0, 0.5, 1.0)),
+    JSD(0.5, clip=0.02),
+    MixedKL(0.3),
+    TokenwiseKL(),
+    *(AlphaBetaDivergence(a, b) for a, b in ((1.0, 0.0), (0.0, 1.0), (0.3, 0.6), (1.2, 0.5))),
+    GeometricTarget(0.5),
+    GeometricTarget(0.4, direction="reverse"),
 ]
+DETACHED = (AdaptiveKL, TokenwiseKL, GeometricTarget)  # whose weights or target have no gradient
 # Finite for a teacher that gives some tokens no mass at all.
 BOUNDED = [ForwardKL(), JSD(0.0), JSD(0.3), SkewedForwardKL(0.1), SkewedReverseKL(0.1),
-           TotalVariation()]  # fmt: skip
+           TotalVariation(), AlphaBetaDivergence(0.5, 0.5), GeometricTarget(0.5)]  # fmt: skip
 each = pytest.mark.parametrize("divergence", ALL, ids=repr)
 
 
@@ -65,7 +77,7 @@ def close(actual: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
 
 @pytest.mark.parametrize(
     "divergence",
-    [d for d in ALL if not isinstance(d, AdaptiveKL)],  # whose weight has no gradient
+    [d for d in ALL if not isinstance(d, DETACHED)],
     ids=repr,
 )
 def test_gradients_are_finite_differences(divergence: Divergence) -> None:
@@ -158,6 +170,68 @@ def test_akl_weighs_both_kls_by_where_the_gap_is() -> None:
         reverse, other = value_and_gradient(of_logits(ReverseKL(), teacher), student)
         close(value, weight * forward + (1 - weight) * reverse)
         close(gradient, weight * slope + (1 - weight) * other)
+
+
+def test_todi_weighs_both_kls_token_by_token() -> None:
+    weight = T / (S + T)  # the sigmoid of the log-ratio
+    value, gradient = value_and_gradient(of_logits(TokenwiseKL()), STUDENT)
+    ratio = (T / S).log()
+    close(value, (weight * T * ratio - (1 - weight) * S * ratio).sum(-1))
+
+    def with_fixed_weights(logits: Tensor) -> Tensor:
+        ours = logits.log_softmax(-1)
+        theirs = TEACHER.log_softmax(-1)
+        terms = weight * T * (theirs - ours) + (1 - weight) * ours.exp() * (ours - theirs)
+        return terms.sum(-1)
+
+    close(gradient, finite_difference(with_fixed_weights, STUDENT), atol=1e-6)
+
+
+def test_alpha_beta_by_its_definition_and_its_limits() -> None:
+    both = T**0.3 * S**0.6 - (0.3 * T**0.9 + 0.6 * S**0.9) / 0.9
+    close(of_logits(AlphaBetaDivergence(0.3, 0.6))(STUDENT), -both.sum(-1) / 0.18)
+    for near, end, kl in (
+        (AlphaBetaDivergence(1.0, 1e-6), AlphaBetaDivergence(1.0, 0.0), ForwardKL()),
+        (AlphaBetaDivergence(1e-6, 1.0), AlphaBetaDivergence(0.0, 1.0), ReverseKL()),
+    ):
+        close(of_logits(end)(STUDENT), of_logits(kl)(STUDENT))
+        close(of_logits(near)(STUDENT), of_logits(kl)(STUDENT), atol=1e-4)
+    # The code of the authors at beta 0 and another alpha than 1.
+    power = (T**2 * (T**2 / S**2).log() - T**2 + S**2).sum(-1) / 2
+    close(of_logits(AlphaBetaDivergence(2.0, 0.0))(STUDENT), power)
+
+
+def test_a_clip_bounds_each_token_of_the_vocabulary() -> None:
+    terms = T * (T / S).log()
+    found, gradient = value_and_gradient(of_logits(JSD(0.0, clip=0.1)), STUDENT)
+    close(found, terms.clamp(max=0.1).sum(-1))
+    # Of -sum T log S the clipped tokens are left out.
+    left = torch.where(terms > 0.1, 0.0, T)
+    close(gradient, left.sum(-1, keepdim=True) * S - left)
+
+
+def test_a_geometric_target_is_chased_without_moving() -> None:
+    for teacher, student in ((1.0, 0.8), (0.4, 0.6), (1.0, 0.0)):
+        product = T**teacher * S**student
+        target = product / product.sum(-1, keepdim=True)
+        forward = GeometricTarget(teacher, student)
+        value, gradient = value_and_gradient(of_logits(forward), STUDENT)
+        close(value, (target * (target / S).log()).sum(-1))
+        close(gradient, S - target)
+        backward = GeometricTarget(teacher, student, "reverse")
+        _, gradient = value_and_gradient(of_logits(backward), STUDENT)
+        fixed = of_logits(ReverseKL(), target.log())
+        close(gradient, finite_difference(fixed, STUDENT), atol=1e-6)
+
+
+def test_a_target_moves_with_the_step() -> None:
+    taid = GeometricTarget(teacher=Linear(start=0.4, end=1.0, steps=10))
+    assert (taid.at(5).teacher, taid.at(5).student) == pytest.approx((0.7, 0.3))
+    close(of_logits(taid.at(10))(STUDENT), of_logits(ForwardKL())(STUDENT))
+    veto = GeometricTarget(student=Linear(start=0.8, end=0.0, steps=4), direction="reverse")
+    assert (veto.at(1).teacher, veto.at(1).student) == pytest.approx((1.0, 0.6))
+    close(of_logits(veto.at(4))(STUDENT), of_logits(ReverseKL())(STUDENT))
+    assert ReverseKL().at(3) == ReverseKL()
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5])
@@ -257,6 +331,12 @@ def test_jsd_is_that_of_trl(
         (lambda: AdaptiveKL(1.5), "AdaptiveKL: head is 1.5, expected a number from 0 to 1"),
         (lambda: SkewedForwardKL(1.0), "SkewedForwardKL: alpha is 1.0, expected"),
         (lambda: SkewedReverseKL(-0.1), "SkewedReverseKL: alpha is -0.1, expected"),
+        (lambda: JSD(clip=0.0), "JSD: clip is 0.0"),
+        (lambda: MixedKL(-1.0), "MixedKL: beta is -1.0"),
+        (lambda: AlphaBetaDivergence(-0.1, 1.0), "AlphaBetaDivergence: alpha is -0.1"),
+        (lambda: AlphaBetaDivergence(0.0, 0.0), "AlphaBetaDivergence: alpha and beta are 0"),
+        (lambda: GeometricTarget(0.0), "GeometricTarget: teacher is 0.0"),
+        (lambda: GeometricTarget(1.5), "GeometricTarget: student is -0.5"),
     ],
 )
 def test_weights_out_of_range_are_refused(make: Callable[[], Any], message: str) -> None:
