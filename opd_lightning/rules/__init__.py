@@ -11,14 +11,18 @@ from opd_lightning.rules.gates import (
     SignGate,
     TrajectoryGate,
 )
-from opd_lightning.rules.importance import IcePop, TruncatedImportance
+from opd_lightning.rules.imitation import EntropyWeight, InDistributionWeight, LikelihoodWeight
+from opd_lightning.rules.importance import DriftGate, IcePop, TruncatedImportance
 from opd_lightning.rules.masks import (
     HighEntropyMask,
+    LikelihoodMask,
     PrefixWindow,
     SkipFirst,
     TeacherEntropyMask,
+    TokenImportanceMask,
     TokenMask,
 )
+from opd_lightning.rules.outcomes import CompetenceWeight, RewardWeight, TeacherRatio
 from opd_lightning.rules.regulation import (
     AddOutcome,
     Floor,
@@ -32,7 +36,6 @@ from opd_lightning.rules.regulation import (
 from opd_lightning.rules.terms import EntropyBonus, EntropyGatedForwardKL, Term, TrustRegion
 from opd_lightning.rules.weights import (
     LateWeight,
-    LikelihoodWeight,
     PositionWeight,
     ScopeWeight,
     StabilityWeight,
@@ -41,9 +44,12 @@ from opd_lightning.rules.weights import (
 __all__ = [
     "AddOutcome",
     "Compare",
+    "CompetenceWeight",
     "CorrectnessGate",
+    "DriftGate",
     "EntropyBonus",
     "EntropyGatedForwardKL",
+    "EntropyWeight",
     "EvidenceMask",
     "EvidenceMultiplier",
     "EvidenceWeight",
@@ -52,7 +58,9 @@ __all__ = [
     "HardClip",
     "HighEntropyMask",
     "IcePop",
+    "InDistributionWeight",
     "LateWeight",
+    "LikelihoodMask",
     "LikelihoodWeight",
     "OnlyCorrect",
     "PhasedFloor",
@@ -62,6 +70,7 @@ __all__ = [
     "RandomGate",
     "Rates",
     "ReliableExtrapolation",
+    "RewardWeight",
     "Rule",
     "ScopeWeight",
     "Scored",
@@ -71,7 +80,9 @@ __all__ = [
     "SoftLog",
     "StabilityWeight",
     "TeacherEntropyMask",
+    "TeacherRatio",
     "Term",
+    "TokenImportanceMask",
     "TokenMask",
     "TrajectoryGate",
     "TruncatedImportance",

@@ -127,3 +127,55 @@ class IcePop(Rule):
             "ice_pop/weight": rate(scored, weight),
             "ice_pop/dropped": rate(scored, ~inside),
         }
+
+
+@dataclass(frozen=True)
+class DriftGate(Rule):
+    """Blockwise policy-drift gate (2606.24084, equation 1; second hand).
+
+        g_b = exp(-strength |mean over block b of log pi_theta(y_t) - log mu(y_t)|)
+
+    divided by its mean over the step's tokens that take part. Blocks are consecutive tokens that
+    take part. It acts where rollouts are older than the student (`data.max_staleness` 1), and
+    weighs all tokens alike where they are not and engine and trainer agree. It does not correct
+    for the sampler. Rows of other samplers have g 1.
+
+    Rates: value, the mean of g before division.
+
+    Args:
+        strength: tau of the paper, 0 or more; its value is not known here.
+        block: Tokens of a block; the authors use 64.
+    """
+
+    strength: float
+    block: int = 64
+
+    step_wide = True
+    divides = True
+    ignores_weights = True
+
+    def __post_init__(self) -> None:
+        check(self, "strength", 0 <= self.strength < float("inf"), "a finite number of 0 or more")
+        check(self, "block", self.block >= 1, "1 or more")
+
+    def _raw(self, signal: Signal, scored: Scored) -> Tensor:
+        """Return g, `[B, R]`; 1 where no token takes part."""
+        drift = torch.where(signal.mask, log_importance(scored), 0.0)
+        place = (signal.mask.cumsum(dim=1) - 1).clamp(min=0) // self.block  # block of each token
+        blocks = int(place.max()) + 1 if place.numel() else 1
+        empty = drift.new_zeros(len(drift), blocks)
+        total = empty.scatter_add(1, place, drift)
+        count = empty.scatter_add(1, place, signal.mask.to(drift)).clamp(min=1)
+        return (-self.strength * (total / count).abs()).exp().gather(1, place)
+
+    def observe(self, signal: Signal, scored: Scored) -> Tensor:
+        """Return `[1, 2]`: the sum of g over the tokens that take part, and their number."""
+        raw = self._raw(signal, scored)[signal.mask].double()
+        return torch.stack([raw.sum(), signal.mask.sum().double()])[None]
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        raw = self._raw(signal, scored)
+        factor = raw if observed is None else raw / step_mean(observed).to(raw)
+        return weighed(signal, factor), {"drift_gate/value": rate(scored, raw)}

@@ -1,13 +1,16 @@
-"""Masks by a token's position, id or entropy."""
+"""Masks by a token's position, id, likelihood or entropy."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from opd_lightning.losses.divergence import JSD, kl
 from opd_lightning.losses.schedule import Schedule, value_at
-from opd_lightning.rules.base import Rates, Rule, Scored, Signal
+from opd_lightning.rules.base import Compare, Rates, Rule, Scored, Signal
 from opd_lightning.rules.common import check, kept, quantile, rate
 
 
@@ -124,6 +127,34 @@ class TeacherEntropyMask(Rule):
 
 
 @dataclass(frozen=True)
+class LikelihoodMask(Rule):
+    """Keeps tokens by their probability under the student (2510.00526; official code).
+
+    Meant for `SFT`: the authors keep tokens from a probability on, or up to one.
+
+    Rates: kept.
+
+    Args:
+        least: Smallest probability that is kept, in [0, 1].
+        most: Largest probability that is kept, in [0, 1].
+    """
+
+    least: float = 0.0
+    most: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, "least", 0 <= self.least <= self.most, f"from 0 to most ({self.most})")
+        check(self, "most", self.most <= 1, "at most 1")
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        likelihood = scored.student.logprobs.exp()
+        keep = (likelihood >= self.least) & (likelihood <= self.most)
+        return kept(signal, keep), {"likelihood_mask/kept": rate(scored, keep)}
+
+
+@dataclass(frozen=True)
 class HighEntropyMask(Rule):
     """Keeps the tokens of the step at which the student is least sure (2506.01939).
 
@@ -139,18 +170,64 @@ class HighEntropyMask(Rule):
 
     share: float = 0.2
 
+    rate_name: ClassVar[str] = "high_entropy_mask/kept"
     step_wide = True
 
     def __post_init__(self) -> None:
         check(self, "share", 0 < self.share <= 1, "a number in (0, 1]")
 
+    def _values(self, scored: Scored) -> Tensor:
+        """Return what is compared, `[B, R]`: the highest are kept."""
+        return scored.student.entropy
+
     def observe(self, signal: Signal, scored: Scored) -> Tensor:
-        """Return student entropies in nats, `[N, 1]`."""
-        return scored.student.entropy[signal.mask][:, None].double()
+        """Return the values of the tokens that take part, `[N, 1]`."""
+        return self._values(scored)[signal.mask][:, None].double()
 
     def apply(
         self, signal: Signal, scored: Scored, observed: Tensor | None = None
     ) -> tuple[Signal, Rates]:
         assert observed is not None, "step-wide"
-        keep = scored.student.entropy >= quantile(observed[:, 0], 1 - self.share)
-        return kept(signal, keep), {"high_entropy_mask/kept": rate(scored, keep)}
+        keep = self._values(scored) >= quantile(observed[:, 0], 1 - self.share)
+        return kept(signal, keep), {self.rate_name: rate(scored, keep)}
+
+
+@dataclass(frozen=True)
+class TokenImportanceMask(HighEntropyMask):
+    """TIP (2604.14084): keeps tokens of high student entropy, or far from the teacher.
+
+        s = h + delta - h delta,   h = H(S) / log V,   delta = JSD_0.5(S, T) / log 2
+
+    The score is known at second hand, how its parts are scaled is that of the authors' code. It
+    reads full distributions: needs a teacher in this process.
+
+    Rates: kept.
+
+    Args:
+        share: Share of tokens to keep, in (0, 1]; the authors keep 0.5.
+    """
+
+    share: float = 0.5
+
+    rate_name: ClassVar[str] = "token_importance_mask/kept"
+    comparison: ClassVar[str] = "token_importance"  # key in `Scored.values`: s, in [0, 1]
+
+    def comparisons(self) -> Mapping[str, Compare]:
+        return {self.comparison: Compare("teacher", token_importance)}
+
+    def _values(self, scored: Scored) -> Tensor:
+        return scored.values[self.comparison]
+
+
+def token_importance(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    """Return TIP's score from two log-softmaxes, `[..., V]`, `[..., V]` -> `[...]`; detached."""
+    student, teacher = student_logprobs.detach(), teacher_logprobs.detach()
+    unsure = relative_entropy(student)
+    apart = JSD()(student, teacher) / math.log(2)
+    return unsure + apart - unsure * apart
+
+
+def relative_entropy(logprobs: Tensor, _: Tensor | None = None) -> Tensor:
+    """Return `H / log V` of log-softmaxes, `[..., V] -> [...]`, from 0 to 1; detached."""
+    given = logprobs.detach()
+    return kl(given, torch.zeros_like(given)) / -math.log(given.shape[-1])

@@ -15,8 +15,11 @@ from opd_lightning.losses.estimators import estimate_kl
 from opd_lightning.losses.schedule import Schedule, value_at
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.rules.base import Compare, Scored, names_compared
+from opd_lightning.rules.common import is_correct, is_wrong
 from opd_lightning.teachers.base import Ask, Teacher
 from opd_lightning.types import TokenScores
+
+CORRECT = 0.5  # score from which a rollout is correct
 
 
 class Term(ABC):
@@ -28,6 +31,7 @@ class Term(ABC):
 
     name: str
     reads_entropy = False  # reads the entropy of the teacher's full distribution
+    needs_rewards = False  # reads rewards
 
     @property
     def averages_samples(self) -> bool:
@@ -68,6 +72,8 @@ class TrustRegion(Term):
         name: Name of the logged metrics; two trust regions need two names.
         view: Prompt view that the reference reads; "student" is the student's own prompt.
         direction: Of "full": "reverse" is KL(pi_theta || pi_ref), "forward" KL(pi_ref || pi_theta).
+        rollouts: Rollouts that are penalised: "correct" ones score 0.5 or more, "wrong" ones less.
+            KDRL has a variant that spares correct ones. The normaliser counts all of them.
     """
 
     name = "trust_region"
@@ -80,6 +86,7 @@ class TrustRegion(Term):
         name: str = "trust_region",
         view: str = "student",
         direction: Literal["reverse", "forward"] = "reverse",
+        rollouts: Literal["all", "correct", "wrong"] = "all",
     ) -> None:
         if direction == "forward" and estimator != "full":
             raise UserError(
@@ -89,6 +96,7 @@ class TrustRegion(Term):
         self.name = name
         self.view = view
         self.direction = direction
+        self.rollouts = rollouts
         self.reference = reference
         self.coefficient = coefficient
         self.estimator = estimator
@@ -96,6 +104,10 @@ class TrustRegion(Term):
     @property
     def averages_samples(self) -> bool:
         return self.estimator != "full"
+
+    @property
+    def needs_rewards(self) -> bool:  # type: ignore[override]
+        return self.rollouts != "all"
 
     def asks(self) -> Mapping[str, Ask]:
         return {self.name: Ask(self.reference, self.view)}
@@ -111,9 +123,14 @@ class TrustRegion(Term):
     ) -> Tensor:
         coefficient = value_at(self.coefficient, scored.batch.totals.step)
         if self.estimator == "full":
-            return coefficient * values[self.name]
-        reference = scored.others[self.name].logprobs
-        return coefficient * estimate_kl(student.logprobs, reference, self.estimator)
+            loss = coefficient * values[self.name]
+        else:
+            reference = scored.others[self.name].logprobs
+            loss = coefficient * estimate_kl(student.logprobs, reference, self.estimator)
+        if self.rollouts == "all":
+            return loss
+        chosen = is_correct if self.rollouts == "correct" else is_wrong
+        return torch.where(chosen(scored, CORRECT), loss, 0.0)
 
 
 class EntropyBonus(Term):

@@ -1,7 +1,6 @@
 """Weights by log-ratio, by position, and by likelihood within a prompt's samples."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -129,34 +128,6 @@ class LateWeight(Rule):
         rise = torch.sigmoid((positions(scored) / length - self.centre) / self.width)
         factor = (self.least + (1 - self.least) * rise).to(signal.weight)
         return weighed(signal, factor), {"late_weight/value": rate(scored, factor)}
-
-
-@dataclass(frozen=True)
-class LikelihoodWeight(Rule):
-    """Weighs a token by its probability p under the student, detached.
-
-        "p":      DFT (2508.05629), which takes the inverse probability out of the gradient of SFT
-        "p(1-p)": CHORD's phi (2508.11408), largest where the student is undecided
-
-    Meant for `SFT`; both lower the weight of tokens that the student finds improbable. The formulas
-    are those of secondary sources.
-
-    Rates: value, the mean weight.
-
-    Args:
-        form: Function of p.
-    """
-
-    form: Literal["p", "p(1-p)"] = "p"
-
-    ignores_weights = True
-
-    def apply(
-        self, signal: Signal, scored: Scored, observed: Tensor | None = None
-    ) -> tuple[Signal, Rates]:
-        p = scored.student.logprobs.exp()
-        factor = p if self.form == "p" else p * (1 - p)
-        return weighed(signal, factor), {"likelihood_weight/value": rate(scored, factor)}
 
 
 @dataclass(frozen=True)

@@ -329,7 +329,8 @@ class ComposedMethod(DistillationModule):
 
     @property
     def needs_rewards(self) -> bool:
-        return self.needs_groups or any(rule.needs_rewards for rule in self.rules)
+        parts: list[Rule | Term] = [*self.rules, *self.terms]
+        return self.needs_groups or any(part.needs_rewards for part in parts)
 
     @property
     def takes_demonstrations(self) -> bool:

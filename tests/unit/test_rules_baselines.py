@@ -6,8 +6,11 @@ import torch
 from opd_lightning.errors import UserError
 from opd_lightning.rules import (
     AddOutcome,
+    EntropyWeight,
     HighEntropyMask,
+    InDistributionWeight,
     LateWeight,
+    LikelihoodMask,
     LikelihoodWeight,
     OnlyCorrect,
     PowerReward,
@@ -53,6 +56,54 @@ def test_likelihood_weights_take_the_inverse_probability_out_of_the_gradient() -
         )
         (of_p,) = torch.autograd.grad(logits.softmax(-1)[2], logits, retain_graph=True)
         torch.testing.assert_close(of_loss, -of_p * factor)
+
+
+def test_a_power_of_the_likelihood_is_the_gradient_of_its_loss() -> None:
+    logits = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits.requires_grad_()
+    logprob = logits.log_softmax(-1)[2]
+    scored = make_scored(logprob.detach()[None, None], logprob.detach()[None, None])
+    signal, _ = applied(LikelihoodWeight(power=3.0), scored)
+    (found,) = torch.autograd.grad((signal.weight * -logprob).sum(), logits, retain_graph=True)
+    (expected,) = torch.autograd.grad((1 - (3 * logprob).exp()) / 3, logits)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(UserError, match="power"):
+        LikelihoodWeight("p(1-p)", power=2.0)
+
+
+def test_idft_weighs_by_the_centred_log_likelihood() -> None:
+    """The mean of CLL under the student is 0; surprising tokens have a larger exponent."""
+    probs = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    entropy = -(probs * probs.log()).sum()
+    scored = make_scored(
+        probs.log()[None], probs.log()[None], entropy=entropy.expand(1, 3).contiguous()
+    )
+    signal, rates = applied(InDistributionWeight(high=9.0), scored)
+    centred = probs.log() + entropy
+    assert (probs * centred).sum().item() == pytest.approx(0.0, abs=1e-12)
+    torch.testing.assert_close(rates["in_distribution_weight/centred"], centred[None])
+    torch.testing.assert_close(signal.weight, (probs ** (-centred).exp())[None])
+    bounded, _ = applied(InDistributionWeight(low=1.0, high=1.0), scored)
+    torch.testing.assert_close(bounded.weight, probs[None])  # DFT
+
+
+def test_eaft_weighs_by_the_relative_entropy() -> None:
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    ((name, compare),) = EntropyWeight().comparisons().items()
+    assert compare.other is None
+    value = compare.function(logits.log_softmax(-1), None)
+    torch.testing.assert_close(value, torch.tensor([1.0, 0.0], dtype=torch.float64))
+    scored = make_scored(STUDENT[:1], TEACHER[:1], values={name: value[None]})
+    assert torch.equal(applied(EntropyWeight(), scored)[0].weight, value[None])
+
+
+def test_likely_tokens_are_kept() -> None:
+    scored = make_scored(STUDENT, TEACHER)
+    p = STUDENT.exp()
+    assert torch.equal(applied(LikelihoodMask(least=0.3), scored)[0].mask, p >= 0.3)
+    assert torch.equal(applied(LikelihoodMask(most=0.3), scored)[0].mask, p <= 0.3)
+    with pytest.raises(UserError, match="least"):
+        LikelihoodMask(least=0.5, most=0.4)
 
 
 def test_tokens_are_kept_by_the_teacher_s_entropy_not_the_student_s() -> None:

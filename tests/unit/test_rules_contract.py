@@ -24,14 +24,18 @@ from opd_lightning.rules.gates import (
     SignGate,
     TrajectoryGate,
 )
-from opd_lightning.rules.importance import IcePop, TruncatedImportance
+from opd_lightning.rules.imitation import EntropyWeight, InDistributionWeight, LikelihoodWeight
+from opd_lightning.rules.importance import DriftGate, IcePop, TruncatedImportance
 from opd_lightning.rules.masks import (
     HighEntropyMask,
+    LikelihoodMask,
     PrefixWindow,
     SkipFirst,
     TeacherEntropyMask,
+    TokenImportanceMask,
     TokenMask,
 )
+from opd_lightning.rules.outcomes import CompetenceWeight, RewardWeight, TeacherRatio
 from opd_lightning.rules.regulation import (
     AddOutcome,
     Floor,
@@ -44,7 +48,6 @@ from opd_lightning.rules.regulation import (
 )
 from opd_lightning.rules.weights import (
     LateWeight,
-    LikelihoodWeight,
     PositionWeight,
     ScopeWeight,
     StabilityWeight,
@@ -92,6 +95,15 @@ RULES: list[Rule] = [
     PowerReward(),
     ReliableExtrapolation(0.5, tau=1.0),
     LateWeight(),
+    LikelihoodWeight(power=3.0),
+    InDistributionWeight(),
+    EntropyWeight(),
+    LikelihoodMask(least=0.3),
+    TokenImportanceMask(),
+    DriftGate(2.0, block=2),
+    CompetenceWeight(),
+    RewardWeight(0.5),
+    TeacherRatio(),
 ]
 every_rule = pytest.mark.parametrize("rule", RULES, ids=repr)
 
@@ -126,7 +138,11 @@ def random_step(seed: int, padding: float = 0.0) -> tuple[Scored, Signal]:
         behaviour=behaviour,
         entropy=uniform(0, 3),
         ids=torch.randint(2, 7, mask.shape, generator=generator),
-        values={"baseline": uniform(0, 2)},
+        values={
+            "baseline": uniform(0, 2),
+            "token_importance": uniform(0, 1),
+            "relative_entropy": uniform(0, 1),
+        },
         step=2,
         plain=uniform(-4, 0),
         reference=uniform(-4, 0),

@@ -1,5 +1,6 @@
 """Importance weights (U14): by hand, and exact expectations over a sampler that is off."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from opd_lightning.errors import UserError
 from opd_lightning.rules.base import Rule, Scored
-from opd_lightning.rules.importance import IcePop, TruncatedImportance
+from opd_lightning.rules.importance import DriftGate, IcePop, TruncatedImportance
 from tests.toy import (
     applied,
     expected_rule_gradient,
@@ -187,3 +188,24 @@ def test_only_the_mean_looks_at_the_step() -> None:
 def test_mistakes_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+# DriftGate -----------------------------------------------------------------------------------
+
+
+def test_a_drift_gate_weighs_blocks_by_their_mean_drift() -> None:
+    """Drifts cancel within a block; a token that is left out belongs to none."""
+    e = math.e
+    scored = of_ratios([e, 1 / e, e, e, 1.0], mask=[[True, True, True, False, True]])
+    # The second block has the drifts 1 and 0, mean 1/2, at strength 2.
+    raw = torch.tensor([1.0, 1.0, math.exp(-1), math.exp(-1)], dtype=torch.float64)
+    found = weights(DriftGate(2.0, block=2), scored)[0, [0, 1, 2, 4]]
+    torch.testing.assert_close(found, raw / raw.mean())
+    assert found.mean().item() == pytest.approx(1.0)
+
+
+def test_a_drift_gate_without_drift_does_nothing() -> None:
+    assert weights(DriftGate(5.0), of_ratios([1.0, 1.0])).tolist() == [[1.0, 1.0]]
+    assert weights(DriftGate(0.0), of_ratios([2.0, 0.1])).tolist() == [[1.0, 1.0]]
+    other = of_ratios([3.0, 3.0], [1.0, 1.0], on_policy=[False, True])  # of another sampler
+    assert weights(DriftGate(5.0), other).tolist() == [[1.0, 1.0], [1.0, 1.0]]

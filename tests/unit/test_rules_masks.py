@@ -1,5 +1,6 @@
-"""Masks by place and by id."""
+"""Masks by place, by id and by importance."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from opd_lightning.errors import UserError
 from opd_lightning.losses.schedule import Staircase
 from opd_lightning.rules.base import Rule, Scored
-from opd_lightning.rules.masks import PrefixWindow, SkipFirst, TokenMask
+from opd_lightning.rules.masks import PrefixWindow, SkipFirst, TokenImportanceMask, TokenMask
 from tests.toy import TOKENS, applied, expected_rule_gradient, make_scored, random_logits
 
 STUDENT, TEACHER = random_logits(0), random_logits(1)
@@ -72,3 +73,24 @@ def test_the_window_grows() -> None:
 def test_mistakes_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_tip_scores_unsure_tokens_and_sure_mistakes() -> None:
+    """1 for a uniform student or a disjoint teacher, 0 where both are sure and agree."""
+    uniform, first, second = ([0.0, 0.0], [300.0, 0.0], [0.0, 300.0])
+    student = torch.tensor([uniform, first, first], dtype=torch.float64).log_softmax(-1)
+    teacher = torch.tensor([uniform, second, first], dtype=torch.float64).log_softmax(-1)
+    ((name, compare),) = TokenImportanceMask().comparisons().items()
+    assert compare.other == "teacher"
+    score = compare.function(student, teacher)
+    torch.testing.assert_close(score, torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64))
+    # A soft or: h + delta - h delta of both.
+    ours, theirs = (torch.tensor([x], dtype=torch.float64) for x in ([0.8, 0.2], [0.3, 0.7]))
+    mixed = (ours + theirs) / 2
+    unsure = -(ours * ours.log()).sum() / math.log(2)
+    apart = ((ours * (ours / mixed).log() + theirs * (theirs / mixed).log()).sum()) / 2
+    expected = 1 - (1 - unsure) * (1 - apart / math.log(2))
+    torch.testing.assert_close(compare.function(ours.log(), theirs.log())[0], expected)
+    zeros = torch.zeros(1, 3, dtype=torch.float64)
+    scored = make_scored(zeros, zeros, values={name: score[None]})
+    assert applied(TokenImportanceMask(0.5), scored)[0].mask.tolist() == [[True, True, False]]

@@ -21,7 +21,7 @@ from opd_lightning.training.composed import ComposedMethod
 from opd_lightning.training.scoring import BatchScores
 from opd_lightning.types import RolloutBatch, TokenScores
 from tests.batches import make_batch, make_rollout
-from tests.toy import score_of
+from tests.toy import make_scored, score_of
 
 
 class Unasked(Teacher):
@@ -129,3 +129,14 @@ def test_a_trust_region_has_a_view_and_a_direction() -> None:
         assert torch.equal(compare.function(ours, theirs), kl(ours, theirs))
     with pytest.raises(UserError, match="direction"):
         TrustRegion(OTHER, estimator="k2", direction="forward")
+
+
+def test_a_trust_region_spares_rollouts_by_their_score() -> None:
+    """KDRL's variant penalises wrong rollouts only; the normaliser still counts all."""
+    student, teacher = torch.full((3, 2), -1.0), torch.full((3, 2), -3.0)
+    scored = make_scored(student, teacher, rewards=[1.0, 0.0, torch.nan])
+    scored.others["kd"] = scored.teacher  # type: ignore[index]
+    for rollouts, rows in (("all", [2, 2, 2]), ("wrong", [0, 2, 0]), ("correct", [2, 0, 0])):
+        term = TrustRegion(TEACHER, 1.0, "k2", name="kd", rollouts=rollouts)  # type: ignore[arg-type]
+        assert term.token_loss(scored.student, scored, {})[:, 0].tolist() == rows
+        assert Given(student, terms=[term]).needs_rewards is (rollouts != "all")
