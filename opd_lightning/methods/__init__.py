@@ -2,6 +2,7 @@
 
 from opd_lightning.methods.aopd import AOPD
 from opd_lightning.methods.crisp import CRISP
+from opd_lightning.methods.distilled_rl import DistilledRL
 from opd_lightning.methods.distillm2 import DistiLLM2
 from opd_lightning.methods.edge_opd import EDGEOPD
 from opd_lightning.methods.entropy_switch import EntropySwitch
@@ -19,6 +20,7 @@ from opd_lightning.methods.sg_opd import SGOPD
 from opd_lightning.methods.tropd import TrOPD
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.composed import ComposedMethod
+from opd_lightning.training.switched import SwitchedMethod
 
 __all__ = [
     "AOPD",
@@ -38,8 +40,10 @@ __all__ = [
     "ComposedMethod",
     "DistiLLM2",
     "DistillationModule",
+    "DistilledRL",
     "DivergenceOPD",
     "EntropySwitch",
     "LightningOPD",
+    "SwitchedMethod",
     "TrOPD",
 ]

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from opd_lightning.losses.divergence import Divergence
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.models.student import Student
-from opd_lightning.rules.base import Compare, Scored, Signal
-from opd_lightning.teachers.base import Ask, Teacher
-from opd_lightning.training.composed import ComposedMethod
-from opd_lightning.types import TokenScores
-
-LOCAL = "local"
+from opd_lightning.rules.base import Scored, Signal
+from opd_lightning.teachers.base import Teacher
+from opd_lightning.training.switched import SwitchedMethod
 
 
-class AOPD(ComposedMethod):
+class AOPD(SwitchedMethod):
     """Asymmetric on-policy distillation (2605.06387; known here at second hand).
 
         A_t > 0:   -A_t log pi_theta(y_t)      A_t <= 0:   D(S_t, T_t)
@@ -44,18 +39,7 @@ class AOPD(ComposedMethod):
         ),
         **shared: Any,
     ) -> None:
-        super().__init__(student, **shared)
-        self.teacher = teacher
-        self.divergence = divergence
+        super().__init__(student, teacher, divergence, **shared)
 
-    def asks(self) -> Mapping[str, Ask]:
-        return {"teacher": Ask(self.teacher, "student")}
-
-    def comparisons(self) -> Mapping[str, Compare]:
-        return {LOCAL: Compare("teacher", self.divergence)}
-
-    def token_loss(
-        self, student: TokenScores, signal: Signal, scored: Scored, values: Mapping[str, Tensor]
-    ) -> Tensor:
-        pushed = self.policy_gradient(student, signal, scored)
-        return torch.where(signal.advantage > 0, pushed, values[LOCAL])
+    def pushes(self, signal: Signal, scored: Scored) -> Tensor:
+        return signal.advantage > 0

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
 from opd_lightning.losses.divergence import Divergence
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.models.student import Student
-from opd_lightning.rules.base import Compare, Scored, Signal
-from opd_lightning.teachers.base import Ask, Teacher
-from opd_lightning.training.composed import ComposedMethod
-from opd_lightning.types import TokenScores
-
-UNSURE = "unsure"
+from opd_lightning.rules.base import Scored, Signal
+from opd_lightning.teachers.base import Teacher
+from opd_lightning.training.switched import SwitchedMethod
 
 
-class EntropySwitch(ComposedMethod):
+class EntropySwitch(SwitchedMethod):
     """OPD where the teacher is sure, a divergence where it is not: EOPD read as a switch.
 
         H(pi_T) <= threshold:   -A_t log pi_theta(y_t)      above:   D(S_t, T_t)
@@ -48,22 +43,12 @@ class EntropySwitch(ComposedMethod):
         ),
         **shared: Any,
     ) -> None:
-        super().__init__(student, **shared)
+        super().__init__(student, teacher, divergence, **shared)
         if not threshold >= 0:
             raise UserError(f"threshold: got {threshold}, expected an entropy of 0 or more, nats")
-        self.teacher = teacher
         self.threshold = threshold
-        self.divergence = divergence
 
-    def asks(self) -> Mapping[str, Ask]:
-        return {"teacher": Ask(self.teacher, "student")}
-
-    def comparisons(self) -> Mapping[str, Compare]:
-        return {UNSURE: Compare("teacher", self.divergence)}
-
-    def token_loss(
-        self, student: TokenScores, signal: Signal, scored: Scored, values: Mapping[str, Tensor]
-    ) -> Tensor:
+    def pushes(self, signal: Signal, scored: Scored) -> Tensor:
         unsure = scored.teacher.entropy > self.threshold
         self.rates.update(scored.batch, {"switch/unsure": unsure})
-        return torch.where(unsure, values[UNSURE], self.policy_gradient(student, signal, scored))
+        return ~unsure

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.models.student import Student
-from opd_lightning.rules.base import Compare, Scored, Signal
+from opd_lightning.rules.base import Scored, Signal
 from opd_lightning.rules.common import uniform_draws
-from opd_lightning.teachers.base import Ask, Teacher
-from opd_lightning.training.composed import ComposedMethod
-from opd_lightning.types import TokenScores
-
-OUTSIDE = "outside"
+from opd_lightning.teachers.base import Teacher
+from opd_lightning.training.switched import SwitchedMethod
 
 
-class TrOPD(ComposedMethod):
+class TrOPD(SwitchedMethod):
     """Trust-region on-policy distillation (2606.01249).
 
         inside, with probability min(1, pi_T(y_t) / pi_theta(y_t)):  -d_t log pi_theta(y_t)
@@ -46,21 +41,10 @@ class TrOPD(ComposedMethod):
         seed: int = 0,
         **shared: Any,
     ) -> None:
-        super().__init__(student, **shared)
-        self.teacher = teacher
-        self.outside = outside
+        super().__init__(student, teacher, outside, **shared)
         self.seed = seed
 
-    def asks(self) -> Mapping[str, Ask]:
-        return {"teacher": Ask(self.teacher, "student")}
-
-    def comparisons(self) -> Mapping[str, Compare]:
-        return {OUTSIDE: Compare("teacher", self.outside)}
-
-    def token_loss(
-        self, student: TokenScores, signal: Signal, scored: Scored, values: Mapping[str, Tensor]
-    ) -> Tensor:
+    def pushes(self, signal: Signal, scored: Scored) -> Tensor:
         inside = uniform_draws(scored.batch, self.seed) < scored.log_ratio.exp()
         self.rates.update(scored.batch, {"trust/inside": inside})
-        pushed = self.policy_gradient(student, signal, scored)
-        return torch.where(inside, pushed, values[OUTSIDE])
+        return inside
