@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opd_lightning.data.engines import Engines
 from opd_lightning.data.mix import RolloutMix
+from opd_lightning.data.order import PromptOrder
 from opd_lightning.data.stream import TrainingStream
 from opd_lightning.data.views import Renderer
 from opd_lightning.data.writer import RolloutWriter
@@ -104,16 +105,21 @@ class Run:
         step: int = 0,
         mix: RolloutMix = RolloutMix(),  # noqa: B008 - frozen
         gather: Callable[[Any], list[Any]] = lambda value: [value],
+        order: PromptOrder | None = None,
+        teacher_samples: int = 1,
+        likelihoods: Callable[[Sequence[RolloutBatch]], list[float]] = lambda batches: [],
     ) -> None:
         self.engine = engine or FakeEngine()
         self.micro = micro
         self.step = step
-        self.engines = Engines(self.engine, None, self.push)
-        self.engines.plan(Author.STUDENT, cast(ModelSource, None), 64)
+        self.engines = Engines(self.engine, FakeEngine(), self.push)
+        for author in (Author.STUDENT, Author.TEACHER):
+            self.engines.plan(author, cast(ModelSource, None), 64)
         timer = StepTimer()
         self.stream = TrainingStream(
             PROMPTS,
             IDS,
+            order=order or PromptOrder(len(PROMPTS), 5),
             writer=RolloutWriter(
                 self.engines.by_author,
                 LengthVerifier(),
@@ -124,11 +130,14 @@ class Run:
             before_step=lambda step: None,
             mix_at=lambda step: mix,
             prepare=lambda batches: None,
+            likelihoods=likelihoods,
             now=lambda: self.step,
             engines=self.engines,
             max_staleness=staleness,
             prompts_per_step=per_step,
             samples_per_prompt=3,
+            teacher_samples=teacher_samples,
+            keep_best=teacher_samples > 1,
             micro_batches=micro,
             max_tokens=max_tokens,
             packed=lambda: False,

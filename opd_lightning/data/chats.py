@@ -17,6 +17,8 @@ _ROLES = {
     "gpt": "assistant",
 }
 _KEYS = (("role", "content"), ("from", "value"))
+_TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
+_CALLS = ("tool_calls", "function_call")  # keys of an assistant's message
 
 
 class Chat(NamedTuple):
@@ -81,6 +83,14 @@ def encodable(text: str, where: str) -> str:
 def _message(item: Any, where: str) -> tuple[Message, set[str]]:
     """Return a message, and the keys of the item that are not read."""
     given = item if isinstance(item, Mapping) else {}
+    calls = next((key for key in _CALLS if given.get(key)), None)
+    tool = next((given[role] for role, _ in _KEYS if given.get(role) in _TOOL_ROLES), None)
+    if calls or tool:
+        what = f"calls a function ({calls})" if calls else f"is a turn of a tool (role {tool!r})"
+        raise BadRowError(
+            f"'{where}' {what}, which is not supported: expected turns of system, user, assistant "
+            "with texts alone; leave out the row"
+        )
     role, content = next(
         (keys for keys in _KEYS if isinstance(given.get(keys[1]), str)), ("role", "content")
     )

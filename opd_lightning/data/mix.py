@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from opd_lightning.errors import UserError
 from opd_lightning.models.source import ModelSource
@@ -21,7 +22,8 @@ class RolloutMix:
             of its prompt (EDGE-OPD, 2605.23493). The loss never sees that prompt.
         guided_view: Name of that view.
         teacher: Share of a step's prompts, exact to rounding, that the teacher's engine answers
-            instead, once each (SG-OPD's phased teacher sampling, 2606.09304).
+            instead, `data.teacher.samples` times each (SG-OPD's phased teacher sampling,
+            2606.09304).
         recorded: Share of a step's prompts whose recorded response is used instead.
         whole_steps: Draw once a step for `recorded` instead of splitting each step (GKD,
             2306.13649, where 1 - recorded is lambda).
@@ -100,10 +102,13 @@ class RolloutMix:
     def reads_records(self) -> bool:
         return self.recorded > 0 or self.add_recorded
 
-    def authors(self, seed: int, step: int, prompts: int, samples: int) -> list[list[Author]]:
+    def authors(
+        self, seed: int, step: int, prompts: int, samples: int, teacher_samples: int = 1
+    ) -> list[list[Author]]:
         """Draw the authors of every prompt's responses: `prompts` lists, by position in the step.
 
-        A prompt has `samples` responses by the student, or one by another author.
+        A prompt has `samples` responses by the student, `teacher_samples` by the teacher, or a
+        recorded one.
         """
         first = step * prompts
         ranked = sorted(range(prompts), key=lambda p: derive_seed(AUTHOR, seed, step, first + p))
@@ -117,7 +122,7 @@ class RolloutMix:
         result = []
         for p in range(prompts):
             if p in by_teacher:
-                authors = [Author.TEACHER]
+                authors = [Author.TEACHER] * teacher_samples
             elif p in recorded:
                 authors = [Author.RECORDED]
             else:
@@ -145,6 +150,9 @@ class TeacherSampler:
         chat_template: Jinja text or file that it is taken to expect, instead of the folder's.
             Prompts are always rendered with the student's.
         eos_tokens: Tokens that end its responses, instead of the folder's.
+        samples: Responses to each of its prompts.
+        keep: Of several: "all", or the "best", which has the highest reward and, among equals, the
+            highest mean log-prob under the student (BRTS, 2605.09725).
     """
 
     path: str
@@ -153,8 +161,17 @@ class TeacherSampler:
     sampling: Sampling | None = None
     chat_template: str | None = None
     eos_tokens: list[str] | None = None
+    samples: int = 1
+    keep: Literal["all", "best"] = "all"
 
     def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UserError(f"data.teacher.samples: got {self.samples}, expected at least 1")
+        if self.keep == "best" and self.samples == 1:
+            raise UserError(
+                "data.teacher.keep: got 'best', but data.teacher.samples is 1; raise it, or leave "
+                "keep out"
+            )
         if self.sampling is not None and self.max_new_tokens is not None:
             raise UserError(
                 f"data.teacher.max_new_tokens: got {self.max_new_tokens} besides "

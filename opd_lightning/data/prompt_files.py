@@ -60,13 +60,19 @@ class PromptFiles:
         """Fix how many bytes of every file are read, before any is; the same on all ranks.
 
         Args:
-            sources: Prompt sources by configuration key, such as "data.train".
+            sources: Prompt sources by configuration key, such as "data.train"; of mixed ones their
+                parts are recorded.
             ranks: All ranks must call; rank 0 writes the record and prints notes.
 
         Raises:
             UserError: A file is absent, or was changed; a folder is no saved dataset.
         """
-        paths = {name: Path(source.path) for name, source in sources.items()}
+        sources = {
+            f"{name}{part}": one
+            for name, source in sources.items()
+            for part, one in source.parts().items()
+        }
+        paths = {name: one.file for name, one in sources.items() if one.file is not None}
         for name, path in paths.items():
             check_place(name, path)
         if self.folder is None:

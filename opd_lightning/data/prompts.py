@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from opd_lightning import strict_json
 from opd_lightning.data.chats import Chat, encodable, read_chat
 from opd_lightning.data.layouts import FIELDS, Layout, has_column, layout_of
+from opd_lightning.data.order import PromptOrder
 from opd_lightning.data.row_checks import RowChecks
 from opd_lightning.data.row_report import Problems, Texts
 from opd_lightning.data.rows import BadRowError, Row, cut, read_rows, shown
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 BATCH = 256  # rows that are read and tokenised together
 NUMBERS_TOO = ("answer", "id")  # fields where 7 is as good as "7"
+
+
+Sizes = Callable[["PromptSource"], int | None]  # see `PromptSource.load`
 
 
 class _Used(NamedTuple):
@@ -94,13 +98,28 @@ class PromptSource:
         self.limit = limit
         self.on_bad_row = on_bad_row
         self.on_control_tokens = on_control_tokens
+        self.name = ""  # among the sources of a mixture: begins ids, and is the default domain
         self.skipped = 0
 
-    def load(self, size: int | None = None, checks: RowChecks | None = None) -> list[Prompt]:
+    @property
+    def file(self) -> Path | None:
+        """The file or folder that is read; None where prompts come from somewhere else."""
+        return Path(self.path)
+
+    def parts(self) -> dict[str, PromptSource]:
+        """Return the sources that are read, by the rest of their configuration keys."""
+        return {"": self}
+
+    def order(self, prompts: Sequence[Prompt], per_step: int, seed: int) -> PromptOrder:
+        """Return the order in which training takes the prompts, `per_step` a step."""
+        return PromptOrder(len(prompts), seed)
+
+    def load(self, sizes: Sizes | None = None, checks: RowChecks | None = None) -> list[Prompt]:
         """Read every usable row, in the order of the file.
 
         Args:
-            size: Read JSON lines up to this many bytes; None reads all.
+            sizes: Returns up to how many bytes the JSON lines of a source are read, or None for
+                all; None reads all.
             checks: What a row has to pass besides; None uses every row that can be read.
 
         Raises:
@@ -111,7 +130,7 @@ class PromptSource:
         problems = Problems()
         seen = _Seen(dict(self.columns))
         texts = Texts(self.path, checks)
-        rows = self.rows(size)
+        rows = self.rows(sizes(self) if sizes else None)
         # In batches, as prompts are tokenised faster together, and none is read beyond the limit.
         while room := BATCH if self.limit is None else min(BATCH, self.limit - len(prompts)):
             batch = [self._read(line, raw, seen, checks) for line, raw in islice(rows, room)]
@@ -239,14 +258,15 @@ class PromptSource:
             history=layout.value(row, "history"),
             more=texts.get("input") or "",
         )
+        own_id = texts["id"] or f"{Path(self.path).stem}:{line}"
         prompt = Prompt(
-            id=texts["id"] or f"{Path(self.path).stem}:{line}",
+            id=f"{self.name}/{own_id}" if self.name else own_id,
             messages=chat.messages,
             answer=texts["answer"],
             response=_response(texts["response"], chat.response, layout),
             response_ids=_ids(layout.value(row, "response_ids"), layout.columns["response_ids"]),
             privileged=texts["privileged"],
-            domain=texts["domain"] or "default",
+            domain=texts["domain"] or self.name or "default",
             origin=f"{self.path}:{line}",
         )
         return prompt, chat

@@ -57,6 +57,10 @@ class ReasoningGymPrompts(PromptSource):
         self.seed = seed
         self.system = system
 
+    @property
+    def file(self) -> None:
+        return None
+
     def rows(self, size: int | None) -> Iterator[tuple[int, Row]]:
         """Make the questions, of all tasks in turn."""
         made = {name: _dataset(name, self._settings(name)) for name in self.tasks}

@@ -125,14 +125,22 @@ def _read_folder(path: Path) -> Iterator[tuple[int, Row]]:
     _check_folder(path)
     from datasets import load_from_disk
 
-    row = 0
     try:
         dataset = load_from_disk(str(path))
         dataset.data.validate(full=True)  # damaged offsets would read outside of the file
+    except Exception as error:  # a damaged folder raises too many types to list
+        raise _unreadable(path, "a saved dataset", error) from error
+    yield from rows_of_dataset(dataset, str(path))
+
+
+def rows_of_dataset(dataset: Any, path: str) -> Iterator[tuple[int, Row]]:
+    """Yield (row number from 1, row) of a `datasets.Dataset`; `path` is its name in errors."""
+    row = 0
+    try:
         for values in dataset.with_format(None):
             row += 1
             yield row, values
-    except Exception as error:  # a damaged folder raises too many types to list
+    except Exception as error:  # as above, for a damaged file behind it
         raise _unreadable(path, "a saved dataset", error, row) from error
 
 
@@ -164,7 +172,7 @@ def _values(read: Callable[[], Mapping[str, Any]]) -> Row:
         return BadRowError(f"cannot be read: {cut(' '.join(str(error).split()), 150)}")
 
 
-def _unreadable(path: Path, kind: str, error: Exception, row: int = 0) -> UserError:
+def _unreadable(path: Path | str, kind: str, error: Exception, row: int = 0) -> UserError:
     reason = " ".join(str(error).split()) or type(error).__name__
     where = f" behind row {row}" if row else ""
     return UserError(f"cannot read '{path}' as {kind}{where}: {cut(reason, 150)}; give {READABLE}")

@@ -6,48 +6,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
+from opd_lightning.data.best_of import keep_best, tied_best
 from opd_lightning.data.collate import collate, count
 from opd_lightning.data.engines import Engines
 from opd_lightning.data.micro_batches import micro_batches_within, split_by_cost
 from opd_lightning.data.mix import RolloutMix
+from opd_lightning.data.order import TAKEN, PromptOrder
 from opd_lightning.data.prefetch import from_plain, to_plain
 from opd_lightning.data.writer import RolloutWriter, Row
 from opd_lightning.errors import StaleRolloutsError, UserError
 from opd_lightning.processes import Ranks
 from opd_lightning.rollouts.base import Sampling
-from opd_lightning.seeding import PROMPT_ORDER, TRAINING_SAMPLE, derive_seed
+from opd_lightning.seeding import TRAINING_SAMPLE, derive_seed
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Prompt, Rollout, RolloutBatch, StepTotals, Totals, WholeStep
-
-
-class PromptOrder:
-    """Endless passes over `count` prompts, each pass shuffled with its own seed.
-
-    Positions are absolute, so the prompts of any step can be computed. There is no state to
-    save, no prompt is dropped at the end of a pass, and the order is independent of world size.
-    """
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.count = count
-        self.seed = seed
-        self._pass = -1
-        self._permutation: list[int] = []
-
-    def take(self, start: int, number: int) -> list[int]:
-        """Return the prompt indices at positions start .. start + number - 1."""
-        return [self._at(position) for position in range(start, start + number)]
-
-    def _at(self, position: int) -> int:
-        nth_pass, offset = divmod(position, self.count)
-        if nth_pass != self._pass:
-            generator = torch.Generator().manual_seed(
-                derive_seed(PROMPT_ORDER, self.seed, nth_pass)
-            )
-            self._permutation = torch.randperm(self.count, generator=generator).tolist()
-            self._pass = nth_pass
-        return self._permutation[offset]
 
 
 class TrainingStream:
@@ -66,9 +38,11 @@ class TrainingStream:
     stream stores no position. A checkpoint taken anywhere in a step resumes at its beginning.
     It contains what cannot be generated again: rollouts by weights that no longer exist.
 
-    `before_step(step)` is called before anything is written for it; `mix_at(step)` returns the
-    step's mix of authors; `prepare` receives all micro-batches before the first is yielded;
-    `now()` returns the number of optimiser steps made.
+    `order` is that of the prompts; `before_step(step)` is called before anything is written for a
+    step; `mix_at(step)` returns the step's mix of authors; `prepare` receives all micro-batches
+    before the first is yielded; `likelihoods` returns the student's mean log-prob of each rollout,
+    nats; `now()` returns the number of optimiser steps made. Of `teacher_samples` responses of the
+    teacher to a prompt, `keep_best` keeps one.
     """
 
     def __init__(
@@ -76,16 +50,20 @@ class TrainingStream:
         prompts: Sequence[Prompt],
         prompt_ids: Sequence[list[int]],
         *,
+        order: PromptOrder,
         writer: RolloutWriter,
         samplings: Mapping[Author, Sampling],
         before_step: Callable[[int], None],
         mix_at: Callable[[int], RolloutMix],
         prepare: Callable[[list[RolloutBatch]], None],
+        likelihoods: Callable[[list[RolloutBatch]], list[float]],
         now: Callable[[], int],
         engines: Engines,
         max_staleness: int,
         prompts_per_step: int,
         samples_per_prompt: int,
+        teacher_samples: int,
+        keep_best: bool,
         micro_batches: int,
         max_tokens: int | None,
         packed: Callable[[], bool],
@@ -96,16 +74,20 @@ class TrainingStream:
     ) -> None:
         self.prompts = prompts
         self.prompt_ids = prompt_ids
+        self.order = order
         self.writer = writer
         self.samplings = samplings
         self.before_step = before_step
         self.mix_at = mix_at
         self.prepare = prepare
+        self.likelihoods = likelihoods
         self.now = now
         self.engines = engines
         self.max_staleness = max_staleness
         self.prompts_per_step = prompts_per_step
         self.samples_per_prompt = samples_per_prompt
+        self.teacher_samples = teacher_samples
+        self.keep_best = keep_best
         self.micro_batches = micro_batches
         self.max_tokens = max_tokens
         self.packed = packed
@@ -113,7 +95,6 @@ class TrainingStream:
         self.ranks = ranks
         self.pad_id = pad_id
         self.timer = timer
-        self.order = PromptOrder(len(prompts), seed)
         self.steps_per_epoch = max(1, len(prompts) // prompts_per_step)
         self._in_training: tuple[int, list[Rollout]] = (-1, [])  # a step and its rollouts
 
@@ -128,7 +109,7 @@ class TrainingStream:
         failed.
         """
         step = self.now()
-        state: dict[str, Any] = {"step": step, **self._layout()}
+        state: dict[str, Any] = {"step": step, **self._layout(step)}
         if self.max_staleness:
             begun, rollouts = self._in_training
             mine = rollouts if begun == step else self.engines.prefetch.peek(step, self.timer)
@@ -139,27 +120,30 @@ class TrainingStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raise UserError if the layout of a step differs; restore prefetched rollouts."""
-        for name, here in self._layout().items():
-            if state.get(name) != here:
+        here = self._layout(state.get("step", 0))
+        for name in [*here, *(name for name in state if name.startswith(TAKEN))]:
+            if state.get(name) != here.get(name):
                 raise UserError(
-                    f"resume: {name} was {state.get(name)} in the checkpoint and is {here} now, so "
-                    "steps would hold other rollouts; set it back, or start a new run from an "
-                    "exported student"
+                    f"resume: {name} was {state.get(name)} in the checkpoint and is "
+                    f"{here.get(name)} now, so steps would hold other rollouts; set it back, or "
+                    "start a new run from an exported student"
                 )
         if "rollouts" in state:
             mine = set(self._positions(state["step"]))
             rows = [row for row in state["rollouts"] if row["group"] in mine]
             self.engines.prefetch.restore(state["step"], from_plain(rows, self._prompt_at))
 
-    def _layout(self) -> dict[str, int]:
-        """Return the settings that define the content of a step of a given number."""
+    def _layout(self, step: int) -> dict[str, int]:
+        """Return what defines the content of the steps up to a number."""
         return {
             "accumulate_grad_batches": self.micro_batches,
             "prompts_per_step": self.prompts_per_step,
             "samples_per_prompt": self.samples_per_prompt,
+            **({"teacher_samples": self.teacher_samples} if self.teacher_samples > 1 else {}),
             "prompts": len(self.prompts),
             "seed": self.seed,
             "max_staleness": self.max_staleness,
+            **self.order.record(step),
         }
 
     def __iter__(self) -> Iterator[RolloutBatch | WholeStep]:
@@ -174,11 +158,13 @@ class TrainingStream:
                 rows = self._ready_rows(step)
                 rollouts = self.writer.write(rows, self.samplings)
             check_versions(rollouts, step, self.max_staleness)
-            self._in_training = step, rollouts
+            self._in_training = step, rollouts  # all of them: a resumed step chooses again
             if self.max_staleness:
                 self._prefetch(step + 1)
             else:
                 self.engines.sleep()
+            if self.keep_best:
+                rollouts = self._with_best(step, rollouts)
             with self.timer.stage("collate"):
                 batches = self._collate(step, rollouts)
             self.prepare(batches)
@@ -192,6 +178,23 @@ class TrainingStream:
         rows = self._ready_rows(step)
         background = self.writer.with_timer(StepTimer())
         self.engines.prefetch.start(step, lambda: background.write(rows, self.samplings))
+
+    def _with_best(self, step: int, rollouts: list[Rollout]) -> list[Rollout]:
+        """Drop all but the best of the teacher's responses to each prompt."""
+        ties = [place for tied in tied_best(rollouts).values() if len(tied) > 1 for place in tied]
+        likelihood: dict[int, float] = {}
+        if any(self.ranks.gather(len(ties))):  # the student may be sharded: all ranks take part
+            # Without the teachers' views, and with what `only_correct` drops.
+            asked = [replace(rollouts[place], views={}, dropped=False) for place in ties]
+            place_of = {id(one): place for one, place in zip(asked, ties, strict=True)}
+            batches = self._collate(step, asked or [replace(rollouts[-1], dropped=True)])
+            with self.timer.stage("student"):
+                scores = self.likelihoods(batches)
+            read = [rollout for batch in batches for rollout in batch.rollouts]
+            for rollout, score in zip(read, scores, strict=True):
+                if (place := place_of.get(id(rollout))) is not None:
+                    likelihood[place] = score
+        return keep_best(rollouts, likelihood)
 
     def _collate(self, step: int, rollouts: list[Rollout]) -> list[RolloutBatch]:
         written, demonstrated = (
@@ -233,10 +236,20 @@ class TrainingStream:
         (chosen,) = self.order.take(position, 1)
         return self.prompts[chosen], self.prompt_ids[chosen]
 
+    def authors(self, mix: RolloutMix, step: int) -> list[list[Author]]:
+        """Return the authors of the responses to every prompt of a step, over all ranks."""
+        return mix.authors(
+            self.seed,
+            step,
+            self.prompts_per_step,
+            self.samples_per_prompt,
+            self.teacher_samples,
+        )
+
     def _ready_rows(self, step: int) -> list[Row]:
         """Return this rank's rows of a step, all samples of its prompts, with engines prepared."""
         mix = self.mix_at(step)
-        authors = mix.authors(self.seed, step, self.prompts_per_step, self.samples_per_prompt)
+        authors = self.authors(mix, step)
         rows = [
             Row(
                 *self._prompt_at(position),

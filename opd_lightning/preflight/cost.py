@@ -32,11 +32,10 @@ def step_tokens(probe: Probe) -> dict[str, float]:
 
     The mean response length of each author is that of the probe.
     """
-    stream, prompts = probe.stream, probe.data.prompts_per_step
+    stream = probe.stream
     authors: Counter[Author] = Counter()
     for step in range(COUNTED_STEPS):
-        mix = stream.mix_at(step)
-        for several in mix.authors(stream.seed, step, prompts, stream.samples_per_prompt):
+        for several in stream.authors(stream.mix_at(step), step):
             authors.update(several)
     seen = [*(probe.own if probe.data.mix.samples else []), *probe.given]
     lengths = {a: _length([r for r in seen if r.author is a]) for a in Author}

@@ -161,18 +161,23 @@ class RolloutDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainingStream:
         assert self._train is not None
+        assert self.train is not None
         return TrainingStream(
             *self._train,
+            order=self.train.order(self._train.prompts, self.prompts_per_step, self.seed),
             writer=self.writer(self.verifier, training=True),
             samplings=samplings_by_author(self.sampling, self.mix, self.teacher),
             mix_at=self.mix_at,
             before_step=self._before_step,
             prepare=self.module.prepare_step,
+            likelihoods=self.module.likelihoods,
             now=lambda: self.module.global_step,
             engines=self.engines,
             max_staleness=self.max_staleness,
             prompts_per_step=self.prompts_per_step,
             samples_per_prompt=self.samples_per_prompt,
+            teacher_samples=self.teacher.samples if self.teacher else 1,
+            keep_best=self.teacher is not None and self.teacher.keep == "best",
             micro_batches=self.module.trainer.accumulate_grad_batches,
             max_tokens=self.max_tokens_per_micro_batch,
             packed=lambda: self.module.student.is_packed,
@@ -224,7 +229,7 @@ class RolloutDataModule(LightningDataModule):
         return Bench(
             source=source,
             template_args=self.template_args,
-            read=lambda prompts, checks: prompts.load(self.prompt_files.size(prompts), checks),
+            read=lambda prompts, checks: prompts.load(self.prompt_files.size, checks),
             checks=checks,
             writer=self.writer,
             engines=self.engines,

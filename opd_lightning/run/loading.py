@@ -36,7 +36,7 @@ def load_training(data: RolloutDataModule) -> Loaded:
         max_tokens=data.max_tokens_per_micro_batch,
     )
     checks = RowChecks(renderer, data.verifier, fits)
-    prompts = data.train.load(data.prompt_files.size(data.train), checks)
+    prompts = data.train.load(data.prompt_files.size, checks)
     ids = checks.ids_of(prompts)
     samplings = samplings_by_author(data.sampling, data.mix, data.teacher)
     temperature = samplings[Author.STUDENT].temperature

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from opd_lightning.training.callback import run_callbacks
 from opd_lightning.training.contract import Contract
 from opd_lightning.training.learning_rates import scaled
 from opd_lightning.training.resumption import check_whole_steps, rewind
+from opd_lightning.training.scoring import mean_logprobs
 from opd_lightning.training.skipped_steps import SkippedSteps, check_weights
 from opd_lightning.types import RolloutBatch, TokenScores, WholeStep
 
@@ -158,6 +159,11 @@ class DistillationModule(Contract, EvaluatedModule):
     def teardown(self, stage: str) -> None:
         for teacher in self.teachers():
             teacher.close()
+
+    def likelihoods(self, batches: Sequence[RolloutBatch]) -> list[float]:
+        """Return the student's mean log-prob of each rollout's tokens, nats. Collective."""
+        with self.trainer.precision_plugin.forward_context():
+            return mean_logprobs(self.student, (batch.to(self.device) for batch in batches))
 
     def training_step(self, batch: RolloutBatch | WholeStep, batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch, the first one of a whole step."""

@@ -49,6 +49,8 @@ def test_teacher_and_recorded_shares_are_exact_each_step() -> None:
         taken |= {i for i, author in enumerate(authors) if author is Author.TEACHER}
     assert taken == set(range(16))  # not always the same prompts
     assert all(len(w) == (4 if w[0] is Author.STUDENT else 1) for w in mix.authors(0, 0, 16, 4))
+    several = {w[0]: len(w) for w in mix.authors(0, 0, 16, 4, 3)}
+    assert several[Author.TEACHER] == 3
 
 
 def test_whole_steps_toss_one_coin() -> None:

@@ -38,7 +38,7 @@ def read(run: Path, file: Path, *, resumes: bool, ranks: Ranks = ALONE) -> list[
     source = PromptSource(str(file))
     files = PromptFiles(run, resumes=resumes)
     files.agree({"data.train": source}, ranks)
-    return [prompt.messages[0]["content"] for prompt in source.load(files.size(source))]
+    return [prompt.messages[0]["content"] for prompt in source.load(files.size)]
 
 
 @pytest.mark.parametrize("more", ['{"prompt": "7+7="}\n', '{"prom', "\xff\n"])

@@ -171,8 +171,25 @@ def test_a_folder_of_splits_is_refused(tmp_path: Path) -> None:
             "'messages[2]' must have a role and a text as content, got {'role': 'user'}",
         ),
         (
-            {"messages": [{"role": "tool", "content": "x"}]},
-            "'messages[0]' must have a role of system, user, assistant, got 'tool'",
+            {"messages": [*CHAT, {"role": "tool", "content": "x"}]},
+            "'messages[2]' is a turn of a tool (role 'tool'), which is not supported: expected",
+        ),
+        (
+            {"conversations": [{"from": "observation", "value": "x"}]},
+            "'conversations[0]' is a turn of a tool (role 'observation')",
+        ),
+        (
+            {
+                "messages": [
+                    CHAT[0],
+                    {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]},
+                ]
+            },
+            "'messages[1]' calls a function (tool_calls)",
+        ),
+        (
+            {"messages": [{"role": "critic", "content": "x"}]},
+            "'messages[0]' must have a role of system, user, assistant, got 'critic'",
         ),
         (
             {"messages": [{"content": "x"}]},

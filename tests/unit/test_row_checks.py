@@ -236,7 +236,7 @@ def test_lines_that_are_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = PromptSource(path, on_bad_row="skip").load()
     assert [prompt.messages[0]["content"] for prompt in found] == ["1", "3"]
     # A file that has grown is read as far as it was.
-    assert len(PromptSource(path).load(size=100)) == 2
+    assert len(PromptSource(path).load(lambda source: 100)) == 2
 
 
 def test_damaged_parquet_pages(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from torch import Tensor
 
 from opd_lightning.data.engines import Engines
-from opd_lightning.data.stream import PromptOrder, check_versions
+from opd_lightning.data.order import PromptOrder
+from opd_lightning.data.stream import check_versions
 from opd_lightning.data.views import Renderer
 from opd_lightning.data.writer import RolloutWriter
 from opd_lightning.errors import StaleRolloutsError, UserError
