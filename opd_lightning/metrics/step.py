@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opd_lightning.metrics.repetition import is_repetitive
+from opd_lightning.metrics.repetition import is_repetitive, repeated_trigrams
 from opd_lightning.metrics.sums import NamedMeans, Sums
 from opd_lightning.types import RolloutBatch
 
@@ -13,8 +13,8 @@ from opd_lightning.types import RolloutBatch
 class ResponseStatistics(Sums):
     """Rewards, lengths and stop reasons of rollouts, separate for demonstrations."""
 
-    names = ("tokens", "rollouts", "length", "truncated", "repetitive", "rewarded", "reward",
-             "unverified", "long_views", "grouped", "degenerate",
+    names = ("tokens", "rollouts", "length", "truncated", "repetitive", "repeated_trigrams",
+             "rewarded", "reward", "unverified", "long_views", "grouped", "degenerate",
              "demonstrations", "demonstrated", "kept", "right")  # fmt: skip
 
     def update(self, batch: RolloutBatch) -> None:
@@ -28,6 +28,7 @@ class ResponseStatistics(Sums):
             length=sum(len(r.response_ids) for r in written),
             truncated=batch.truncated & own,
             repetitive=sum(is_repetitive(r.text) for r in written),
+            repeated_trigrams=sum(repeated_trigrams(r.response_ids) for r in written),
             rewarded=rewarded,
             reward=batch.rewards[rewarded],
             unverified=sum(r.unverified for r in written),
@@ -48,7 +49,7 @@ class ResponseStatistics(Sums):
         sums = self._totals()
         result = {"response/tokens_per_step": sums["tokens"]}
         if sums["rollouts"] > 0:
-            for name in ("length", "truncated", "repetitive"):
+            for name in ("length", "truncated", "repetitive", "repeated_trigrams"):
                 result[f"response/{name}"] = sums[name] / sums["rollouts"]
         if sums["rewarded"] > 0:
             result["reward"] = sums["reward"] / sums["rewarded"]

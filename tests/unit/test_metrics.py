@@ -19,7 +19,7 @@ from opd_lightning.evaluation.scores import SuiteScores
 from opd_lightning.evaluation.statistics import interval
 from opd_lightning.metrics.depth import DepthStatistics
 from opd_lightning.metrics.overlap import OverlapStatistics
-from opd_lightning.metrics.repetition import is_repetitive
+from opd_lightning.metrics.repetition import is_repetitive, repeated_trigrams
 from opd_lightning.metrics.signal import SignalStatistics
 from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics
 from opd_lightning.metrics.teachers import TeacherStatistics
@@ -165,6 +165,7 @@ def test_responses_by_hand_and_over_micro_batches() -> None:
         "response/length": 3.0,
         "response/truncated": pytest.approx(1 / 3),
         "response/repetitive": 0.0,
+        "response/repeated_trigrams": pytest.approx(2 / 3 / 3),
         "response/tokens_per_step": 9.0,
         "reward": 0.5,
         "response/degenerate_groups": 0.5,
@@ -219,6 +220,13 @@ def test_repetition_fixtures() -> None:
     assert is_repetitive("ab" * 10_000)
     assert not is_repetitive("".join(noise.choices(string.printable, k=20_000)))
     assert not is_repetitive("ab" * 100)  # too short to judge
+
+
+def test_repeated_trigrams_by_hand() -> None:
+    assert repeated_trigrams([1, 2, 3, 1, 2, 3, 1]) == pytest.approx(2 / 5)  # 123 231 312 123 231
+    assert repeated_trigrams(range(100)) == 0
+    assert repeated_trigrams([7, 7]) == 0
+    assert repeated_trigrams([2**21 - 1, 0, 0, 0, 0, 2**21 - 1]) == 1 / 4
 
 
 def test_suite_scores_are_means_by_domain() -> None:
