@@ -1,7 +1,7 @@
 """Every method trains reproducibly, and equals another method for certain parameters."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.views import PromptView
 from opd_lightning.errors import UserError
 from opd_lightning.lab.arithmetic import generate_mixture
-from opd_lightning.losses.divergence import ForwardKL
+from opd_lightning.losses.divergence import ForwardKL, TokenwiseKL
+from opd_lightning.losses.schedule import Linear
+from opd_lightning.losses.target import GeometricTarget
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.methods import (
     CRISP,
@@ -33,16 +35,24 @@ from opd_lightning.methods import (
     SFT,
     SGOPD,
     DistillationModule,
+    DistilledRL,
     DivergenceOPD,
 )
 from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine, Sampling
 from opd_lightning.rules import (
+    CompetenceWeight,
+    DriftGate,
     EntropyBonus,
     EntropyGatedForwardKL,
+    EntropyWeight,
     HardClip,
+    InDistributionWeight,
+    LikelihoodMask,
     PhasedFloor,
     PrefixWindow,
+    RewardWeight,
+    TokenImportanceMask,
     TrajectoryGate,
     TrustRegion,
     VocabularyBaseline,
@@ -65,6 +75,10 @@ VIEWS = {
     "demonstration": PromptView(template="{{ question }} such as {{ response }}", place="user"),
     "feedback": PromptView(template="{{ question }} {{ peer }}", place="user"),
     "concise": PromptView(template="be brief"),
+    "revision": PromptView(
+        template="{{ attempt }}{{ reward }}{% if peer_failure %}{{ peer_failure }}{% endif %}",
+        late_characters=4,
+    ),
 }
 
 
@@ -104,8 +118,8 @@ def start() -> FrozenTeacher:
     return FrozenTeacher("lab/arithmetic/student")
 
 
-def demonstrations(**mix: Any) -> dict[str, Any]:
-    sampler = TeacherSampler(path="lab/arithmetic/teacher", engine=HFEngine())
+def demonstrations(of: Mapping[str, Any] | None = None, /, **mix: Any) -> dict[str, Any]:
+    sampler = TeacherSampler(path="lab/arithmetic/teacher", engine=HFEngine(), **(of or {}))
     return {"mix": RolloutMix(**mix), "teacher": sampler}
 
 
@@ -170,7 +184,30 @@ CASES: dict[str, Case] = {
     ),
     "SFT": (lambda: SFT(**student()), lambda: {"mix": RolloutMix(recorded=1)}),
     "SFT, SeqKD": (lambda: SFT(**student()), lambda: demonstrations(teacher=1.0)),
+    "SFT, weighed": (
+        lambda: SFT(
+            rules=[InDistributionWeight(), EntropyWeight(), LikelihoodMask(least=1e-3)],
+            **student(),
+        ),
+        lambda: {"mix": RolloutMix(recorded=1)},
+    ),
     "GRPO": (lambda: GRPO(**student()), dict),
+    "DistilledRL": (lambda: DistilledRL(teacher=teacher(), **student()), dict),
+    "OPSD, weighed": (
+        lambda: OPSD(
+            teacher=start(),
+            view="revision",
+            divergence=GeometricTarget(student=Linear(start=0.8, end=0.0, steps=2)),
+            rules=[TokenImportanceMask(), RewardWeight(0.5), CompetenceWeight(), DriftGate(1.0)],
+            aggregation="mask-mean",
+            **student(),
+        ),
+        dict,
+    ),
+    "DivergenceOPD, BRTS": (
+        lambda: DivergenceOPD(teacher=teacher(), divergence=TokenwiseKL(), **student()),
+        lambda: demonstrations({"samples": 3, "keep": "best"}, teacher=0.5),
+    ),
 }
 
 
@@ -195,7 +232,7 @@ def steps_of(name: str) -> int:
 
 
 # Variants of methods that others of the cases train.
-VARIANTS = ("OPD discounted", "OPD, REOPOLD", "EDGEOPD, soft", "SFT, SeqKD")
+VARIANTS = ("OPD discounted", "OPD, REOPOLD", "EDGEOPD, soft", "SFT, SeqKD", "SFT, weighed")
 
 
 @pytest.mark.parametrize(

@@ -11,25 +11,39 @@ from typing import Any
 import pytest
 import yaml
 
-from opd_lightning import methods, rollouts, rules, teachers
+from opd_lightning import methods, rollouts, rules, teachers, verifiers
 from opd_lightning.data.mix import RolloutMix, TeacherSampler
-from opd_lightning.losses import divergence, schedule, surrogate, top_k
+from opd_lightning.data.views import PromptView
+from opd_lightning.losses import divergence, schedule, surrogate, target, top_k
 from opd_lightning.methods import DistillationModule
 from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine, Sampling
 from opd_lightning.run.configuration import check_truncation
 from opd_lightning.run.datamodule import RolloutDataModule
+from opd_lightning.verifiers.weighted import Part
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "methods.md").read_text()
 CLASSES = {
     name: value
-    for module in (methods, rules, teachers, rollouts, divergence, schedule, surrogate, top_k)
+    for module in (
+        methods,
+        rules,
+        teachers,
+        rollouts,
+        verifiers,
+        divergence,
+        schedule,
+        surrogate,
+        target,
+        top_k,
+    )
     for name, value in vars(module).items()
     if isinstance(value, type)
 }
 DATA = ("mix", "sampling", "samples_per_prompt")
 TYPES = {"mix": RolloutMix, "sampling": Sampling, "surrogate": surrogate.Surrogate}
+EACH = {"data.views": PromptView, "parts": Part}  # mappings of names to arguments of a class
 
 
 def table(heading: str) -> list[list[str]]:
@@ -49,6 +63,8 @@ def built(value: Any) -> Any:
         return [built(item) for item in value]
     if isinstance(value, Mapping):
         given = {key: built(item) for key, item in value.items() if key != "class_path"}
+        for key in EACH.keys() & given.keys():
+            given[key] = {name: EACH[key](**one) for name, one in given[key].items()}
         return CLASSES[value["class_path"]](**given) if "class_path" in value else given
     if isinstance(value, str) and re.fullmatch(r"\d+e-\d+", value):
         return float(value)  # YAML 1.1, unlike the configuration's parser, takes it for a text
@@ -64,7 +80,7 @@ def settings(cell: str) -> tuple[str, dict[str, Any]]:
         full = re.sub(r"\b([A-Z]\w*) \{", r"{class_path: \1, ", span)
         (key, value), *more = yaml.safe_load(full).items()
         assert not more, span
-        found[key] = TYPES[key](**value) if key in TYPES else built(value)
+        found |= {key: TYPES[key](**value)} if key in TYPES else built({key: value})
     return name, found
 
 
@@ -95,6 +111,8 @@ def test_a_row_is_a_run_whose_parts_fit(cell: str) -> None:
     assert not foreign or method.takes_demonstrations
     assert not method.needs_demonstrations or not data.mix.samples
     assert bool(data.mix.teacher) == (data.teacher is not None)
+    assert method.views() <= data.views.keys()
+    assert data.user_views <= method.views()
     check_truncation(method, data)
 
 
