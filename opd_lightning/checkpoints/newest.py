@@ -5,6 +5,7 @@ All processes of a run must call these functions, and get the same result.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ from opd_lightning.checkpoints.reading import DamagedError, Saved, check_sums, d
 from opd_lightning.errors import CheckpointError, UserError, note, raised_by_all
 from opd_lightning.processes import broadcast, gather, rank, world_size
 
+# Errors of a path rather than of the disk.
+_MISTAKES = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM}
 LAST = "last"  # value of --ckpt_path for the newest complete checkpoint of the run
 
 
@@ -76,7 +79,7 @@ def named(path: Path) -> Saved:
         CheckpointError: If the disk cannot be read.
     """
     try:
-        return _checked(broadcast(lambda: _describe(path)))
+        return _checked(broadcast(lambda: _named(path)))
     except DamagedError as error:
         raise raised_by_all(refusal(path, error)) from error
 
@@ -159,6 +162,18 @@ def _checked(saved: Saved) -> Saved:
         if one is not None:
             raise one
     return saved
+
+
+def _named(path: Path) -> Saved:
+    try:
+        return describe(path)
+    except OSError as error:
+        if error.errno not in _MISTAKES:
+            raise unreadable(error) from error
+        raise UserError(
+            f"ckpt_path: cannot read {str(path)!r}: {error.strerror}; name a checkpoint, or "
+            f"{LAST} for the newest of the run"
+        ) from error
 
 
 def _describe(path: Path) -> Saved:

@@ -21,6 +21,9 @@ class DistilledRL(ComposedMethod):
         A_t = A r_t / (prod_s r_s)^(1 / T)   where A > 0,   r_t = clip(exp(d_t), low, high)
         A_t = A                              elsewhere
 
+    The clip of the ratio is the paper's; that its mean is taken over a response is known at second
+    hand.
+
     Args:
         student: The model to train.
         teacher: The model to distil; needs only log-probs of the sampled tokens.
