@@ -130,16 +130,26 @@ def test_mistakes_are_named(runs: dict[str, Run], said: str) -> None:
         replace(STUDY, runs=runs)
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in STUDIES])
 def test_every_run_of_a_study_is_accepted(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    study = read_study(name)
-    (tmp_path / "runs").mkdir()
     monkeypatch.chdir(Path(__file__).parents[2])
     monkeypatch.setattr(OPDCLI, "_run_subcommand", lambda self, subcommand: None)
-    for label, run in study.runs.items():
-        if run.config is not None:
-            words = fit_words(run, Place(label, 0, tmp_path))
-            check_keys("fit", words[1:])
-            assert OPDCLI(words).model.student.model is None
+    for words in commands(name, tmp_path):
+        assert OPDCLI(words).model.student.model is None
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_options_of_a_study_exist(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    for words in commands(name, tmp_path):
+        check_keys("fit", words[1:])
+
+
+def commands(name: str, work: Path) -> list[list[str]]:
+    """Return the command lines that train the runs of a study."""
+    runs = {label: run for label, run in read_study(name).runs.items() if run.config}
+    return [fit_words(run, Place(label, 0, work)) for label, run in runs.items()]
