@@ -32,6 +32,10 @@ from opd_lightning.checkpoints.savers import drop_foreign_paths
 from opd_lightning.errors import UserError, reason_of
 from opd_lightning.processes import broadcast
 
+# Settings of torch's optimisers that choose an implementation. They may not fit this device, and are
+# this run's.
+HOW = {"capturable", "differentiable", "foreach", "fused"}
+
 
 class CheckpointConnector(_CheckpointConnector):
     """Lightning's checkpoint connector with a different choice and reading of the checkpoint.
@@ -133,6 +137,8 @@ class CheckpointConnector(_CheckpointConnector):
             groups = optimizer.state_dict()["param_groups"]
             check_kinds("optimizer", state["param_groups"], groups)
             check_shapes(state["state"], optimizer)
+            for group, own in zip(state["param_groups"], groups, strict=True):
+                group |= {name: own[name] for name in HOW & group.keys() & own.keys()}
         super().restore_optimizers()
 
     def restore_lr_schedulers(self) -> None:

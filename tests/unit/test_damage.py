@@ -163,6 +163,15 @@ def test_a_state_that_cannot_be_restored(
     assert "\n" not in str(refused.value)
 
 
+def test_how_an_optimiser_computes_is_this_run_s(saved: Path, tmp_path: Path) -> None:
+    state = torch.load(saved / "last.ckpt", weights_only=True)
+    state["optimizer_states"][0]["param_groups"][0] |= {"capturable": True, "fused": True}
+    torch.save(state, tmp_path / "copy.ckpt")
+    trainer, _ = train(tmp_path, 2, ckpt_path=tmp_path / "copy.ckpt")
+    (group,) = trainer.optimizers[0].param_groups
+    assert (group["capturable"], group["fused"]) == (False, None)
+
+
 def test_a_scheduler_s_or_optimiser_s_values_of_another_kind_are_refused() -> None:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=5)
