@@ -32,8 +32,7 @@ from opd_lightning.checkpoints.savers import drop_foreign_paths
 from opd_lightning.errors import UserError, reason_of
 from opd_lightning.processes import broadcast
 
-# Settings of torch's optimisers that choose an implementation. They may not fit this device, and are
-# this run's.
+# Settings of torch's optimisers that choose an implementation; they may not fit this device.
 HOW = {"capturable", "differentiable", "foreach", "fused"}
 
 
