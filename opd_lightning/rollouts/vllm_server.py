@@ -209,11 +209,12 @@ class VLLMServerEngine(Engine):
         finally:
             drain(weights)
         success = partial(field, name="success", kind=bool)
-        for reset in self.servers.post_all("/reset_prefix_cache", read=success):
-            if not reset:
+        resets = self.servers.post_all("/reset_prefix_cache", read=success)
+        for url, is_reset in zip(self.servers.urls, resets, strict=True):
+            if not is_reset:
                 raise EngineMismatchError(
-                    "a server kept its prefix cache from before the push, since others were asking "
-                    "it; give each run servers of its own"
+                    f"the server {url} kept its prefix cache from before the push, since others "
+                    "were asking it; give each run servers of its own"
                 )
         for found in self._read_labels():
             _check_label(found, label)
