@@ -67,8 +67,8 @@ def check_measurable(targets: list[str], data: RolloutDataModule, trainer: Train
     unknown = [name for name in targets if name not in suites]
     if unknown or not targets or not suites.keys() - set(targets):
         raise UserError(
-            f"CapabilityRetention.targets: got {targets} of the suites {list(suites)}, "
-            "expected at least one of them, and another to be kept"
+            f"CapabilityRetention.targets: got {targets} of the suites {list(suites)} in "
+            "data.validation and data.texts, expected at least one of them, and another to be kept"
         )
     for name, suite in suites.items():
         if suite.judged_by(data.verifier) is None:

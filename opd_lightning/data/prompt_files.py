@@ -74,7 +74,7 @@ class PromptFiles:
         }
         paths = {name: one.file for name, one in sources.items() if one.file is not None}
         for name, path in paths.items():
-            check_place(name, path)
+            check_place(name if name.startswith("data.train") else f"{name}.prompts", path)
         if self.folder is None:
             return
         record = self.folder / RECORD

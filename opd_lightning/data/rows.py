@@ -95,14 +95,14 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def check_place(name: str, path: Path) -> None:
-    """Raise UserError, with the configuration key `name`, if no prompts can be at a path."""
+    """Raise UserError, with the source's configuration key, if no prompts can be at a path."""
     if not path.exists():
-        raise UserError(f"{name}: no prompt file at {str(path)!r}; give {READABLE}")
+        raise UserError(f"{name}.path: no prompt file at {str(path)!r}; give {READABLE}")
     if path.is_dir():
         try:
             _check_folder(path)
         except UserError as error:
-            raise UserError(f"{name}: {error}") from error
+            raise UserError(f"{name}.path: {error}") from error
 
 
 def _check_folder(path: Path) -> None:

@@ -97,6 +97,9 @@ class SkippedSteps(nn.Module):
 
     def resume(self, counts: Mapping[str, int]) -> None:
         """Restore the counters of a checkpoint; older checkpoints have none."""
+        for name, count in counts.items():
+            if not 0 <= count < 2**53:  # what a logged figure holds
+                raise ValueError(f"skipped_steps.{name}: got {count!r:.30}, expected a count")
         self.total, self.in_a_row = int(counts.get("total", 0)), int(counts.get("in_a_row", 0))
 
 

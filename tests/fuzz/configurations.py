@@ -164,12 +164,12 @@ def _places(trees: list[Any]) -> Iterator[str]:
     for tree in trees:
         trainer = tree.get("trainer") if isinstance(tree, Mapping) else None
         logger = trainer.get("logger", True) if isinstance(trainer, Mapping) else True
-        if str(logger).lower() in ("false", "none", "null"):
+        if str(logger).lower() in ("false", "none", "null", "[]"):
             yield "config.yaml"  # the run folder is the current one
         for path in mutations.places(tree):
             value = mutations.at(tree, path)
             if path[-1] in PLACES and isinstance(value, str | int | float):
-                yield str(value).removeprefix("./").split("/")[0] or "."
+                yield str(value).removeprefix("./").removeprefix("../").split("/")[0] or "."
 
 
 def unused(written: Any, used: Any, place: str = "") -> str | None:
