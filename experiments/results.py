@@ -11,7 +11,8 @@ from statistics import mean, stdev
 from experiments.study import ROOT, Claim, Study
 from experiments.work import Place
 
-# 97.5 % points of Student's t by degrees of freedom, from 1.
+# 97.5 % points of Student's t by degrees of freedom, from 1. For more the last is used, which makes
+# intervals wider than they have to be.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 BEGIN, END = "<!-- results: {name} -->", "<!-- end of results -->"
 

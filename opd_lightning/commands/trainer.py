@@ -51,7 +51,7 @@ class Trainer(Commands):
     """
 
     run_folder: Path | None = None  # during `fit`; None if the run keeps no files
-    saving: str | None = None  # the checkpoint that is being written
+    saving: str | None = None  # the checkpoint that is, or was last, written
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         for name in ("val_check_interval", "max_time"):
