@@ -37,7 +37,7 @@ def main(words: list[str] | None = None) -> None:
     given = parser.parse_args(words)
     study: Study = read_study(given.study)
     seeds = given.seeds or list(range(study.seeds))
-    work = given.work.resolve() / study.name
+    work = given.work.resolve() / study.world
     if given.command == "run":
         sys.exit(run_missing(study, seeds, given.only, work))
     if given.command == "status":

@@ -47,13 +47,21 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def verdict(claim: Claim, differences: Sequence[float]) -> str:
-    """Return whether the interval leaves out 0, and on which side."""
+    """Return what the interval says of a claim.
+
+    Of a sign: whether it leaves out 0, and on which side. Of equality: whether all of it lies
+    within the margin, or all of it outside.
+    """
     if not differences:
         return "not measured"
     low, high = interval(differences)
-    if low <= 0 <= high:
-        return "not shown"
-    return "shown" if (low > 0) == (claim.expects == "higher") else "contradicted"
+    if claim.expects == "equal":
+        shown = -claim.margin <= low and high <= claim.margin
+        contradicted = low > claim.margin or high < -claim.margin
+    else:
+        above, below = low > 0, high < 0
+        shown, contradicted = (above, below) if claim.expects == "higher" else (below, above)
+    return "shown" if shown else "contradicted" if contradicted else "not shown"
 
 
 def score_table(study: Study, found: Mapping[str, Scores], work: Path) -> str:

@@ -42,7 +42,8 @@ class Claim:
         run: Name of the run.
         than: Name of the run that it is compared with.
         score: Name of the score, SUITE or SUITE/DOMAIN.
-        expects: The sign of run - than.
+        expects: The sign of run - than, or that both are as good.
+        margin: Differences up to this one are as good; read by "equal" only.
     """
 
     says: str
@@ -50,7 +51,8 @@ class Claim:
     run: str
     than: str
     score: str
-    expects: Literal["higher", "lower"] = "higher"
+    expects: Literal["higher", "lower", "equal"] = "higher"
+    margin: float = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +61,7 @@ class Study:
 
     Args:
         name: Folder in experiments/.
-        worlds: Labs that `opd lab build` makes.
-        test: Configuration whose test suites measure every student.
+        world: Lab of its runs. Studies of a world share the runs that have the same name.
         page: Page in docs/ that shows the tables.
         seeds: Number of seeds, from 0.
         runs: Runs by name, each after those that it reads.
@@ -68,12 +69,16 @@ class Study:
     """
 
     name: str
-    worlds: list[str]
-    test: str
+    world: str
     page: str
     runs: dict[str, Run]
     seeds: int = 5
     claims: dict[str, Claim] = field(default_factory=dict)
+
+    @property
+    def test(self) -> str:
+        """Configuration whose test suites measure every student."""
+        return f"experiments/test_{self.world}.yaml"
 
     def __post_init__(self) -> None:
         before: set[str] = set()

@@ -22,6 +22,7 @@ from experiments.study import ROOT, Run, Study
 from opd_lightning.cli import main as opd
 
 QUIET = "--trainer.enable_progress_bar=false"
+UNWATCHED = "--trainer.limit_val_batches=0"  # the last checkpoint is measured, no other is chosen
 WAIT = 5.0  # seconds between looks at what other processes work on
 
 
@@ -31,7 +32,7 @@ class Place:
 
     name: str
     seed: int
-    work: Path  # of the study
+    work: Path  # of the world
 
     @property
     def root(self) -> Path:
@@ -139,12 +140,12 @@ def train_and_measure(study: Study, place: Place) -> None:
     """Train the run's student, export it, and write its scores on the study's test suites."""
     place.root.mkdir(parents=True, exist_ok=True)
     os.chdir(place.root)
-    for name in ("configs", "experiments"):
-        if not Path(name).exists():
-            Path(name).symlink_to(ROOT / name)
-    for world in study.worlds:
-        if not Path("lab", world).exists():
-            opd(["lab", "build", "--world", world])
+    for link in (Path("configs"), Path("experiments")):
+        if not link.exists():
+            link.unlink(missing_ok=True)  # of a project that was moved
+            link.symlink_to(ROOT / link)
+    if not Path("lab", study.world).exists():
+        opd(["lab", "build", "--world", study.world])
     run = study.runs[place.name]
     student = run.student or train(run, place)
     report = place.scores.with_suffix(".report.json")
@@ -171,7 +172,16 @@ def fit_words(run: Run, place: Place) -> list[str]:
     assert run.config is not None
     own = [f"--{key}={as_word(value)}" for key, value in run.set.items()]
     to = f"--trainer.logger.init_args.save_dir=runs/{place.name}"
-    return ["fit", "--config", run.config, f"--seed_everything={place.seed}", to, QUIET, *own]
+    return [
+        "fit",
+        "--config",
+        run.config,
+        f"--seed_everything={place.seed}",
+        to,
+        QUIET,
+        UNWATCHED,
+        *own,
+    ]
 
 
 def as_word(value: Any) -> str:

@@ -19,15 +19,13 @@ from tests import processes
 
 SHORT: dict[str, Any] = {
     "trainer.max_steps": 1,
-    "trainer.limit_val_batches": 0,
     "data.prompts_per_step": 4,
     "data.sampling.max_new_tokens": 6,
 }
 LEARNS = Claim(says="it learns", source="section 1", run="trained", than="start", score="skills")
 STUDY = Study(
     name="small",
-    worlds=["skills"],
-    test="experiments/merging/test.yaml",
+    world="skills",
     page="docs/small.md",
     seeds=2,
     runs={
@@ -106,6 +104,10 @@ def test_verdicts() -> None:
     assert verdict(replace(LEARNS, expects="lower"), [-2.0, -2.1, -2.2]) == "shown"
     assert verdict(LEARNS, [5.0]) == "not shown"
     assert verdict(LEARNS, []) == "not measured"
+    same = replace(LEARNS, expects="equal", margin=0.1)
+    assert verdict(same, [0.01, 0.02, 0.03]) == "shown"  # though its interval may leave out 0
+    assert verdict(same, [0.2, 0.0, -0.2]) == "not shown"
+    assert verdict(same, [-2.0, -2.1, -2.2]) == "contradicted"
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -115,6 +117,14 @@ def test_the_studies_are_whole(name: str) -> None:
     files = {study.test, study.page, *(run.config for run in study.runs.values() if run.config)}
     assert [file for file in sorted(files) if not (root / file).is_file()] == []
     assert study.claims
+
+
+def test_runs_of_a_name_are_the_same_in_all_studies_of_a_world() -> None:
+    seen: dict[tuple[str, str], Run] = {}
+    for name in STUDIES:
+        study = read_study(name)
+        for label, run in study.runs.items():
+            assert seen.setdefault((study.world, label), run) == run
 
 
 @pytest.mark.parametrize(
