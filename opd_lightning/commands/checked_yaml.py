@@ -23,16 +23,19 @@ def load(text: str) -> Any:
     Raises:
         TypeError: It repeats a key, contains itself, or is nested too deeply. Parsers add the name
             of the option.
-        yaml.YAMLError: It is no YAML, so that it may be a value; or a comment or an anchor and
-            nothing else, such as the name "#1", which would otherwise become null.
+        yaml.YAMLError: It is no YAML, so that it may be a value; or a line of YAML that no one
+            means, such as the names "#1", which would otherwise become null, and "?", a null key.
     """
     try:
         check_text("YAML", text)
     except UserError as error:
         raise TypeError(str(error)) from error
-    value = _load(text)
-    if value is None and text.startswith(("#", "&")) and "\n" not in text:
-        raise yaml.YAMLError("a comment or an anchor without a value")
+    try:
+        value = _load(text)
+    except TypeError as error:  # jsonargparse's loader, of a key that is no text
+        raise yaml.YAMLError("a key that is no text") from error
+    if value is None and "\n" not in text and text.strip().lower() not in ("", "~", "null"):
+        raise yaml.YAMLError("a comment, a mark or an anchor without a value")
     return value
 
 

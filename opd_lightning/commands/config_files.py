@@ -84,8 +84,20 @@ def read_yaml(option: str, given: str) -> Any:
     return parse(given, text)
 
 
+def check_words(words: Sequence[str]) -> None:
+    """Raise UserError if a command line holds bytes that are no text, such as a name in Latin-1."""
+    for word in words:
+        if found := _NO_TEXT.search(word):
+            option = word.partition("=")[0] if word.startswith("--") else "the command line"
+            raise UserError(
+                f"{_NO_TEXT.sub('?', option)}: holds {found[0]!r}, which is no UTF-8; rename the "
+                "file or folder"
+            )
+
+
 def check_configs(words: Sequence[str]) -> None:
     """Read the files that a command line names by `--config`, for the errors of `read_config`."""
+    check_words(words)
     for word, following in pairwise([*words, ""]):
         option, equals, value = word.partition("=")
         if option in ("--config", "-c"):

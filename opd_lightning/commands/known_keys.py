@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import yaml
 
 from opd_lightning.commands.callback_names import INSTALLED, SHORT, is_our_package
-from opd_lightning.commands.config_files import is_blank, parse, read_config, read_yaml
+from opd_lightning.commands.config_files import check_words, is_blank, parse, read_config, read_yaml
 from opd_lightning.commands.known_values import Word, kinds_of, problem, shown, words_of
 from opd_lightning.commands.signatures import Class, Parameter, find, load, parameters
 from opd_lightning.errors import UserError
@@ -50,6 +50,7 @@ _SUBCLASS = {"class_path", "init_args", "dict_kwargs"}
 
 def check_keys(command: str, words: list[str]) -> None:
     """Raise UserError at the first key or value that no class of the program accepts."""
+    check_words(words)
     trainer = find(TRAINER)
     method = trainer.method(command.replace("-", "_")) if trainer else None
     if method is None:

@@ -13,6 +13,8 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
+import yaml
+
 from opd_lightning.commands.config_files import is_blank
 from opd_lightning.commands.signatures import Module, Parameter
 
@@ -41,6 +43,7 @@ class Kinds(NamedTuple):
     names: frozenset[str]  # keys of EXPECTED
     literals: tuple[Any, ...]
     items: Parameter | None  # of a list, where they are of one type
+    callable: bool  # a class without which there are no options
 
     def expected(self) -> str:
         words = [EXPECTED[name] for name in EXPECTED if name in self.names]
@@ -89,7 +92,7 @@ def _plainly_allows(value: Any, parameter: Parameter) -> bool:
         # A number, which the parser would read as one, has to fit.
         return "str" in words and not is_blank(value) and not isinstance(_number(value), int)
     if isinstance(value, dict):
-        return bool(words - {"int", "float", "str", "bool", "Literal", "Optional"})
+        return bool(value and words - {"int", "float", "str", "bool", "Literal", "Optional"})
     if isinstance(value, list):
         classes = all(isinstance(item, dict) and "class_path" in item for item in value)
         return "list" in words and classes
@@ -101,6 +104,7 @@ def kinds_of(parameter: Parameter) -> Kinds | None:
     names: set[str] = set()
     literals: list[Any] = []
     items = None
+    callable_ = False
     for part, home in _members(parameter):
         name = ast.unparse(part.value if isinstance(part, ast.Subscript) else part)
         name = name.rpartition(".")[2]
@@ -121,9 +125,11 @@ def kinds_of(parameter: Parameter) -> Kinds | None:
             names.add("dict")
         elif name in CLASSES or home.resolve(ast.unparse(part)) is not None:
             names.add("class")
+            callable_ = callable_ or name in CLASSES
         else:
             return None
-    return Kinds(frozenset(names), tuple(literals), items) if names or literals else None
+    found = Kinds(frozenset(names), tuple(literals), items, callable_)
+    return found if names or literals else None
 
 
 def shown(value: object) -> str:
@@ -184,7 +190,8 @@ def _allows(value: Any, kinds: Kinds, parameter: Parameter) -> bool:
     if isinstance(value, list):
         return "list" in names
     if isinstance(value, dict):
-        return bool(names & {"dict", "class", "list"})
+        needs_class = kinds.callable and names <= {"class", "None"}
+        return bool(names & {"dict", "class", "list"}) and bool(value or not needs_class)
     return True  # such as a date, which the parser reads as text
 
 
@@ -195,7 +202,7 @@ def _allows_text(text: str, kinds: Kinds) -> bool:
         return False  # the parser would read it as a number
     if "str" in names:
         return True
-    if is_blank(text):
+    if is_blank(text) or _becomes_null(text):
         return False
     if text in [str(value) for value in kinds.literals]:
         return True
@@ -204,6 +211,15 @@ def _allows_text(text: str, kinds: Kinds) -> bool:
     if not names & {"int", "float"}:
         return "bool" in names
     return _is_float(number) if "float" in names else _is_int(number)
+
+
+def _becomes_null(text: str) -> bool:
+    """Return whether the parser would take a text, such as "&a" or "# b", for null."""
+    if text[0].isalnum() or text == "~":
+        return False
+    with suppress(yaml.YAMLError):
+        return yaml.safe_load(text) is None
+    return False
 
 
 def _fits(value: float, names: Set[str]) -> bool:
@@ -234,4 +250,4 @@ def _hint(value: Any, kinds: Kinds) -> str:
     if isinstance(value, str) and kinds.literals:
         near = get_close_matches(value, [str(word) for word in kinds.literals], n=1)
         return f"; did you mean {near[0]!r}?" if near else ""
-    return "; leave the key out for its default" if value is None else ""
+    return "; leave the key out for its default" if value in (None, {}) else ""

@@ -14,12 +14,11 @@ _NOISE = re.compile(
 )
 # A mistake inside a class that was given; what else its parameter accepts is no cause.
 _INSIDE = "Problem with given class_path"
-_ALTERNATIVES = (
-    "Expected a",
-    "Not a valid subclass",
-    "Subclass types expect",
-    "a dict ",
-    "a class ",
+_ALTERNATIVE = "Expected a"
+# What a parameter accepts in place of a class.
+_CLASS = re.compile(
+    r"Not a valid subclass of (\w+)(\. Got value: .*)?\n\s*"
+    r"Subclass types expect one of:(\n\s*- a .*)*"
 )
 # Applied in order; later patterns match replacements of earlier ones.
 _WORDS = [
@@ -47,7 +46,8 @@ _WORDS = [
     (r"Expected an? <class 'float'>", "expected a number"),
     (r"Expected an? <class 'str'>", "expected a text"),
     (r"Expected an? <class 'bool'>", "expected true or false"),
-    (r"Expected an? <class '(?:list|tuple|set)'>", "expected a list"),
+    (r"Expected an? <class '(?:list|tuple|set|collections\.abc\.\w+)'>", "expected a list"),
+    (r"Expected a class of", "expected a class of"),
     (r"Expected an? <class 'dict'>", "expected a table of names and values"),
     (r"Expected an? typing\.Literal\[([^\]]*)\]", r"expected one of \1"),
     (r"<(?:class|enum) '(?:[\w.]*\.)?(\w+)'>", r"\1"),
@@ -70,10 +70,15 @@ def hint(prog: str) -> str:
 
 def one_line(message: str) -> str:
     """Return the causes in a parser's message, outermost first, at most 400 characters."""
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    causes = [line for line in lines if line and not _NOISE.match(line)]
-    if any(cause.startswith(_INSIDE) for cause in causes):
-        causes = [cause for cause in causes if not cause.startswith(_ALTERNATIVES)]
+    message = _CLASS.sub(r"Expected a class of \1 (class_path and init_args)\2", message)
+    lines = [line for line in message.splitlines() if line.strip()]
+    inside = [_depth(line) for line in lines if _INSIDE in line]
+    causes = []
+    for line in lines:
+        text = line.strip().removeprefix("- ")
+        is_other = text.startswith(_ALTERNATIVE) and _depth(line) <= max(inside, default=-1)
+        if not is_other and not _NOISE.match(text):
+            causes.append(text)
     text = " ".join(cause if cause.endswith(":") else cause + ";" for cause in causes)
     text = text.rstrip(";")
     for pattern, words in _WORDS:
@@ -81,3 +86,7 @@ def one_line(message: str) -> str:
     # Parsers that try twice repeat a cause with other quotes.
     parts = {part.replace('"', "'"): part for part in text.split("; ")}
     return shortened("; ".join(parts.values()))
+
+
+def _depth(line: str) -> int:
+    return len(line) - len(line.lstrip(" -"))

@@ -75,9 +75,10 @@ class Configurations(Kind):
         else:
             value = change.value
         word = value if isinstance(value, str) else _flow(value)
+        # As a command line can hold it.
+        word = word.replace("\0", " ").encode("utf-8", "replace").decode()
         facts["word"] = [keys, word]
-        option = f"--{'.'.join(keys)}={word}".replace("\0", " ")
-        option = option.encode("utf-8", "replace").decode()
+        option = f"--{'.'.join(keys)}={word}"
         return Input(what, {FILE: text.encode()}, (*config, option), _names(change), facts)
 
     def run(self, given: Input, base: Path, folder: Path) -> Outcome:

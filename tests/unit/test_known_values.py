@@ -72,6 +72,10 @@ def in_file(folder: Path, option: str, value: str) -> str:
         ("data.engine", "3", "got 3, expected a class"),
         ("data.verifier", '"\\ufeff"', "got a text that holds nothing, expected a class"),
         ("model.lr_scheduler", '" "', "got a text that holds nothing, expected a class"),
+        ("model.optimizer", "{}", "got {}, expected a class"),
+        ("model.lr_scheduler", "{}", "got {}, expected a class"),
+        ("trainer.deterministic", "'&a'", "got '&a', expected one of warn or true or false"),
+        ("data.verifier", "'# b'", "got '# b', expected a class"),
         ("data.validation", "[1]", "got [1], expected a table of names and values"),
         ("trainer.callbacks", "3", "got 3, expected a list or a class"),
         ("seed_everything", "4294967296", "expected 0 to 4294967295"),
@@ -92,6 +96,7 @@ def test_refused_in_files_and_on_the_command_line(
     assert said in found
     assert found.startswith(f"{tmp_path / 'more.yaml'}: {option}: ")
     if '"' not in value:
+        value = value.strip("'")  # as words of a command line
         found = refusal(f"--{option}={value}")
         assert said in found
         assert found.startswith(f"--{option}: ")
@@ -196,6 +201,25 @@ def test_a_name_of_two_million_characters_is_cut() -> None:
         ),
         (
             """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Errors:
+    - Problem with given class_path 'm.Sub':
+        Parser key "imitation":
+          Does not validate against any of the Union subtypes
+          Errors:
+            - Expected a <class 'float'>
+            - Not a valid subclass of Schedule
+              Subclass types expect one of:
+              - a class path (str)
+              - a dict with class_path entry
+            - Expected a <class 'NoneType'>
+          Given value: {}
+    - Expected a <class 'NoneType'>""",
+            "model.imitation: expected a number; expected a class of Schedule "
+            "(class_path and init_args), got {}",
+        ),
+        (
+            """Parser key "model":
   Problem with given class_path 'm.Sub':
     Parser key "optimizer":
       - Type typing.Callable[[x], y.Z] expects a function or a callable class: Option 'a' is """
@@ -266,10 +290,18 @@ def test_a_table_of_options_has_no_subclasses() -> None:
     check("--data.sampling={class_path: opd_lightning.rollouts.Sampling, init_args: {}}")
 
 
-@pytest.mark.parametrize("value", ["#", "# pilot", "&run"])
-def test_a_comment_or_an_anchor_is_a_text_on_the_command_line(value: str) -> None:
+@pytest.mark.parametrize("value", ["#", "# pilot", "&run", "?", "!!null", "---", "\ufeff"])
+def test_what_yaml_makes_nothing_of_is_a_text_on_the_command_line(value: str) -> None:
     """The parser takes a text for YAML where null is allowed, too."""
     parser = OneLineParser()
     parser.add_argument("--name", type=str | None)
     assert parser.parse_args([f"--name={value}"]).name == value
     assert parser.parse_args(["--name=null"]).name is None
+
+
+def test_bytes_that_are_no_text_are_refused() -> None:
+    assert refusal("--model.teacher.path=\udcff").startswith(
+        "--model.teacher.path: holds '\\udcff'"
+    )
+    with pytest.raises(UserError, match="no UTF-8"):
+        OneLineParser().parse_args(["--name=\udcff"])
