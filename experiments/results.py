@@ -74,14 +74,16 @@ def score_table(study: Study, found: Mapping[str, Scores], work: Path) -> str:
     for run, own in found.items():
         if not own:
             continue
-        cells = [spread([scores[name] for scores in own.values()]) for name in names]
+        cells = [spread([s[name] for s in own.values() if name in s]) for name in names]
         used = [float(Place(run, seed, work).used.read_text()) / 60 for seed in own]
         lines.append(f"| {run} | {' | '.join(cells)} | {len(own)} | {mean(used):.1f} |")
     return "\n".join(lines)
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return mean and standard deviation."""
+    """Return mean and standard deviation; nothing of nothing."""
+    if not values:
+        return ""
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 

@@ -17,19 +17,24 @@ STUDIES = sorted(path.parent.name for path in Path(__file__).parent.glob("*/stud
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One student: trained by `opd fit`, or measured as it is.
+    """One student: trained by `opd fit`, or measured as it is; or another measurement.
+
+    Exactly one of `config`, `student` and `measure` is given.
 
     Args:
-        config: Configuration, from the project's folder; None trains nothing.
-        set: Options that differ from the configuration, as on the command line of `opd fit`.
+        config: Configuration, from the project's folder.
+        student: Folder of a student that is measured without training.
+        measure: Function that returns the scores, by name: `package.module.function`.
+        set: Options that differ from the configuration, as on the command line of `opd fit`; or
+            arguments of the function, which gets the seed as `seed`, too.
         after: Runs whose students this one reads, as runs/NAME/student.
-        student: Folder of the student that is measured; None is the trained one, exported.
     """
 
     config: str | None = None
+    student: str | None = None
+    measure: str | None = None
     set: dict[str, Any] = field(default_factory=dict)
     after: list[str] = field(default_factory=list)
-    student: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +90,8 @@ class Study:
         for name, run in self.runs.items():
             if missing := [other for other in run.after if other not in before]:
                 raise UserError(f"{self.name}: run {name}: after: no earlier run is {missing[0]}")
-            if (run.config is None) == (run.student is None):
-                raise UserError(f"{self.name}: run {name}: give config or student, one of them")
+            if (run.config, run.student, run.measure).count(None) != 2:
+                raise UserError(f"{self.name}: run {name}: give one of config, student, measure")
             before.add(name)
         for name, claim in self.claims.items():
             if missing := [run for run in (claim.run, claim.than) if run not in self.runs]:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from experiments.study import ROOT, Run, Study
@@ -147,14 +148,21 @@ def train_and_measure(study: Study, place: Place) -> None:
     if not Path("lab", study.world).exists():
         opd(["lab", "build", "--world", study.world])
     run = study.runs[place.name]
-    student = run.student or train(run, place)
+    if run.measure is not None:
+        found = resolve_name(run.measure)(seed=place.seed, **run.set)
+    else:
+        found = test(study, run.student or train(run, place), place)
+    partial = place.scores.with_suffix(".partial")
+    partial.write_text(json.dumps(found))
+    partial.replace(place.scores)
+
+
+def test(study: Study, student: str, place: Place) -> dict[str, float]:
+    """Return the scores of a student's folder on the study's test suites."""
     report = place.scores.with_suffix(".report.json")
     words = ["--config", study.test, f"--model.student.path={student}", QUIET]
     opd(["test", *words, "--out", str(report)])
-    found = json.dumps(scores_of(json.loads(report.read_text())))
-    partial = place.scores.with_suffix(".partial")
-    partial.write_text(found)
-    partial.replace(place.scores)
+    return scores_of(json.loads(report.read_text()))
 
 
 def train(run: Run, place: Place) -> str:

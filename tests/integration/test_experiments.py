@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 
+from experiments.many_faces import prefixes
 from experiments.results import interval, tables, verdict
 from experiments.study import STUDIES, Claim, Run, Study, read_study
 from experiments.work import Place, fit_words, locked, places, run_missing
 from opd_lightning.commands.known_keys import check_keys
 from opd_lightning.commands.lightning_cli import OPDCLI
 from opd_lightning.errors import UserError
+from opd_lightning.lab.arithmetic import generate
+from opd_lightning.lab.problems import write_jsonl
+from opd_lightning.models.source import ModelSource
 from tests import processes
 
 SHORT: dict[str, Any] = {
@@ -30,12 +34,18 @@ STUDY = Study(
     seeds=2,
     runs={
         "start": Run(student="lab/skills/start"),
+        "counted": Run(measure=f"{__name__}.counted", set={"more": 2}),
         "trained": Run(config="configs/lab/experts_sums.yaml", set=SHORT),
         "broken": Run(config="configs/lab/experts_sums.yaml", set={"trainer.max_step": 1}),
         "later": Run(config="configs/lab/experts_sums.yaml", set=SHORT, after=["broken"]),
     },
     claims={"learns": LEARNS},
 )
+
+
+def counted(*, more: int, seed: int) -> dict[str, float]:
+    """Measure something."""
+    return {"sum": more + seed}
 
 
 def run_all(work: str) -> None:
@@ -53,17 +63,19 @@ def test_what_is_missing_is_run(untrained_lab: Path, tmp_path: Path) -> None:
     assert [line.split(":")[1].split()[0] for line in said.splitlines()] == [
         "done",
         "done",
+        "done",
         "failed,",
     ]
-    assert "broken, seed 0" in said.splitlines()[2]
+    assert "broken, seed 0" in said.splitlines()[3]
     assert "max_step" in (root / "scores" / "broken.out").read_text()
-    start, trained, broken, later = (Place(name, 0, tmp_path) for name in STUDY.runs)
+    start, measured, trained, broken, later = (Place(name, 0, tmp_path) for name in STUDY.runs)
     assert start.is_done()
     assert trained.is_done()
     assert not broken.is_done()
     assert not later.used.exists()  # what it reads is missing
     scores = json.loads(trained.scores.read_text())
     assert scores.keys() == {"skills", "skills/add-3", "skills/program-2"}
+    assert json.loads(measured.scores.read_text()) == {"sum": 2}
     assert float(trained.used.read_text()) > 0
     assert (trained.folder / "student" / "config.json").exists()
 
@@ -73,7 +85,8 @@ def test_what_is_missing_is_run(untrained_lab: Path, tmp_path: Path) -> None:
     assert trained.scores.stat().st_mtime_ns == before
 
     shown = tables(STUDY, [0], tmp_path)
-    assert "| trained | 0.000 | 0.000 | 0.000 | 1 |" in shown
+    assert "| trained | 0.000 | 0.000 | 0.000 |  | 1 |" in shown
+    assert "| counted |  |  |  | 2.000 | 1 |" in shown
     assert (
         "| it learns (trained - start, skills) | section 1 | +0.000 (1 seeds) |  | not shown |"
         in (shown)
@@ -110,6 +123,37 @@ def test_verdicts() -> None:
     assert verdict(same, [-2.0, -2.1, -2.2]) == "contradicted"
 
 
+def test_a_teacher_finishes_what_another_began(
+    untrained_lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First halves of solutions are the writer's, the rest the teacher's, wrong every second."""
+    problems = generate("add-3", 20, seed=0, held_out=True)
+    write_jsonl(tmp_path / "test.jsonl", problems)
+    start = str(untrained_lab / "lab" / "skills" / "start")
+    tokenizer = ModelSource(start).tokenizer
+    whole = [tokenizer(p.solution, add_special_tokens=False).input_ids for p in problems]
+    half = [len(ids) // 2 for ids in whole]
+
+    def responses(path: str, asked: list[list[int]], seed: int, turn: int) -> list[list[int]]:
+        if path == "writer":
+            return whole
+        assert all(a[-n:] == ids[:n] for a, ids, n in zip(asked, whole, half, strict=True))
+        ends = [ids[n:] for ids, n in zip(whole, half, strict=True)]
+        return [ids if i % 2 else ids[:-1] for i, ids in enumerate(ends)]
+
+    monkeypatch.setattr(prefixes, "_responses", responses)
+    found = prefixes.finished(
+        teacher=start,
+        writer="writer",
+        share=0.5,
+        prompts=str(tmp_path / "test.jsonl"),
+        domain="add-3",
+        pattern=r";(-?\d+)$",
+        seed=0,
+    )
+    assert found == {"solved": 0.5}
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_studies_are_whole(name: str) -> None:
     study = read_study(name)
@@ -131,7 +175,7 @@ def test_runs_of_a_name_are_the_same_in_all_studies_of_a_world() -> None:
     ("runs", "said"),
     [
         ({"a": Run(student="s", after=["b"])}, "run a: after: no earlier run is b"),
-        ({"a": Run()}, "run a: give config or student"),
+        ({"a": Run()}, "run a: give one of config"),
         ({"start": Run(student="s")}, "claim learns: no run is trained"),
     ],
 )

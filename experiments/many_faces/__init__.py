@@ -1,0 +1,1 @@
+"""Measurements of the study of Many Faces of OPD (2605.11182)."""
