@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from opd_lightning.checkpoints import restoring
 from opd_lightning.data.best_of import keep_best, tied_best
 from opd_lightning.data.collate import collate, count
 from opd_lightning.data.engines import Engines
@@ -120,18 +121,19 @@ class TrainingStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raise UserError if the layout of a step differs; restore prefetched rollouts."""
-        here = self._layout(state.get("step", 0))
-        for name in [*here, *(name for name in state if name.startswith(TAKEN))]:
-            if state.get(name) != here.get(name):
-                raise UserError(
-                    f"resume: {name} was {state.get(name)} in the checkpoint and is "
-                    f"{here.get(name)} now, so steps would hold other rollouts; set it back, or "
-                    "start a new run from an exported student"
-                )
-        if "rollouts" in state:
-            mine = set(self._positions(state["step"]))
-            rows = [row for row in state["rollouts"] if row["group"] in mine]
-            self.engines.prefetch.restore(state["step"], from_plain(rows, self._prompt_at))
+        with restoring("the place in the data"):
+            here = self._layout(state.get("step", 0))
+            for name in [*here, *(name for name in state if name.startswith(TAKEN))]:
+                if state.get(name) != here.get(name):
+                    raise UserError(
+                        f"resume: {name} was {state.get(name)} in the checkpoint and is "
+                        f"{here.get(name)} now, so steps would hold other rollouts; set it back, or "
+                        "start a new run from an exported student"
+                    )
+            if "rollouts" in state:
+                mine = set(self._positions(state["step"]))
+                rows = [row for row in state["rollouts"] if row["group"] in mine]
+                self.engines.prefetch.restore(state["step"], from_plain(rows, self._prompt_at))
 
     def _layout(self, step: int) -> dict[str, int]:
         """Return what defines the content of the steps up to a number."""
