@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from opd_lightning import strict_json
 from opd_lightning.data.chats import Chat, encodable, read_chat
 from opd_lightning.data.layouts import FIELDS, Layout, has_column, layout_of
 from opd_lightning.data.order import PromptOrder
@@ -19,6 +18,7 @@ from opd_lightning.data.row_checks import RowChecks
 from opd_lightning.data.row_report import Problems, Texts
 from opd_lightning.data.rows import BadRowError, Row, cut, read_rows, shown
 from opd_lightning.errors import UserError
+from opd_lightning.models import strict_json
 from opd_lightning.types import Message, Prompt
 
 log = logging.getLogger(__name__)

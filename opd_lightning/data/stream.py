@@ -127,8 +127,8 @@ class TrainingStream:
                 if state.get(name) != here.get(name):
                     raise UserError(
                         f"resume: {name} was {state.get(name)} in the checkpoint and is "
-                        f"{here.get(name)} now, so steps would hold other rollouts; set it back, or "
-                        "start a new run from an exported student"
+                        f"{here.get(name)} now, so steps would hold other rollouts; set it back, "
+                        "or start a new run from an exported student"
                     )
             if "rollouts" in state:
                 mine = set(self._positions(state["step"]))

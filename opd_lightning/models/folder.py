@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opd_lightning import strict_json
 from opd_lightning.errors import UserError, reason_of
+from opd_lightning.models import strict_json
 
 CONFIGURATION = ("config.json", "generation_config.json")
 TOKENIZER = (

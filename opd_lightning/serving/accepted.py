@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from opd_lightning import strict_json
+from opd_lightning.models import strict_json
 from opd_lightning.serving.answers import shown
 
 Check = Callable[[str, Any], None]

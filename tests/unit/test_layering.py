@@ -18,7 +18,6 @@ FILES = sorted(p for name in ("opd_lightning", "callbacks") for p in (ROOT / nam
 ROOMS = [
     "terminal",
     "errors",
-    "strict_json",
     "types",
     "seeding",
     "timing",
@@ -150,7 +149,6 @@ def test_the_package_root_stays_small() -> None:
         "errors",
         "processes",
         "seeding",
-        "strict_json",
         "timing",
         "types",
     }
