@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -12,6 +13,9 @@ from torch.optim import LBFGS, Optimizer
 
 from opd_lightning.checkpoints.reading import Saved, Shape
 from opd_lightning.errors import UserError, raised_by_all
+
+# States of PyTorch's optimisers that may be no tensor: SGD's without momentum, earlier counts.
+NO_TENSOR = {"momentum_buffer": NoneType, "step": (int, float)}
 
 
 def provenance(trainer: Trainer) -> dict[str, Any]:
@@ -101,7 +105,7 @@ def check_kinds(place: str, there: object, here: object, *, optional: bool = Fal
 
 
 def check_shapes(state: Mapping[int, Mapping[str, Any]], optimizer: Optimizer) -> None:
-    """Refuse moments of other shapes than their weights'.
+    """Refuse moments of other shapes than their weights', and values that are no tensors.
 
     Only for optimisers of PyTorch whose tensors have the shapes of the weights, or 1 in the place
     of a size; others may factor them in any way.
@@ -112,12 +116,19 @@ def check_shapes(state: Mapping[int, Mapping[str, Any]], optimizer: Optimizer) -
 
     Raises:
         ValueError: At the first tensor of another shape.
+        TypeError: At the first other value.
     """
     if type(optimizer).__module__.startswith("torch.optim") and not isinstance(optimizer, LBFGS):
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         for number, weight in enumerate(weights):
             for name, value in state.get(number, {}).items():
-                if not isinstance(value, Tensor) or value.numel() == 1:
+                if name in NO_TENSOR and isinstance(value, NO_TENSOR[name]):
+                    continue
+                if not isinstance(value, Tensor):
+                    raise TypeError(
+                        f"optimizer.{number}.{name}: got {type(value).__name__}, expected a tensor"
+                    )
+                if value.numel() == 1:
                     continue
                 sizes = zip(value.shape, weight.shape, strict=False)
                 if value.dim() != weight.dim() or any(a not in (b, 1) for a, b in sizes):

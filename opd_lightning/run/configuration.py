@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -312,3 +313,11 @@ def check_optimizer(module: DistillationModule) -> None:
             "schedulers are stepped after every optimiser step without one; use one that is a "
             "function of the step, such as torch.optim.lr_scheduler.CosineAnnealingLR"
         )
+    try:
+        with warnings.catch_warnings(action="ignore"):  # the optimiser was not stepped before it
+            scheduler.step()
+    except ArithmeticError as error:
+        raise UserError(
+            f"model.lr_scheduler: {type(scheduler).__name__} has no learning rate after step 1 "
+            f"({error}); correct its settings"
+        ) from error

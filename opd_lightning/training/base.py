@@ -156,6 +156,16 @@ class DistillationModule(Contract, EvaluatedModule):
             )
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        try:
+            super().lr_scheduler_step(scheduler, metric)
+        except ArithmeticError as error:
+            raise UserError(
+                f"model.lr_scheduler: {type(scheduler).__name__} has no learning rate after step "
+                f"{self.trainer.global_step} ({error}); correct its settings, or if they are from "
+                "a checkpoint, which was changed then, name another"
+            ) from error
+
     def teardown(self, stage: str) -> None:
         for teacher in self.teachers():
             teacher.close()

@@ -199,6 +199,14 @@ def test_moments_of_another_shape_are_refused() -> None:
         name = next(name for name, value in state[0].items() if value.numel() > 1)
         with pytest.raises(ValueError, match=rf"^optimizer\.0\.{name}: got shape \[2\]"):
             check_shapes({0: {**state[0], name: torch.zeros(2)}}, optimizer)
+        for other in (None, False, {}, 1.0):
+            with pytest.raises(
+                TypeError, match=rf"^optimizer\.0\.{name}: got {type(other).__name__}"
+            ):
+                check_shapes({0: {**state[0], name: other}}, optimizer)
+    plain = torch.optim.SGD(weights, lr=0.1)
+    plain.step()
+    check_shapes(plain.state_dict()["state"], plain)
 
 
 def test_what_has_no_end_is_not_read(saved: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tests.conftest import TinyModelDir
 
 AdamW = torch.optim.AdamW
 Plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+Endless = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=0)
 
 
 def module(**optimizer: Any) -> Any:
@@ -38,6 +39,7 @@ def module(**optimizer: Any) -> Any:
         ({"weight_decay": float("nan")}, "model.optimizer: Invalid weight_decay"),
         ({"betas": (1.5, 0.9)}, "model.optimizer: Invalid beta"),
         ({"scheduler": Plateau}, "model.lr_scheduler: got ReduceLROnPlateau, which waits"),
+        ({"scheduler": Endless}, "model.lr_scheduler: CosineAnnealingLR has no learning rate"),
         (
             {"scheduler": partial(torch.optim.lr_scheduler.LinearLR, start_factor=-1.0)},
             "model.lr_scheduler: Starting",
