@@ -84,7 +84,7 @@ def _rooms(answer: Any) -> dict[str, int | None]:
     rooms: dict[str, int | None] = {}
     for model in field(answer, "data", list):
         room = of_kind(model, "data", dict).get("max_model_len")
-        if room is not None and of_kind(room, "max_model_len", int) < 1:
-            raise ValueError(f"max_model_len: got {room}, expected at least 1")
+        if room is not None and of_kind(room, "max_model_len", int) < 2:
+            raise ValueError(f"max_model_len: got {room}, expected at least 2")
         rooms[field(model, "id", str)] = room
     return rooms

@@ -163,7 +163,7 @@ def _check(url: str, model: str, folder: Path, body: bytes) -> str:
         room = teacher.source.context_length
     finally:
         teacher.close()
-    return "" if 0 < room < 256 else f"the context length is {room}"
+    return "" if 0 < room <= 256 else f"the context length is {room}"
 
 
 def _scores(top_k: int, ids: Any = None) -> Callable[[str, str, Path, bytes], str]:
