@@ -34,7 +34,7 @@ from opd_lightning.teachers import (
 from tests.described import TINY, describe
 
 PROMPT, RESPONSE = 16, 48
-Values = dict[str, dict[str, float]]
+Values = dict[str, dict[str, Any]]
 Estimate = Callable[..., Values]
 
 
@@ -74,8 +74,9 @@ def estimate(folder: str, capfd: pytest.CaptureFixture[str]) -> Estimate:
         }
         asked = {"prompt_tokens": PROMPT, "longest_prompt": 2 * PROMPT, **(options or {})}
         lightning.estimate(module, RolloutDataModule(**given | data), **asked, json=True)
-        printed = json.loads(capfd.readouterr().out)
-        return {finding["subject"]: finding["values"] for finding in printed["findings"]}
+        findings = json.loads(capfd.readouterr().out)["findings"]
+        levels = {"levels": {finding["subject"]: finding["level"] for finding in findings}}
+        return levels | {finding["subject"]: finding["values"] for finding in findings}
 
     return run
 
@@ -245,9 +246,13 @@ def test_decoding_reads_weights_and_cache() -> None:
     assert decoder.sequences(4.5e9, 1500) == pytest.approx(5e8 / 1.5e8)
 
 
-def test_what_does_not_fit_is_a_warning(estimate: Estimate, folder: str) -> None:
-    found = estimate(options={"gpu_memory": 0.001})["memory (estimate)"]
-    assert found["total_bytes"] > 0.001 * 2**30
+def test_what_does_not_fit_is_a_warning(estimate: Estimate) -> None:
+    assert set(estimate()["levels"].values()) == {"ok"}
+    found = estimate(options={"gpu_memory": 0.001})
+    assert {k for k, level in found["levels"].items() if level == "warning"} == {
+        "memory (estimate)"
+    }
+    assert found["memory (estimate)"]["total_bytes"] > 0.001 * 2**30
 
 
 def test_an_error_of_the_configuration_is_reported(
