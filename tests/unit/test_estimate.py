@@ -168,7 +168,7 @@ def test_passes_of_a_step(
 
 def test_teachers_by_domain_share_the_rows(estimate: Estimate, folder: str) -> None:
     one = estimate()["time (assumed speeds)"]["teachers_seconds"]
-    parts = {name: FrozenTeacher(folder) for name in "abc"}
+    parts: dict[str, Teacher] = {name: FrozenTeacher(folder) for name in "abc"}
     found = estimate(teacher=ByDomainTeacher(parts))
     assert found["time (assumed speeds)"]["teachers_seconds"] == pytest.approx(one)
     alone = estimate()["memory (estimate)"]["teachers_bytes"]

@@ -38,8 +38,10 @@ def test_the_gradient_is_that_of_the_weighted_divergences() -> None:
     assert len(lenses.teachers()) == 1
 
     def losses(ours: torch.Tensor) -> torch.Tensor:
-        others = {"teacher": token_logprobs(argument), "lens_brevity": token_logprobs(brevity)}
-        return policy_gradient(ours, lenses.advantage(make_scored(ours.detach(), **others)))
+        scored = make_scored(
+            ours.detach(), token_logprobs(argument), lens_brevity=token_logprobs(brevity)
+        )
+        return policy_gradient(ours, lenses.advantage(scored))
 
     visits = visit_probabilities(at)
     expected = finite_difference(
