@@ -46,11 +46,11 @@ from transformers import Qwen3Config
 from benchmarks import engine_gap, training_phase
 from benchmarks.guarded import Figures, Measurement, MissingError, attempt
 from benchmarks.head import CASES, Problem, one_pass
-from benchmarks.operations import H100_PEAK
 from benchmarks.scaling.models import config as published
 from benchmarks.scaling.tables import table
 from benchmarks.training_phase import Case, Repeats
 from opd_lightning.lab.tokenizer import build_tokenizer
+from opd_lightning.preflight.operations import H100_PEAK
 from opd_lightning.terminal.quiet import quiet_libraries
 
 PACKAGES = ("torch", "triton", "transformers", "lightning", "peft", "trl")
@@ -221,7 +221,7 @@ def conditions(sizes: Sizes, budget: float, peak: float) -> Figures:
         "budget_seconds": budget,
         "peak_operations": peak,
         "formula": "(3 x student forward + teacher forward) / seconds of the step / peak; forward: "
-        "benchmarks/operations.py",
+        "opd_lightning/preflight/operations.py",
         "precision": "student bf16-mixed with float32 weights, teacher bfloat16",
         "optimizer": "AdamW as OPD's default",
         "vocabulary": sizes.vocabulary,

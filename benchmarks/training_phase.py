@@ -23,7 +23,6 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.head import meters
-from benchmarks.operations import forward_operations
 from opd_lightning.data.collate import collate
 from opd_lightning.data.micro_batches import split_by_cost
 from opd_lightning.methods import OPD
@@ -32,6 +31,7 @@ from opd_lightning.models.packing import Packing
 from opd_lightning.models.student import Student
 from opd_lightning.preflight.layout import Layout
 from opd_lightning.preflight.memory import process_memory
+from opd_lightning.preflight.operations import forward_operations
 from opd_lightning.preflight.plan import Plan, TeacherModel
 from opd_lightning.preflight.widths import Widths
 from opd_lightning.rollouts.base import Sampling

@@ -33,7 +33,7 @@ PACKAGES = (
 )
 
 COMMANDS = (
-    *("", "fit", "validate", "test", "check", "sample", "export", "write-responses"),
+    *("", "fit", "validate", "test", "check", "estimate", "sample", "export", "write-responses"),
     *("cache-teacher", "serve", "compare", "configs", "lab", "lab build", "lab demo"),
 )
 

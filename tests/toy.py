@@ -107,6 +107,7 @@ def make_scored(
     behaviour: Tensor | None = None,  # [B, R]; default the student's
     entropy: Tensor | None = None,  # [B, R], the student's
     ids: Tensor | None = None,  # [B, R] response ids
+    truncated: list[bool] | None = None,  # default none
     values: dict[str, Tensor] | None = None,
     step: int = 0,
     **others: Tensor,  # log-probs by name
@@ -124,6 +125,7 @@ def make_scored(
         group_mean=mean,
         group_std=std,
         groups=own_groups,
+        truncated=torch.tensor(truncated or [False] * size),
         on_policy=torch.tensor(on_policy or [True] * size),
         totals=SimpleNamespace(step=step),
     )

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from functools import cache
 
-from benchmarks.operations import H100_PEAK, forward_operations
 from benchmarks.scaling.models import TEACHERS, cached_bytes, config, weight_bytes
+from opd_lightning.preflight.operations import forward_operations
+from opd_lightning.preflight.speeds import Decoder, Gpu
 from opd_lightning.preflight.widths import Widths
 
 GB = 1e9
 
 # A GPU like the H100: 80 GB, less 5 for CUDA, NCCL and fragmentation.
-MEMORY = 75 * GB
-PEAK = H100_PEAK
-TRAINING = 0.35  # share of the peak in the student's passes
-SCORING = 0.45  # share of the peak in the teacher's passes and in prefill
-HBM = 0.6 * 3350 * GB  # bytes per second read in decoding
+GPU = Gpu(memory=75 * GB, bandwidth=3350 * GB)
+MEMORY = GPU.memory
+HBM = GPU.decoding * GPU.bandwidth  # bytes per second read in decoding
 NODE = 300 * GB  # bytes per second from a GPU to others of its node
 NETWORK = 40 * GB  # likewise to other nodes: one port of 400 Gbit/s per GPU
 FOLDER = 2 * GB  # bytes per second of a shared folder, per reader or writer
@@ -39,11 +38,11 @@ def step_operations(name: str) -> float:
 def training_gpu_seconds(name: str, *, lora: bool, checkpointing: bool) -> float:
     """Return the GPU seconds of forward, recomputation and backward; none for frozen weights."""
     passes = 1 + checkpointing + (1 if lora else 2)
-    return passes * step_operations(name) / (PEAK * TRAINING)
+    return passes * step_operations(name) / (GPU.peak * GPU.training)
 
 
 def teacher_gpu_seconds(student: str) -> float:
-    return step_operations(TEACHERS[student]) / (PEAK * SCORING)
+    return step_operations(TEACHERS[student]) / (GPU.peak * GPU.scoring)
 
 
 @cache
@@ -57,25 +56,23 @@ def served_bytes(name: str) -> float:
     return SERVED * gpus_of_engine(name) * MEMORY
 
 
+def decoder(name: str, gpus: int = 1) -> Decoder:
+    return Decoder(weights=weight_bytes(name), cached=cached_bytes(name), gpus=gpus)
+
+
 def sequences(name: str, memory: float) -> float:
     """Return the sequences of average length whose KV cache fits beside the weights."""
-    return max(1.0, (memory - weight_bytes(name)) / ((PROMPT + MEAN) * cached_bytes(name)))
+    return decoder(name).sequences(memory, PROMPT + MEAN)
 
 
 def decoding_step_seconds(name: str, rows: float, gpus: int) -> float:
-    """Return the seconds of a decoding step: reads weights and KV cache of half responses."""
-    operations = weight_bytes(name)  # 2 bytes and 2 operations per weight
-    read = weight_bytes(name) + rows * (PROMPT + MEAN / 2) * cached_bytes(name)
-    return read / (HBM * gpus) + rows * operations / (PEAK * SCORING * gpus)
+    """Return the seconds of a decoding step of half responses."""
+    return decoder(name, gpus).step_seconds(GPU, rows, PROMPT + MEAN / 2)
 
 
 @cache
 def decoding_seconds(name: str, rows: float, gpus: int, memory: float) -> float:
-    """Return the seconds of `rows` rollouts: prefill, full batches, then the longest response.
-
-    `memory` is for weights and KV cache, in bytes over all `gpus`.
-    """
-    at_once = min(rows, AT_ONCE, sequences(name, memory))
-    prefill = rows * PROMPT * weight_bytes(name) / (PEAK * SCORING * gpus)
-    full = rows / at_once * MEAN * decoding_step_seconds(name, at_once, gpus)
-    return prefill + full + (MOST - MEAN) * decoding_step_seconds(name, 1, gpus)
+    """Return the seconds of `rows` rollouts; `memory` is in bytes over all `gpus`."""
+    return decoder(name, gpus).seconds(
+        GPU, rows, prompt=PROMPT, mean=MEAN, most=MOST, memory=memory, at_once=AT_ONCE
+    )

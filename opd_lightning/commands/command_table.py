@@ -12,6 +12,7 @@ TRAINER_COMMANDS = {
     "validate": "score a student on the validation suites",
     "test": "score a student on the test suites",
     "check": "look at a run before it starts: settings, tokens, numbers, cost",
+    "estimate": "memory and hours of a run, from the config.json of its models",
     "sample": "answer a prompt or chat, tokens coloured by what the teacher thinks of them",
     "export": "write a checkpoint's student as a Hugging Face folder",
     "write-responses": "write responses to the training prompts into a prompt file",

@@ -158,6 +158,8 @@ class OPDCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         command = self.config.subcommand
+        if command == "estimate":  # of GPUs that need not be here
+            self.config[command].trainer.accelerator = "cpu"
         path = self.config[command].get("ckpt_path")
         if path:
             path = self.config[command]["ckpt_path"] = os.path.expanduser(path)

@@ -128,7 +128,8 @@ class Class:
         for base in owner.bases:
             if (inherited := base.options()) is None:
                 return None
-            own = inherited | own
+            given = _given(node, base)
+            own = {name: one for name, one in inherited.items() if name not in given} | own
         taken = _taken(node, keywords)
         return {name: Parameter(None, None, "", owner.home) for name in taken} | own
 
@@ -227,6 +228,18 @@ def _only_forwards(node: Function, keywords: str) -> bool:
     ]
     uses = [word for word in ast.walk(node) if isinstance(word, ast.Name) and word.id == keywords]
     return forwarded > 0 and len(uses) == forwarded + taken + len(stored)
+
+
+def _given(node: Function, base: Class) -> set[str]:
+    """Return the parameters of a base's constructor for which a function has values of its own."""
+    found = base.method("__init__")
+    order = list(parameters(*found)) if found else []
+    given: set[str] = set()
+    for call in (word for word in ast.walk(node) if isinstance(word, ast.Call)):
+        if ast.unparse(call.func) == "super().__init__":
+            plain = [word for word in call.args if not isinstance(word, ast.Starred)]
+            given |= {*order[: len(plain)], *(word.arg for word in call.keywords if word.arg)}
+    return given
 
 
 def _taken(node: Function, keywords: str) -> set[str]:

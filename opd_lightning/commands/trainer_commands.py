@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,9 @@ from opd_lightning.commands.write_responses import write_responses
 from opd_lightning.errors import NotReadyError, UserError
 from opd_lightning.preflight import report
 from opd_lightning.preflight.check import run_checks
+from opd_lightning.preflight.estimate import Lengths, estimate
+from opd_lightning.preflight.finding import Finding
+from opd_lightning.preflight.speeds import Gpu
 from opd_lightning.run import outputs
 from opd_lightning.run.configuration import check_models
 from opd_lightning.run.datamodule import RolloutDataModule
@@ -96,12 +100,58 @@ class Commands(LightningTrainer):
         finally:
             datamodule.teardown("fit")
             model.teardown("fit")
-        if json:
-            print(report.as_json(findings))
-        else:
-            report.as_table(findings, Console())
-        if any(finding.level == "error" for finding in findings):
-            raise NotReadyError(report.verdict(findings))
+        _report(findings, as_json=json)
+
+    def estimate(
+        self,
+        model: DistillationModule,
+        datamodule: RolloutDataModule,
+        prompt_tokens: int = 512,
+        longest_prompt: int = 2048,
+        response_tokens: int | None = None,
+        gpu_memory: float = 140.0,
+        peak_tflops: float = 989.0,
+        training_share: float = 0.35,
+        scoring_share: float = 0.45,
+        bandwidth: float = 4.8,
+        decoding_share: float = 0.6,
+        json: bool = False,
+    ) -> None:
+        """Estimate memory, tokens and hours of a run of any size. Writes nothing, loads nothing.
+
+        Of models only config.json is read, and neither prompts nor a GPU are needed: models are
+        built without weights. Speeds are assumed, by default those of an H200.
+
+        Args:
+            prompt_tokens: Tokens of a prompt, on average.
+            longest_prompt: Tokens of the longest prompt.
+            response_tokens: Tokens of a response, on average; None is as many as allowed.
+            gpu_memory: GiB of a GPU.
+            peak_tflops: Dense bfloat16 operations a second of a GPU, in 10^12.
+            training_share: Share of the peak that the student's passes reach.
+            scoring_share: Share of the peak that passes without a gradient reach.
+            bandwidth: Bytes of its memory that a GPU reads a second, in 10^12.
+            decoding_share: Share of the bandwidth that decoding reaches.
+            json: Print one JSON object instead of a table.
+        """
+        lengths = Lengths(
+            prompt=prompt_tokens, longest_prompt=longest_prompt, response=response_tokens
+        )
+        gpu = Gpu(
+            memory=gpu_memory * 2**30,
+            peak=peak_tflops * 1e12,
+            training=training_share,
+            scoring=scoring_share,
+            bandwidth=bandwidth * 1e12,
+            decoding=decoding_share,
+        )
+        only_warnings()
+        self.strategy.connect(model)
+        self.datamodule = datamodule
+        model.trainer = datamodule.trainer = self
+        with redirect_stdout(sys.stderr):  # libraries may print to stdout
+            findings = estimate(self, model, datamodule, lengths, gpu)
+        _report(findings, as_json=json)
 
     def sample(
         self,
@@ -245,3 +295,13 @@ class Commands(LightningTrainer):
             batch_size=batch_size,
             ckpt_path=ckpt_path,
         )
+
+
+def _report(findings: Sequence[Finding], *, as_json: bool) -> None:
+    """Print findings; raise NotReadyError if one is an error."""
+    if as_json:
+        print(report.as_json(findings))
+    else:
+        report.as_table(findings, Console())
+    if any(finding.level == "error" for finding in findings):
+        raise NotReadyError(report.verdict(findings))

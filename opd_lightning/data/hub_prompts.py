@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.rows import Row, rows_of_dataset
@@ -24,11 +24,7 @@ class HubPrompts(PromptSource):
         split: Split to read.
         subset: Configuration of the data set, such as `main`; None for the only one.
         revision: Commit, tag or branch; None for the newest.
-        columns: See `PromptSource`.
-        domains: See `PromptSource`.
-        limit: Keep only the first this many prompts.
-        on_bad_row: See `PromptSource`.
-        on_control_tokens: See `PromptSource`.
+        options: Arguments of `PromptSource`.
     """
 
     def __init__(
@@ -38,25 +34,14 @@ class HubPrompts(PromptSource):
         split: str = "train",
         subset: str | None = None,
         revision: str | None = None,
-        columns: dict[str, str] | None = None,
-        domains: list[str] | None = None,
-        limit: int | None = None,
-        on_bad_row: Literal["error", "skip"] = "error",
-        on_control_tokens: Literal["warn", "error", "escape"] = "warn",
+        **options: Any,
     ) -> None:
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or Path(name).exists():
             raise UserError(
                 f"HubPrompts.name: got {name!r}, expected a name on the hub, such as "
                 "openai/gsm8k; files and folders are read with train.path"
             )
-        super().__init__(
-            "hub:" + "/".join(filter(None, (name, subset, split))),
-            columns=columns,
-            domains=domains,
-            limit=limit,
-            on_bad_row=on_bad_row,
-            on_control_tokens=on_control_tokens,
-        )
+        super().__init__("hub:" + "/".join(filter(None, (name, subset, split))), **options)
         self.hub_name = name
         self.split = split
         self.subset = subset

@@ -56,25 +56,34 @@ class PromptFiles:
         self.resumes = resumes
         self._sizes: dict[PromptSource, int] = {}
 
-    def agree(self, sources: Mapping[str, PromptSource], ranks: Ranks) -> None:
+    def agree(
+        self,
+        sources: Mapping[str, PromptSource],
+        ranks: Ranks,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
         """Fix how many bytes of every file are read, before any is; the same on all ranks.
 
         Args:
-            sources: Prompt sources by configuration key, such as "data.train"; of mixed ones their
-                parts are recorded.
+            sources: Prompt sources by their key in the record, such as "data.train" and
+                "data.validation.math"; of mixed ones their parts are recorded.
             ranks: All ranks must call; rank 0 writes the record and prints notes.
+            options: Configuration keys of the sources that have another key in the record.
 
         Raises:
             UserError: A file is absent, or was changed; a folder is no saved dataset.
         """
-        sources = {
-            f"{name}{part}": one
+        options = {name: name for name in sources} | dict(options or {})
+        parts = [
+            (f"{name}{part}", f"{options[name]}{part}.path", one)
             for name, source in sources.items()
             for part, one in source.parts().items()
-        }
+        ]
+        sources = {name: one for name, _, one in parts}
         paths = {name: one.file for name, one in sources.items() if one.file is not None}
-        for name, path in paths.items():
-            check_place(name if name.startswith("data.train") else f"{name}.prompts", path)
+        for name, option, _ in parts:
+            if name in paths:
+                check_place(option, paths[name])
         if self.folder is None:
             return
         record = self.folder / RECORD

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.rows import BadRowError, Row
@@ -27,9 +27,8 @@ class ReasoningGymPrompts(PromptSource):
         seed: Seed of the questions. Training and validation need different ones.
         system: System message; None for the library's, which asks for `<answer>` tags; an empty
             text for none.
-        limit: Keep only the first this many prompts, of all tasks in turn.
-        on_bad_row: See `PromptSource`.
-        on_control_tokens: See `PromptSource`.
+        options: Arguments of `PromptSource` but columns and domains; `limit` is of all tasks in
+            turn.
     """
 
     def __init__(
@@ -39,9 +38,7 @@ class ReasoningGymPrompts(PromptSource):
         size: int = 500,
         seed: int = 0,
         system: str | None = None,
-        limit: int | None = None,
-        on_bad_row: Literal["error", "skip"] = "error",
-        on_control_tokens: Literal["warn", "error", "escape"] = "warn",
+        **options: Any,
     ) -> None:
         if not tasks or size < 1:
             raise UserError(
@@ -49,9 +46,7 @@ class ReasoningGymPrompts(PromptSource):
                 "least one of each"
             )
         name = f"reasoning-gym:{'+'.join(tasks)}"
-        super().__init__(
-            name, limit=limit, on_bad_row=on_bad_row, on_control_tokens=on_control_tokens
-        )
+        super().__init__(name, columns=None, domains=None, **options)
         self.tasks = tasks
         self.size = size
         self.seed = seed

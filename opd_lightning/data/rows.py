@@ -94,15 +94,15 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
         raise _unreadable(path, "parquet", error, row) from error
 
 
-def check_place(name: str, path: Path) -> None:
-    """Raise UserError, with the source's configuration key, if no prompts can be at a path."""
+def check_place(option: str, path: Path) -> None:
+    """Raise UserError if no prompts can be at a path; `option` is where the run names it."""
     if not path.exists():
-        raise UserError(f"{name}.path: no prompt file at {str(path)!r}; give {READABLE}")
+        raise UserError(f"{option}: no prompt file at {str(path)!r}; give {READABLE}")
     if path.is_dir():
         try:
             _check_folder(path)
         except UserError as error:
-            raise UserError(f"{name}.path: {error}") from error
+            raise UserError(f"{option}: {error}") from error
 
 
 def _check_folder(path: Path) -> None:

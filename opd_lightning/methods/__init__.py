@@ -9,6 +9,7 @@ from opd_lightning.methods.entropy_switch import EntropySwitch
 from opd_lightning.methods.g_opd import GOPD
 from opd_lightning.methods.gkd import GKD
 from opd_lightning.methods.grpo import GRPO
+from opd_lightning.methods.lens_opd import LensOPD
 from opd_lightning.methods.lightning_opd import LightningOPD
 from opd_lightning.methods.opd import OPD, DivergenceOPD
 from opd_lightning.methods.opsd import OPSD, OPSDK1
@@ -43,6 +44,7 @@ __all__ = [
     "DistilledRL",
     "DivergenceOPD",
     "EntropySwitch",
+    "LensOPD",
     "LightningOPD",
     "SwitchedMethod",
     "TrOPD",

@@ -54,6 +54,7 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
+    _check_kind(source)
     _check_files(source)
     with (
         shown_as(f"load {source.role}", "tensor"),
@@ -89,8 +90,17 @@ def empty_causal_lm(
     attn_implementation: str | None = None,
     training: bool = False,
     packing: Packing = "off",
+    stored: bool = True,
 ) -> Any:
     """Build what `load_causal_lm` loads without its weights, on the meta device.
+
+    Args:
+        source: The model's folder or hub name.
+        dtype: Of its weights.
+        attn_implementation: transformers' attention kernel.
+        training: Without dropout, in training mode.
+        packing: As for `load_causal_lm`.
+        stored: Whether its weights are there, and are compared; else config.json is enough.
 
     Raises:
         UserError: What can be known before weights load: the architecture or the folder cannot be
@@ -98,12 +108,13 @@ def empty_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    stored = _check_files(source)
+    _check_kind(source)
+    tensors = _check_files(source) if stored else {}
     with _explained(source, "cannot build what config.json describes"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             source.config, **_settings(source, dtype, attn_implementation)
         ).eval()
-    _check_tensors(source, model, stored)
+    _check_tensors(source, model, tensors)
     with _explained(source, "cannot use it"):
         model.opd_readout = measure(model)
         set_packing(model, packing)
@@ -121,8 +132,7 @@ def _settings(source: ModelSource, dtype: Dtype, attention: str | None) -> dict[
 
 
 def _check_files(source: ModelSource) -> Tensors:
-    """Check architecture and weight files; return what tensors they hold, as far as known."""
-    _check_kind(source)
+    """Check the weight files; return what tensors they hold, as far as known."""
     stored = check_weights(source.folder, source.role) if source.folder else {}
     layers = getattr(source.config.get_text_config(), "num_hidden_layers", 0)
     if stored and layers > len(stored):  # building that many may take minutes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -121,9 +122,18 @@ class Student(nn.Module):
         if self.model is None:
             self.build(empty=True)
 
-    def build(self, *, empty: bool = False) -> Any:
-        """Build the initial model, LoRA included; an `empty` one is on the meta device."""
-        make = empty_causal_lm if empty else load_causal_lm
+    def describe(self) -> None:
+        """Build the model on the meta device, instead of loading it; config.json is enough."""
+        self.model = self.build(empty=True, stored=False)
+
+    def build(self, *, empty: bool = False, stored: bool = True) -> Any:
+        """Build the initial model, LoRA included.
+
+        Args:
+            empty: On the meta device.
+            stored: Whether its weights are there; without them it can only be empty.
+        """
+        make = partial(empty_causal_lm, stored=stored) if empty else load_causal_lm
         model = make(
             self.source,
             dtype=self.dtype,

@@ -1,1 +1,1 @@
-"""Checks and estimates of `opd check`: tokens, engine and trainer agreement, memory, cost."""
+"""Checks of `opd check`, and what it and `opd estimate` compute of a run's cost."""

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import SaveConfigCallback
-from torch.optim import Optimizer
 
 from opd_lightning.errors import UserError
 from opd_lightning.preflight import agreement, cost, teacher_scores, weight_push
@@ -17,6 +17,8 @@ from opd_lightning.preflight.probe import Probe
 from opd_lightning.preflight.rewards import check_rewards
 from opd_lightning.preflight.settings import check_settings
 from opd_lightning.preflight.tokens import check_tokens
+from opd_lightning.preflight.widths import Widths
+from opd_lightning.rollouts.checks import parameter_shapes
 from opd_lightning.run import configuration
 
 if TYPE_CHECKING:
@@ -90,8 +92,8 @@ def _load(trainer: Trainer, module: DistillationModule) -> None:
 
 def _numbers(probe: Probe, compare_teachers: bool) -> Iterator[Finding]:
     """Yield findings one by one, so that those before an exception are kept."""
-    optimizers: list[Optimizer] = []
-    yield from attempt("optimiser", lambda: optimizers.append(_optimizer(probe)))
+    unbuilt = attempt("optimiser", probe.module.configure_optimizers)
+    yield from unbuilt
     if probe.engine is not None and (broken := attempt("weight push", lambda: probe.own)):
         yield from broken
         return
@@ -110,22 +112,29 @@ def _numbers(probe: Probe, compare_teachers: bool) -> Iterator[Finding]:
         yield from gather("weight push", weight_push.check_push(probe))
     tokens = cost.step_tokens(probe)
     yield cost.tokens(probe, tokens)
-    for optimizer in optimizers:
-        yield from _cost(probe, optimizer)
+    if not unbuilt:
+        yield from _cost(probe)
     yield cost.time(probe, tokens)
 
 
-def _cost(probe: Probe, optimizer: Optimizer) -> Iterator[Finding]:
+def _cost(probe: Probe) -> Iterator[Finding]:
     """Estimate memory and traffic; unknown sizes of an architecture are no error."""
+    source, device = probe.module.student.source, probe.module.device
+    on_gpu = device.type == "cuda"
+    available = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
     try:
-        plan = cost.plan(probe, optimizer)
-        yield cost.memory(probe, plan)
-        yield cost.traffic(probe, plan)
+        weights = sum(shape.numel() for shape in parameter_shapes(source).values())
+        widths = Widths.of(source.config)
+        plan = cost.plan(
+            probe.module,
+            probe.data,
+            probe.shape,
+            micro_batches=probe.micro_batches,
+            engine=cost.engine_bytes(probe.engine, widths, weights, probe.shape, available),
+            demonstrator=cost.demonstrator_bytes(probe.data, probe.shape, available),
+            on_gpu=on_gpu,
+        )
+        yield cost.memory(plan, available, cost.smaller_batches(probe.shape))
+        yield cost.traffic(plan, weights)
     except UserError as error:
         yield Finding("info", "memory (estimate)", str(error))
-
-
-def _optimizer(probe: Probe) -> Optimizer:
-    """Return the method's optimiser, as Lightning gets it."""
-    made = probe.module.configure_optimizers()
-    return made[0][0] if isinstance(made, tuple) else made

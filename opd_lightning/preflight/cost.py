@@ -5,25 +5,33 @@ from __future__ import annotations
 import math
 from collections import Counter
 from statistics import mean
+from typing import TYPE_CHECKING
 
 import torch
-from torch.optim import Optimizer
 
+from opd_lightning.models.causal_lm import empty_causal_lm
 from opd_lightning.preflight.finding import Finding
 from opd_lightning.preflight.layout import Layout
 from opd_lightning.preflight.memory import process_memory
 from opd_lightning.preflight.plan import Plan, TeacherModel
 from opd_lightning.preflight.probe import Probe
+from opd_lightning.preflight.step_shape import StepShape
 from opd_lightning.preflight.traffic import push_traffic, step_traffic
 from opd_lightning.preflight.widths import Widths
 from opd_lightning.rollouts import HFEngine, VLLMEngine
-from opd_lightning.rollouts.checks import parameter_shapes
+from opd_lightning.rollouts.base import Engine
 from opd_lightning.teachers import AdapterOffTeacher, CrossTokenizerTeacher
 from opd_lightning.teachers.local import OwnModelTeacher
 from opd_lightning.teachers.start import reads_folder
 from opd_lightning.types import Author, Rollout
 
+if TYPE_CHECKING:
+    from opd_lightning.run.datamodule import RolloutDataModule
+    from opd_lightning.training.base import DistillationModule
+
 MIB = 2**20
+ACCUMULATE = "trainer.accumulate_grad_batches"
+BUDGET = "data.max_tokens_per_micro_batch"
 COUNTED_STEPS = 16  # steps over which authors are averaged; a mix may be random
 
 
@@ -69,82 +77,134 @@ def _length(rollouts: list[Rollout]) -> float:
     return mean(len(r.response_ids) for r in rollouts) if rollouts else 0.0
 
 
-def plan(probe: Probe, optimizer: Optimizer) -> Plan:
-    """Describe the configured run; its processes need not exist."""
-    student, trainer = probe.module.student, probe.module.trainer
-    parts = [part for teacher in probe.module.teachers() for part in teacher.parts()]
-    inner = [p.frozen if isinstance(p, CrossTokenizerTeacher) else p for p in parts]
-    models = [p for p in dict.fromkeys(inner) if isinstance(p, OwnModelTeacher)]
+def plan(
+    module: DistillationModule,
+    data: RolloutDataModule,
+    shape: StepShape,
+    *,
+    micro_batches: int,
+    engine: int,
+    demonstrator: int,
+    on_gpu: bool,
+) -> Plan:
+    """Describe the configured run, whose models are loaded, or described, in this process.
+
+    Args:
+        module: The method.
+        data: Its data.
+        shape: Sizes of a step.
+        micro_batches: Micro-batches of a step.
+        engine: Bytes of the student's engine in a process.
+        demonstrator: Bytes of the demonstrator's.
+        on_gpu: Whether the run is on GPUs.
+    """
+    student, trainer = module.student, module.trainer
+    parts = [part for teacher in module.teachers() for part in teacher.parts()]
+    made = module.configure_optimizers()
     return Plan(
         student=student,
         config=student.source.config,
-        optimizer=optimizer,
+        optimizer=made[0][0] if isinstance(made, tuple) else made,
         layout=Layout.of(trainer),
         precision=str(trainer.precision),
         checkpointing=student.gradient_checkpointing,
-        on_gpu=probe.module.device.type == "cuda",
-        rows=probe.rows_per_batch,
-        length=probe.longest,
-        response=probe.sampling.max_new_tokens,
-        micro_batches=probe.micro_batches,
+        on_gpu=on_gpu,
+        rows=shape.rows_per_batch,
+        length=shape.longest,
+        response=shape.response,
+        micro_batches=micro_batches,
         teachers=[
             TeacherModel(p.model(), sharded=True, offloaded=getattr(p, "offload", False))
-            for p in models
+            for p in own_models(module)
         ],
-        engine=engine_bytes(probe),
-        engine_sleeps=probe.engine is not None and probe.engine.sleep_while_training,
-        pushed=probe.engine.weights_dtype if probe.engine is not None else None,
-        compares_with_start=reads_folder(student) and probe.data.compares_with_start("validate"),
+        engine=engine,
+        demonstrator=demonstrator,
+        engine_sleeps=data.engine is not None and data.engine.sleep_while_training,
+        pushed=data.engine.weights_dtype if data.engine is not None else None,
+        compares_with_start=reads_folder(student) and data.compares_with_start("validate"),
         readings=sum(isinstance(p, AdapterOffTeacher) for p in dict.fromkeys(parts)),
     )
 
 
-def engine_bytes(probe: Probe) -> int:
-    """Estimate the bytes of the engine's weights and KV cache; 0 for a remote engine.
+def own_models(module: DistillationModule) -> list[OwnModelTeacher]:
+    """Return the teachers that have a model in this process besides the student."""
+    parts = [part for teacher in module.teachers() for part in teacher.parts()]
+    inner = [p.frozen if isinstance(p, CrossTokenizerTeacher) else p for p in parts]
+    return [p for p in dict.fromkeys(inner) if isinstance(p, OwnModelTeacher)]
+
+
+def engine_bytes(
+    engine: Engine | None, widths: Widths, weights: int, shape: StepShape, gpu_memory: float | None
+) -> int:
+    """Estimate the bytes of an engine's weights and KV cache; 0 for a remote engine.
 
     vLLM uses its share of a GPU, or the KV cache configured for a CPU. The Hugging Face
     engine's cache grows with the rows that it decodes at once.
+
+    Args:
+        engine: The engine; None if nothing is sampled.
+        widths: Sizes of its model.
+        weights: Number of its weights.
+        shape: Sizes of a step.
+        gpu_memory: Bytes of the GPU; None on CPUs.
     """
-    engine, source = probe.engine, probe.module.student.source
     if not isinstance(engine, VLLMEngine | HFEngine):
         return 0
-    if isinstance(engine, VLLMEngine) and torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(probe.module.device).total_memory
-        return int(engine.gpu_memory_utilization * total)
+    if isinstance(engine, VLLMEngine) and gpu_memory is not None:
+        return int(engine.gpu_memory_utilization * gpu_memory)
     # vLLM's "auto" converts float32 to a 2-byte dtype.
     itemsize = 2 if engine.dtype == "auto" else getattr(torch, engine.dtype).itemsize
-    copy = itemsize * sum(shape.numel() for shape in parameter_shapes(source).values())
     if isinstance(engine, VLLMEngine):
-        return copy + engine.cpu_kv_cache_gib * 2**30
-    rows = min(probe.rows, engine.max_batch_size)
-    return copy + rows * probe.longest * Widths.of(source.config).cache * itemsize
+        return itemsize * weights + engine.cpu_kv_cache_gib * 2**30
+    rows = min(shape.rows, engine.max_batch_size)
+    return itemsize * (weights + rows * shape.longest * widths.cache)
 
 
-def memory(probe: Probe, plan: Plan) -> Finding:
-    """Report the memory of one process on its device, for the longest responses."""
+def demonstrator_bytes(
+    data: RolloutDataModule, shape: StepShape, gpu_memory: float | None, *, stored: bool = True
+) -> int:
+    """Estimate the bytes of the demonstrator's engine, as `engine_bytes`; 0 without one.
+
+    Args:
+        data: The run's data.
+        shape: Sizes of a step.
+        gpu_memory: Bytes of the GPU; None on CPUs.
+        stored: Whether its weights are there; else config.json is enough.
+    """
+    if data.teacher is None or not data.mix.teacher:
+        return 0
+    source = data.teacher.source
+    model = empty_causal_lm(source, dtype="bfloat16", stored=stored)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    return engine_bytes(data.teacher.engine, Widths.of(source.config), weights, shape, gpu_memory)
+
+
+def memory(plan: Plan, available: float | None, smaller: str = "") -> Finding:
+    """Report the memory of one process on its device, for the longest responses.
+
+    Args:
+        plan: The run.
+        available: Bytes of the GPU; None on CPUs.
+        smaller: Setting that makes micro-batches smaller.
+    """
     predicted = process_memory(plan)
     parts = predicted.fullest()
     total = sum(parts.values())
-    found = f"{plan.layout}: about {_size(total)} per process: " + ", ".join(
-        f"{name.replace('_', ' ')} {_size(size)}" for name, size in parts.items() if size
+    found = f"{plan.layout}: about {size(total)} per process: " + ", ".join(
+        f"{name.replace('_', ' ')} {size(number)}" for name, number in parts.items() if number
     )
-    values = {f"{name}_bytes": float(size) for name, size in parts.items()}
+    values = {f"{name}_bytes": float(number) for name, number in parts.items()}
     values["total_bytes"] = float(total)
     if predicted.host:
         values["host_bytes"] = float(predicted.host * plan.layout.per_node)
-        found += f"; CPU memory of a node {_size(values['host_bytes'])}"
+        found += f"; CPU memory of a node {size(values['host_bytes'])}"
     if plan.widths.assumed:
         found += f"; config.json does not say all, assumed {' and '.join(plan.widths.assumed)}"
-    device = probe.module.device
-    if device.type != "cuda":
+    if available is None:
         return Finding("ok", "memory (estimate)", found, values=values)
-    available = torch.cuda.get_device_properties(device).total_memory
-    found += f"; the GPU has {_size(available)}"
+    found += f"; the GPU has {size(available)}"
     if total <= available:
         return Finding("ok", "memory (estimate)", found, values=values)
-    smaller = "raise trainer.accumulate_grad_batches"
-    if probe.stream.max_tokens is not None:
-        smaller = "lower data.max_tokens_per_micro_batch"
     return Finding(
         "warning",
         "memory (estimate)",
@@ -156,18 +216,27 @@ def memory(probe: Probe, plan: Plan) -> Finding:
     )
 
 
-def traffic(probe: Probe, plan: Plan) -> Finding:
-    """Report the bytes sent between processes, and those that a push brings to the engine."""
+def smaller_batches(shape: StepShape) -> str:
+    """Name the setting that makes micro-batches smaller."""
+    fixed = shape.max_tokens is None
+    return f"raise {ACCUMULATE}" if fixed else f"lower {BUDGET}"
+
+
+def traffic(plan: Plan, weights: int) -> Finding:
+    """Report the bytes sent between processes, and those that a push brings to the engine.
+
+    Args:
+        plan: The run.
+        weights: Number of the weights that are pushed.
+    """
     sent = step_traffic(plan)
-    values = {f"{name}_bytes": size for name, size in sent.items()}
+    values = {f"{name}_bytes": number for name, number in sent.items()}
     values["push_gather_bytes"] = push_traffic(plan)
-    shapes = parameter_shapes(probe.module.student.source).values()
-    weights = sum(shape.numel() for shape in shapes)
     itemsize = plan.pushed.itemsize if plan.pushed is not None else 0
     values["push_bytes"] = float(weights * itemsize)
     step = sum(sent.values()) + values["push_gather_bytes"]
-    found = f"each process sends {_size(step)} a step; " if plan.layout.world > 1 else ""
-    found += f"a push brings {_size(values['push_bytes'])} to an engine"
+    found = f"each process sends {size(step)} a step; " if plan.layout.world > 1 else ""
+    found += f"a push brings {size(values['push_bytes'])} to an engine"
     return Finding("ok", "traffic (estimate)", found, values=values)
 
 
@@ -214,5 +283,6 @@ def in_seconds(number: float) -> str:
     return f"{number:.2g} s" if number < 99.5 else f"{number:,.0f} s"
 
 
-def _size(number: float) -> str:
+def size(number: float) -> str:
+    """Format bytes."""
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / MIB:.1f} MiB"

@@ -67,6 +67,8 @@ def process_memory(plan: Plan) -> Memory:
         if sharded:
             passing += gathered_bytes(model, layout)
     start = held_bytes(parameters, layout) if plan.compares_with_start else 0
+    if plan.demonstrator:
+        always["demonstrators_engine"] = plan.demonstrator
     comes_and_goes = plan.on_gpu and layout.shards == 1
     return Memory(
         always={**always, "teachers": teachers, "start": 0 if comes_and_goes else start},

@@ -46,7 +46,8 @@ class Plan:
         response: Tokens of the longest response.
         micro_batches: Micro-batches of a step.
         teachers: Distinct models of teachers in this process.
-        engine: Bytes of the engine in this process.
+        engine: Bytes of the student's engine in this process.
+        demonstrator: Bytes of the demonstrator's engine in this process, which never sleeps.
         engine_sleeps: Whether it frees them while the trainer works.
         pushed: Dtype of the student's weights in engines, local or remote; None without one.
         compares_with_start: Whether validations load the student's initial weights; false with
@@ -67,6 +68,7 @@ class Plan:
     micro_batches: int
     teachers: Sequence[TeacherModel] = ()
     engine: int = 0
+    demonstrator: int = 0
     engine_sleeps: bool = False
     pushed: torch.dtype | None = None
     compares_with_start: bool = False

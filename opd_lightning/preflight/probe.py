@@ -18,6 +18,7 @@ from opd_lightning.data.collate import collate, count
 from opd_lightning.data.micro_batches import micro_batches_within, split_by_cost
 from opd_lightning.data.stream import TrainingStream
 from opd_lightning.data.writer import Row
+from opd_lightning.preflight.step_shape import StepShape
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.seeding import TRAINING_SAMPLE, derive_seed
 from opd_lightning.types import (
@@ -87,29 +88,11 @@ class Probe:
         """Requests that `own` was written for."""
         return [Request(row.prompt_ids, row.seed) for row in self._rows(Author.STUDENT)]
 
-    @property
-    def rows(self) -> int:
-        """Rollouts of a step of a process that writes most."""
-        mix, prompts = self.data.mix, self.data.prompts_per_step // self.stream.ranks.world_size
-        samples = self.data.samples_per_prompt if mix.samples else 1
-        return prompts * (samples + mix.add_recorded)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest possible sequence, under the student's prompt."""
-        return max(map(len, self.stream.prompt_ids)) + self.sampling.max_new_tokens
-
-    @property
-    def rows_per_batch(self) -> int:
-        """Rollouts of the run's largest micro-batch, if all responses have the greatest length."""
-        if self.stream.max_tokens is None:
-            return -(-self.rows // self.stream.micro_batches)
-        return min(self.rows, -(-self.stream.max_tokens // (self.views * self.longest)))
-
-    @property
-    def views(self) -> int:
-        """Number of prompts under which a rollout is read."""
-        return 1 + len(self.stream.writer.renderer.views)
+    @cached_property
+    def shape(self) -> StepShape:
+        """Sizes of a step."""
+        longest = max(map(len, self.stream.prompt_ids))
+        return StepShape.of(self.data, self.stream.ranks.world_size, longest)
 
     @property
     def micro_batches(self) -> int:
@@ -117,7 +100,7 @@ class Probe:
         if self.stream.max_tokens is None:
             return self.stream.micro_batches
         seen = [*(self.own if self.data.mix.samples else []), *self.given]
-        rollouts = list(islice(cycle(seen), self.rows))
+        rollouts = list(islice(cycle(seen), self.shape.rows))
         return micro_batches_within(rollouts, self.stream.max_tokens, packed=self.stream.packed())
 
     def generate(self, requests: list[Request], at_most: int | None = None) -> list[Completion]:
@@ -151,7 +134,7 @@ class Probe:
         )
         totals = StepTotals(step=0, written=written, demonstrated=demonstrated)
         if self.stream.max_tokens is None:
-            parts = -(-len(rollouts) // self.rows_per_batch)
+            parts = -(-len(rollouts) // self.shape.rows_per_batch)
         else:
             parts = micro_batches_within(
                 rollouts, self.stream.max_tokens, packed=self.stream.packed()

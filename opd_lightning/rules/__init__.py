@@ -1,6 +1,8 @@
 """Rules, which transform a token signal; a method consists of a signal and rules."""
 
+from opd_lightning.rules.agreement import AlignedReweighting, MarginShift
 from opd_lightning.rules.base import Compare, Rates, Rule, Scored, Signal
+from opd_lightning.rules.change_point import ChangePointMask
 from opd_lightning.rules.common import kept
 from opd_lightning.rules.controls import RandomGate
 from opd_lightning.rules.evidence import EvidenceMask, EvidenceMultiplier, EvidenceWeight
@@ -43,6 +45,8 @@ from opd_lightning.rules.weights import (
 
 __all__ = [
     "AddOutcome",
+    "AlignedReweighting",
+    "ChangePointMask",
     "Compare",
     "CompetenceWeight",
     "CorrectnessGate",
@@ -62,6 +66,7 @@ __all__ = [
     "LateWeight",
     "LikelihoodMask",
     "LikelihoodWeight",
+    "MarginShift",
     "OnlyCorrect",
     "PhasedFloor",
     "PositionWeight",

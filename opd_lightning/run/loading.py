@@ -25,7 +25,8 @@ def load_training(data: RolloutDataModule) -> Loaded:
         for name, suite in data.suites_of("validate").items()
     }
     files = {name: source for name, source in sources.items() if source is not None}
-    data.prompt_files.agree({"data.train": data.train, **files}, Ranks.of(data.trainer))
+    options = {name: f"{name}.prompts" for name in files}
+    data.prompt_files.agree({"data.train": data.train, **files}, Ranks.of(data.trainer), options)
     renderer = data.renderer(training=True)
     fits = PromptCheck(
         data.module,

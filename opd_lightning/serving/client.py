@@ -69,6 +69,9 @@ class Servers:
         self._waiting: deque[Job] = deque()
         self._running: set[asyncio.Task[None]] = set()
 
+    def __len__(self) -> int:
+        return len(self._addresses)
+
     def submit(
         self,
         path: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,8 +85,11 @@ class FrozenTeacher(OwnModelTeacher):
         else:
             self._reader.to(device)
 
-    def _build(self, *, empty: bool) -> Any:
-        make = empty_causal_lm if empty else load_causal_lm
+    def describe(self, student: Student) -> None:
+        self._reader = Reader(self._build(empty=True, stored=False))
+
+    def _build(self, *, empty: bool, stored: bool = True) -> Any:
+        make = partial(empty_causal_lm, stored=stored) if empty else load_causal_lm
         model = make(
             self.source,
             dtype=self.dtype,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,9 @@ from opd_lightning.models.head import TokenStates, score
 from opd_lightning.models.sharding import Sharding, reshard
 from opd_lightning.teachers.base import DistributionTeacher
 from opd_lightning.types import RolloutBatch, TokenScores
+
+if TYPE_CHECKING:
+    from opd_lightning.models.student import Student
 
 
 class LocalTeacher(DistributionTeacher):
@@ -47,8 +50,12 @@ class OwnModelTeacher(LocalTeacher):
     _reader: Reader | None = None
     _sharding: Sharding | None = None
 
+    @abstractmethod
+    def describe(self, student: Student) -> None:
+        """Build the model on the meta device, instead of loading it; config.json is enough."""
+
     def model(self) -> Any:
-        """The loaded causal LM."""
+        """The causal LM, loaded or described."""
         assert self._reader is not None
         return self._reader.model
 

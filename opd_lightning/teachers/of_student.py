@@ -65,6 +65,9 @@ class EMATeacher(OwnModelTeacher):
         else:
             sharding.copy(self._reader, student)
 
+    def describe(self, student: Student) -> None:
+        self._reader = Reader(student.build(empty=True, stored=False))
+
     @torch.no_grad()
     def follow(self, student: Student, step: int) -> None:
         """Update towards the student after optimiser step number `step`, counted from 1.

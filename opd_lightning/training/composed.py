@@ -209,11 +209,10 @@ class ComposedMethod(DistillationModule):
         for batch in batches:
             prefetch_scores(self.all_asks(), self.all_comparisons(), batch, self.overlap_top_k)
         step = batches[0].totals.step
-        if self.aggregation != "mask-mean" and not any(r.observes(step) for r in self.rules):
+        if not self._reads_the_step(step):
             return
         later = batches[1:]
-        adds = bool(self.terms) or self.imitation is not None
-        if later and not adds and divide_the_loss(self.rules, step):
+        if not self.scores_ahead(step, len(batches)):
             self._divisors = StepDivisors()
             return
         with (
@@ -222,6 +221,16 @@ class ComposedMethod(DistillationModule):
             Progress("score", len(later), "micro-batch", within=True) as bar,
         ):
             self._scored = [self._score(batch.to(self.device)) for batch in bar.each(later)]
+
+    def _reads_the_step(self, step: int) -> bool:
+        """Return whether a rule or the normaliser needs all micro-batches of a step."""
+        return self.aggregation == "mask-mean" or any(r.observes(step) for r in self.rules)
+
+    def scores_ahead(self, step: int, micro_batches: int) -> bool:
+        """Return whether all micro-batches of a step but the first are scored before training."""
+        adds = bool(self.terms) or self.imitation is not None
+        divides = micro_batches > 1 and not adds and divide_the_loss(self.rules, step)
+        return self._reads_the_step(step) and not divides
 
     @torch.no_grad()
     def _prepare_signals(self, results: Sequence[BatchScores]) -> None:

@@ -42,6 +42,10 @@ class Contract(ABC):
     def prepare_step(self, batches: Sequence[RolloutBatch]) -> None:  # noqa: B027 - nor to prepare
         """Called with all micro-batches of a step, on the CPU, before training on the first."""
 
+    def scores_ahead(self, step: int, micro_batches: int) -> bool:
+        """Return whether `prepare_step` scores all micro-batches of a step but the first."""
+        return False
+
     def loss_factor(self) -> float:
         """Return a factor of the step's loss, known after its last micro-batch. Collective."""
         return 1.0

@@ -8,6 +8,7 @@ from opd_lightning.verifiers.judge import JudgeVerifier
 from opd_lightning.verifiers.length import LengthLimit
 from opd_lightning.verifiers.math import MathVerifier
 from opd_lightning.verifiers.reasoning_gym import ReasoningGymVerifier
+from opd_lightning.verifiers.reflector import Reflector
 from opd_lightning.verifiers.regex import RegexMatch
 from opd_lightning.verifiers.weighted import Part, WeightedVerifier
 
@@ -20,6 +21,7 @@ __all__ = [
     "MathVerifier",
     "Part",
     "ReasoningGymVerifier",
+    "Reflector",
     "RegexMatch",
     "Rewards",
     "Verifier",

@@ -74,8 +74,8 @@ class Way:
 class MovedStudent(Student):
     """A student whose adapters are away from zero, so that without them it is another model."""
 
-    def build(self, *, empty: bool = False) -> Any:
-        model = super().build(empty=empty)
+    def build(self, *, empty: bool = False, stored: bool = True) -> Any:
+        model = super().build(empty=empty, stored=stored)
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 torch.nn.init.kaiming_uniform_(parameter, a=5**0.5)

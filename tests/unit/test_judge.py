@@ -4,57 +4,19 @@ import copy
 import logging
 import math
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from opd_lightning.errors import RunStoppedError, UserError
-from opd_lightning.types import Message, Prompt
 from opd_lightning.verifiers import JudgeVerifier
-from tests.http_server import Answer, Server
-
-MODELS = {"data": [{"id": "judge"}]}
-
-
-def prompt(question: str = "1+1", answer: str | None = "2") -> Prompt:
-    message: Message = {"role": "user", "content": question}
-    return Prompt(id=question, messages=(message,), answer=answer, origin="p.jsonl:1")
-
-
-def reply(text: str, **more: Any) -> tuple[int, Any]:
-    return 200, {"choices": [{"message": {"content": text}, **more}]}
-
-
-class Serving:
-    """Starts servers, and stops them in the end."""
-
-    def __init__(self) -> None:
-        self.servers: list[Server] = []
-
-    def __call__(self, answer: Answer) -> Server:
-        def both(asked: dict[str, Any]) -> tuple[int, Any]:
-            return (200, MODELS) if asked["path"] == "/v1/models" else answer(asked)
-
-        self.servers.append(Server(both))
-        return self.servers[-1]
-
-
-@pytest.fixture
-def serve() -> Iterator[Serving]:
-    serving = Serving()
-    yield serving
-    for server in serving.servers:
-        server.stop()
+from tests.http_server import Server
+from tests.served_chat import Serving, prompt, reply, text_of
 
 
 def judge(server: Server, question: str = "{{ response }}", **settings: Any) -> JudgeVerifier:
     settings = {"timeout_seconds": 2.0, **settings}
     return JudgeVerifier(server.url, "judge", question, **settings)
-
-
-def text_of(asked: dict[str, Any]) -> str:
-    return str(asked["messages"][0]["content"])
 
 
 def test_the_last_number_of_the_reply_is_mapped_by_the_scale(serve: Serving) -> None:

@@ -139,5 +139,6 @@ def test_nothing_says_that_an_existing_class_is_missing() -> None:
 
 
 def test_configurations_of_papers_are_named() -> None:
-    shipped = {f"configs/recipes/{p.name}" for p in (ROOT / "configs" / "recipes").glob("*.yaml")}
-    assert shipped <= set(re.findall(r"`(configs/recipes/\w+\.yaml)`", PAGE))
+    folders = [ROOT / "configs" / name for name in ("recipes", "papers")]
+    shipped = {str(p.relative_to(ROOT)) for folder in folders for p in folder.glob("*.yaml")}
+    assert shipped == set(re.findall(r"`(configs/(?:recipes|papers)/\w+\.yaml)`", PAGE))

@@ -2,14 +2,16 @@
 
 import json
 from collections import Counter
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 from datasets import Dataset
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
+from opd_lightning.commands.signatures import find
 from opd_lightning.data import hub_prompts
 from opd_lightning.data.hub_prompts import HubPrompts
 from opd_lightning.data.mixtures import MixedPrompts
@@ -181,3 +183,34 @@ def test_a_folder_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"read with train\.path"):
         HubPrompts("gsm8k")
+
+
+@pytest.mark.parametrize(
+    ("path", "own", "left"),
+    [
+        ("hub_prompts.HubPrompts", {"name": "o/d"}, set()),
+        ("reasoning_gym.ReasoningGymPrompts", {"tasks": {"countdown": {}}}, {"columns", "domains"}),
+    ],
+)
+def test_other_sources_have_the_options_of_a_file(
+    path: str, own: dict[str, Any], left: set[str]
+) -> None:
+    """With their types and texts, in configurations and in the help that reads the source."""
+    path = f"opd_lightning.data.{path}"
+    shared = signature(PromptSource).parameters.keys() - {"path"} - left
+    kind = find(path)
+    assert kind is not None
+    options = (kind.options() or {}).keys()
+    assert shared | own.keys() <= options
+    assert not ({"path"} | left) & options
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(PromptSource, "train")
+    given = {"class_path": path, "init_args": {**own, "limit": 3}}
+    known = parser.parse_object({"train": given}).train.init_args
+    assert shared <= set(known.keys())
+    assert not left & set(known.keys())
+    assert (known.limit, known.on_bad_row) == (3, "error")
+    for wrong in ({"limit": "many"}, {"on_bad_row": "guess"}, {"path": "x"}):
+        init = {**own, **wrong}
+        with pytest.raises(ArgumentError):
+            parser.parse_object({"train": {"class_path": path, "init_args": init}})

@@ -1,5 +1,6 @@
 """Records of prompt files, and messages when they have changed."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from datasets import Dataset
 from pyarrow import parquet
 
+from opd_lightning.data.mixtures import MixedPrompts
 from opd_lightning.data.prompt_files import RECORD, PromptFiles
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.errors import UserError
@@ -149,3 +151,24 @@ def test_a_record_that_is_no_file_is_named(tmp_path: Path) -> None:
     (tmp_path / RECORD).mkdir()
     with pytest.raises(UserError, match=RECORD):
         read(tmp_path, file, resumes=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "options", "named"),
+    [
+        ("data.train", {}, "data.train.path"),
+        ("data.validation.m", {"data.validation.m": "data.validation.m.prompts"},
+         "data.validation.m.prompts.path"),
+        ("data.train_like", {"data.train_like": "data.texts.train_like.prompts"},
+         "data.texts.train_like.prompts.path"),
+    ],
+)  # fmt: skip
+def test_an_absent_file_is_named_with_its_option(
+    key: str, options: dict[str, str], named: str, tmp_path: Path
+) -> None:
+    absent = PromptSource(str(tmp_path / "absent.jsonl"))
+    with pytest.raises(UserError, match=f"^{re.escape(named)}: no prompt file"):
+        PromptFiles().agree({key: absent}, ALONE, options)
+    mixed = MixedPrompts({"part": absent})
+    with pytest.raises(UserError, match=f"^{re.escape(named[:-5])}.sources.part.path: no prompt"):
+        PromptFiles().agree({key: mixed}, ALONE, options)

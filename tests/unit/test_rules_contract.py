@@ -14,7 +14,9 @@ from torch import Tensor
 
 import opd_lightning.rules
 from opd_lightning.losses.schedule import Linear
+from opd_lightning.rules.agreement import AlignedReweighting, MarginShift
 from opd_lightning.rules.base import Rule, Scored, Signal
+from opd_lightning.rules.change_point import ChangePointMask
 from opd_lightning.rules.controls import RandomGate
 from opd_lightning.rules.evidence import EvidenceMask, EvidenceMultiplier, EvidenceWeight
 from opd_lightning.rules.gates import (
@@ -104,6 +106,10 @@ RULES: list[Rule] = [
     CompetenceWeight(),
     RewardWeight(0.5),
     TeacherRatio(),
+    ChangePointMask(block=1, penalty=0.0, least=1),
+    AlignedReweighting(2.0),
+    MarginShift(3.0),
+    MarginShift(3.0, statistic="extreme", moves="wrong"),
 ]
 every_rule = pytest.mark.parametrize("rule", RULES, ids=repr)
 
@@ -142,6 +148,7 @@ def random_step(seed: int, padding: float = 0.0) -> tuple[Scored, Signal]:
             "baseline": uniform(0, 2),
             "token_importance": uniform(0, 1),
             "relative_entropy": uniform(0, 1),
+            "teacher_margin": uniform(0, 1),
         },
         step=2,
         plain=uniform(-4, 0),
