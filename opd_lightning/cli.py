@@ -16,8 +16,10 @@ from opd_lightning.commands.command_table import check_command, overview
 from opd_lightning.errors import RunStoppedError, UserError, note, report
 from opd_lightning.run import signals
 from opd_lightning.run.signals import SignalledError, signal_of
+from opd_lightning.terminal.imports import without_collections
 from opd_lightning.terminal.quiet import quiet_libraries
 
+LIGHTNING = "lightning.pytorch"  # imported by a process's first command of the trainer
 # Errors of the file system, reported in one line wherever they are raised.
 FILE_ERRORS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE,
@@ -88,7 +90,8 @@ def _train_or_measure(command: str, args: list[str]) -> None:
         from opd_lightning.commands.known_keys import check_keys
 
         check_keys(command, args[1:])
-    from opd_lightning.commands.lightning_cli import OPDCLI
+    with without_collections(freeze=LIGHTNING not in sys.modules):
+        from opd_lightning.commands.lightning_cli import OPDCLI
 
     OPDCLI(["--help" if word == "--help=all" else word for word in args])
     _leave_group()

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
+from opd_lightning.terminal.imports import without_collections
+
 # Read when the libraries are imported, so set before any test module is.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads slow tiny models down
@@ -261,13 +263,10 @@ def pytest_collection() -> Generator[None, object, object]:
 
     Each would pass over half a million objects: 0.6 s.
     """
-    gc.disable()
-    try:
-        return (yield)
-    finally:
+    with without_collections(freeze=True):
+        collected = yield
         gc.collect()
-        gc.freeze()
-        gc.enable()
+        return collected
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
