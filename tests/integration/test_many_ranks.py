@@ -57,9 +57,9 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(untrained_lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(deep_lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("many_ranks")
-    (folder / "lab").symlink_to(untrained_lab / "lab")
+    (folder / "lab").symlink_to(deep_lab / "lab")
     (folder / "tasks").mkdir()
     write_tasks(folder / "tasks")
     build_tiny_model(folder / "untied", hidden_size=64, layers=2, seed=0, tie=False)
