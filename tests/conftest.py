@@ -150,7 +150,7 @@ def untrained_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def deep_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with models of two layers, for what treats layers one by one."""
+    """The same with models of two layers: for shards, figures on record, and what has to learn."""
     return _user(tmp_path_factory.mktemp("deep_user"), layers=2)
 
 
@@ -200,6 +200,12 @@ def in_lab(untrained_lab: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Change to the folder of the untrained lab; tests write to their `tmp_path`."""
     monkeypatch.chdir(untrained_lab)
     return untrained_lab
+
+
+@pytest.fixture
+def in_deep_lab(deep_lab: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(deep_lab)
+    return deep_lab
 
 
 # Modules that share servers, an import of vLLM or a cluster, which take up to half a minute: run in

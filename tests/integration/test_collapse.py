@@ -39,7 +39,7 @@ class PaysRepetition(Verifier):
         return [sum(a == b for a, b in pairwise(r)) / TOKENS for r in responses]
 
 
-@pytest.mark.usefixtures("in_lab")
+@pytest.mark.usefixtures("in_deep_lab")
 def test_paid_repetition_is_caught_and_undone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,7 +82,7 @@ class Backwards(OPD):
         return -scored.log_ratio
 
 
-@pytest.mark.usefixtures("in_lab")
+@pytest.mark.usefixtures("in_deep_lab")
 def test_a_student_that_leaves_its_teacher_is_caught() -> None:
     """Whatever its responses look like: no other rule is on."""
     method = Backwards(

@@ -16,11 +16,9 @@ from tests.integration.test_fit import fit, method_of, sft_method
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
+@pytest.mark.usefixtures("in_deep_lab")
 @pytest.mark.parametrize("kind", [OPD, DivergenceOPD, SFT])
-def test_losses(
-    kind: type, deep_lab: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(deep_lab)
+def test_losses(kind: type, request: pytest.FixtureRequest) -> None:
     if kind is SFT:
         demonstrations = PromptSource("lab/arithmetic/demonstrations.jsonl")
         seen = fit(

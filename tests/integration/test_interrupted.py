@@ -24,7 +24,7 @@ from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.types import Completion, RolloutBatch, TokenScores
 from tests.integration.test_fit import CONFIG, MicroBatches, fit, weights
 
-STEPS = 5
+STEPS = 6
 PARTS = 3  # micro-batches of a step
 PER_EPOCH = 4  # steps: 16 prompts, 4 a step
 
@@ -139,7 +139,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (1, PER_EPOCH, 2),
         *(
             pytest.param(*place, marks=pytest.mark.slow)
-            for place in ((0, PER_EPOCH, 1), (0, PER_EPOCH, 3), (0, 3, 3), (1, 1, 2))
+            for place in ((0, PER_EPOCH, 1), (0, PER_EPOCH, 3), (0, 5, 3), (1, 1, 2))
         ),
     ],
 )
