@@ -245,25 +245,14 @@ def run_together(
 
 def call(function: Callable[..., None], *arguments: Any, **options: Any) -> Process:
     """Start a `Process` that calls a function of a module, which pickle can name."""
-    return Process(__name__, pickled(function, *arguments), **options)
-
-
-def pickled(function: Callable[..., None], *arguments: Any) -> str:
-    """Write a call to a file, which `call_pickled` removes; return the file."""
     with tempfile.NamedTemporaryFile(delete=False) as file:
         pickle.dump((function, arguments), file)
-    return file.name
+    return Process(__name__, file.name, **options)
 
 
-def call_ranks(
-    function: Callable[..., None],
-    *arguments: Any,
-    count: int,
-    timeout: float,
-    start: Callable[..., Process] = call,
-) -> None:
+def call_ranks(function: Callable[..., None], *arguments: Any, count: int, timeout: float) -> None:
     """Call a function in several processes at once, with the rank as its first argument."""
-    done = run_together([start(function, rank, *arguments) for rank in range(count)], timeout)
+    done = run_together([call(function, rank, *arguments) for rank in range(count)], timeout)
     told = "\n".join(f"exit code {one.returncode}\n{one.stderr[-5000:]}" for one in done)
     assert not any(one.returncode for one in done), told
 
@@ -321,7 +310,7 @@ def _send(to: socket.socket, request: dict[str, Any], fds: list[int]) -> None:
     socket.send_fds(to, [json.dumps(request).encode()], fds)
 
 
-def call_pickled(file: str) -> None:
+def _call(file: str) -> None:
     path = Path(file)
     content = path.read_bytes()
     path.unlink()
@@ -330,4 +319,4 @@ def call_pickled(file: str) -> None:
 
 
 if __name__ == "__main__":
-    call_pickled(sys.argv[1])
+    _call(sys.argv[1])
