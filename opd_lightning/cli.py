@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NoReturn
 
 from opd_lightning import __version__
@@ -16,8 +16,10 @@ from opd_lightning.commands.command_table import check_command, overview
 from opd_lightning.errors import RunStoppedError, UserError, note, report
 from opd_lightning.run import signals
 from opd_lightning.run.signals import SignalledError, signal_of
+from opd_lightning.terminal.imports import without_collections
 from opd_lightning.terminal.quiet import quiet_libraries
 
+PYTORCH = "torch"  # imported by a process's first command that needs it
 # Errors of the file system, reported in one line wherever they are raised.
 FILE_ERRORS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE,
@@ -50,14 +52,16 @@ def _dispatch(args: list[str]) -> None:
     elif command == "--version":
         print(f"opd {__version__}")
     elif command == "lab":
-        from opd_lightning.lab.cli import main as lab
+        with _first_imports():
+            from opd_lightning.lab.cli import main as lab
 
         lab(rest)
     elif command == "serve":
         # SLURM sends it to every process of a job; only trainers handle it.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        from opd_lightning.commands.parsers import OneLineParser
-        from opd_lightning.serving.serve import main as serve
+        with _first_imports():
+            from opd_lightning.commands.parsers import OneLineParser
+            from opd_lightning.serving.serve import main as serve
 
         serve(rest, OneLineParser)
     elif command == "compare":
@@ -88,10 +92,16 @@ def _train_or_measure(command: str, args: list[str]) -> None:
         from opd_lightning.commands.known_keys import check_keys
 
         check_keys(command, args[1:])
-    from opd_lightning.commands.lightning_cli import OPDCLI
+    with _first_imports():
+        from opd_lightning.commands.lightning_cli import OPDCLI
 
     OPDCLI(["--help" if word == "--help=all" else word for word in args])
     _leave_group()
+
+
+def _first_imports() -> AbstractContextManager[None]:
+    """Return the context of a command's imports, which take seconds in a new process."""
+    return without_collections(freeze=PYTORCH not in sys.modules)
 
 
 @contextmanager

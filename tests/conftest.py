@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
+from opd_lightning.terminal.imports import without_collections
+
 # Read when the libraries are imported, so set before any test module is.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads slow tiny models down
@@ -139,14 +141,26 @@ def write_tokenizer(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def untrained_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like a user's, with all labs as configs/lab names them, models untrained."""
-    root = tmp_path_factory.mktemp("user")
+    """A folder like a user's, with all labs as configs/lab names them, models untrained.
+
+    Models have one layer: most of a step of such small ones is the overhead of its operations.
+    """
+    return _user(tmp_path_factory.mktemp("user"), layers=2)
+
+
+@pytest.fixture(scope="session")
+def deep_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with models of two layers: for shards, figures on record, and what has to learn."""
+    return _user(tmp_path_factory.mktemp("deep_user"), layers=2)
+
+
+def _user(root: Path, *, layers: int) -> Path:
     (root / "configs").symlink_to(Path(__file__).parents[1] / "configs")
-    write_untrained_lab(root / "lab")
+    write_untrained_lab(root / "lab", layers=layers)
     return root
 
 
-def write_untrained_lab(folder: Path) -> None:
+def write_untrained_lab(folder: Path, *, layers: int = 1) -> None:
     """Write all labs, models untrained, to the folders `arithmetic`, `identity` and `skills`."""
     from opd_lightning.lab import arithmetic, identity, programs
     from opd_lightning.lab.arithmetic import generate_mixture
@@ -156,7 +170,7 @@ def write_untrained_lab(folder: Path) -> None:
     lab = folder / "arithmetic"
     for role, hidden_size in (("teacher", 64), ("student", 32)):
         (lab / role).mkdir(parents=True)
-        new_model(lab / role, layers=2, hidden_size=hidden_size, seed=hidden_size)
+        new_model(lab / role, layers=layers, hidden_size=hidden_size, seed=hidden_size)
     domains = ("add-2", "sub-2")
     for name, held_out in (("train", False), ("held_out", True)):
         problems = generate_mixture(domains, 16, seed=0, held_out=held_out)
@@ -166,13 +180,13 @@ def write_untrained_lab(folder: Path) -> None:
 
     lab = folder / "identity"
     (lab / "base").mkdir(parents=True)
-    new_model(lab / "base", layers=2, hidden_size=32, seed=1)
+    new_model(lab / "base", layers=layers, hidden_size=32, seed=1)
     for name, rows in {"train": identity.training_rows(), **identity.probe_rows()}.items():
         identity.write_jsonl(lab / f"{name}.jsonl", rows)
 
     lab = folder / "skills"
     (lab / "start").mkdir(parents=True)
-    new_model(lab / "start", layers=2, hidden_size=32, seed=2)
+    new_model(lab / "start", layers=layers, hidden_size=32, seed=2)
     for name, is_held_out in (("train", False), ("held_out", True), ("test", True)):
         drawn = interleaved(
             arithmetic.generate("add-3", 8, seed=0, held_out=is_held_out),
@@ -186,6 +200,12 @@ def in_lab(untrained_lab: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Change to the folder of the untrained lab; tests write to their `tmp_path`."""
     monkeypatch.chdir(untrained_lab)
     return untrained_lab
+
+
+@pytest.fixture
+def in_deep_lab(deep_lab: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(deep_lab)
+    return deep_lab
 
 
 # Modules that share servers, an import of vLLM or a cluster, which take up to half a minute: run in
@@ -261,13 +281,10 @@ def pytest_collection() -> Generator[None, object, object]:
 
     Each would pass over half a million objects: 0.6 s.
     """
-    gc.disable()
-    try:
-        return (yield)
-    finally:
+    with without_collections(freeze=True):
+        collected = yield
         gc.collect()
-        gc.freeze()
-        gc.enable()
+        return collected
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

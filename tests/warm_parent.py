@@ -22,6 +22,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from opd_lightning.terminal.imports import without_collections
+
 ROOT = Path(__file__).parents[1]
 # Everything that an `opd fit` has imported by its end.
 PRELOADED = (
@@ -189,11 +191,9 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
 
 def import_all(names: Iterable[str]) -> None:
     """Import modules without garbage collections, and leave what they made out of later ones."""
-    gc.disable()
-    for name in names:
-        import_module(name)
-    gc.freeze()
-    gc.enable()
+    with without_collections(freeze=True):
+        for name in names:
+            import_module(name)
 
 
 def _main() -> None:

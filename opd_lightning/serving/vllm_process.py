@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from opd_lightning.terminal.imports import without_collections
+
 # Chunked prefill crashes vLLM's CPU engine if the request has a seed: "CPU Generator does not use
 # offset".
 CPU_ARGUMENTS = {"enable_chunked_prefill": False}
@@ -28,8 +30,9 @@ def vllm_unavailable() -> str | None:
         return "vLLM is not installed"
     _set_environment()
     try:
-        import vllm.entrypoints.llm  # noqa: F401
-        from vllm.platforms import current_platform
+        with without_collections():
+            import vllm.entrypoints.llm  # noqa: F401
+            from vllm.platforms import current_platform
     except (ImportError, OSError, RuntimeError) as error:
         return f"vLLM is installed but does not import: {' '.join(str(error).split())[:200]}"
     if not current_platform.device_type:

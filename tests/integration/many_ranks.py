@@ -152,7 +152,7 @@ def train(
         train=PromptSource("lab/arithmetic/train.jsonl", columns={"privileged": "answer"}),
         teacher=TeacherSampler(path=TEACHER, engine=HFEngine()) if writes else None,
         verifier=ExactMatch(ANSWER_PATTERN),
-        sampling=Sampling(max_new_tokens=24),
+        sampling=Sampling(max_new_tokens=16),
         prompts_per_step=PROMPTS,
         samples_per_prompt=SAMPLES,
         texts=texts,

@@ -39,7 +39,8 @@ class PaysRepetition(Verifier):
         return [sum(a == b for a, b in pairwise(r)) / TOKENS for r in responses]
 
 
-@pytest.mark.usefixtures("in_lab")
+@pytest.mark.slow  # rules, and how a run steps back, have quicker tests
+@pytest.mark.usefixtures("in_deep_lab")
 def test_paid_repetition_is_caught_and_undone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,7 +83,7 @@ class Backwards(OPD):
         return -scored.log_ratio
 
 
-@pytest.mark.usefixtures("in_lab")
+@pytest.mark.usefixtures("in_deep_lab")
 def test_a_student_that_leaves_its_teacher_is_caught() -> None:
     """Whatever its responses look like: no other rule is on."""
     method = Backwards(
@@ -232,7 +233,7 @@ def test_a_run_ends_where_it_is_told_to(action: str, step: int, told: str, tmp_p
 @pytest.mark.parametrize(
     "how",
     [
-        "ddp",
+        pytest.param("ddp", marks=pytest.mark.slow),
         pytest.param("file", marks=pytest.mark.slow),
         pytest.param("folder", marks=pytest.mark.slow),
     ],

@@ -176,7 +176,13 @@ def test_u3_a_student_that_is_its_own_teacher_stands_still(
 
 
 @pytest.mark.usefixtures("in_lab")
-@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize(
+    "aggregation",
+    [
+        "seq-mean-token-mean",
+        *(pytest.param(a, marks=pytest.mark.slow) for a in ("token-mean", "seq-mean-token-sum")),
+    ],
+)
 def test_u5_four_micro_batches_are_one(aggregation: Any) -> None:
     one = fit(method_of(aggregation=aggregation), steps=1)
     four = fit(method_of(aggregation=aggregation), steps=1, micro_batches=4)
@@ -188,7 +194,9 @@ def test_u5_four_micro_batches_are_one(aggregation: Any) -> None:
 
 
 @pytest.mark.usefixtures("in_lab")
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)]
+)
 def test_a_budget_is_the_run_of_as_many_micro_batches(precision: str) -> None:
     """Bit for bit, clipped gradients and figures too; and one micro-batch, to rounding."""
     settings: dict[str, Any] = {"trainer": {"precision": precision, "gradient_clip_val": 0.05}}
@@ -211,7 +219,7 @@ def test_a_budget_is_the_run_of_as_many_micro_batches(precision: str) -> None:
 
 
 @pytest.mark.usefixtures("in_lab")
-@pytest.mark.parametrize("adapts", [False, True])
+@pytest.mark.parametrize("adapts", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_packed_rows_train_as_padded_ones(adapts: bool) -> None:
     """The student, a teacher of its own and the student as its own teacher, under two prompts."""
     lora = LoraConfig(r=4, target_modules="all-linear") if adapts else None

@@ -16,7 +16,7 @@ from tests.integration.test_fit import fit, method_of, sft_method
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-@pytest.mark.usefixtures("in_lab")
+@pytest.mark.usefixtures("in_deep_lab")
 @pytest.mark.parametrize("kind", [OPD, DivergenceOPD, SFT])
 def test_losses(kind: type, request: pytest.FixtureRequest) -> None:
     if kind is SFT:

@@ -56,7 +56,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "opd-lightning" / "lab"
 
 
-def test_build_is_cached_by_recipe(cache: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache in which `SMALL` is built once."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def with_small(kept: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))
+
+
+@pytest.mark.usefixtures("with_small")
+def test_build_is_cached_by_recipe(tmp_path: Path) -> None:
     link = tmp_path / "lab" / "arithmetic"
     folder = build(SMALL, link)
     assert link.resolve() == folder
@@ -220,8 +232,8 @@ def test_counts_of_a_recipe_are_checked() -> None:
         ArithmeticRecipe(held_out_per_domain=0)
 
 
+@pytest.mark.usefixtures("with_small")
 def test_the_demonstration_from_end_to_end(
-    cache: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -75,6 +75,7 @@ def test_a_checkpoint_and_its_exported_folder_score_alike(
     assert folder["suites"] == saved["suites"]
 
 
+@pytest.mark.slow  # tasks in validations: test_many_ranks.py, test_retention.py
 def test_tasks_of_the_harness_are_measured_beside_suites(
     in_lab: Path, measure: Measure, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -232,7 +232,10 @@ def steps_of(name: str) -> int:
 
 
 # Variants of methods that others of the cases train.
-VARIANTS = ("OPD discounted", "OPD, REOPOLD", "EDGEOPD, soft", "SFT, SeqKD", "SFT, weighed")
+VARIANTS = (
+    *("OPD discounted", "OPD by domain", "OPD, REOPOLD", "EDGEOPD, soft", "SFT, SeqKD"),
+    *("SFT, weighed", "DivergenceOPD, RG-OPD"),
+)
 
 
 @pytest.mark.parametrize(

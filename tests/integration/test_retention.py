@@ -105,7 +105,7 @@ def logged(folder: Path) -> dict[str, list[float]]:
     return {t: [e.value for e in events.Scalars(t)] for t in events.Tags()["scalars"]}
 
 
-@pytest.mark.usefixtures("in_lab")
+@pytest.mark.usefixtures("in_deep_lab")
 def test_a_run_measures_its_start_and_keeps_the_front(letters: str, tmp_path: Path) -> None:
     callback = CapabilityRetention(["target"])
     final = fit(tmp_path, letters, callback)
@@ -134,7 +134,7 @@ def test_a_run_measures_its_start_and_keeps_the_front(letters: str, tmp_path: Pa
     torch.testing.assert_close(dict(student.weights()), final, atol=0, rtol=0)
 
 
-@pytest.mark.usefixtures("in_lab")
+@pytest.mark.usefixtures("in_deep_lab")
 def test_a_task_of_the_harness_is_an_ability(letters: str, tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
     folder = write_tasks(tmp_path / "tasks")
@@ -161,14 +161,14 @@ class Whole(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def whole(untrained_lab: Path, letters: str, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def whole(deep_lab: Path, letters: str, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     folder, callback = tmp_path_factory.mktemp("whole"), lowering()
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(untrained_lab)
+        patch.chdir(deep_lab)
         return Whole(folder, callback, fit(folder, letters, callback, save_every=1))
 
 
-@pytest.mark.usefixtures("in_lab")
+@pytest.mark.usefixtures("in_deep_lab")
 @pytest.mark.parametrize(
     # Before a validation, between two, at the end of an epoch.
     "stop",
@@ -189,7 +189,7 @@ def test_a_resumed_run_retains_alike(stop: int, whole: Whole, letters: str, tmp_
     assert kept[0] == kept[1]
 
 
-@pytest.mark.usefixtures("in_lab")
+@pytest.mark.usefixtures("in_deep_lab")
 def test_what_a_validation_wrote_before_its_checkpoint_is_there_once(
     letters: str, tmp_path: Path
 ) -> None:
@@ -217,7 +217,7 @@ def test_past_a_bound_the_rate_falls(whole: Whole) -> None:
     assert factors == pytest.approx([1.0] * EVERY + [0.5] * (STEPS - EVERY))
 
 
-@pytest.mark.usefixtures("in_lab")
+@pytest.mark.usefixtures("in_deep_lab")
 def test_past_a_bound_the_run_ends(letters: str, tmp_path: Path) -> None:
     callback = CapabilityRetention(["target"], keep_pareto=False, stop_past=0.01)
     fit(tmp_path, letters, callback)

@@ -21,12 +21,12 @@ SAVED = Path(__file__).parents[1] / "saved_run"
 
 
 def test_an_old_run_goes_on(
-    untrained_lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deep_lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(SAVED / "run", "run")
     for name in ("lab", "configs"):
-        Path(name).symlink_to(untrained_lab / name)
+        Path(name).symlink_to(deep_lab / name)
     main(["fit", "--config", "run/config.yaml", "--trainer.max_steps=4", "--ckpt_path=last"])
 
     expected: dict[str, Any] = json.loads((SAVED / "at_step_4.json").read_text())

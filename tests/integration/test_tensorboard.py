@@ -103,11 +103,9 @@ def test_readers_of_event_files_see_one_run(whole: Path, resumed: Path) -> None:
             assert found[tag] == [entry for entry in series if entry[0] < 6], tag
 
 
+@pytest.mark.slow  # the readers that the server has are tested above
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "fast",
-    [pytest.param(False, id="python", marks=pytest.mark.slow), pytest.param(True, id="fast")],
-)
+@pytest.mark.parametrize("fast", [False, True], ids=["python", "fast"])
 def test_the_server_shows_one_run(whole: Path, resumed: Path, fast: bool) -> None:
     if fast:
         pytest.importorskip("tensorboard_data_server")

@@ -29,7 +29,7 @@ from opd_lightning.types import Completion, StopReason
 
 STUDENT, TEACHER = "lab/arithmetic/student", "lab/arithmetic/teacher"
 SAMPLES = 2  # of a prompt
-BUDGET = 40  # positions of a micro-batch: one of the longest rollouts
+BUDGET = 32  # positions of a micro-batch: one of the longest rollouts
 
 
 class FewWords(HFEngine):
@@ -196,8 +196,9 @@ def ways(prompts: int) -> dict[str, dict[str, Way]]:
         },
         "start": {  # the student's first weights are a teacher, and move or not
             "moving": Way(method=moving),
-            "adapters": Way(method=adapters, trainer={"gradient_clip_val": 0.05}, watched=True),
+            "adapters": Way(method=adapters, trainer={"gradient_clip_val": 0.05}),
         },
+        "watched": {"adapters, watched": Way(method=adapters, watched=True)},
         "more": {
             "ahead": Way(
                 method=lambda: sampled(TruncatedImportance(unit_mean=True)),

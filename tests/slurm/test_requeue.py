@@ -1,4 +1,8 @@
-"""Requeued jobs on a real SLURM: the run equals an uninterrupted one."""
+"""Requeued jobs on a real SLURM: the run equals an uninterrupted one.
+
+Two real starts take 40 CPU seconds, so all are slow: quicker are the job's part in test_scripts.py,
+the callback's in tests/unit/test_callback_slurm_requeue.py and the run's in test_signalled.py.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,11 @@ from tests.slurm.cluster import Cluster, Job, until
 from tests.slurm.runs import LAST, ONE, assert_alike, nodes_of, run_here, submit
 from tests.slurm.scripts import User
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
 NewUser = Callable[[str], User]
 
-VLLM = [
-    pytest.mark.slow,
-    pytest.mark.vllm,
-    pytest.mark.timeout(1800),
-]
+VLLM = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ ENGINES = pytest.mark.parametrize(
     ("strategy", "engine"),
     [
         (ONE, "HFEngine"),
-        pytest.param("ddp", "HFEngine", marks=pytest.mark.slow),  # four starts
-        pytest.param("fsdp2", "HFEngine", marks=pytest.mark.slow),
+        ("ddp", "HFEngine"),
+        ("fsdp2", "HFEngine"),
         pytest.param("ddp", "VLLMEngine", marks=VLLM),
         pytest.param("fsdp2", "VLLMEngine", marks=VLLM),
     ],
@@ -72,7 +72,6 @@ def test_a_job_that_is_signalled_ends_like_a_run_without_slurm(
     assert_alike(asked, alone)
 
 
-@pytest.mark.slow
 @ENGINES
 def test_a_job_whose_node_breaks_ends_like_a_run_without_slurm(
     cluster: Cluster, new_user: NewUser, strategy: str, engine: str
@@ -87,7 +86,6 @@ def test_a_job_whose_node_breaks_ends_like_a_run_without_slurm(
     assert_alike(killed, alone)
 
 
-@pytest.mark.slow
 def test_term_to_one_rank_saves_and_stops_all(cluster: Cluster, new_user: NewUser) -> None:
     """The signal comes during a validation, which is interrupted."""
     user = new_user("term")
@@ -101,7 +99,6 @@ def test_term_to_one_rank_saves_and_stops_all(cluster: Cluster, new_user: NewUse
     assert (user.folder / LAST).exists()
 
 
-@pytest.mark.slow
 def test_a_signal_before_the_first_step_is_not_forgotten(
     cluster: Cluster, new_user: NewUser
 ) -> None:
@@ -115,7 +112,6 @@ def test_a_signal_before_the_first_step_is_not_forgotten(
     cluster.run("scancel", job.number)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_time_limit_is_a_requeue(new_user: NewUser) -> None:
     """SLURM sends the signal earlier than set, so a slow start may make no step."""

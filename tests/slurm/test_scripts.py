@@ -1,7 +1,9 @@
-"""Refusals of the job scripts, on a real SLURM."""
+"""Refusals and restarts of the job scripts, on a real SLURM."""
 
 from __future__ import annotations
 
+import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,40 @@ def test_mistakes_are_told_in_one_line(case: int, user: User, jobs: list[Job]) -
     assert line.startswith("opd: error: ")
     assert told in line
     assert not list(user.folder.glob("servers/*"))
+
+
+# In place of `opd`, whose start takes ten CPU seconds. On SIGUSR1 it does what `SlurmRequeue` does.
+STAND_IN = """#!/bin/bash
+echo "$*" >>starts
+[ -z "$SLURM_RESTART_COUNT" ] || exit 0
+trap 'scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
+echo $$ >waits-0
+while :; do sleep 0.1; done
+"""
+
+
+def test_a_job_that_is_signalled_starts_again_with_the_same_command(
+    cluster: Cluster, untrained_lab: Path, tmp_path: Path
+) -> None:
+    """The runs themselves are in test_requeue.py."""
+    user = User(cluster, tmp_path / "signalled", untrained_lab)
+    program = tmp_path / "bin" / "opd"
+    program.parent.mkdir()
+    program.write_text(STAND_IN)
+    program.chmod(0o755)
+    path = f"{program.parent}:{os.environ['PATH']}"
+    words = ("--trainer.max_steps", "3")
+    job = user.submit("train.sbatch", *words, PATH=path, CONFIG="configs/lab/opd.yaml", RUN="run")
+    user.await_pause()
+    job.signal("USR1")
+    assert job.wait() == "COMPLETED", user.log(job)
+    assert job["Restarts"] == "1"
+    first, second = (user.folder / "starts").read_text().splitlines()
+    assert first == second
+    started = first.split()
+    assert {"callbacks.SlurmRequeue", "callbacks.RngState"} <= {w.split("+=")[-1] for w in started}
+    pairs = {*pairwise(started)}
+    last = ("--ckpt_path", "last")
+    assert {last, ("--trainer.logger.init_args.save_dir", "run"), words} <= pairs
+    told = [line for line in user.log(job).splitlines() if f"job {job.number}, nodes " in line]
+    assert [line.split()[-1] for line in told] == ["0", "1"]

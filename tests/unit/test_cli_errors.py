@@ -87,7 +87,13 @@ def test_other_commands_end_alike(
     assert said in line
 
 
-@pytest.mark.parametrize("option", ["data.train.path", "model.student.path", "ckpt_path"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "data.train.path",
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ("model.student.path", "ckpt_path")),
+    ],
+)
 def test_a_name_that_is_too_long(option: str, fail: Fail) -> None:
     line = fail(f"--{option}=./{'x' * 300}")
     assert "too long" in line
@@ -124,9 +130,11 @@ def test_missing_config_file(fail: Fail) -> None:
 @pytest.mark.parametrize(
     "form",
     [
-        "--{}=null",
         "--{} None",
-        *(pytest.param(form, marks=pytest.mark.slow) for form in ("--{}=None", "--{} null")),
+        *(
+            pytest.param(form, marks=pytest.mark.slow)
+            for form in ("--{}=null", "--{}=None", "--{} null")
+        ),
     ],
 )
 def test_null_is_nothing_and_no_text(

@@ -53,7 +53,10 @@ def test_there_are_configs() -> None:
     assert len(CONFIGS) >= 4
 
 
-@pytest.mark.parametrize("command", [["fit"], ["write_responses", "--out=responses.jsonl"]])
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(["fit"], marks=pytest.mark.slow), ["write_responses", "--out=responses.jsonl"]],
+)
 def test_the_parser_of_a_command_reads_what_that_of_the_program_would(
     command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

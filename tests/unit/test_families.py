@@ -136,7 +136,13 @@ def test_lora_on_all_linear_layers_trains_and_merges(
     assert_merges(path, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("deepseek_v3", "gpt_oss"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("glm4_moe", "mixtral", "qwen3_moe")),
+    ],
+)
 def test_lora_on_fused_experts_trains_and_merges(
     folder_of: Callable[[str], Path], name: str
 ) -> None:

@@ -11,11 +11,19 @@ from opd_lightning.commands.parser_messages import one_line
 from opd_lightning.commands.parsers import OneLineParser
 from opd_lightning.errors import UserError
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "lab" / "opd.yaml")
+CLASSES = {
+    "model": "opd_lightning.methods.OPD",
+    "model.teacher": "opd_lightning.teachers.FrozenTeacher",
+    "model.optimizer": "torch.optim.AdamW",
+    "model.lr_scheduler": "torch.optim.lr_scheduler.OneCycleLR",
+    "data.engine": "opd_lightning.rollouts.HFEngine",
+    "data.verifier": "opd_lightning.verifiers.ExactMatch",
+    "trainer.logger": "lightning.pytorch.loggers.TensorBoardLogger",
+}
 
 
 def check(*words: str) -> None:
-    check_keys("fit", ["--config", CONFIG, *words])
+    check_keys("fit", [*(f"--{option}={name}" for option, name in CLASSES.items()), *words])
 
 
 def refusal(*words: str) -> str:

@@ -91,13 +91,22 @@ TOP = [
 ]
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+MIXED = (TopOnly, FrozenTeacher, FrozenTeacher)
+KINDS = [
+    *(((FrozenTeacher,) * 3, one) for one in (ReverseKL(), JSD(0.5), *TOP)),
+    *(((TopOnly,) * 3, one) for one in TOP),
+    *((MIXED, one) for one in TOP),
+]
+
+
 @pytest.mark.parametrize(
-    ("kinds", "divergence"),
+    ("kinds", "divergence", "nested"),
     [
-        *(((FrozenTeacher,) * 3, one) for one in (ReverseKL(), JSD(0.5), *TOP)),
-        *(((TopOnly,) * 3, one) for one in TOP),
-        *(((TopOnly, FrozenTeacher, FrozenTeacher), one) for one in TOP),
+        *(pytest.param(*kinds, False) for kinds in KINDS),
+        *(
+            pytest.param(*kinds, True, marks=[] if kinds[0] == MIXED else pytest.mark.slow)
+            for kinds in KINDS
+        ),
     ],
     ids=str,
 )

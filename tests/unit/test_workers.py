@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -180,18 +180,16 @@ def test_other_threads_may_call_at_the_same_time(workers: Workers) -> None:
     assert workers.timeouts == 2
 
 
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
-def test_a_copy_has_the_settings_and_no_workers(
-    twin_of: Callable[[Workers], Workers], workers: Workers
-) -> None:
+def test_copies_have_the_settings_and_no_workers(workers: Workers) -> None:
     processes = start_all(workers)
-    twin = twin_of(workers)
-    assert (twin.count, twin.timeout_seconds, twin.step_seconds, twin.timeouts) == (2, 60, 300, 0)
-    twin.close()
-    assert all(process.is_alive() for process in processes)
+    for twin in (copy.deepcopy(workers), pickle.loads(pickle.dumps(workers))):
+        settings = (twin.count, twin.timeout_seconds, twin.step_seconds, twin.timeouts)
+        assert settings == (2, 60, 300, 0)
+        twin.close()
+        assert all(process.is_alive() for process in processes)
 
 
-@pytest.mark.parametrize("size", [1, 100_000])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 100_000])
 def test_workers_that_cannot_start_are_an_error_and_not_a_hang(workers: Workers, size: int) -> None:
     # The large batch does not fit in the pipe to the workers, so pebble's thread is stuck in it.
     strangers = children()
@@ -239,7 +237,7 @@ def wait_until_gone(pids: list[int]) -> None:
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-@pytest.mark.parametrize("value", [HANGS, "1"])
+@pytest.mark.parametrize("value", [HANGS, pytest.param("1", marks=pytest.mark.slow)])
 def test_the_program_ends_without_waiting_for_workers(tmp_path: Path, value: str) -> None:
     process = run(tmp_path, value, "ended")
     output, errors = process.communicate(timeout=60)
