@@ -121,9 +121,15 @@ def engine_bytes(probe: Probe) -> int:
 
 
 def memory(probe: Probe, plan: Plan) -> Finding:
-    """Report the memory of one process on its device, for the longest responses."""
+    """Report the memory of one process on its device, for the longest responses.
+
+    On a CPU the program and its libraries are a part of it.
+    """
     predicted = process_memory(plan)
     parts = predicted.fullest()
+    device = probe.module.device
+    if device.type == "cpu":
+        parts["program"] = probe.program
     total = sum(parts.values())
     found = f"{plan.layout}: about {_size(total)} per process: " + ", ".join(
         f"{name.replace('_', ' ')} {_size(size)}" for name, size in parts.items() if size
@@ -135,7 +141,6 @@ def memory(probe: Probe, plan: Plan) -> Finding:
         found += f"; CPU memory of a node {_size(values['host_bytes'])}"
     if plan.widths.assumed:
         found += f"; config.json does not say all, assumed {' and '.join(plan.widths.assumed)}"
-    device = probe.module.device
     if device.type != "cuda":
         return Finding("ok", "memory (estimate)", found, values=values)
     available = torch.cuda.get_device_properties(device).total_memory
@@ -176,7 +181,7 @@ def time(probe: Probe, counts: dict[str, float]) -> Finding:
 
     Passes of student and teachers scale per token from the probe. The engine's time per
     decoding step is extrapolated linearly from two numbers of rows to that of a step; the number
-    of decoding steps is that of the probe's longest response.
+    of decoding steps is that of the probe's longest response. A push takes what one took.
     """
     world = probe.stream.ranks.world_size
     seen = [*(probe.own if probe.data.mix.samples else []), *probe.given]
@@ -184,8 +189,12 @@ def time(probe: Probe, counts: dict[str, float]) -> Finding:
     passes = (counts["prompt_tokens"] + counts["response_tokens"]) / world
     own = isinstance(probe.engine, VLLMEngine | HFEngine)  # servers write for all processes
     parts = {"generate": _generate_seconds(probe, counts["sampled"] / (world if own else 1))} | {
-        name: seconds * per_token * passes for name, seconds in probe.seconds.items()
+        name: seconds * per_token * passes
+        for name, seconds in probe.seconds.items()
+        if name != "push"
     }
+    if probe.data.mix.samples:
+        parts["push"] = probe.seconds.get("push", 0.0)
     total = sum(parts.values())
     found = f"about {in_seconds(total)} a step: " + ", ".join(
         f"{name} {in_seconds(seconds)}" for name, seconds in parts.items() if seconds
