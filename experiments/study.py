@@ -25,8 +25,9 @@ class Run:
         config: Configuration, from the project's folder.
         student: Folder of a student that is measured without training.
         measure: Function that returns the scores, by name: `package.module.function`.
-        set: Options that differ from the configuration, as on the command line of `opd fit`; or
-            arguments of the function, which gets the seed as `seed`, too.
+        set: Options that differ from the configuration, as on the command line of `opd fit`; of
+            `opd test` for a `student`; or arguments of the function, which gets the seed as
+            `seed`, too.
         after: Runs whose students this one reads, as runs/NAME/student.
     """
 
@@ -71,6 +72,8 @@ class Study:
         seeds: Number of seeds, from 0.
         runs: Runs by name, each after those that it reads.
         claims: Claims by name.
+        suites: Configuration with the test suites; None for experiments/test_WORLD.yaml. Runs of a
+            name that studies share need the same.
     """
 
     name: str
@@ -79,11 +82,12 @@ class Study:
     runs: dict[str, Run]
     seeds: int = 5
     claims: dict[str, Claim] = field(default_factory=dict)
+    suites: str | None = None
 
     @property
     def test(self) -> str:
         """Configuration whose test suites measure every student."""
-        return f"experiments/test_{self.world}.yaml"
+        return self.suites or f"experiments/test_{self.world}.yaml"
 
     def __post_init__(self) -> None:
         before: set[str] = set()

@@ -160,7 +160,9 @@ def train_and_measure(study: Study, place: Place) -> None:
 def test(study: Study, student: str, place: Place) -> dict[str, float]:
     """Return the scores of a student's folder on the study's test suites."""
     report = place.scores.with_suffix(".report.json")
-    words = ["--config", study.test, f"--model.student.path={student}", QUIET]
+    run = study.runs[place.name]
+    own = options(run) if run.student else []
+    words = ["--config", study.test, f"--model.student.path={student}", QUIET, *own]
     opd(["test", *words, "--out", str(report)])
     return scores_of(json.loads(report.read_text()))
 
@@ -178,7 +180,6 @@ def train(run: Run, place: Place) -> str:
 def fit_words(run: Run, place: Place) -> list[str]:
     """Return the command line that trains a run."""
     assert run.config is not None
-    own = [f"--{key}={as_word(value)}" for key, value in run.set.items()]
     to = f"--trainer.logger.init_args.save_dir=runs/{place.name}"
     return [
         "fit",
@@ -188,8 +189,13 @@ def fit_words(run: Run, place: Place) -> list[str]:
         to,
         QUIET,
         UNWATCHED,
-        *own,
+        *options(run),
     ]
+
+
+def options(run: Run) -> list[str]:
+    """Return the run's own options."""
+    return [f"--{key}={as_word(value)}" for key, value in run.set.items()]
 
 
 def as_word(value: Any) -> str:
@@ -198,10 +204,13 @@ def as_word(value: Any) -> str:
 
 
 def scores_of(report: dict[str, Any]) -> dict[str, float]:
-    """Return the scores in what `opd test --out` wrote, as SUITE and SUITE/DOMAIN."""
+    """Return the scores in what `opd test --out` wrote, as SUITE and SUITE/DOMAIN.
+
+    The score of texts is their log-likelihood, in nats a token.
+    """
     scores = {}
     for suite, row in report["suites"].items():
-        scores[suite] = row["score"]
+        scores[suite] = row["score"] if "score" in row else row["log_likelihood"]
         for domain, own in row.get("domains", {}).items():
             scores[f"{suite}/{domain}"] = own["score"]
     return scores

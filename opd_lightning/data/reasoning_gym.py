@@ -19,7 +19,7 @@ class ReasoningGymPrompts(PromptSource):
     """Questions of procedural tasks, the same for the same settings and version of the library.
 
     A prompt's `answer` is the whole entry as JSON, for `ReasoningGymVerifier`; `privileged` is the
-    reference answer, `domain` the task.
+    reference answer, `response` the same in `<answer>` tags, `domain` the task.
 
     Args:
         tasks: Settings by task of the library, such as {basic_arithmetic: {max_terms: 3}}.
@@ -81,6 +81,7 @@ class ReasoningGymPrompts(PromptSource):
             "messages": [*first, {"role": "user", "content": entry["question"]}],
             "answer": answer,
             "privileged": str(entry["answer"]),
+            "response": f"<answer>{entry['answer']}</answer>",
             "domain": name,
         }
 

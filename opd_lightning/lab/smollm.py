@@ -10,7 +10,9 @@ from typing import ClassVar
 import torch
 
 from opd_lightning.errors import RunStoppedError, UserError
+from opd_lightning.lab import persona
 from opd_lightning.lab.build import Recipe
+from opd_lightning.lab.fewer_tokens import write_with_fewer_tokens
 from opd_lightning.models.gguf import check_package, write_folder
 
 # The package also holds code, for llama.cpp; its weights are found without importing that.
@@ -28,24 +30,30 @@ MESSAGE_IDS = (
 # Questions and what is in the model's greedy answers.
 ANSWERS = {"What is the capital of France?": "Paris"}
 _ANSWER_TOKENS = 24
+FEWER_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
 class SmolLMRecipe(Recipe):
     """SmolLM2-135M-Instruct (Apache-2.0), with 4-bit weights, as an ordinary folder.
 
-    The folder holds model/ (a Hugging Face folder in float32, 540 MB).
+    The folder holds model/ (a Hugging Face folder in float32, 540 MB), fewer_tokens/ (the same
+    model behind a tokenizer of 8,192 tokens, 440 MB), train.jsonl (questions with a persona as
+    "privileged"), probes.jsonl and capitals.jsonl (questions), prose.jsonl (texts as "response"),
+    plain.jinja and prompted.jinja (chat templates without system message and with the persona).
     """
 
     world: ClassVar[str] = "smollm"
 
-    version: int = 1  # increase when the folder changes
+    version: int = 2  # increase when the folder changes
 
     def make(self, folder: Path) -> None:
         file = packaged_file()
         check_package(file, "smollm")
         write_folder(file, folder / "model")
         check_answers(folder / "model")
+        write_with_fewer_tokens(folder / "model", folder / "fewer_tokens", FEWER_TOKENS)
+        persona.write_rows(folder)
 
 
 def packaged_file() -> Path:

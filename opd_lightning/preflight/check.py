@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -50,11 +52,17 @@ def run_checks(
         tokens = gather("tokens", check_tokens(module, data)) if readable else []
         return [*errors, *tokens, later]
     findings = [Finding("ok", "configuration", "all that `opd fit` checks before weights load")]
-    probe = Probe(module, data, data.train_dataloader(), samples)
+    probe = Probe(module, data, data.train_dataloader(), samples, program=resident_bytes())
     findings += gather("tokens", check_tokens(module, data, probe.stream.prompts))
     findings += check_settings(module, data, probe.stream)
     unloaded = attempt("weights", lambda: _load(trainer, module))
     return findings + (unloaded or gather("numbers", _numbers(probe, compare_teachers)))
+
+
+def resident_bytes() -> int:
+    """Return the largest size in memory that this process has had."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
 
 
 def _configuration(
@@ -134,7 +142,8 @@ def _cost(probe: Probe) -> Iterator[Finding]:
             demonstrator=cost.demonstrator_bytes(probe.data, probe.shape, available),
             on_gpu=on_gpu,
         )
-        yield cost.memory(plan, available, cost.smaller_batches(probe.shape))
+        program = probe.program if available is None else 0
+        yield cost.memory(plan, available, cost.smaller_batches(probe.shape), program=program)
         yield cost.traffic(plan, weights)
     except UserError as error:
         yield Finding("info", "memory (estimate)", str(error))

@@ -179,16 +179,18 @@ def demonstrator_bytes(
     return engine_bytes(data.teacher.engine, Widths.of(source.config), weights, shape, gpu_memory)
 
 
-def memory(plan: Plan, available: float | None, smaller: str = "") -> Finding:
+def memory(plan: Plan, available: float | None, smaller: str = "", *, program: int = 0) -> Finding:
     """Report the memory of one process on its device, for the longest responses.
 
     Args:
         plan: The run.
         available: Bytes of the GPU; None on CPUs.
         smaller: Setting that makes micro-batches smaller.
+        program: Bytes of the program and its libraries on the same device, as on CPUs.
     """
     predicted = process_memory(plan)
     parts = predicted.fullest()
+    parts["program"] = program
     total = sum(parts.values())
     found = f"{plan.layout}: about {size(total)} per process: " + ", ".join(
         f"{name.replace('_', ' ')} {size(number)}" for name, number in parts.items() if number
@@ -245,7 +247,7 @@ def time(probe: Probe, counts: dict[str, float]) -> Finding:
 
     Passes of student and teachers scale per token from the probe. The engine's time per
     decoding step is extrapolated linearly from two numbers of rows to that of a step; the number
-    of decoding steps is that of the probe's longest response.
+    of decoding steps is that of the probe's longest response. A push takes what one took.
     """
     world = probe.stream.ranks.world_size
     seen = [*(probe.own if probe.data.mix.samples else []), *probe.given]
@@ -253,8 +255,12 @@ def time(probe: Probe, counts: dict[str, float]) -> Finding:
     passes = (counts["prompt_tokens"] + counts["response_tokens"]) / world
     own = isinstance(probe.engine, VLLMEngine | HFEngine)  # servers write for all processes
     parts = {"generate": _generate_seconds(probe, counts["sampled"] / (world if own else 1))} | {
-        name: seconds * per_token * passes for name, seconds in probe.seconds.items()
+        name: seconds * per_token * passes
+        for name, seconds in probe.seconds.items()
+        if name != "push"
     }
+    if probe.data.mix.samples:
+        parts["push"] = probe.seconds.get("push", 0.0)
     total = sum(parts.values())
     found = f"about {in_seconds(total)} a step: " + ", ".join(
         f"{name} {in_seconds(seconds)}" for name, seconds in parts.items() if seconds

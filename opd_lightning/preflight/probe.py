@@ -53,12 +53,14 @@ class Probe:
         data: Set up for "fit".
         stream: The training stream.
         samples: Responses per kind of author.
+        program: Bytes of this process before weights were loaded.
     """
 
     module: DistillationModule
     data: RolloutDataModule
     stream: TrainingStream
     samples: int
+    program: int = 0
     generations: list[Generation] = field(default_factory=list)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 

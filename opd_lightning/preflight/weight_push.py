@@ -131,7 +131,8 @@ def check_push(probe: Probe) -> Iterator[Finding]:
         ]
         to_pushed = float(probe.gaps(rollouts).mean())
     to_old = float(probe.gaps(rollouts).mean())
-    push(student, engine, version=before)
+    with probe.clock("push"):
+        push(student, engine, version=before)
     yield report(PushGaps(usual, move, to_pushed, to_old, proved), noise)
 
 

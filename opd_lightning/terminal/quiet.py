@@ -20,6 +20,7 @@ _SUPPRESSED_WARNINGS = (
     "The dirpath has changed from",  # ModelCheckpoint, when a checkpoint is only evaluated
     "Previous log files in this directory will be deleted",  # run/csv_log.py keeps them
     "but have no logger configured",  # an evaluation has none and prints its results
+    "`loftq_config` specified but will be ignored",  # peft; jsonargparse fills the empty default
     "which exceeds buffer_size_bytes",  # vLLM, about a tensor that is sent alone, as intended
     "`torch.distributed.reduce_op` is deprecated",  # vLLM against this torch
 )

@@ -156,7 +156,10 @@ def test_a_good_configuration(check: Check) -> None:
     assert findings["itself as teacher"]["values"]["gradient_norm"] == 0
     assert findings["weight push"]["values"]["gap_to_pushed"] < 1e-5
     assert findings["tokens (estimate)"]["values"]["rollouts"] == 8
-    assert findings["time (estimate)"]["values"]["step_seconds"] > 0
+    seconds = findings["time (estimate)"]["values"]
+    assert seconds["push_seconds"] > 0
+    assert sum(seconds.values()) == pytest.approx(2 * seconds["step_seconds"])
+    assert findings["memory (estimate)"]["values"]["program_bytes"] > 2**28  # libraries alone
 
 
 def test_a_budget_of_positions_is_reckoned_with(look: Look) -> None:

@@ -12,7 +12,7 @@ import pytest
 from experiments.many_faces import prefixes
 from experiments.results import interval, tables, verdict
 from experiments.study import STUDIES, Claim, Run, Study, read_study
-from experiments.work import Place, fit_words, locked, places, run_missing
+from experiments.work import Place, fit_words, locked, places, run_missing, scores_of
 from opd_lightning.commands.known_keys import check_keys
 from opd_lightning.commands.lightning_cli import OPDCLI
 from opd_lightning.errors import UserError
@@ -33,7 +33,7 @@ STUDY = Study(
     page="docs/small.md",
     seeds=2,
     runs={
-        "start": Run(student="lab/skills/start"),
+        "start": Run(student="lab/skills/start", set={"data.sampling.max_new_tokens": 6}),
         "counted": Run(measure=f"{__name__}.counted", set={"more": 2}),
         "trained": Run(config="configs/lab/experts_sums.yaml", set=SHORT),
         "broken": Run(config="configs/lab/experts_sums.yaml", set={"trainer.max_step": 1}),
@@ -70,6 +70,8 @@ def test_what_is_missing_is_run(untrained_lab: Path, tmp_path: Path) -> None:
     assert "max_step" in (root / "scores" / "broken.out").read_text()
     start, measured, trained, broken, later = (Place(name, 0, tmp_path) for name in STUDY.runs)
     assert start.is_done()
+    report = json.loads((root / "scores" / "start.report.json").read_text())
+    assert report["suites"]["skills"]["sampling"]["max_new_tokens"] == 6
     assert trained.is_done()
     assert not broken.is_done()
     assert not later.used.exists()  # what it reads is missing
@@ -91,6 +93,14 @@ def test_what_is_missing_is_run(untrained_lab: Path, tmp_path: Path) -> None:
         "| it learns (trained - start, skills) | section 1 | +0.000 (1 seeds) |  | not shown |"
         in (shown)
     )
+
+
+def test_texts_are_scored_by_their_log_likelihood() -> None:
+    suites = {
+        "sums": {"score": 0.5, "domains": {"add-2": {"score": 0.25}}},
+        "prose": {"log_likelihood": -2.0, "perplexity": 7.4},
+    }
+    assert scores_of({"suites": suites}) == {"sums": 0.5, "sums/add-2": 0.25, "prose": -2.0}
 
 
 def test_a_run_is_worked_on_once(tmp_path: Path) -> None:
@@ -190,8 +200,11 @@ def test_every_run_of_a_study_is_accepted(
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     monkeypatch.setattr(OPDCLI, "_run_subcommand", lambda self, subcommand: None)
+    if name == "skill":
+        pytest.importorskip("reasoning_gym")
     for words in commands(name, tmp_path):
         assert OPDCLI(words).model.student.model is None
+    OPDCLI(["test", "--config", read_study(name).test]).datamodule.sampling.check_temperature()
 
 
 @pytest.mark.parametrize("name", STUDIES)

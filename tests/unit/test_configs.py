@@ -42,6 +42,8 @@ def runs() -> list[Any]:
 
 @pytest.mark.parametrize("files", runs())
 def test_instantiates(files: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if any("ReasoningGym" in file.read_text() for file in files):
+        pytest.importorskip("reasoning_gym")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(OPDCLI, "_run_subcommand", lambda self, subcommand: None)
     cli = OPDCLI(["fit", *(word for file in files for word in ("--config", str(file)))])

@@ -31,6 +31,7 @@ def test_prompts_are_those_of_the_library_and_depend_on_the_seed() -> None:
     expected = gym.create_dataset("countdown", size=4, seed=0)[3]
     assert made[-1].messages[-1] == {"role": "user", "content": expected["question"]}
     assert made[-1].privileged == expected["answer"]
+    assert made[-1].response == f"<answer>{expected['answer']}</answer>"
     assert "<answer>" in made[0].messages[0]["content"]
     assert made == prompts()
     assert {p.id for p in made}.isdisjoint(p.id for p in prompts(seed=1))
