@@ -145,7 +145,7 @@ def untrained_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Models have one layer: most of a step of such small ones is the overhead of its operations.
     """
-    return _user(tmp_path_factory.mktemp("user"), layers=2)
+    return _user(tmp_path_factory.mktemp("user"), layers=1)
 
 
 @pytest.fixture(scope="session")
