@@ -7,6 +7,7 @@ as a user does.
 
 import multiprocessing
 import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -28,12 +29,18 @@ PRELOADED = (
     "vllm.model_executor.models.qwen3",
 )
 ON_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn")
+CALL = "call"  # in place of a command of `opd`
 
 
 @cache
 def parent() -> processes.Prepared:
     """Return the process that servers are forked from; it ends with this one."""
     return processes.Prepared(__name__)
+
+
+def call(function: Callable[..., None], *arguments: Any) -> processes.Process:
+    """Like `processes.call`, with vLLM imported."""
+    return parent().fork(__name__, CALL, processes.pickled(function, *arguments))
 
 
 def _preload() -> None:
@@ -56,5 +63,8 @@ def _fork() -> None:
 if __name__ == "__main__":
     _preload()
     warm_parent.serve_stdin()
-    _fork()
-    main(sys.argv[1:])
+    if sys.argv[1] == CALL:
+        processes.call_pickled(sys.argv[2])
+    else:
+        _fork()
+        main(sys.argv[1:])

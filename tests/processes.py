@@ -245,14 +245,25 @@ def run_together(
 
 def call(function: Callable[..., None], *arguments: Any, **options: Any) -> Process:
     """Start a `Process` that calls a function of a module, which pickle can name."""
+    return Process(__name__, pickled(function, *arguments), **options)
+
+
+def pickled(function: Callable[..., None], *arguments: Any) -> str:
+    """Write a call to a file, which `call_pickled` removes; return the file."""
     with tempfile.NamedTemporaryFile(delete=False) as file:
         pickle.dump((function, arguments), file)
-    return Process(__name__, file.name, **options)
+    return file.name
 
 
-def call_ranks(function: Callable[..., None], *arguments: Any, count: int, timeout: float) -> None:
+def call_ranks(
+    function: Callable[..., None],
+    *arguments: Any,
+    count: int,
+    timeout: float,
+    start: Callable[..., Process] = call,
+) -> None:
     """Call a function in several processes at once, with the rank as its first argument."""
-    done = run_together([call(function, rank, *arguments) for rank in range(count)], timeout)
+    done = run_together([start(function, rank, *arguments) for rank in range(count)], timeout)
     told = "\n".join(f"exit code {one.returncode}\n{one.stderr[-5000:]}" for one in done)
     assert not any(one.returncode for one in done), told
 
@@ -310,7 +321,7 @@ def _send(to: socket.socket, request: dict[str, Any], fds: list[int]) -> None:
     socket.send_fds(to, [json.dumps(request).encode()], fds)
 
 
-def _call(file: str) -> None:
+def call_pickled(file: str) -> None:
     path = Path(file)
     content = path.read_bytes()
     path.unlink()
@@ -319,4 +330,4 @@ def _call(file: str) -> None:
 
 
 if __name__ == "__main__":
-    _call(sys.argv[1])
+    call_pickled(sys.argv[1])

@@ -23,7 +23,8 @@ from opd_lightning.models.weights import full_weights
 from opd_lightning.rollouts import HFEngine, Sampling, VLLMServerEngine, push_transfer
 from opd_lightning.serving import transfer_client
 from tests.engine_contract import MAX_LENGTH, REQUESTS, assert_scored_by, reference_model
-from tests.processes import call, call_ranks
+from tests.forked_server import call
+from tests.processes import call_ranks
 from tests.servers import RunningServer
 from tests.transfer_stand_in import StandIn
 
@@ -248,7 +249,7 @@ def test_sharded_ranks_gather_and_the_first_sends(
     rollout_server: RunningServer, models: list[Path], tmp_path: Path
 ) -> None:
     arguments = (f"file://{tmp_path}/rendezvous", rollout_server.url, rollout_server.key_file)
-    call_ranks(_rank, *arguments, models, count=2, timeout=280)
+    call_ranks(_rank, *arguments, models, count=2, timeout=280, start=call)
 
 
 @pytest.mark.slow  # starts another server
