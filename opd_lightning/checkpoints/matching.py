@@ -15,7 +15,7 @@ from opd_lightning.checkpoints.reading import Saved, Shape
 from opd_lightning.errors import UserError, raised_by_all
 
 # States of PyTorch's optimisers that may be no tensor: SGD's without momentum, earlier counts.
-NO_TENSOR = {"momentum_buffer": NoneType, "step": (int, float)}
+NO_TENSOR: dict[str, tuple[type, ...]] = {"momentum_buffer": (NoneType,), "step": (int, float)}
 
 
 def provenance(trainer: Trainer) -> dict[str, Any]:

@@ -199,7 +199,8 @@ def test_moments_of_another_shape_are_refused() -> None:
         name = next(name for name, value in state[0].items() if value.numel() > 1)
         with pytest.raises(ValueError, match=rf"^optimizer\.0\.{name}: got shape \[2\]"):
             check_shapes({0: {**state[0], name: torch.zeros(2)}}, optimizer)
-        for other in (None, False, {}, 1.0):
+        others: tuple[Any, ...] = (None, False, {}, 1.0)
+        for other in others:
             with pytest.raises(
                 TypeError, match=rf"^optimizer\.0\.{name}: got {type(other).__name__}"
             ):
