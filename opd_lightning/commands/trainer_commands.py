@@ -151,7 +151,7 @@ class Commands(LightningTrainer):
         model.trainer = datamodule.trainer = self
         with redirect_stdout(sys.stderr):  # libraries may print to stdout
             findings = estimate(self, model, datamodule, lengths, gpu)
-        _report(findings, as_json=json)
+        _report(findings, as_json=json, ready=report.ESTIMATED)
 
     def sample(
         self,
@@ -297,11 +297,11 @@ class Commands(LightningTrainer):
         )
 
 
-def _report(findings: Sequence[Finding], *, as_json: bool) -> None:
+def _report(findings: Sequence[Finding], *, as_json: bool, ready: str = report.READY) -> None:
     """Print findings; raise NotReadyError if one is an error."""
     if as_json:
-        print(report.as_json(findings))
+        print(report.as_json(findings, ready))
     else:
-        report.as_table(findings, Console())
+        report.as_table(findings, Console(), ready)
     if any(finding.level == "error" for finding in findings):
         raise NotReadyError(report.verdict(findings))

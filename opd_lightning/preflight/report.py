@@ -18,19 +18,22 @@ COLOURS = {"ok": "green", "info": "blue", "warning": "yellow", "error": "bold re
 WIDTH = 100  # characters; longer lines are hard to read
 
 
-def verdict(findings: Sequence[Finding]) -> str:
-    """Summarise findings in one line."""
+READY, ESTIMATED = "Ready to train", "Estimated, nothing was loaded"
+
+
+def verdict(findings: Sequence[Finding], ready: str = READY) -> str:
+    """Summarise findings in one line; `ready` is what they say without an error."""
     levels = Counter(finding.level for finding in findings)
     if levels["error"]:
         return f"Not ready to train: {_count(levels['error'], 'error')}" + (
             f", {_count(levels['warning'], 'warning')}." if levels["warning"] else "."
         )
     if levels["warning"]:
-        return f"Ready to train, with {_count(levels['warning'], 'warning')}."
-    return "Ready to train."
+        return f"{ready}, with {_count(levels['warning'], 'warning')}."
+    return f"{ready}."
 
 
-def as_table(findings: Sequence[Finding], console: Console) -> None:
+def as_table(findings: Sequence[Finding], console: Console, ready: str = READY) -> None:
     """Print a row for each finding, with its meaning and what to change below."""
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -46,13 +49,13 @@ def as_table(findings: Sequence[Finding], console: Console) -> None:
     width = min(console.width, WIDTH)
     console.print(table, width=width)
     console.print()
-    console.print(verdict(findings), style="bold", width=width)
+    console.print(verdict(findings, ready), style="bold", width=width)
 
 
-def as_json(findings: Sequence[Finding]) -> str:
+def as_json(findings: Sequence[Finding], ready: str = READY) -> str:
     """Serialise the verdict, and every finding with its numbers, to one JSON object."""
     whole = {
-        "verdict": verdict(findings),
+        "verdict": verdict(findings, ready),
         "ready": not any(finding.level == "error" for finding in findings),
         "findings": [asdict(finding) | {"values": _numbers(finding)} for finding in findings],
     }

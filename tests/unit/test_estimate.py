@@ -74,8 +74,10 @@ def estimate(folder: str, capfd: pytest.CaptureFixture[str]) -> Estimate:
         }
         asked = {"prompt_tokens": PROMPT, "longest_prompt": 2 * PROMPT, **(options or {})}
         lightning.estimate(module, RolloutDataModule(**given | data), **asked, json=True)
-        findings = json.loads(capfd.readouterr().out)["findings"]
-        levels = {"levels": {finding["subject"]: finding["level"] for finding in findings}}
+        printed = json.loads(capfd.readouterr().out)
+        findings = printed["findings"]
+        levels: Any = {"verdict": printed["verdict"]}
+        levels |= {"levels": {finding["subject"]: finding["level"] for finding in findings}}
         return levels | {finding["subject"]: finding["values"] for finding in findings}
 
     return run
@@ -247,7 +249,9 @@ def test_decoding_reads_weights_and_cache() -> None:
 
 
 def test_what_does_not_fit_is_a_warning(estimate: Estimate) -> None:
-    assert set(estimate()["levels"].values()) == {"ok"}
+    first = estimate()
+    assert set(first["levels"].values()) == {"ok"}
+    assert first["verdict"] == "Estimated, nothing was loaded."
     found = estimate(options={"gpu_memory": 0.001})
     assert {k for k, level in found["levels"].items() if level == "warning"} == {
         "memory (estimate)"
