@@ -18,10 +18,11 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from opd_lightning.cli import main
+from opd_lightning.data.views import PromptView
 from opd_lightning.losses.divergence import reverse_kl
 from opd_lightning.models.student import Student
 from opd_lightning.teachers import FrozenTeacher
-from opd_lightning.verifiers import JudgeVerifier
+from opd_lightning.verifiers import ExactMatch, JudgeVerifier, Reflector
 from tests import snippets
 from tests.toy import (
     VISITED,
@@ -140,6 +141,16 @@ def test_a_judge(shown: Path) -> None:
     settings = yaml.safe_load((shown / "judge.yaml").read_text())["data"]["verifier"]
     assert settings["class_path"] == "opd_lightning.verifiers.JudgeVerifier"
     assert JudgeVerifier(**settings["init_args"]).choices == {"yes": 1, "no": 0}
+
+
+def test_a_reflector(shown: Path) -> None:
+    """As the judge; tests/unit/test_reflector.py has a server."""
+    data = yaml.safe_load((shown / "reflector.yaml").read_text())["data"]
+    settings = data["verifier"]["init_args"]
+    assert data["verifier"]["class_path"] == "opd_lightning.verifiers.Reflector"
+    assert settings.pop("verifier") == {"class_path": "opd_lightning.verifiers.MathVerifier"}
+    assert Reflector(ExactMatch(), **settings).chat.model == "reflector"
+    assert "feedback" in PromptView(**data["views"]["note"]).variables
 
 
 def test_two_losses_by_token(fit: Fit) -> None:

@@ -555,7 +555,7 @@ def test_sft_lowers_its_loss_on_recorded_responses() -> None:
         mix=RolloutMix(recorded=1),
     )
     losses = [logged["loss"] for logged in seen.logged]
-    assert losses[0] == pytest.approx(torch.tensor(64.0).log().item(), abs=0.2)
+    assert losses[0] == pytest.approx(torch.tensor(64.0).log().item(), abs=0.4)
     assert losses[-1] < 0.6 * losses[0]
     assert not [name for name in seen.logged[0] if name.startswith(("engine/", "signal/"))]
 
