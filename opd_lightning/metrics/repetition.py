@@ -3,11 +3,8 @@
 import zlib
 from collections.abc import Sequence
 
-import numpy as np
-
 TAIL_CHARACTERS = 10_000
 MAX_COMPRESSION = 10.0
-ID_BITS = 21  # of a token id; three fit into 63 bits
 
 
 def is_repetitive(text: str) -> bool:
@@ -28,6 +25,4 @@ def repeated_trigrams(ids: Sequence[int]) -> float:
     """
     if len(ids) < 3:
         return 0.0
-    tokens = np.asarray(ids, dtype=np.int64)
-    trigrams = (tokens[:-2] << 2 * ID_BITS) | (tokens[1:-1] << ID_BITS) | tokens[2:]
-    return 1 - len(np.unique(trigrams)) / len(trigrams)
+    return 1 - len({*zip(ids, ids[1:], ids[2:], strict=False)}) / (len(ids) - 2)
