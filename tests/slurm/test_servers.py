@@ -24,7 +24,8 @@ LAB = {"CONFIG": "configs/lab/opd.yaml", "RUN": "run", "STUDENT": STUDENT, "DTYP
 SERVES = "bin/opd serve"
 ASK = (
     "from opd_lightning.serving.client import Servers; "
-    "print(Servers(['servers/rollouts-1.address'], key_file='servers/key').read('/v1/models'))"
+    "servers = Servers(['servers/rollouts-1.address'], key_file='servers/key'); "
+    "print(servers.get_all('/v1/models')[0])"
 )
 
 
