@@ -34,7 +34,7 @@ from opd_lightning.teachers import (
 from tests.described import TINY, describe
 
 PROMPT, RESPONSE = 16, 48
-Values = dict[str, dict[str, Any]]
+Values = dict[str, Any]
 Estimate = Callable[..., Values]
 
 
