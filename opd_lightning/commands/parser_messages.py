@@ -14,7 +14,7 @@ _NOISE = re.compile(
 )
 # A mistake inside a class that was given; what else its parameter accepts is no cause.
 _INSIDE = "Problem with given class_path"
-_ALTERNATIVE = "Expected a"
+_ALTERNATIVE = "expected a"
 # What a parameter accepts in place of a class.
 _CLASS = re.compile(
     r"Not a valid subclass of (\w+)(\. Got value: .*)?\n\s*"
@@ -47,7 +47,6 @@ _WORDS = [
     (r"Expected an? <class 'str'>", "expected a text"),
     (r"Expected an? <class 'bool'>", "expected true or false"),
     (r"Expected an? <class '(?:list|tuple|set|collections\.abc\.\w+)'>", "expected a list"),
-    (r"Expected a class of", "expected a class of"),
     (r"Expected an? <class 'dict'>", "expected a table of names and values"),
     (r"Expected an? typing\.Literal\[([^\]]*)\]", r"expected one of \1"),
     (r"<(?:class|enum) '(?:[\w.]*\.)?(\w+)'>", r"\1"),
@@ -70,13 +69,13 @@ def hint(prog: str) -> str:
 
 def one_line(message: str) -> str:
     """Return the causes in a parser's message, outermost first, at most 400 characters."""
-    message = _CLASS.sub(r"Expected a class of \1 (class_path and init_args)\2", message)
+    message = _CLASS.sub(r"expected a class of \1 (class_path and init_args)\2", message)
     lines = [line for line in message.splitlines() if line.strip()]
     inside = [_depth(line) for line in lines if _INSIDE in line]
     causes = []
     for line in lines:
         text = line.strip().removeprefix("- ")
-        is_other = text.startswith(_ALTERNATIVE) and _depth(line) <= max(inside, default=-1)
+        is_other = text.lower().startswith(_ALTERNATIVE) and _depth(line) <= max(inside, default=-1)
         if not is_other and not _NOISE.match(text):
             causes.append(text)
     text = " ".join(cause if cause.endswith(":") else cause + ";" for cause in causes)
@@ -89,4 +88,5 @@ def one_line(message: str) -> str:
 
 
 def _depth(line: str) -> int:
+    """Return the indentation of a line, in characters; a list's dash is a part of it."""
     return len(line) - len(line.lstrip(" -"))
