@@ -2,7 +2,7 @@
 
 python -m experiments run merging [--seeds 0 1 2] [--only "merged-*"]    # what is missing
 python -m experiments status merging
-python -m experiments table merging [--write]                           # into the page in docs/
+python -m experiments table merging [--write]                           # on record, and into docs/
 
 A run that was killed goes on where it stopped, when the command is given again. Several of these
 commands share the work, also in several terminals.
@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments.results import status, tables, write_page
+from experiments.results import status, tables, write
 from experiments.study import STUDIES, Study, read_study
 from experiments.work import run_missing
 
@@ -33,7 +33,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="the study's, if not given")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="of the runs' names")
     parser.add_argument("--work", type=Path, default=WORK, help=f"default: {WORK}")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/")
+    parser.add_argument(
+        "--write", action="store_true", help="put the scores on record and the tables into docs/"
+    )
     given = parser.parse_args(words)
     study: Study = read_study(given.study)
     seeds = given.seeds or list(range(study.seeds))
@@ -43,7 +45,7 @@ def main(words: list[str] | None = None) -> None:
     if given.command == "status":
         print(status(study, seeds, work))
     elif given.write:
-        write_page(study, seeds, work)
+        write(study, seeds, work)
     else:
         print(tables(study, seeds, work))
 

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from experiments.study import ROOT, Claim, Study
-from experiments.work import Place
+from experiments.records import Results, read_record, write_record
+from experiments.study import ROOT, STUDIES, Claim, Study, read_study
+from experiments.work import place_of
 
 # 97.5 % points of Student's t by degrees of freedom, from 1. For more the last is used, which makes
 # intervals wider than they have to be.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+SUMMARY = ROOT / "docs" / "results" / "index.md"
 BEGIN, END = "<!-- results: {name} -->", "<!-- end of results -->"
 
-Scores = Mapping[int, Mapping[str, float]]  # by seed and name
 
-
-def read_scores(study: Study, seeds: Sequence[int], work: Path) -> dict[str, Scores]:
-    """Return what is done, by run, seed and score."""
-    found: dict[str, Scores] = {}
-    for name in study.runs:
-        done = [place for seed in seeds if (place := Place(name, seed, work)).is_done()]
-        found[name] = {place.seed: json.loads(place.scores.read_text()) for place in done}
+def read_results(study: Study, seeds: Sequence[int], work: Path) -> Results:
+    """Return what is done or on record, by run and seed."""
+    found: Results = {}
+    for name, own in read_record(study).items():
+        for seed in seeds:
+            place = place_of(study, name, seed, work)
+            if place.is_done():
+                own[seed] = place.result()
+        found[name] = {seed: own[seed] for seed in seeds if seed in own}
     return found
 
 
 def status(study: Study, seeds: Sequence[int], work: Path) -> str:
     """Return a line for every run: its finished seeds."""
-    found = read_scores(study, seeds, work)
+    found = read_results(study, seeds, work)
     return "\n".join(f"{name}: {len(own)} of {len(seeds)}" for name, own in found.items())
 
 
@@ -47,7 +50,7 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def verdict(claim: Claim, differences: Sequence[float]) -> str:
-    """Return what the interval says of a claim.
+    """Return the verdict on a claim from the interval of its differences.
 
     Of a sign: whether it leaves out 0, and on which side. Of equality: whether all of it lies
     within the margin, or all of it outside.
@@ -64,9 +67,10 @@ def verdict(claim: Claim, differences: Sequence[float]) -> str:
     return "shown" if shown else "contradicted" if contradicted else "not shown"
 
 
-def score_table(study: Study, found: Mapping[str, Scores], work: Path) -> str:
+def score_table(found: Results) -> str:
     """Return a Markdown table: mean and standard deviation over seeds, and CPU minutes."""
-    names = sorted({name for own in found.values() for scores in own.values() for name in scores})
+    results = [result for own in found.values() for result in own.values()]
+    names = sorted({name for result in results for name in result.scores})
     lines = [
         f"| run | {' | '.join(names)} | seeds | CPU minutes |",
         "|---" * (len(names) + 3) + "|",
@@ -74,47 +78,73 @@ def score_table(study: Study, found: Mapping[str, Scores], work: Path) -> str:
     for run, own in found.items():
         if not own:
             continue
-        cells = [spread([s[name] for s in own.values() if name in s]) for name in names]
-        used = [float(Place(run, seed, work).used.read_text()) / 60 for seed in own]
-        lines.append(f"| {run} | {' | '.join(cells)} | {len(own)} | {mean(used):.1f} |")
+        scores = [result.scores for result in own.values()]
+        cells = [spread([row[name] for row in scores if name in row]) for name in names]
+        used = mean(result.cpu_seconds for result in own.values()) / 60
+        lines.append(f"| {run} | {' | '.join(cells)} | {len(own)} | {used:.1f} |")
     return "\n".join(lines)
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return mean and standard deviation; nothing of nothing."""
+    """Format mean and standard deviation; empty without values."""
     if not values:
         return ""
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def claim_table(study: Study, found: Mapping[str, Scores]) -> str:
+def claim_table(study: Study, found: Results) -> str:
     """Return a Markdown table: claims, paired differences with intervals, verdicts."""
     lines = ["| claim | source | difference | 95 % | verdict |", "|---|---|---|---|---|"]
     for claim in study.claims.values():
-        left, right = found[claim.run], found[claim.than]
-        both = sorted(left.keys() & right.keys())
-        differences = [left[seed][claim.score] - right[seed][claim.score] for seed in both]
-        low, high = interval(differences)
-        middle = f"{mean(differences):+.3f} ({len(both)} seeds)" if both else ""
-        bounds = f"{low:+.3f} to {high:+.3f}" if len(both) > 1 else ""
         what = f"{claim.says} ({claim.run} - {claim.than}, {claim.score})"
-        lines.append(
-            f"| {what} | {claim.source} | {middle} | {bounds} | {verdict(claim, differences)} |"
-        )
+        lines.append(f"| {what} | {claim.source} | {' | '.join(outcome(claim, found))} |")
     return "\n".join(lines)
+
+
+def outcome(claim: Claim, found: Results) -> tuple[str, str, str]:
+    """Return the mean difference with the number of seeds, its interval, and the verdict."""
+    left, right = found[claim.run], found[claim.than]
+    both = sorted(left.keys() & right.keys())
+    name = claim.score
+    differences = [left[seed].scores[name] - right[seed].scores[name] for seed in both]
+    low, high = interval(differences)
+    middle = f"{mean(differences):+.3f} ({len(both)} seeds)" if both else ""
+    bounds = f"{low:+.3f} to {high:+.3f}" if len(both) > 1 else ""
+    return middle, bounds, verdict(claim, differences)
 
 
 def tables(study: Study, seeds: Sequence[int], work: Path) -> str:
     """Return both tables."""
-    found = read_scores(study, seeds, work)
-    return score_table(study, found, work) + "\n\n" + claim_table(study, found)
+    found = read_results(study, seeds, work)
+    return score_table(found) + "\n\n" + claim_table(study, found)
 
 
-def write_page(study: Study, seeds: Sequence[int], work: Path) -> None:
-    """Put the tables between the marks of the study's page."""
-    page = ROOT / study.page
-    text = page.read_text()
-    begin = BEGIN.format(name=study.name)
-    before, rest = text.split(begin)
+def write(study: Study, seeds: Sequence[int], work: Path) -> None:
+    """Put the results on record, and the tables into the study's page and `SUMMARY`."""
+    write_record(study, read_results(study, seeds, work))
+    _insert(ROOT / study.page, study.name, tables(study, seeds, work))
+    _insert(SUMMARY, "claims", summary())
+
+
+def summary() -> str:
+    """Return a Markdown table of the claims of all studies, from what is on record."""
+    lines = [
+        "| claim | source | difference | 95 % | verdict | study |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in STUDIES:
+        study = read_study(name)
+        found = read_record(study)
+        page = Path(os.path.relpath(ROOT / study.page, SUMMARY.parent))
+        for claim in study.claims.values():
+            row = (claim.says, claim.source, *outcome(claim, found), f"[{name}]({page})")
+            lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def _insert(page: Path, name: str, text: str) -> None:
+    """Replace what is between the marks of a page."""
+    begin = BEGIN.format(name=name)
+    before, rest = page.read_text().split(begin)
     _, after = rest.split(END, 1)
-    page.write_text(f"{before}{begin}\n\n{tables(study, seeds, work)}\n\n{END}{after}")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{END}{after}")

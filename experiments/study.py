@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +90,14 @@ class Study:
     def test(self) -> str:
         """Configuration whose test suites measure every student."""
         return self.suites or f"experiments/test_{self.world}.yaml"
+
+    def settings(self, name: str) -> str:
+        """Return a digest of a run's options, its configurations, and the runs that it reads."""
+        run = self.runs[name]
+        read = [file for file in (run.config, None if run.measure else self.test) if file]
+        values = [yaml.safe_load((ROOT / file).read_text()) for file in read]
+        whole = json.dumps([asdict(run), values, [self.settings(other) for other in run.after]])
+        return hashlib.sha256(whole.encode()).hexdigest()[:12]
 
     def __post_init__(self) -> None:
         before: set[str] = set()

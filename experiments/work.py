@@ -1,7 +1,8 @@
 """The runs of a study: what is missing is trained and measured, each in a process of its own.
 
 Every seed has a folder with `lab/`, `configs/` and `runs/NAME/`, as configurations name them. A run
-is done when its scores are written, and locked while a process works on it.
+is done when its scores are written, and locked while a process works on it. Scores that are on
+record (`records.py`) are not measured again.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+from experiments.records import Result, read_record
 from experiments.study import ROOT, Run, Study
 from opd_lightning.cli import main as opd
+from opd_lightning.errors import UserError
 
 QUIET = "--trainer.enable_progress_bar=false"
 UNWATCHED = "--trainer.limit_val_batches=0"  # the last checkpoint is measured, no other is chosen
@@ -34,6 +37,7 @@ class Place:
     name: str
     seed: int
     work: Path  # of the world
+    settings: str  # the digest that `Study.settings` returns
 
     @property
     def root(self) -> Path:
@@ -52,17 +56,41 @@ class Place:
         """File of the CPU seconds of all attempts."""
         return self.root / "scores" / f"{self.name}.cpu_seconds"
 
+    @property
+    def begun(self) -> Path:
+        """File of the settings that the run was begun with."""
+        return self.root / "scores" / f"{self.name}.settings"
+
     def is_done(self) -> bool:
-        return self.scores.exists()
+        return self.scores.exists() and self.has_settings()
+
+    def has_settings(self) -> bool:
+        """Return whether the run was begun with its present settings."""
+        return self.begun.exists() and self.begun.read_text() == self.settings
+
+    def result(self) -> Result:
+        """Return the result of a run that is done."""
+        return Result(float(self.used.read_text()), json.loads(self.scores.read_text()))
+
+
+def place_of(study: Study, name: str, seed: int, work: Path) -> Place:
+    """Return the place of a study's run."""
+    return Place(name, seed, work, study.settings(name))
 
 
 def places(study: Study, seeds: Sequence[int], only: str, work: Path) -> list[Place]:
-    """Return the runs whose names match `only`, and those that they read, by seed."""
-    names = {name for name in study.runs if fnmatch(name, only)}
-    for name in reversed(study.runs):
-        if name in names:
-            names.update(study.runs[name].after)
-    return [Place(name, seed, work) for seed in seeds for name in study.runs if name in names]
+    """Return the runs whose names match `only` and that have no scores yet, and those that they
+    read, by seed.
+    """
+    record = read_record(study)
+    found = []
+    for seed in seeds:
+        names = {name for name in study.runs if fnmatch(name, only) and seed not in record[name]}
+        for name in reversed(study.runs):
+            if name in names:
+                names.update(study.runs[name].after)
+        found += [place_of(study, name, seed, work) for name in study.runs if name in names]
+    return found
 
 
 def run_missing(study: Study, seeds: Sequence[int], only: str, work: Path) -> int:
@@ -76,7 +104,9 @@ def run_missing(study: Study, seeds: Sequence[int], only: str, work: Path) -> in
     while missing:
         before = len(missing)
         for place in [*missing]:
-            needs = [Place(name, place.seed, work) for name in study.runs[place.name].after]
+            needs = [
+                place_of(study, name, place.seed, work) for name in study.runs[place.name].after
+            ]
             if place.is_done():
                 missing.remove(place)
             elif any(need in failed for need in needs):
@@ -95,7 +125,7 @@ def run_missing(study: Study, seeds: Sequence[int], only: str, work: Path) -> in
 
 @contextmanager
 def locked(place: Place) -> Iterator[bool]:
-    """Yield whether no other process works on the run; keep it from them meanwhile."""
+    """Lock the run inside the context; yield whether the lock was acquired."""
     place.scores.parent.mkdir(parents=True, exist_ok=True)
     with place.scores.with_suffix(".lock").open("w") as file:
         try:
@@ -121,6 +151,8 @@ def run_apart(study: Study, place: Place) -> bool:
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
+        except UserError as error:
+            print(error, file=sys.stderr)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -147,6 +179,12 @@ def train_and_measure(study: Study, place: Place) -> None:
             link.symlink_to(ROOT / link)
     if not Path("lab", study.world).exists():
         opd(["lab", "build", "--world", study.world])
+    if place.begun.exists() and not place.has_settings():
+        raise UserError(
+            f"{place.begun}: the run was begun with other settings than the study's present ones; "
+            f"remove {place.folder} and the files {place.begun.with_suffix('.*')}"
+        )
+    place.begun.write_text(place.settings)
     run = study.runs[place.name]
     if run.measure is not None:
         found = resolve_name(run.measure)(seed=place.seed, **run.set)

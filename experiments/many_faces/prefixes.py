@@ -1,4 +1,4 @@
-"""How well a teacher finishes responses that another model began."""
+"""Accuracy of a teacher that completes responses started by another model."""
 
 from __future__ import annotations
 

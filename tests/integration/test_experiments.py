@@ -9,10 +9,20 @@ from typing import Any
 
 import pytest
 
+from experiments import work
 from experiments.many_faces import prefixes
-from experiments.results import interval, tables, verdict
+from experiments.records import Result, read_record, write_record
+from experiments.results import BEGIN, END, SUMMARY, interval, summary, tables, verdict
 from experiments.study import STUDIES, Claim, Run, Study, read_study
-from experiments.work import Place, fit_words, locked, places, run_missing, scores_of
+from experiments.work import (
+    fit_words,
+    locked,
+    place_of,
+    places,
+    run_missing,
+    scores_of,
+    train_and_measure,
+)
 from opd_lightning.commands.known_keys import check_keys
 from opd_lightning.commands.lightning_cli import OPDCLI
 from opd_lightning.errors import UserError
@@ -68,7 +78,9 @@ def test_what_is_missing_is_run(untrained_lab: Path, tmp_path: Path) -> None:
     ]
     assert "broken, seed 0" in said.splitlines()[3]
     assert "max_step" in (root / "scores" / "broken.out").read_text()
-    start, measured, trained, broken, later = (Place(name, 0, tmp_path) for name in STUDY.runs)
+    start, measured, trained, broken, later = (
+        place_of(STUDY, name, 0, tmp_path) for name in STUDY.runs
+    )
     assert start.is_done()
     report = json.loads((root / "scores" / "start.report.json").read_text())
     assert report["suites"]["skills"]["sampling"]["max_new_tokens"] == 6
@@ -104,12 +116,50 @@ def test_texts_are_scored_by_their_log_likelihood() -> None:
 
 
 def test_a_run_is_worked_on_once(tmp_path: Path) -> None:
-    place = Place("start", 0, tmp_path)
+    place = place_of(STUDY, "start", 0, tmp_path)
     with locked(place) as first, locked(place) as second:
         assert first
         assert not second
     with locked(place) as third:
         assert third
+
+
+def test_a_run_goes_on_with_the_settings_that_it_was_begun_with(tmp_path: Path) -> None:
+    before = place_of(STUDY, "counted", 0, tmp_path)
+    before.scores.parent.mkdir(parents=True)
+    before.begun.write_text(before.settings)
+    before.scores.write_text('{"sum": 2}')
+    assert before.is_done()
+    changed = replace(STUDY, runs=STUDY.runs | {"counted": Run(measure=f"{__name__}.counted")})
+    now = place_of(changed, "counted", 0, tmp_path)
+    assert not now.is_done()
+    with pytest.raises(UserError, match=r"counted\.settings: the run was begun with other settings"):
+        train_and_measure(changed, now)
+
+
+def test_records_are_of_the_present_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Result(60.0, {"skills": 0.25}), Result(80.0, {"skills": 0.5})
+    write_record(STUDY, {"start": {0: first}, "trained": {}}, tmp_path)
+    write_record(STUDY, {"start": {1: second}}, tmp_path)
+    assert read_record(STUDY, tmp_path)["start"] == {0: first, 1: second}
+    assert read_record(STUDY, tmp_path)["trained"] == {}
+
+    monkeypatch.setattr(work, "read_record", lambda study: read_record(study, tmp_path))
+    assert [place.seed for place in places(STUDY, [0, 2], "start", tmp_path)] == [2]
+
+    other = replace(STUDY, runs=STUDY.runs | {"start": Run(student="lab/skills/other")})
+    assert read_record(other, tmp_path)["start"] == {}
+    write_record(other, {"start": {0: second}}, tmp_path)
+    assert read_record(other, tmp_path)["start"] == {0: second}
+    assert read_record(STUDY, tmp_path)["start"] == {}
+
+
+def test_the_page_of_all_claims_says_what_is_on_record() -> None:
+    text = SUMMARY.read_text()
+    begin = BEGIN.format(name="claims")
+    assert text.split(begin)[1].split(END)[0].strip() == summary()
 
 
 def test_a_pattern_takes_what_its_runs_read(tmp_path: Path) -> None:
@@ -220,5 +270,6 @@ def test_the_options_of_a_study_exist(
 
 def commands(name: str, work: Path) -> list[list[str]]:
     """Return the command lines that train the runs of a study."""
-    runs = {label: run for label, run in read_study(name).runs.items() if run.config}
-    return [fit_words(run, Place(label, 0, work)) for label, run in runs.items()]
+    study = read_study(name)
+    runs = {label: run for label, run in study.runs.items() if run.config}
+    return [fit_words(run, place_of(study, label, 0, work)) for label, run in runs.items()]
