@@ -31,8 +31,10 @@ def split_by_cost(
         raise ValueError(f"{len(rollouts)} rollouts cannot fill {parts} micro-batches")
     cost = _packed_cost if packed else _padded_cost
     longest_first, lengths = _in_order(rollouts, packed)
+    if parts == 1:
+        return [longest_first]
     # The smallest limit of the cost under which `parts` micro-batches suffice.
-    low, high = sum(lengths[0]), cost(lengths)
+    low, high = max(sum(lengths[0]), sum(map(sum, lengths)) // parts), cost(lengths)
     while low < high:
         limit = (low + high) // 2
         if sum(1 for _ in _ends(lengths, limit, packed)) <= parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ Result = TypeVar("Result")
 # Python's `re` cannot be interrupted. Searches of at most so many steps, fractions of a second,
 # run in this process and others in a worker, which can be killed.
 STEPS_HERE = 4e6
+LONGEST = 2**24  # characters; longer texts are searched in a worker
 WORKERS = 2
 
 # Escapes and classes match one character, whatever is inside of them.
@@ -52,6 +54,10 @@ class Pattern:
                 f"{owner}: 'pattern' must be a regular expression, got {pattern!r} "
                 f"({error.msg} at position {error.pos}); correct it"
             ) from error
+        fitting = bisect_right(
+            range(LONGEST), STEPS_HERE, key=lambda length: most_steps(self.compiled, length)
+        )
+        self.longest_here = fitting - 1  # characters; -1 if all texts go to a worker
         self.workers = Workers(
             owner,
             _nothing,
@@ -72,7 +78,7 @@ class Pattern:
         self, function: Callable[[re.Pattern[str], str], Result], texts: Sequence[str]
     ) -> list[Result | Unfinished]:
         pattern = self.compiled
-        away = [i for i, text in enumerate(texts) if most_steps(pattern, len(text)) > STEPS_HERE]
+        away = [i for i, text in enumerate(texts) if len(text) > self.longest_here]
         killable = self.workers.map(function, [(pattern, texts[i]) for i in away])
         found = dict(zip(away, killable, strict=True))
         return [found[i] if i in found else function(pattern, text) for i, text in enumerate(texts)]

@@ -229,6 +229,12 @@ def test_the_steps_of_a_search_are_bounded(pattern: str, exponent: float) -> Non
     assert steps == (math.inf if math.isinf(exponent) else pytest.approx(1000**exponent))
 
 
+def test_long_texts_are_searched_where_the_search_can_be_killed() -> None:
+    assert ExactMatch(r"<a>(.*?)</a>").pattern.longest_here == 2000  # 2000 ** 2 == STEPS_HERE
+    assert RegexMatch(EXPONENTIAL).pattern.longest_here == -1
+    assert RegexMatch("x{3}").pattern.longest_here == 4_000_000  # starts of a search
+
+
 def test_answers_for_a_vote(checker: MathVerifier) -> None:
     texts = [r"So \boxed{\frac{1}{2}}", r"\boxed{1/2}.", "It is $3$.", "I do not know", HANGS]
     assert checker.answers(texts) == ["1/2", "1/2", "3", None, "9**(9**(9**9))"]
