@@ -12,7 +12,9 @@ TORCH := 2.13.0
 CONSTRAINTS ?= constraints.txt
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Python compiles a file when it is first imported, about a sixth of them. pip would compile all,
+# which takes two minutes.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 EXTRA_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 FROM := $(EXTRA_INDEX) $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
@@ -98,7 +100,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	    echo "make: the package index has no torch $(TORCH)+cpu, which vLLM's CPU build needs; add" \
 	      "TORCH_INDEX=<address> (README.md), or VLLM= to go without vLLM on the PyTorch that the" \
 	      "index has, CUDA's libraries included" >&2; exit 2;; esac; fi
-	@echo "installing PyTorch, vLLM and the project into $(VENV) (two to three minutes)"
+	@echo "installing PyTorch, vLLM and the project into $(VENV) (one to two minutes)"
 	@$(PIP) $(FROM) "torch==$(TORCH)"
 	@$(PIP) $(FROM) -e ".$(if $(VLLM),[$(VLLM)])" "torch==$(TORCH)" 2>$(VENV)/vllm-install.log || \
 	  { echo "vLLM could not be installed ($(VENV)/vllm-install.log says why);" \
