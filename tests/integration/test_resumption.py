@@ -41,13 +41,13 @@ def test_a_run_goes_on_bit_for_bit_from_any_checkpoint(
     config: Path,
     changes: dict[str, Any],
     tried: slice,
-    untrained_lab: Path,
+    deep_lab: Path,  # of which step 5 is the best
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = tmp_path / "whole"
     settings(whole, steps=STEPS, every=1, keep=-1, **changes)
-    (whole / "lab").symlink_to(untrained_lab / "lab")
+    (whole / "lab").symlink_to(deep_lab / "lab")
     monkeypatch.chdir(whole)
     fit(config)
     assert [step for step, _ in scalars(RUN)["val/sums/length"]] == [5, 10]
