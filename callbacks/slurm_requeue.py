@@ -100,7 +100,7 @@ def _leave(action: SignalAction, saved: str, is_first: bool) -> NoReturn:
         line += f"job {job} is requeued"
         refusal = _requeue(job) if is_first else None
     else:
-        line += "go on with --ckpt_path last"
+        line += "resume with --ckpt_path last"
     if refusal:
         code = 1
         report(f"job {job} could not be requeued ({refusal}); {saved}; submit it again")

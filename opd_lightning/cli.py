@@ -132,7 +132,7 @@ def one_line_errors() -> Iterator[None]:
         if error.errno not in FILE_ERRORS:
             raise
         place = f"{str(error.filename)!r}: " if error.filename else ""
-        _end(RunStoppedError(f"{place}{error.strerror}; mend it, or name another place"))
+        _end(RunStoppedError(f"{place}{error.strerror}; fix the cause, or name another place"))
         sys.exit(1)
     except RuntimeError as error:
         from opd_lightning.processes import describe_lost_rank

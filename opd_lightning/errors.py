@@ -110,7 +110,7 @@ def reason_of(error: BaseException, length: int = 200) -> str:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Return whether a library written in Rust gave up, which is raised beside `Exception`."""
+    """Return whether a Rust library panicked; a panic is not an `Exception`."""
     return type(error).__name__ == "PanicException"
 
 

@@ -189,6 +189,6 @@ def describe_lost_rank(error: BaseException) -> str | None:
         return None
     where = f"rank {dist.get_rank()}: " if dist.is_initialized() else ""
     return (
-        f"{where}another process of the run is gone, or does not answer ({signs[0]}); what it has "
-        "said, above or in its own log, is the reason; go on from the last checkpoint"
+        f"{where}another process of the run is gone, or does not answer ({signs[0]}); its own "
+        "messages, above or in its log, have the reason; resume from the last checkpoint"
     )

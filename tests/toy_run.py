@@ -26,7 +26,7 @@ def adam(parameters: Any) -> Optimizer:
 class Toy(LightningModule):
     """Linear model that learns to double a number."""
 
-    moving = validation_is_over = False  # attributes of DistillationModule
+    is_updating = validation_is_over = False  # attributes of DistillationModule
 
     def __init__(self, width: int = 8, optimizer: Optimizers = adam) -> None:
         super().__init__()

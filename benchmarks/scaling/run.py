@@ -108,7 +108,7 @@ class Run:
     @property
     def trainer_bytes(self) -> int:
         """Peak bytes of a process, without the engine."""
-        return sum(self.memory().fullest().values())
+        return sum(self.memory().peak().values())
 
     @property
     def engine_share(self) -> float:

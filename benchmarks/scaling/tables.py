@@ -59,12 +59,12 @@ def layouts(name: str) -> list[Run]:
 def memory_table() -> str:
     heads = ["student", "GPUs", "strategy", "weights", "gradients", "AdamW", "DDP's buckets",
              "bf16 copies or gathered", "gradients on their way", "activations", "head",
-             "AdamW's roots", "a push", "fullest moment", "fits"]  # fmt: skip
+             "AdamW's roots", "a push", "peak", "fits"]  # fmt: skip
     rows = []
     for name in TEACHERS:
         for run in layouts(name):
             memory = run.memory()
-            part = memory.always | memory.training | memory.moving | memory.pushing
+            part = memory.always | memory.training | memory.optimizer_step | memory.pushing
             copies = part.get("gathered", part.get("autocast_copies", 0))
             cells = [part["weights"], part["gradients"], part["optimizer"], part["ddp_buckets"],
                      copies, part.get("gathered_gradients", 0), part["activations"],

@@ -33,7 +33,7 @@ from opd_lightning.errors import UserError, reason_of
 from opd_lightning.processes import broadcast
 
 # Settings of torch's optimisers that choose an implementation; they may not fit this device.
-HOW = {"capturable", "differentiable", "foreach", "fused"}
+IMPLEMENTATION_OPTIONS = {"capturable", "differentiable", "foreach", "fused"}
 
 
 class CheckpointConnector(_CheckpointConnector):
@@ -137,7 +137,9 @@ class CheckpointConnector(_CheckpointConnector):
             check_kinds("optimizer", state["param_groups"], groups)
             check_shapes(state["state"], optimizer)
             for group, own in zip(state["param_groups"], groups, strict=True):
-                group |= {name: own[name] for name in HOW & group.keys() & own.keys()}
+                group |= {
+                    name: own[name] for name in IMPLEMENTATION_OPTIONS & group.keys() & own.keys()
+                }
         super().restore_optimizers()
 
     def restore_lr_schedulers(self) -> None:

@@ -41,7 +41,7 @@ def check_readable(saved: Saved, trainer: Trainer, *, training: bool) -> None:
     if saved.is_folder and not isinstance(trainer.strategy, ModelParallelStrategy):
         raise UserError(
             f"{name} is a folder of shards, which trainer.strategy "
-            f"{type(trainer.strategy).__name__} cannot read; go on with the one that wrote it "
+            f"{type(trainer.strategy).__name__} cannot read; continue with the one that wrote it "
             "(with save_distributed_checkpoint false it writes files, which every strategy reads)"
         )
     if training and not saved.resumable:
@@ -53,8 +53,8 @@ def check_readable(saved: Saved, trainer: Trainer, *, training: bool) -> None:
     assert trainer.lightning_module is not None
     if difference := first_difference(saved.shapes, shapes_of(trainer.lightning_module)):
         raise UserError(
-            f"{name} is not of this run's model: {difference}; go on with the config.yaml of the "
-            "run that wrote it"
+            f"{name} is not of this run's model: {difference}; continue with the config.yaml of "
+            "the run that wrote it"
         )
 
 
@@ -70,7 +70,7 @@ def check_optimizers(saved: Saved, optimizers: Sequence[Optimizer]) -> None:
         wrote = ", ".join(map(str, theirs))
         error = UserError(
             f"--ckpt_path: {str(saved.path)!r} was written with optimiser {wrote}, got "
-            f"{', '.join(ours)}, whose state is another; go on with the same, or start a new run "
+            f"{', '.join(ours)}, whose state differs; continue with the same, or start a new run "
             "from an exported student"
         )
         raise raised_by_all(error)
@@ -157,7 +157,7 @@ def differences(saved: Saved, trainer: Trainer) -> list[str]:
     if theirs.get("method", ours["method"]) != ours["method"]:
         lines.append(
             f"the checkpoint is of a run with {theirs['method']}, this one has {ours['method']}: "
-            "weights, optimiser and place in the data go on"
+            "weights, optimiser and place in the data are continued"
         )
     if theirs.get("processes", ours["processes"]) != ours["processes"]:
         wrote = theirs["processes"]

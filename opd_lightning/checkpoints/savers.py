@@ -51,13 +51,12 @@ def _is_below(path: Path, folder: Path) -> bool:
 
 
 class RememberSavers(Callback):
-    """Callback that completes what Lightning's ModelCheckpoints know and do.
+    """Callback that saves and restores the state that ModelCheckpoint omits.
 
-    It saves and restores further state of each. Without it a resumed run would immediately save
-    the step that it resumed from again, as `-v1`, and keep it twice among the best. A run that was
-    killed after a validation when some of its ModelCheckpoints had saved, but not all, lets the
-    others save when it is resumed. What Lightning defers to the next validation (saves on a
-    training metric in the last step of an epoch) is saved at the end of training if none comes.
+    Otherwise a resumed run saves its first step again as `-v1` and counts it twice among the best.
+    If a run was killed between two ModelCheckpoints of one validation, the remaining ones save on
+    resumption. A save deferred to the next validation (on a training metric, in the last step of
+    an epoch) happens at the end of training if no validation follows.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Seal of a checkpoint's file: a digest of all its entries, in the comment of the archive.
 
-The checksums of the entries are right in a file that another program wrote anew, with some of the
-content changed. Such a file has no seal.
+A program that rewrites the file with changed content also writes valid entry checksums; such a file
+lacks the seal.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def is_sealed(archive: zipfile.ZipFile) -> bool:
     """Return whether an archive has a seal.
 
     Raises:
-        ValueError: If it is that of another content.
+        ValueError: If the seal does not match the content.
     """
     if not archive.comment:
         return False
     if archive.comment != PREFIX + _digest(archive):
-        raise ValueError("the seal is of another content")
+        raise ValueError("the seal does not match the content")
     return True
 
 

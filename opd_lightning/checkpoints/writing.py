@@ -119,8 +119,8 @@ class _Attempt:
         error = CheckpointError(
             f"step {self.step}: could not write {str(self.target)!r}"
             + ("" if alone else f" (rank {number})")
-            + f": {reason}{free}; the checkpoints before it are untouched: mend it and go on from "
-            "the newest with --ckpt_path last"
+            + f": {reason}{free}; the checkpoints before it are untouched: fix the cause and "
+            "resume with --ckpt_path last"
         )
         raise raised_by_all(error)
 

@@ -23,8 +23,8 @@ def load(text: str) -> Any:
     Raises:
         TypeError: It repeats a key, contains itself, or is nested too deeply. Parsers add the name
             of the option.
-        yaml.YAMLError: It is no YAML, so that it may be a value; or a line of YAML that no one
-            means, such as the names "#1", which would otherwise become null, and "?", a null key.
+        yaml.YAMLError: The text is not YAML, so it may be a plain value; or it is YAML that is
+            almost certainly a mistake, such as "#1" (null) or "?" (a null key).
     """
     try:
         check_text("YAML", text)

@@ -228,12 +228,12 @@ def _fits(value: float, names: Set[str]) -> bool:
 
 
 def _is_float(value: float) -> bool:
-    """Whether a float can hold a number; NaN is none."""
+    """Return whether a number fits a float; False for NaN."""
     return value == value and (isinstance(value, float) or abs(value) <= sys.float_info.max)
 
 
 def _is_int(value: float) -> bool:
-    """Whether a number is whole and of 64 bits, as tensors and counters are; NaN is not."""
+    """Return whether a number is an integer of 64 bits; False for NaN."""
     return abs(value) < 2**63 and value == int(value)
 
 

@@ -35,7 +35,7 @@ from opd_lightning.terminal.quiet import only_warnings
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.callback import RunCallback, run_callbacks
 
-# That a run writes into its folder, beside TensorBoard's.
+# Files that a run writes to its folder, in addition to TensorBoard's.
 RUN_FILES = (
     *("config.yaml", ".prompts.json", "starts.jsonl", "rollouts.jsonl"),
     *("hparams.yaml", "metrics.csv"),  # of Lightning's loggers
@@ -85,7 +85,7 @@ class Trainer(Commands):
 
     @property
     def keeps_files(self) -> bool:
-        """Whether the run has a folder: one is given, or there is a logger."""
+        """Return whether the run has a folder: one is given, or there is a logger."""
         return self._folder_is_given or self.logger is not None
 
     def save_checkpoint(

@@ -155,7 +155,7 @@ def _full_in_one_line(out: Path) -> Iterator[None]:
 
 
 def _beginning(name: str, row: Row) -> bytes:
-    """Return what the file begins with, up to the first response."""
+    """Return the bytes of the first row, up to its response."""
     return json.dumps(_given(name, row.prompt), ensure_ascii=False).encode()[:-1]
 
 

@@ -42,7 +42,7 @@ _COLUMNS = {
 
 
 class Layout(NamedTuple):
-    """What the columns of a row hold.
+    """Mapping from the columns of a row to the fields of a prompt.
 
     Attributes:
         name: "ShareGPT", "Alpaca" or "verl"; None for rows with the names of the fields.

@@ -15,14 +15,13 @@ def split_by_cost(
 ) -> list[list[Rollout]]:
     """Split rollouts into `parts` non-empty micro-batches, longest rollouts first.
 
-    Packed ones are in order of the longest of their prompt's samples, which stay together, so that
-    teachers can read a prompt once for all of them (`models/shared_prompts.py`).
+    Packed rollouts are ordered by the longest sample of their prompt, and samples of a prompt stay
+    together, so that teachers can read a prompt once for all of them (`models/shared_prompts.py`).
 
     The cost of a micro-batch is its number of positions over all views, padding included unless
-    they are packed. In order of length the rollouts of a micro-batch need little padding; of all
-    splits in that order this one has the smallest maximum cost, so that a short micro-batch has
-    more rows. All ranks use the same order: micro-batches that are computed at the same time have
-    similar lengths.
+    they are packed. Rollouts of similar length need little padding. Among all splits in this
+    order, it minimises the maximum cost, so that a micro-batch of short rollouts has more rows. All
+    ranks use the same order: micro-batches that are computed at the same time have similar lengths.
 
     Raises:
         ValueError: If there are fewer rollouts than parts.
@@ -50,7 +49,7 @@ def split_by_cost(
 
 
 def micro_batches_within(rollouts: Sequence[Rollout], budget: int, *, packed: bool = False) -> int:
-    """Return into how few micro-batches `split_by_cost` can split, each of cost `budget` at most.
+    """Return the smallest number of micro-batches of cost at most `budget`.
 
     A rollout that costs more by itself is a micro-batch of its own.
     """

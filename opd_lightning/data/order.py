@@ -49,10 +49,10 @@ class PromptOrder:
 class SharedOrder(PromptOrder):
     """Order in which every step has given shares of prompts by label.
 
-    A step's places go one after the other to the label that is furthest behind the sum of its
-    shares so far, so that after any step no label is a prompt or more ahead. The prompts of a label
-    are taken in passes of their own, and the places of a step are shuffled. All of it follows from
-    the seed, the labels and the shares; step n costs the counts of the steps before it once.
+    Each slot of a step goes to the label with the largest deficit against its cumulative share.
+    After any step every label is less than one prompt ahead of its share. The prompts of a label
+    are taken in separate passes, and the slots of a step are shuffled. The order depends only on
+    seed, labels and shares. Computing step n once costs the counts of all earlier steps.
 
     Args:
         labels: Label of every prompt, such as its domain.
@@ -80,30 +80,30 @@ class SharedOrder(PromptOrder):
             )
             for label, members in self._members.items()
         }
-        self._owed = dict.fromkeys(self.shares, 0.0)  # places by the shares, minus those taken
-        self._taken = [dict.fromkeys(self.shares, 0)]  # places before each step
-        self._places: tuple[int, list[int]] = (-1, [])  # a step, and its shuffled places
+        self._deficit = dict.fromkeys(self.shares, 0.0)  # slots by the shares, minus those taken
+        self._taken = [dict.fromkeys(self.shares, 0)]  # slots before each step
+        self._slots: tuple[int, list[int]] = (-1, [])  # a step, and its shuffled slots
 
     def record(self, step: int) -> dict[str, int]:
         return {f"{TAKEN}{label}": count for label, count in self._before(step).items()}
 
     def _at(self, position: int) -> int:
-        step, place = divmod(position, self.per_step)
+        step, slot = divmod(position, self.per_step)
         before, after = self._before(step), self._before(step + 1)
-        if self._places[0] != step:
+        if self._slots[0] != step:
             order = _shuffled(self.per_step, derive_seed(STEP_ORDER, self.seed, step))
-            self._places = step, order
-        rest = self._places[1][place]
+            self._slots = step, order
+        rest = self._slots[1][slot]
         for label, own in self._orders.items():
             here = after[label] - before[label]
             if rest < here:
                 (chosen,) = own.take(before[label] + rest, 1)
                 return self._members[label][chosen]
             rest -= here
-        raise AssertionError("the counts of a step add up to its places")
+        raise AssertionError("the counts of a step add up to its slots")
 
     def _before(self, step: int) -> dict[str, int]:
-        """Return how many places each label has in the steps before `step`."""
+        """Return the number of slots of each label in the steps before `step`."""
         while len(self._taken) <= step:
             counts = self._next(len(self._taken) - 1)
             last = self._taken[-1]
@@ -111,23 +111,23 @@ class SharedOrder(PromptOrder):
         return self._taken[step]
 
     def _next(self, step: int) -> dict[str, int]:
-        """Return the places of each label in the next step, and owe the rest."""
+        """Return the slots of each label in the next step, and carry over the remainders."""
         shares = shares_at(self.shares, step)
         for label, share in shares.items():
-            self._owed[label] += self.per_step * share
-        # Whole places that nobody else can get first; the others one by one.
+            self._deficit[label] += self.per_step * share
+        # Assign the slots that no other label can claim at once, the rest one at a time.
         counts = {
-            label: max(0, math.floor(owed) - len(self.shares)) if shares[label] else 0
-            for label, owed in self._owed.items()
+            label: max(0, math.floor(slots) - len(self.shares)) if shares[label] else 0
+            for label, slots in self._deficit.items()
         }
         for _ in range(self.per_step - sum(counts.values())):
-            furthest = max(
+            neediest = max(
                 (label for label in shares if shares[label]),
-                key=lambda label: self._owed[label] - counts[label],
+                key=lambda label: self._deficit[label] - counts[label],
             )
-            counts[furthest] += 1
+            counts[neediest] += 1
         for label, count in counts.items():
-            self._owed[label] -= count
+            self._deficit[label] -= count
         return counts
 
 

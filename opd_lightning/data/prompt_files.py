@@ -120,8 +120,8 @@ class PromptFiles:
         grown = path.stat().st_size - before.size if may_grow else 0
         if grown and first:
             note(
-                f"{name}: {str(path)!r} has grown by {grown} bytes since the run began, which it "
-                "goes on without; a new run takes them"
+                f"{name}: {str(path)!r} has grown by {grown} bytes since the run began; this run "
+                "ignores them, a new run reads them"
             )
 
 

@@ -31,7 +31,7 @@ Sizes = Callable[["PromptSource"], int | None]  # see `PromptSource.load`
 
 
 class _Used(NamedTuple):
-    """A row that is of use if it passes the checks."""
+    """Parsed row, used if it passes the checks."""
 
     prompt: Prompt
     layout: Layout
@@ -39,10 +39,10 @@ class _Used(NamedTuple):
 
 
 class _Seen:
-    """What was seen in the rows so far."""
+    """Ids, domains and missing columns of the rows read so far."""
 
     def __init__(self, columns: dict[str, str]) -> None:
-        self.lacking = columns  # those that no row had, by field
+        self.lacking = columns  # columns that no row had, by field
         self.lines: dict[str, int] = {}  # by id of the prompt
         self.domains: set[str] = set()
 

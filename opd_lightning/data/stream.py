@@ -26,21 +26,22 @@ from opd_lightning.types import Author, Prompt, Rollout, RolloutBatch, StepTotal
 class TrainingStream:
     """Micro-batches of rollouts, `micro_batches` per optimiser step.
 
-    Their cost is that of the student reading them `packed()` or padded. With `max_tokens` there are
-    as few as have at most so many positions each, in one item per step; their number differs from
-    step to step, and is the same on all ranks.
+    The cost of a micro-batch is its number of positions, packed or padded as the student reads it
+    (`packed()`). With `max_tokens`, a step is split into the fewest micro-batches of at most
+    `max_tokens` positions, and yielded as one item. The number varies by step and is the same on
+    all ranks.
 
     All rollouts of a step are generated at once. The stream has a length, so Lightning does not
     prefetch, and a step is requested after the previous optimiser step: rollouts are strictly
-    on-policy. With `max_staleness` 1 the rollouts of the next step are written while this one
-    trains, by the weights that this one starts from.
+    on-policy. With `max_staleness` 1 the rollouts of the next step are generated
+    while the current step trains, with the weights at its start.
 
     A step's prompts and seeds depend on (seed, step) alone, and the step is the optimiser's: the
     stream stores no position. A checkpoint taken anywhere in a step resumes at its beginning.
     It contains what cannot be generated again: rollouts by weights that no longer exist.
 
-    `order` is that of the prompts; `before_step(step)` is called before anything is written for a
-    step; `mix_at(step)` returns the step's mix of authors; `prepare` receives all micro-batches
+    `order` is that of the prompts; `before_step(step)` is called before anything is generated for
+    a step; `mix_at(step)` returns the step's mix of authors; `prepare` receives all micro-batches
     before the first is yielded; `likelihoods` returns the student's mean log-prob of each rollout,
     nats; `now()` returns the number of optimiser steps made. Of `teacher_samples` responses of the
     teacher to a prompt, `keep_best` keeps one.

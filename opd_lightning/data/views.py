@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 _TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
 
-class Late(NamedTuple):
-    """What views may say of a response, known only after the responses are verified."""
+class ResponseFacts(NamedTuple):
+    """Values about a response that views may show, known only after verification."""
 
     attempt: str | None = None  # the response itself
     reward: float | None = None  # its score
@@ -33,8 +33,9 @@ class Late(NamedTuple):
     feedback: str | None = None  # the verifier's, on this response
 
 
-# Names that a template may read, and those known only after the responses are verified.
-LATE = frozenset(Late._fields)
+NO_FACTS = ResponseFacts()
+# Names that a template may read, and those known only after verification.
+LATE = frozenset(ResponseFacts._fields)
 VARIABLES = frozenset({"question", "privileged", "answer", "response"}) | LATE
 RESPONSES = frozenset({"attempt", "peer", "peer_failure"})  # of the student's sampling budget
 
@@ -52,8 +53,8 @@ class PromptView:
             `response` (columns of the row), and what is known of the row's response: `attempt`
             (its text), `reward` (its score, a number), `peer` and `peer_failure` (the student's
             first other response to the prompt that scores at least 0.5, or less) and `feedback`
-            (the verifier's). If a template reads any of these but `attempt` and none of those it
-            reads is known, or the text is too long for the models' context, the row has no such
+            (the verifier's). If a template reads values of the response and none of them (`attempt`
+            excluded) is known, or the text is too long for the models' context, the row lacks the
             view. Peers are shown without their <think> part.
         place: "system" makes the text a system message, after an existing one; "user" replaces
             the last user message, which the template may quote as `{{ question }}`. An empty
@@ -102,7 +103,9 @@ class PromptView:
         read = len(self.variables & RESPONSES)
         return read or int("feedback" in self.variables)
 
-    def messages(self, prompt: Prompt, late: Late = Late()) -> tuple[Message, ...] | None:  # noqa: B008
+    def messages(
+        self, prompt: Prompt, late: ResponseFacts = NO_FACTS
+    ) -> tuple[Message, ...] | None:
         """Return the prompt's messages under this view; None if it has none."""
         shown = {name: self._shown(name, value) for name, value in late._asdict().items()}
         needed = self.variables & LATE - {"attempt"}
@@ -255,7 +258,7 @@ class Renderer:
                 f"message, of role {shape[-1]!r}; change the template (student.chat_template)"
             )
 
-    def view(self, name: str, prompt: Prompt, late: Late = Late()) -> list[int] | None:  # noqa: B008
+    def view(self, name: str, prompt: Prompt, late: ResponseFacts = NO_FACTS) -> list[int] | None:
         """Return the ids under a named view; None where the prompt has no such view."""
         view = self.views[name]
         if not view.is_late and (name, prompt.id) in self._early:

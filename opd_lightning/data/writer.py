@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from opd_lightning.data.views import Late, Renderer
+from opd_lightning.data.views import Renderer, ResponseFacts
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.rollouts.time_limit import TimeLimit
 from opd_lightning.timing import StepTimer
@@ -156,7 +156,7 @@ class RolloutWriter:
         stop_reason = StopReason.EOS if ended else StopReason.LENGTH
         return Completion(ids, [float("nan")] * len(ids), stop_reason)
 
-    def _views(self, prompt: Prompt, late: Late, response_ids: Sequence[int]) -> _Views:
+    def _views(self, prompt: Prompt, late: ResponseFacts, response_ids: Sequence[int]) -> _Views:
         """Render the views of a response, without those that exceed the models' context."""
         ids = {name: self.renderer.view(name, prompt, late) for name in self.renderer.views}
         too_long = tuple(
@@ -185,10 +185,10 @@ class RolloutWriter:
         groups: Mapping[int, _Group],
         rewards: Sequence[float],
         texts: Sequence[str],
-    ) -> Late:
+    ) -> ResponseFacts:
         """Return what is known of a response, without the verifier's feedback."""
         others = [i for i in groups[rows[mine].group].members if i != mine]
-        return Late(
+        return ResponseFacts(
             attempt=texts[mine],
             reward=None if math.isnan(rewards[mine]) else rewards[mine],
             peer=next((texts[i] for i in others if rewards[i] >= PEER_REWARD), None),

@@ -186,7 +186,7 @@ class Scores(Metric):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Suite(metaclass=ABCMeta):  # no base, so that a configuration may leave out `class_path`
+class Suite(metaclass=ABCMeta):  # not ABC, so that a configuration may omit `class_path`
     """Base class of evaluation suites. Its fields are the configuration of a suite.
 
     A subclass is decorated with `@dataclass(frozen=True, kw_only=True)`; its fields are its
@@ -200,7 +200,9 @@ class Suite(metaclass=ABCMeta):  # no base, so that a configuration may leave ou
 
     @abstractmethod
     def load(self, name: str, bench: Bench) -> Any:
-        """Read and check the data, before weights load. The result is `loaded` of other methods.
+        """Read and check the data, before weights load.
+
+        The return value is passed to the other methods as `loaded`.
 
         Raises:
             UserError: The data does not fit; the message is one line with `name` in it.

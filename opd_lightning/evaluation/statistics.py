@@ -29,9 +29,9 @@ def interval(scores: Tensor) -> tuple[Tensor, Tensor]:
 
         n = mean (1 - mean) / (variance of the prompts' averages / P)
 
-    since samples of a prompt are alike. n is at least P, which it also is where all averages are
-    equal, and, for scores that are all 0 or 1, at most the number of responses. With one sample per
-    prompt and such scores it is Wilson's interval for P trials.
+    because samples of a prompt are correlated. n is at least P, and equals P if all averages are
+    equal. For scores of 0 or 1, n is at most the number of responses, so that with one sample per
+    prompt it is P.
     """
     scores = scores.double().cpu()
     averages = scores.mean(dim=1)

@@ -217,7 +217,7 @@ class SkewedReverseKL(Divergence):
 class TotalVariation(Divergence):
     """`sum_v |S(v) - T(v)| / 2` (f-DISTILL, 2307.15190): symmetric, from 0 to 1.
 
-    That it is one of the paper's divergences is known at second hand.
+    From secondary sources: that it is one of the paper's divergences.
     """
 
     def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ from opd_lightning.losses.schedule import Schedule, value_at
 class GeometricTarget(Divergence):
     """KL to a target that is a product of powers of both models, in proportion to `T^a S^b`.
 
-        Veto (2601.07155; second hand)      a 1, b falls linearly to 0; either direction
+        Veto (2601.07155)                   a 1, b falls linearly to 0; either direction
         TAID (2501.16937; official code)    a rises linearly to 1, b = 1 - a; forward
 
     The target has no gradient. Where a + b is 1 it lies between the models, and is the teacher
     where they agree. At a 1 and b above 0 it is sharper than the teacher: the optimum is in
     proportion to `T^(1 / (1 - b))`. TAID's official code also moves `a` by the progress of the
-    loss, which is not implemented.
+    loss, which is not implemented. From secondary sources: Veto.
 
     Args:
         teacher: a, above 0, or a schedule of it.

@@ -15,7 +15,7 @@ from opd_lightning.training.switched import SwitchedMethod
 
 
 class AOPD(SwitchedMethod):
-    """Asymmetric on-policy distillation (2605.06387; known here at second hand).
+    """Asymmetric on-policy distillation (2605.06387; from secondary sources).
 
         A_t > 0:   -A_t log pi_theta(y_t)      A_t <= 0:   D(S_t, T_t)
 

@@ -16,8 +16,8 @@ from typing import TypeVar
 
 from opd_lightning.errors import is_panic, reason_of
 
-TIME_LIMIT = 20.0  # seconds of a call; a template may loop for years
-MEMORY_LIMIT = 2**31  # bytes that a call may allocate; a template may ask for as many as it likes
+TIME_LIMIT = 20.0  # seconds per call; a template may not terminate
+MEMORY_LIMIT = 2**31  # bytes that a call may allocate; a template may request any amount
 
 Result = TypeVar("Result")
 
@@ -33,14 +33,14 @@ def bounded(function: Callable[[], Result], *, memory: bool = True) -> Result:
     call while the main one trains.
 
     Args:
-        function: Python code that nobody may have read.
+        function: Untrusted Python code.
         memory: Whether it may allocate `MEMORY_LIMIT` at most. Not for libraries that abort the
             process when memory ends.
 
     Raises:
         TimeoutError: It takes more time.
         MemoryError: It needs more memory.
-        RuntimeError: A library written in Rust gave up.
+        RuntimeError: A Rust library panicked.
     """
     is_main = current_thread() is main_thread()
     try:

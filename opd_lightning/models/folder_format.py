@@ -89,13 +89,13 @@ class FolderFormat:
         return cls(empty_causal_lm(source, dtype="float32"), dtype)
 
     def convert(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) of the folder for the (name, tensor) of the model."""
+        """Convert (name, tensor) pairs of the model to those of its folder."""
         for _, converted in self._convert(weights):
             yield from converted.items()
             del converted  # before the next is gathered
 
     def in_model(self, sums: Iterable[EngineSum]) -> list[EngineSum]:
-        """Return sums over tensors of the folder with the names of the model's tensors.
+        """Map sums over the folder's tensors to the model's tensor names.
 
         Sums over a part of one of the model's tensors are left out.
         """

@@ -59,7 +59,7 @@ class MixedStates:
     parts: tuple[tuple[Tensor, TokenStates], ...]  # rows [m] int64, ascending; states of m tokens
 
     def within(self, rows: slice) -> Iterator[tuple[Tensor, slice, TokenStates]]:
-        """Yield for each part its rows in a slice, counted from there, and their place in it."""
+        """Yield for each part its rows, relative to the slice, and their range in the part."""
         for index, states in self.parts:
             ends = torch.searchsorted(index, index.new_tensor([rows.start, rows.stop])).tolist()
             place = slice(*ends)
@@ -84,8 +84,9 @@ class Comparison(NamedTuple):
     teacher: Distribution | None  # None: `function` uses the student only and gets None
     function: Divergence
     given: Sequence[Tensor] = ()  # [N, ...] each; their rows are passed as further arguments
-    # The loss is expected to be a multiple of the sum of the values. Gradients are then computed
-    # in the forward pass, which spares both models' heads a second one, and again if it is not.
+    # Whether the loss is expected to be a multiple of the sum of the values. Gradients are then
+    # computed in the forward pass, which saves recomputing both heads. If the loss is not such a
+    # multiple, they are computed again in the backward pass.
     is_summed: bool = False
 
 
@@ -232,8 +233,8 @@ class _Gradients:
     def __init__(self, hidden: Tensor, weight: Tensor, *, of_weight: bool) -> None:
         self.to_hidden = torch.empty_like(hidden)
         self.to_weight = torch.zeros_like(weight) if of_weight else None
-        # What a sum in 16 bits has lost: together they are as exact as one in float32, and only
-        # half of that memory is beside the gradient itself.
+        # Rounding error of the 16-bit sum. Sum and error together have float32 accuracy and need
+        # half of the extra memory of a float32 sum.
         is_half = of_weight and weight.dtype.itemsize < torch.float32.itemsize
         self.lost = torch.zeros_like(weight) if is_half else None
 
@@ -250,7 +251,7 @@ class _Gradients:
                 total += part.t() @ states
 
     def result(self, factor: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return both, multiplied by a scalar; the object is of no use afterwards."""
+        """Return both, multiplied by a scalar; consumes the object."""
         if factor is not None:
             self.to_hidden.mul_(factor)
             for total, lost, _ in self._parts():
@@ -261,7 +262,7 @@ class _Gradients:
         return self.to_hidden, self.to_weight
 
     def _parts(self) -> Iterator[tuple[Tensor, Tensor | None, slice]]:
-        """Yield (sums `[v, H]`, what they lost, their rows) in parts: no second `[V, H]`."""
+        """Yield (sums `[v, H]`, their rounding errors, their rows) in parts: no second `[V, H]`."""
         if self.to_weight is not None:
             for start in range(0, len(self.to_weight), 4096):
                 words = slice(start, start + 4096)

@@ -105,20 +105,20 @@ def why_not(lm: Any) -> str | None:
         return f"{kind} has layers of {min(others)!r}, which run over the ends of packed sequences"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return f"{kind} takes no position_ids, by which packed sequences are kept apart"
-    if is_varlen(lm.config) and not _hands_on_bounds(lm, backbone):
-        return f"{kind} hands no bounds of packed sequences to its attention kernel"
+    if is_varlen(lm.config) and not _passes_sequence_bounds(lm, backbone):
+        return f"{kind} passes no bounds of packed sequences to its attention kernel"
     return None
 
 
 @torch.no_grad()
-def _hands_on_bounds(lm: Any, backbone: nn.Module) -> bool:
-    """Run the model's code up to its first attention, which needs no weights."""
+def _passes_sequence_bounds(lm: Any, backbone: nn.Module) -> bool:
+    """Return whether the model passes sequence bounds to its kernel; needs no weights."""
     from opd_lightning.models.varlen import BOUNDS, ReachedError
 
     own, first = lm.config._attn_implementation, next(lm.parameters())
     row = _probe([3]).to(first.device)
     hidden = lm.config.get_text_config().hidden_size
-    # Some look into the ids of tokens, which the meta device has not; some need them.
+    # Some models read token values, which do not exist on the meta device; others require ids.
     inputs = {
         "input_ids": row.input_ids,
         "inputs_embeds": first.new_zeros(1, row.input_ids.shape[1], hidden),
@@ -130,7 +130,7 @@ def _hands_on_bounds(lm: Any, backbone: nn.Module) -> bool:
                 backbone(**{name: value}, **row.arguments(backbone))
             except ReachedError as reached:
                 return reached.has_bounds
-            except Exception:  # not known then
+            except Exception:  # the model does not take these inputs
                 continue
     finally:
         lm.set_attn_implementation(own)
@@ -141,8 +141,8 @@ def _hands_on_bounds(lm: Any, backbone: nn.Module) -> bool:
 def check_packing(lm: Any, *, attention: str | None) -> None:
     """Compare the states of a few short sequences, packed, with those of each alone.
 
-    On the CPU, with an attention kernel of the CPU in place of one for GPUs. In place of flash
-    attention it is one that knows nothing but the bounds of sequences which the model hands on.
+    Runs on the CPU. Flash attention is replaced by a kernel that reads only the sequence bounds,
+    other kernels for GPUs by one for the CPU.
 
     Raises:
         UserError: They differ by more than rounding.

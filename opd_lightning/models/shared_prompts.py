@@ -1,9 +1,9 @@
 """Prompts that several rows of a micro-batch share, read once where no gradient is needed.
 
 The prompts are read first, then the responses, which attend to the keys and values of their
-prompts. Prompts are padded on the left and responses on the right: no padding is within a sequence,
-so windows of attention count its tokens alone. Kernels that take the bounds of sequences read both
-packed.
+prompts. Prompts are stored padded on the right, and shifted to the left when they are read, before
+responses padded on the right: no padding is within a sequence, so windows of attention count its
+tokens alone. Kernels that take the bounds of sequences read both packed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _ROUNDING = 16  # multiples of a dtype's resolution by which equal states may di
 class SharedPrompts:
     """B rows, of which several continue one of U prompts of at most P tokens.
 
-    Of a response of at most R tokens the last predicts none, and is not read.
+    Responses have at most R tokens. The last token of a response predicts nothing, so it is not
+    read.
     """
 
     prompts: Tensor  # [U, P] int64, padded on the right
@@ -46,7 +47,7 @@ class SharedPrompts:
 
     @classmethod
     def of(cls, view: View, response_length: int) -> SharedPrompts:
-        """Find equal prompts in the rows of a view, whose responses have up to so many tokens."""
+        """Find equal prompts in a view with responses of at most `response_length` tokens."""
         ids, lengths = view.input_ids, view.prompt_lengths
         places = torch.arange(ids.shape[1], device=ids.device)
         prompts = ids.masked_fill(places >= lengths[:, None], -1)[:, : int(lengths.max())]

@@ -1,7 +1,6 @@
-"""Attention to the sequences of a packed row, in plain operations of the CPU.
+"""Attention over packed sequences in plain PyTorch operations, for checks on the CPU.
 
-It stands in for flash attention where there is no GPU: it is called as transformers calls that
-kernel, and has no mask but the bounds of sequences that the model hands on.
+Replaces flash attention without a GPU: same call signature, with sequence bounds as its only mask.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-# Names in transformers. It makes no masks for kernels that it knows no masks of.
+# Names registered with transformers, which builds no masks for unknown kernels.
 VARLEN = "opd_varlen"
 BOUNDS = "opd_varlen_bounds"
 

@@ -189,7 +189,7 @@ def memory(plan: Plan, available: float | None, smaller: str = "", *, program: i
         program: Bytes of the program and its libraries on the same device, as on CPUs.
     """
     predicted = process_memory(plan)
-    parts = predicted.fullest()
+    parts = predicted.peak()
     parts["program"] = program
     total = sum(parts.values())
     found = f"{plan.layout}: about {size(total)} per process: " + ", ".join(

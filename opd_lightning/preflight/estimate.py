@@ -52,12 +52,12 @@ SERVED = 0.9  # share of a server's GPU that its engine uses
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Tokens that are assumed.
+    """Assumed lengths in tokens.
 
     Args:
-        prompt: Of a prompt, on average.
-        longest_prompt: Of the longest prompt.
-        response: Of a response, on average; None is as many as allowed.
+        prompt: Mean prompt length.
+        longest_prompt: Length of the longest prompt.
+        response: Mean response length; None assumes the maximum.
     """
 
     prompt: int
@@ -161,7 +161,7 @@ def _findings(
     yield _tokens(written, lengths.prompt, response, micro_batches, data)
     yield cost.memory(plan, gpu.memory, cost.smaller_batches(shape))
     yield cost.traffic(plan, student.weights)
-    run = _Run(trainer, module, data, plan, shape, written, lengths.prompt, response, gpu)
+    run = _TimeInputs(trainer, module, data, plan, shape, written, lengths.prompt, response, gpu)
     yield run.time()
 
 
@@ -213,8 +213,8 @@ def _tokens(
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What the seconds of a step depend on."""
+class _TimeInputs:
+    """Inputs of the time estimate of a step."""
 
     trainer: Trainer
     module: DistillationModule

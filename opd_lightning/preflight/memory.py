@@ -22,17 +22,17 @@ class Memory:
 
     always: dict[str, int]
     training: dict[str, int]  # during forward and backward passes
-    moving: dict[str, int]  # while the optimiser updates the weights
+    optimizer_step: dict[str, int]  # while the optimiser updates the weights
     pushing: dict[str, int]  # while weights are pushed to an engine, which is awake
-    measuring: dict[str, int]  # while a validation reads texts, and engines are awake
+    validation: dict[str, int]  # while a validation reads texts, and engines are awake
     engine: dict[str, int]
     engine_sleeps: bool
     host: int  # in CPU memory, if the device is a GPU
 
-    def fullest(self) -> dict[str, int]:
-        """Return the parts at the moment of highest use."""
-        asleep = (self.training, self.moving)
-        awake = (self.pushing, self.measuring)
+    def peak(self) -> dict[str, int]:
+        """Return the parts at the moment of peak use."""
+        asleep = (self.training, self.optimizer_step)
+        awake = (self.pushing, self.validation)
         if self.engine_sleeps:
             return self.always | max(*asleep, *(self.engine | part for part in awake), key=_sum)
         return self.always | self.engine | max(*asleep, *awake, key=_sum)
@@ -73,9 +73,9 @@ def process_memory(plan: Plan) -> Memory:
     return Memory(
         always={**always, "teachers": teachers, "start": 0 if comes_and_goes else start},
         training={**training, "passing_teachers": passing},
-        moving={"update": _update_bytes(parameters, plan.optimizer, layout, plan.on_gpu)},
+        optimizer_step={"update": _update_bytes(parameters, plan.optimizer, layout, plan.on_gpu)},
         pushing={"push": _push_bytes(plan)},
-        measuring={"start": start} if comes_and_goes else {},
+        validation={"start": start} if comes_and_goes else {},
         engine={"engine": plan.engine},
         engine_sleeps=plan.engine_sleeps,
         host=host + (start if comes_and_goes else 0),

@@ -42,7 +42,7 @@ MAX_TOKENS = 64  # of a response; a model with noisy weights never ends it
 
 Verdict = Literal["arrives", "not proved", "hidden", "in part", "old", "not renewed"]
 
-WHOSE = "check that the engine is this run's alone, and that its server reads what is pushed"
+CHECK_ENGINE = "check that the engine is this run's alone, and that its server reads what is pushed"
 COMPARE = "compare engine and trainer in float32 on both sides"
 # Level, meaning and what to change.
 EXPLAINED: dict[Verdict, tuple[Level, str, str]] = {
@@ -61,13 +61,12 @@ EXPLAINED: dict[Verdict, tuple[Level, str, str]] = {
     "in part": (
         "warning",
         "more than the usual gap: perhaps some of the weights do not arrive",
-        WHOSE,
+        CHECK_ENGINE,
     ),
     "old": (
         "error",
-        "the engine goes on with old weights, or with others: training would leave the policy that "
-        "writes",
-        WHOSE,
+        "the engine samples from old weights, or from others: training would not be on-policy",
+        CHECK_ENGINE,
     ),
     "not renewed": (
         "error",

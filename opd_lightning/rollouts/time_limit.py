@@ -66,8 +66,8 @@ class TimeLimit:
             return
         self.is_exceeded = True
         report(
-            f"{self.where()}: {call} has not come back for {seconds:g} s, so the run ends; look at "
-            "the stacks below for where it hangs and go on from the last checkpoint, with a larger "
+            f"{self.where()}: {call} has not come back for {seconds:g} s, so the run ends; the "
+            "stacks below show where it hangs: resume from the last checkpoint, with a larger "
             f"{self.setting} if it was only slow"
         )
         faulthandler.dump_traceback(file=STDERR)

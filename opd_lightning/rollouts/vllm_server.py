@@ -92,10 +92,10 @@ class VLLMServerEngine(Engine):
         if method is not None:
             run_on_first(method.check_here)
         served = ServedModel(source.path, self.servers, role="engine.servers")
-        if served.room < max_length:
+        if served.max_model_len < max_length:
             raise UserError(
-                f"engine.servers: got room for {served.room} tokens, expected at least "
-                f"{max_length}; start them with --max_length {max_length}"
+                f"engine.servers: got a context of {served.max_model_len} tokens, "
+                f"expected at least {max_length}; start them with --max_length {max_length}"
             )
         self._model = served.name
         versions = set(self.servers.get_all("/version", partial(field, name="version", kind=str)))

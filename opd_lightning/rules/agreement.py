@@ -16,16 +16,16 @@ SMALLEST = 1e-8  # of the median that divides advantages
 
 @dataclass(frozen=True)
 class AlignedReweighting(Rule):
-    """R2-OPD (2609.35517; known at second hand): more of a response's signal where it agrees.
+    """R2-OPD (2609.35517): advantages reweighted by agreement with the outcome.
 
         z = 2 R - 1,   nu = median |A_j| of the response
         g_t = sigmoid(sharpness z A_t / nu)
         A_t <- A_t g_t sum_j |A_j| / sum_j g_j |A_j|
 
-    Signs and the sum of |A| of a response stay. Over the tokens that take part. Responses without
-    a score, and truncated ones (as by the authors), are not changed.
+    Preserves signs and the sum of |A| over the selected tokens of a response. Responses without a
+    score, and truncated ones (as by the authors), are not changed. From secondary sources.
 
-    Rates: agreeing, tokens with z A_t > 0; size, the mean of |A_t| after it.
+    Rates: agreeing, tokens with z A_t > 0; size, the mean of |A_t| after reweighting.
 
     Args:
         sharpness: beta, 0 or more; 0 changes nothing. The authors use 1e-3 throughout.
@@ -69,7 +69,7 @@ class MarginShift(Rule):
         A_t <- A_t + shift / 2 if correct,  A_t - shift / 2 if wrong      "both"
 
     A prompt whose rollouts are all correct or all wrong is not changed, nor is a rollout without a
-    score. Means are over the tokens that take part. Not implemented: their mask, which drops
+    score. Means are over the selected tokens. Not implemented: the authors' mask, which drops
     rollouts instead, and their balancing of prompts.
 
     Rates: shifted, tokens of prompts with a shift; shift, its mean in nats.

@@ -27,7 +27,7 @@ class Signal:
 
     advantage: Tensor  # [B, R] float32 nats; positive raises the sampled token's probability
     weight: Tensor  # [B, R] float32, factor on the token's loss
-    mask: Tensor  # [B, R] bool, tokens that take part: a subset of the response mask
+    mask: Tensor  # [B, R] bool, the selected tokens: a subset of the response mask
 
 
 class Compare(NamedTuple):
@@ -49,8 +49,9 @@ def names_compared(comparisons: Mapping[str, Compare]) -> set[str]:
 class Scored:
     """A micro-batch with the scores of all models, detached.
 
-    `others` holds the scores that a method asks for, by name: "teacher" for all but GRPO, and,
-    depending on the method, "reference" (G-OPD) and "plain" (the teacher without privileged text).
+    `others` holds the scores that a method asks for, by name: "teacher" for every method with a
+    teacher, and, depending on the method, "reference" (G-OPD) and "plain" (the teacher without
+    privileged text).
     """
 
     batch: RolloutBatch

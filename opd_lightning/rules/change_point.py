@@ -26,10 +26,10 @@ class ChangePointMask(Rule):
         cut behind block j = argmin RSS_j, among those where the mean falls,
             if n log(RSS_n / RSS_j) > penalty log n
 
-    Known at second hand: the margin over the student's top tokens, a change point as in BIC and
-    the cut are the authors'. Chosen here: blocks of equal length where the authors have sentences,
-    probabilities, `top_k`, `least`, and the penalty, which is BIC's for a second mean and a place.
-    It reads full distributions: needs a teacher in this process.
+    From secondary sources: the margin, a change point as in BIC, and the cut. Chosen here: blocks
+    of equal length (the authors use sentences), probabilities, `top_k`, `least`, and BIC's penalty
+    for one more mean and one location. It reads full distributions: needs a teacher in this
+    process.
 
     Rates: kept; cut, tokens of responses that are cut.
 

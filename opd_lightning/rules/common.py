@@ -1,7 +1,7 @@
 """Helpers of the rules: argument checks, and changes of a signal that respect its mask.
 
-A change applies only to tokens that still take part. So padding, which has arbitrary values, never
-enters a result, and a rule sees the tokens that earlier rules kept.
+A change applies only to the tokens that earlier rules kept, the selected tokens. So padding, which
+has arbitrary values, never enters a result.
 """
 
 from __future__ import annotations

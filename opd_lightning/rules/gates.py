@@ -137,7 +137,7 @@ class TrajectoryGate(Rule):
         keep = (A > 0 and L_T > L_S + margin) or (A <= 0 and L_T < L_S - margin)
 
     A is GRPO's advantage; L_T and L_S are the two models' log-probs of the rollout, summed over
-    the tokens that take part. Equality drops the rollout, and A = 0 counts as a failure. The
+    the selected tokens. Equality drops the rollout, and A = 0 counts as a failure. The
     authors divide by the tokens that are kept.
 
     Rates: kept.

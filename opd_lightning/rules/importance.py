@@ -44,8 +44,8 @@ class TruncatedImportance(Rule):
         level: "token": a ratio for each token; "sequence": the product of all ratios of a
             response, on each of its tokens.
         cap: Above 0. G-OPD and SG-OPD use 5 at token level; SDPO and TRL use 2.
-        unit_mean: Divide by the mean weight of the step, over on-policy tokens that take part at
-            token level and over their rollouts at sequence level. Costs the student one more
+        unit_mean: Divide by the mean weight of the step, over selected on-policy tokens at token
+            level and over their rollouts at sequence level. Costs the student one more
             forward pass of all micro-batches but the first; off, as in verl.
     """
 
@@ -131,14 +131,14 @@ class IcePop(Rule):
 
 @dataclass(frozen=True)
 class DriftGate(Rule):
-    """Blockwise policy-drift gate (2606.24084, equation 1; second hand).
+    """Blockwise policy-drift gate (2606.24084, equation 1; from secondary sources).
 
         g_b = exp(-strength |mean over block b of log pi_theta(y_t) - log mu(y_t)|)
 
-    divided by its mean over the step's tokens that take part. Blocks are consecutive tokens that
-    take part. It acts where rollouts are older than the student (`data.max_staleness` 1), and
-    weighs all tokens alike where they are not and engine and trainer agree. It does not correct
-    for the sampler. Rows of other samplers have g 1.
+    divided by its mean over the step's selected tokens. A block is `block` consecutive selected
+    tokens; others are not counted. It acts where rollouts are older than the student
+    (`data.max_staleness` 1), and weighs all tokens alike where they are not and engine and trainer
+    agree. It does not correct for the sampler. Rows of other samplers have g 1.
 
     Rates: value, the mean of g before division.
 
@@ -159,7 +159,7 @@ class DriftGate(Rule):
         check(self, "block", self.block >= 1, "1 or more")
 
     def _raw(self, signal: Signal, scored: Scored) -> Tensor:
-        """Return g, `[B, R]`; 1 where no token takes part."""
+        """Return g, `[B, R]`; 1 without selected tokens."""
         drift = torch.where(signal.mask, log_importance(scored), 0.0)
         place = (signal.mask.cumsum(dim=1) - 1).clamp(min=0) // self.block  # block of each token
         blocks = int(place.max()) + 1 if place.numel() else 1
@@ -169,7 +169,7 @@ class DriftGate(Rule):
         return (-self.strength * (total / count).abs()).exp().gather(1, place)
 
     def observe(self, signal: Signal, scored: Scored) -> Tensor:
-        """Return `[1, 2]`: the sum of g over the tokens that take part, and their number."""
+        """Return `[1, 2]`: the sum of g over the selected tokens, and their number."""
         raw = self._raw(signal, scored)[signal.mask].double()
         return torch.stack([raw.sum(), signal.mask.sum().double()])[None]
 

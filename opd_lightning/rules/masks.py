@@ -158,8 +158,8 @@ class LikelihoodMask(Rule):
 class HighEntropyMask(Rule):
     """Keeps the tokens of the step at which the student is least sure (2506.01939).
 
-    The threshold is a quantile of the student's entropy over all tokens of the step that take part.
-    The formula and the share are known at second hand.
+    The threshold is a quantile of the student's entropy over all selected tokens of the step.
+    From secondary sources: the formula and the share.
 
     Rates: kept.
 
@@ -177,11 +177,11 @@ class HighEntropyMask(Rule):
         check(self, "share", 0 < self.share <= 1, "a number in (0, 1]")
 
     def _values(self, scored: Scored) -> Tensor:
-        """Return what is compared, `[B, R]`: the highest are kept."""
+        """Return the values to compare, `[B, R]`: the highest are kept."""
         return scored.student.entropy
 
     def observe(self, signal: Signal, scored: Scored) -> Tensor:
-        """Return the values of the tokens that take part, `[N, 1]`."""
+        """Return the values of the selected tokens, `[N, 1]`."""
         return self._values(scored)[signal.mask][:, None].double()
 
     def apply(
@@ -198,8 +198,8 @@ class TokenImportanceMask(HighEntropyMask):
 
         s = h + delta - h delta,   h = H(S) / log V,   delta = JSD_0.5(S, T) / log 2
 
-    The score is known at second hand, how its parts are scaled is that of the authors' code. It
-    reads full distributions: needs a teacher in this process.
+    From secondary sources: the score. From the authors' code: the scales of its parts. It reads
+    full distributions: needs a teacher in this process.
 
     Rates: kept.
 

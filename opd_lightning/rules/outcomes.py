@@ -74,7 +74,7 @@ class RewardWeight(Rule):
         return ((rewards - 1) / self.temperature).exp().nan_to_num(0.0)
 
     def observe(self, signal: Signal, scored: Scored) -> Tensor:
-        """Return `[1, 2]`: sum and number of the raw weights of scored rollouts that take part."""
+        """Return `[1, 2]`: sum and number of the raw weights of scored, selected rollouts."""
         counted = signal.mask.any(dim=1) & ~scored.batch.rewards.isnan()
         raw = self._raw(scored)[counted].double()
         return torch.stack([raw.sum(), counted.sum().double()])[None]
@@ -93,9 +93,9 @@ class TeacherRatio(Rule):
 
         A_t <- A_t r_t / (prod_s r_s)^(1 / T)   where A_t > 0,   r_t = clip(exp(d_t), low, high)
 
-    The geometric mean over a response's tokens that take part is 1, so that a response weighs as
-    much as without. Negative advantages stay, or tokens that the teacher prefers would be punished
-    most.
+    The weights of a response have geometric mean 1 over its selected tokens, so its overall weight
+    does not change. Negative advantages are kept: scaling them would penalise the teacher's
+    preferred tokens most.
 
     Rates: clipped, tokens whose ratio is outside of the bounds.
 

@@ -185,8 +185,8 @@ class PhasedFloor(Floor):
         before switch_step (exploration):  tokens whose advantage is at or above the floor
         from switch_step (refinement):     tokens whose student entropy is among the step's highest
 
-    The refinement threshold is the (1 - top) quantile of the student's entropy over all tokens of
-    the step that take part. The authors divide by the number of kept tokens.
+    The refinement threshold is the (1 - top) quantile of the student's entropy over all selected
+    tokens of the step. The authors divide by the number of kept tokens.
 
     Rates: clipped as in `Floor`; kept.
 

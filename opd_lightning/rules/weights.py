@@ -22,7 +22,7 @@ from opd_lightning.rules.masks import positions
 class StabilityWeight(Rule):
     """SG-OPD's weight (2606.09304, section 3): smaller for tokens with large |d_t|.
 
-        phi_t = min(1, tau / |d_t|), divided by its mean over the step's tokens that take part
+        phi_t = min(1, tau / |d_t|), divided by its mean over the step's selected tokens
 
     It does not change the advantage, hence not the decisions of a gate.
 
@@ -68,7 +68,7 @@ class PositionWeight(Rule):
 
         w_t = 1 + gamma (1 - sum_{s < t} |a_s| / sum_s |a_s|)
 
-    Falls from 1 + gamma towards 1 over the tokens that take part. The authors compute a from the
+    Falls from 1 + gamma towards 1 over the selected tokens. The authors compute a from the
     sampler's log-probs; ours is d_t, from the trainer's, like every log-ratio here.
 
     Rates: value, the mean weight.
@@ -99,7 +99,7 @@ class PositionWeight(Rule):
 
 @dataclass(frozen=True)
 class LateWeight(Rule):
-    """PW-OPSD (2605.21606; known at second hand): weight that rises along a response.
+    """PW-OPSD (2605.21606; from secondary sources): weight that rises along a response.
 
         w_t = least + (1 - least) sigmoid((t / T - centre) / width),   t from 0, T tokens
 
@@ -141,7 +141,7 @@ class ScopeWeight(Rule):
     samples that the student finds improbable and wrong ones that the teacher finds probable. This
     is the paper's direction; the flags of the published script invert the first one. Weights have
     mean 1 over such a set, as in the authors' code (their paper: sum 1), so a single sample has 1.
-    Perplexities are over the tokens that take part. A rollout without a score is not changed.
+    Perplexities are over the selected tokens. A rollout without a score is not changed.
 
     Rates: correct; weight, its mean.
 
@@ -164,7 +164,7 @@ class ScopeWeight(Rule):
         check(self, "threshold", 0 < self.threshold <= 1, "a number in (0, 1]")
 
     def _rows(self, signal: Signal, scored: Scored) -> tuple[Tensor, Tensor]:
-        """Return (`[B, 3]` of group, correctness and logit; `[B]` bool, rows that take part)."""
+        """Return (`[B, 3]` of group, correctness and logit; `[B]` bool, selected rows)."""
         correct = is_correct(scored, self.threshold)
         scored_rows = (correct | is_wrong(scored, self.threshold))[:, 0]
         tokens = signal.mask.sum(dim=1)
@@ -177,7 +177,7 @@ class ScopeWeight(Rule):
         return torch.stack(columns, dim=1), scored_rows & (tokens > 0)
 
     def observe(self, signal: Signal, scored: Scored) -> Tensor:
-        """Return `[M, 3]` float64: group, 1 if correct, logit, of rollouts that take part."""
+        """Return `[M, 3]` float64: group, 1 if correct, logit, of selected rollouts."""
         rows, present = self._rows(signal, scored)
         return rows[present]
 

@@ -116,7 +116,7 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
     moving = [part for part in parts if isinstance(part, EMATeacher) and part.rate > 0]
     if moving and not any(callback.moves_ema_teachers for callback in run_callbacks(trainer)):
         raise UserError(
-            f"trainer.callbacks: nothing moves {name}'s EMATeacher (rate {moving[0].rate}); add "
+            f"trainer.callbacks: nothing updates {name}'s EMATeacher (rate {moving[0].rate}); add "
             "callbacks.EMATeacherUpdate, or use a FrozenTeacher"
         )
     if coarse and any(part.rate < 1 for part in moving):

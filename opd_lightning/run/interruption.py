@@ -55,8 +55,8 @@ class SaveOnInterruption(RunCallback):
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Save the step's beginning if that is possible, and return a message about it."""
-        if pl_module.moving or trainer.world_size > 1:
-            return "nothing saved: " + (_MOVING if pl_module.moving else _SEVERAL)
+        if pl_module.is_updating or trainer.world_size > 1:
+            return "nothing saved: " + (_UPDATING if pl_module.is_updating else _SEVERAL)
         try:
             path = save_last(trainer)
         except Exception as failure:  # the exception that ended the run is the one to report
@@ -75,8 +75,8 @@ class TermAsInterrupt(_SignalConnector):
         self._original_handlers = signals.interrupt_on_stops()
 
 
-_MOVING = "the run ended while its weights moved; go on from the last checkpoint"
+_UPDATING = "the run ended during a weight update; resume from the last checkpoint"
 _SEVERAL = (
-    "of several processes, one alone cannot; go on from the last checkpoint (on SIGTERM "
+    "of several processes, one alone cannot; resume from the last checkpoint (on SIGTERM "
     "callbacks.SlurmRequeue has all of them save, also without SLURM)"
 )

@@ -133,8 +133,8 @@ class RunLog(RunCallback):
 def _void_from(trainer: Trainer, step: int) -> None:
     """Mark what earlier processes logged for `step` and later as void in TensorBoard.
 
-    Only if there are such files: TensorBoard orders files by the clock times in their names, and
-    a file of a clock that was set back comes first. The event is written twice, because
+    Done only if such files exist: TensorBoard orders files by the timestamps in their names, so
+    after a clock change a new file may come first. The event is written twice, because
     TensorBoard does not treat the first START as a restart.
     """
     start = Event(session_log=SessionLog(status=SessionLog.START))

@@ -49,8 +49,7 @@ def check_folder(option: str, path: Path) -> None:
 def check_run_files(folder: Path, names: Iterable[str]) -> None:
     """Raise UserError if a run folder has something else where a run writes its files.
 
-    A pipe would make it wait for ever, a device takes what is written, and what a link names may be
-    the file of another.
+    A pipe would block, a device would discard the data, and a link may point to another run's file.
 
     Args:
         folder: The run folder, which need not be there.

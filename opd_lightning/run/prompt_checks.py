@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from opd_lightning.data.mix import RolloutMix, TeacherSampler
-from opd_lightning.data.views import Late, Renderer
+from opd_lightning.data.views import Renderer, ResponseFacts
 from opd_lightning.errors import UserError
 from opd_lightning.rollouts.base import Sampling
 from opd_lightning.run.configuration import teacher_sources
@@ -17,8 +17,8 @@ from opd_lightning.types import Prompt
 if TYPE_CHECKING:
     from opd_lightning.training.base import DistillationModule
 
-# Late variables whose own length is negligible.
-_KNOWN = Late(attempt="?", reward=1.0, peer="?", peer_failure="?", feedback="?")
+# Facts whose own length is negligible.
+_KNOWN = ResponseFacts(attempt="?", reward=1.0, peer="?", peer_failure="?", feedback="?")
 
 
 class PromptCheck:
@@ -72,7 +72,9 @@ class PromptCheck:
         what, budget = max(budgets.items(), key=lambda item: item[1])
         longest = positions = len(ids)
         for name, view in self.renderer.views.items():
-            seen = self.renderer.view(name, prompt, _KNOWN if view.is_late else Late()) or []
+            seen = (
+                self.renderer.view(name, prompt, _KNOWN if view.is_late else ResponseFacts()) or []
+            )
             if seen == ids and not view.is_late and view.messages(prompt) != prompt.messages:
                 raise UserError(
                     f"{prompt.origin or prompt.id}: the view {name!r} renders as the prompt alone: "

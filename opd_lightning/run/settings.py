@@ -45,7 +45,7 @@ def flat_settings(config: Mapping[str, Any]) -> dict[str, float | str]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return one line for each setting of a checkpoint's run that this run has otherwise.
+    """Return one line for each setting that differs from the checkpoint's run.
 
     Optimiser and scheduler are restored with their own settings; all else is this run's.
 

@@ -1,11 +1,11 @@
 """Signals: SIGTERM and SIGHUP end a program as Ctrl-C does, or are acted on between two steps.
 
-A run with a callback that saves on signals records them from its first step on, and polls
-`requested`: SLURM sends them to every process of a job step at any time, inside a collective too.
+SLURM signals every process of a job step, possibly during a collective. A run with a callback that
+saves on signals therefore records them from its first step on, and polls `requested`.
 
-SIGUSR1 is recorded from the start, since it must requeue the job. It is blocked as well, and child
-processes inherit that: its default action would kill workers of engines, data loaders and
-verifiers. The others are not blocked, because SIGTERM is used to end children.
+SIGUSR1 is recorded from the start, because it requeues the job. It is also blocked, and child
+processes inherit this; its default action would kill workers of engines, data loaders and
+verifiers. SIGTERM and SIGHUP are not blocked, because SIGTERM is used to end child processes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SignalAction(IntEnum):
 
 
 class SignalledError(RuntimeError):
-    """A signal ended the run in order: all ranks stopped at the same point, after saving.
+    """A signal ended the run cleanly: all ranks stopped at the same point, after saving.
 
     Args:
         code: Exit code of this process.

@@ -15,7 +15,7 @@ WANDB_RUN = "WANDB_RUN_ID"  # environment variable that Weights & Biases reads
 
 
 def continue_tracked_run(trainer: Trainer, run: Path) -> None:
-    """Let Weights & Biases go on with the run of the last start, unless an id is given.
+    """Let Weights & Biases continue the run of the last start, unless an id is given.
 
     Called before the logger connects.
     """

@@ -1,7 +1,7 @@
 """Requests that a server accepts: the routes of trainers, and the fields of their bodies.
 
-vLLM passes over fields that it does not know, reads "1" and true as 1, and has routes that would
-stop or change the server. Whatever no trainer asks is refused here, in one line that names it.
+vLLM ignores unknown fields, accepts "1" and true as 1, and has routes that stop or change the
+server. Requests that trainers do not send are refused here, in one line that names the cause.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RefusedError(ValueError):
 
 
 class Limits:
-    """What the model that this process serves can take.
+    """Limits of the served model on requests.
 
     Attributes:
         vocabulary: Number of token ids; None until the model is known.
@@ -52,7 +52,7 @@ def check(method: str, path: str, query: str, body: bytes) -> Any:
     Args:
         method: HTTP method.
         path: Route, without the query.
-        query: Behind the question mark.
+        query: Text after the question mark.
         body: The whole body.
 
     Raises:

@@ -1,4 +1,4 @@
-"""ASGI middleware that lets pass what trainers ask, and answers everything else itself."""
+"""ASGI middleware that forwards trainers' requests and refuses all others."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class CheckedRequests:
             query = scope["query_string"].decode("latin-1")
             told = check(scope["method"], scope["path"], query, body)
             if LIMITS.check_push and told and told.get("method") == "load_pushed":
-                # In a thread: the disk may be slow, and the other requests must go on.
+                # In a thread: the disk may be slow, and the other requests must continue.
                 await asyncio.to_thread(LIMITS.check_push, told["args"][0])
         except RefusedError as error:
             await refuse(send, error.status, str(error))

@@ -248,7 +248,7 @@ class Servers:
 async def _refresh_address(server: Server) -> None:
     """Read the address file of a lost server again: once restarted, its address may differ."""
     if server.file is not None:
-        # In a thread: the disk may be slow, and the other requests must go on.
+        # In a thread: the disk may be slow, and the other requests must continue.
         url = await asyncio.to_thread(read_address, server.file)
         if url is not None and url != server.connection.url:
             log.warning("%s is at %s now", server.connection.url, url)

@@ -30,14 +30,14 @@ def read_response(answer: Any, *, most: int, vocabulary: int, eos_ids: Collectio
         eos_ids: Token ids that end a response.
 
     Raises:
-        LostError: If the server broke the request off, so that it must be repeated.
+        LostError: If the server aborted the request, so that it must be repeated.
         ValueError: If the answer is not one to such a request.
     """
     choices = field(answer, "choices", list)
     if len(choices) != 1:
         raise ValueError(f"choices: got {shown(choices)}, expected a list of 1")
     reason = field(choices[0], "finish_reason", str)
-    if reason == "abort":  # the server is paused, or somebody aborts its requests
+    if reason == "abort":  # the server was paused, or another client aborted the request
         raise LostError("broke the request off", reached=True)
     if reason not in REASONS:
         raise ValueError(f"finish_reason: got {shown(reason)}, expected 'stop' or 'length'")

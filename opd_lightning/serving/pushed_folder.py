@@ -1,4 +1,4 @@
-"""Check of pushed weights before vLLM loads them, which keeps old ones where new are missing."""
+"""Validation of pushed weights. vLLM silently keeps old tensors where new ones are missing."""
 
 from __future__ import annotations
 

@@ -61,13 +61,13 @@ class ServedModel(ModelSource):
     @property
     def context_length(self) -> int:
         """Longest sequence to score, in tokens: the server must be able to generate one more."""
-        return min(super().context_length, self.room - 1)
+        return min(super().context_length, self.max_model_len - 1)
 
     @cached_property
-    def room(self) -> int:
+    def max_model_len(self) -> int:
         """Context length of all servers. Waits for them; raises UserError for another model."""
-        rooms = []
-        answers = self.servers.get_all("/v1/models", _rooms)
+        lengths = []
+        answers = self.servers.get_all("/v1/models", _context_lengths)
         for url, served in zip(self.servers.urls, answers, strict=True):
             if self.name not in served:
                 raise UserError(
@@ -75,16 +75,16 @@ class ServedModel(ModelSource):
                     f"{self.name} ({self.path!r}); start it with that model, or give the folder "
                     "of the model that it serves"
                 )
-            rooms.append(served[self.name] or super().context_length)
-        return min(rooms)
+            lengths.append(served[self.name] or super().context_length)
+        return min(lengths)
 
 
-def _rooms(answer: Any) -> dict[str, int | None]:
-    """Return the context length of each model by name; None where a server does not say it."""
-    rooms: dict[str, int | None] = {}
+def _context_lengths(answer: Any) -> dict[str, int | None]:
+    """Return the context length of each model by name; None if a server does not report it."""
+    lengths: dict[str, int | None] = {}
     for model in field(answer, "data", list):
-        room = of_kind(model, "data", dict).get("max_model_len")
-        if room is not None and of_kind(room, "max_model_len", int) < 2:
-            raise ValueError(f"max_model_len: got {room}, expected at least 2")
-        rooms[field(model, "id", str)] = room
-    return rooms
+        length = of_kind(model, "data", dict).get("max_model_len")
+        if length is not None and of_kind(length, "max_model_len", int) < 2:
+            raise ValueError(f"max_model_len: got {length}, expected at least 2")
+        lengths[field(model, "id", str)] = length
+    return lengths

@@ -66,13 +66,13 @@ def run_errors() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise RunStoppedError(
             f"engine VLLMEngine: out of GPU memory: {_one_line(error)}; lower its "
-            "gpu_memory_utilization or max_num_seqs, or set sleep_while_training, then go on from "
-            "the last checkpoint"
+            "gpu_memory_utilization or max_num_seqs, or set sleep_while_training, then resume "
+            "from the last checkpoint"
         ) from error
     except EngineDeadError as error:
         raise RunStoppedError(
-            "engine VLLMEngine: vLLM's own processes have ended, and have said why above; go on "
-            "from the last checkpoint"
+            "engine VLLMEngine: vLLM's own processes have ended, see their messages above; "
+            "resume from the last checkpoint"
         ) from error
 
 

@@ -28,7 +28,7 @@ class RecordedQuestion(NamedTuple):
 
 
 class Provides(IntEnum):
-    """What a teacher returns; each includes those before it."""
+    """Kinds of scores that a teacher returns; each level includes the previous ones."""
 
     SAMPLED_TOKENS = 0  # `Teacher.score`
     TOP_K = 1  # `TopKTeacher.score_top`

@@ -45,10 +45,10 @@ class CrossTokenizerTeacher(Teacher):
 
     Limits. Only sampled tokens are scored, under the plain prompt. Of all encodings of a text only
     the tokenizer's is scored, so the log-prob is at most the text's; and the student may have
-    sampled another encoding than its tokenizer's. A student token also implies that the text does
-    not continue as a longer student token, which a teacher with shorter tokens decides only later:
-    the sum over a response is right, but part of it falls into a group too early, a bias if
-    `discount` is 0. (A student of single characters has none.) A temperature other than 1 divides
+    sampled another encoding than its tokenizer's. A student token also excludes longer student
+    tokens, which a teacher with shorter tokens decides only later. The sum over a response is
+    correct, but part of it is assigned one group too early. With `discount` 0 this is a bias. (A
+    student of single characters has none.) A temperature other than 1 divides
     the logits of each model's tokens, so equal distributions of text become unequal. A special
     token within the response is encoded as its name, which is a special token again if the teacher
     has one of that name. A character that the length limit cut off is not scored; other bytes that

@@ -15,10 +15,10 @@ c of the previous group, so the sums up to any group telescope; after the end of
 Two models with the same distribution of texts then agree on every group, for every sample.
 
 Exact if texts that share their first bytes share their first tokens, except the one that crosses
-the boundary, as with tokenizers that take the longest match. A text that BPE splits differently
-before the boundary ("ab", but "a" "bc") would need another forward pass of the teacher: it is left
-out, as are all encodings that are not the tokenizer's. The student's boundaries are those of the
-longer token alone, without its context. With the teacher's own tokenizer c is 0.
+the boundary, as with tokenizers that take the longest match. Texts that BPE splits differently
+before the boundary ("ab", but "a" "bc") would need another forward pass of the teacher and are
+ignored. Other encodings than the tokenizer's own are ignored, too. The student's boundaries are
+those of the longer token alone, without its context. With the teacher's own tokenizer c is 0.
 
 Axes: N tokens of a micro-batch's responses, n of a block, K spans that start at one token, V the
 vocabulary.

@@ -32,8 +32,8 @@ class EMATeacher(OwnModelTeacher):
         rate: Weight of the student in each update: SDFT's code 0.01, SDPO 0.05. 1 copies it, as
             CRISP (2603.05433) does every 50 steps; 0 never changes the teacher.
         every: Optimiser steps between updates.
-        warmup: Number of first updates of which the n-th has at least the rate 1 / (n + 1): the
-            teacher is then the plain mean of its students, and its initial weights soon fade.
+        warmup: Number of initial updates whose n-th rate is at least 1 / (n + 1), so that the
+            teacher is the mean of its students and the initial weights are soon forgotten.
     """
 
     def __init__(self, rate: float = 0.01, every: int = 1, warmup: int = 0) -> None:

@@ -88,7 +88,7 @@ class DistillationModule(Contract, EvaluatedModule):
         self._factor = 1.0  # of the step's loss: see `Contract.loss_factor`
         self._later: list[RolloutBatch] = []  # the step's micro-batches after the first
         self._tokens = 0.0  # of the last logged step
-        self.moving = False  # an update of weights, scheduler and callbacks is in progress
+        self.is_updating = False  # an update of weights, scheduler and callbacks is in progress
         # Factors on the learning rate, by name. Callbacks add theirs and checkpoint them.
         self.rate_scales: dict[str, float] = {}
 
@@ -197,7 +197,7 @@ class DistillationModule(Contract, EvaluatedModule):
         for metric in self._metrics():
             metric.reset()  # an exception may have interrupted a step
         self.skipped.reset()
-        self.moving = False
+        self.is_updating = False
 
     def on_train_batch_start(self, batch: RolloutBatch | WholeStep, batch_idx: int) -> None:
         self._later = batch[1:] if isinstance(batch, WholeStep) else []
@@ -226,7 +226,7 @@ class DistillationModule(Contract, EvaluatedModule):
         for teacher in self.teachers():
             teacher.release()
         self.timer.start("optimizer")
-        self.moving = True
+        self.is_updating = True
         self.validation_is_over = False
 
     def optimizer_step(
@@ -259,7 +259,7 @@ class DistillationModule(Contract, EvaluatedModule):
 
     def on_train_batch_end(self, *_: Any) -> None:
         self._later = []
-        self.moving = False
+        self.is_updating = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         rewind(checkpoint["loops"]["fit_loop"], self.trainer)

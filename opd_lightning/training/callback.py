@@ -25,14 +25,14 @@ class RunCallback(Callback):
     """
 
     moves_ema_teachers: ClassVar[bool] = False
-    """Whether it updates the method's `EMATeacher`s. Runs with EMA teachers need one that does."""
+    """True if the callback updates the method's EMA teachers. A run with EMA teachers needs one."""
 
     runs_last: ClassVar[bool] = False
-    """Return whether it is called after the callbacks that do not set this, whatever their order in
-    `trainer.callbacks`. Set it to save or restore the state that all others left."""
+    """True if it runs after all callbacks without this flag, whatever their configured order. Set
+    it to save or restore the state that the others left."""
 
     handles_signals: ClassVar[bool] = False
-    """Return whether it acts on SIGUSR1 and SIGTERM. Without such a callback both end the run."""
+    """True if it handles SIGUSR1 and SIGTERM. Without such a callback both end the run."""
 
     charts: ClassVar[Layout] = {}
     """Charts added to TensorBoard's Custom Scalars tab, by category and title."""
@@ -41,7 +41,7 @@ class RunCallback(Callback):
         """Called on all ranks before the rollouts of optimiser step `step` are generated or read.
 
         An exception ends the run at this point; callbacks after this one are not called then.
-        With `data.max_staleness` 1 their generation began one step earlier.
+        With `data.max_staleness` 1 generation of these rollouts started one step earlier.
         """
 
     def after_loss(self, trainer: Trainer, module: DistillationModule, batch: RolloutBatch) -> None:

@@ -67,11 +67,13 @@ class ComposedMethod(DistillationModule):
         self.extra_terms = terms or []
         self.imitation = imitation
         self.surrogate = surrogate
-        # Of a step whose signals need all of it: what they are computed from, of all micro-batches
-        # but the first, then the signals of those that are left to train on.
+        # Only for steps that are scored before they train: scores of all micro-batches but the
+        # first, then the signals of the micro-batches that remain to be trained on.
         self._scored: list[BatchScores] | None = None
         self._prepared: deque[_Prepared] = deque()
-        self._divisors: StepDivisors | None = None  # of a step that is divided at its end
+        self._divisors: StepDivisors | None = (
+            None  # for steps whose gradients are divided at the end
+        )
 
     # Hooks of a subclass ------------------------------------------------------------------
 
@@ -142,7 +144,7 @@ class ComposedMethod(DistillationModule):
         prepared = self._prepared.popleft() if self._prepared else None
         scored, student, values = results.scored, results.student, results.values
         self.compare_with_engine(batch, student)
-        mask = self._learnt(batch) & self._has_views(batch, self._names_read())
+        mask = self._loss_mask(batch) & self._has_views(batch, self._names_read())
         self.skipped.record(batch, mask, student=student, **scored.others)
         if "teacher" in scored.others:
             self.note_signal(batch, student, scored.teacher, mask)
@@ -184,7 +186,7 @@ class ComposedMethod(DistillationModule):
         loss = student.logprobs.new_zeros(())
         for term in self.terms:
             token_loss = term.token_loss(student, scored, values)
-            mask = self._learnt(batch) & self._has_views(batch, term.names_read())
+            mask = self._loss_mask(batch) & self._has_views(batch, term.names_read())
             loss = loss + aggregate(token_loss, mask, totals, mode)
             self.rates.update(batch, {f"term/{term.name}": torch.where(mask, token_loss, 0.0)})
         if self.imitation is not None:
@@ -199,10 +201,10 @@ class ComposedMethod(DistillationModule):
     def prepare_step(self, batches: Sequence[RolloutBatch]) -> None:
         """Score the step's micro-batches, if a rule or the normaliser needs them all.
 
-        Adds a forward pass of the student, and of teachers whose whole distribution is compared,
-        over all micro-batches but the first, whose training pass scores it in time. The scores of
-        other teachers are computed here and reused. None is needed where the loss as a whole can
-        be divided after the last micro-batch.
+        Adds a forward pass over all micro-batches but the first, which is scored by its training
+        pass: of the student, and of teachers whose distributions are compared. Other teachers are
+        scored here and reused. No pass is needed if the loss can be divided after the last
+        micro-batch.
         """
         self._scored, self._divisors = None, None
         self._prepared.clear()
@@ -264,10 +266,10 @@ class ComposedMethod(DistillationModule):
         return Signal(
             advantage=advantage,
             weight=torch.ones_like(advantage),
-            mask=self._learnt(scored.batch) & self._has_views(scored.batch, self._names_read()),
+            mask=self._loss_mask(scored.batch) & self._has_views(scored.batch, self._names_read()),
         )
 
-    def _learnt(self, batch: RolloutBatch) -> Tensor:
+    def _loss_mask(self, batch: RolloutBatch) -> Tensor:
         """Return the mask `[B, R]` of the method's loss: all tokens but the imitated ones."""
         if self.imitation is None:
             return batch.response_mask

@@ -26,11 +26,11 @@ def check_whole_steps(trainer: Trainer) -> None:
 def rewind(fit_loop: dict[str, Any], trainer: Trainer) -> None:
     """Set a checkpoint's loop counters to the end of the last optimiser step.
 
-    The weights have not changed since. Lightning's counters may have, and a resumed run would skip
-    micro-batches whose gradient is lost. The counters are reset to those of a checkpoint taken
-    right after that optimiser step, from which Lightning resumes exactly. An interrupted or
-    pending validation of these weights is run after resumption; Lightning would take a pending one
-    for done.
+    The weights have not changed since then, but Lightning's counters may have. Without this, a
+    resumed run would skip micro-batches whose gradients are lost. The counters are reset to those
+    of a checkpoint taken right after that optimiser step, from which Lightning resumes exactly. An
+    interrupted or pending validation runs after resumption; Lightning would consider a pending one
+    finished.
 
     Args:
         fit_loop: State of the fit loop in the checkpoint; changed in place.

@@ -56,8 +56,8 @@ def score_batch(
         known: Scores of this batch from an earlier call.
         top_k: Size of the top-k sets of the student and of the teacher named "teacher".
         timer: Timer of the stages "teacher" and "student".
-        sums_loss: Whether the loss is a multiple of the sum of the comparison named "loss", as far
-            as is known. Nothing but time depends on it.
+        sums_loss: Whether the loss is expected to be a multiple of the sum of the comparison
+            "loss". Affects speed only, not the result.
     """
     comparisons = {name: _of_step(one, batch.totals.step) for name, one in comparisons.items()}
     compared = {

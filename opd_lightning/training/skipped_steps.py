@@ -79,7 +79,7 @@ class SkippedSteps(nn.Module):
             too_many = RunStoppedError(
                 f"step {step}: {found}; that makes {self.stop_after} in a row "
                 "(model.init_args.stop_after_skips), so the run ends with the weights of before; "
-                "lower the learning rate, or look at who gives no numbers"
+                "lower the learning rate, or check which model returns non-finite log-probs"
             )
             raise raised_by_all(too_many)
         for parameter in parameters:
@@ -105,7 +105,7 @@ class SkippedSteps(nn.Module):
 
 def check_weights(step: int, student: nn.Module, ranks: Ranks) -> None:
     """Raise RunStoppedError, on all ranks, if the optimiser left a weight that is not finite."""
-    trained = {name: _here(p) for name, p in student.named_parameters() if p.requires_grad}
+    trained = {name: _local_shard(p) for name, p in student.named_parameters() if p.requires_grad}
     # The maximum norm cannot overflow, unlike a sum of squares, and propagates NaN.
     largest = torch.nn.utils.get_total_norm(trained.values(), norm_type=float("inf"))
     if ranks.sum(int(not largest.isfinite())):
@@ -113,13 +113,13 @@ def check_weights(step: int, student: nn.Module, ranks: Ranks) -> None:
         name = next(names[0] for names in ranks.gather(broken) if names)
         error = RunStoppedError(
             f"step {step}: the optimiser left weights that are not finite, {name!r} among them; "
-            "this step is neither saved nor pushed: go on from the last checkpoint, with a lower "
-            "learning rate"
+            "this step is neither saved nor pushed: resume from the last checkpoint with a "
+            "lower learning rate"
         )
         raise raised_by_all(error)
 
 
-def _here(parameter: nn.Parameter) -> Tensor:
+def _local_shard(parameter: nn.Parameter) -> Tensor:
     """Return the local shard of a parameter."""
     weight = parameter.detach()
     return weight.to_local() if isinstance(weight, DTensor) else weight

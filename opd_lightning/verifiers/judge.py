@@ -26,9 +26,9 @@ TOP_LOGPROBS = 20  # the most that the API gives
 class JudgeVerifier(Verifier):
     """Verifier that asks a served model for a score.
 
-    The server speaks the chat completions API (vLLM, SGLang, llama.cpp and hosted models do). Its
-    key, if it needs one, is in the environment variable OPD_JUDGE_KEY. Several criteria are several
-    judges under `WeightedVerifier`.
+    The server implements the chat completions API (as vLLM, SGLang, llama.cpp and hosted models
+    do). Its key, if it needs one, is in the environment variable OPD_JUDGE_KEY. Several criteria
+    are several judges under `WeightedVerifier`.
 
     A reply without a score gives no reward: the response is counted as `response/unverified`, and
     so is one whose requests fail until its time is over. A call in which every request fails ends
@@ -39,13 +39,13 @@ class JudgeVerifier(Verifier):
         model: Name under which the model is served.
         question: Jinja text of the user message, over `question` (the prompt's last user message),
             `response`, `rubric`, and `answer` and `privileged` (columns of the row).
-        scale: Scores that count as 0 and as 1. Others than those between them are no scores.
+        scale: Scores that count as 0 and as 1. Values outside the range are not accepted.
         pattern: Regular expression of the score in the reply; the last match, its group 1, counts.
         choices: Score of each of some replies of one token, such as {"yes": 1, "no": 0}. The score
             is then their mean under the model's probabilities, and `pattern` is not used.
         rubric: Jinja text over `question`, `answer` and `privileged` that the model is asked once
             per prompt; `question` reads its reply as `rubric`.
-        max_tokens: Length limit of a reply, and of a rubric. One of `choices` has 1.
+        max_tokens: Length limit of a reply, and of a rubric; 1 token with `choices`.
         max_requests: Requests in flight.
         timeout_seconds: Time limit of one response, repeated requests included.
         step_seconds: Time limit of all responses of a call, which are those of a step.

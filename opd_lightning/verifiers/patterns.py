@@ -13,8 +13,8 @@ from opd_lightning.verifiers.workers import Unfinished, Workers
 
 Result = TypeVar("Result")
 
-# Python's `re` cannot be interrupted. Searches of at most so many steps, fractions of a second,
-# run in this process and others in a worker, which can be killed.
+# Python's `re` cannot be interrupted. Searches of at most STEPS_HERE steps (a fraction of a second)
+# run in this process; others run in a worker, which can be killed.
 STEPS_HERE = 4e6
 LONGEST = 2**24  # characters; longer texts are searched in a worker
 WORKERS = 2
@@ -87,8 +87,9 @@ class Pattern:
 def most_steps(pattern: re.Pattern[str], length: int) -> float:
     """Return a bound of the order of steps that a search in a text of `length` may take.
 
-    With r repetitions side by side it is `length ** (r + 1)`, doubled by every alternative; with a
-    pattern that begins with `\\A`, `length ** r`. A repeated group is taken to be exponential.
+    With r repetitions, none inside another, it is `length ** (r + 1)`, doubled by every
+    alternative; with a pattern that begins with `\\A`, `length ** r`. A repeated group is taken to
+    be exponential.
     """
     left = _GROUP.sub("(", _ATOM.sub("x", pattern.pattern))
     if re.search(r"\)(?:[*+]|\{)", left):

@@ -221,7 +221,7 @@ def test_a_run_that_steps_back_is_resumed_bit_for_bit(
 @pytest.mark.parametrize(
     ("action", "step", "told"),
     [
-        ("stop", 4, "go on from a checkpoint before step 3, and lower"),
+        ("stop", 4, "resume from a checkpoint before step 3, and lower"),
         ("step_back", 6, "the run ends after 1 step-back: lower"),
     ],
 )

@@ -184,7 +184,7 @@ def test_another_model_or_limit_is_refused(
     engine = engine_of(server, tmp_path)
     with pytest.raises(UserError, match=r"serves opd-.*expected opd-.*start it with that model"):
         engine.start(ModelSource(str(tiny_model_dir(seed=1))), max_length=MAX_LENGTH)
-    with pytest.raises(UserError, match="room for 64 tokens, expected at least 65"):
+    with pytest.raises(UserError, match="a context of 64 tokens, expected at least 65"):
         engine.start(ModelSource(str(tiny_model_dir())), max_length=MAX_LENGTH + 1)
     engine.close()
 

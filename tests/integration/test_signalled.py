@@ -200,7 +200,7 @@ def test_several_processes_save_nothing_on_their_own(untrained_lab: Path, tmp_pa
         one.send_signal(signal.SIGINT)
     said = "".join(one.stderr for one in run_together(run, timeout=120))
     assert [one.returncode for one in run] == [130, 130], said
-    line = "opd: SIGINT: nothing saved: of several processes, one alone cannot; go on"
+    line = "opd: SIGINT: nothing saved: of several processes, one alone cannot; resume"
     assert said.count(line) == 1
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 

@@ -78,7 +78,7 @@ def test_a_refusal_is_an_error(
 def test_term_requeues_nothing(scontrol: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert left(SignalAction.STOP) == 143
     assert not (scontrol / "told").exists()
-    assert capsys.readouterr().err == "opd: SIGTERM: saved it; go on with --ckpt_path last\n"
+    assert capsys.readouterr().err == "opd: SIGTERM: saved it; resume with --ckpt_path last\n"
 
 
 def test_usr1_outside_of_slurm_is_a_stop(
@@ -86,4 +86,4 @@ def test_usr1_outside_of_slurm_is_a_stop(
 ) -> None:
     monkeypatch.delenv("SLURM_JOB_ID")
     assert left(SignalAction.REQUEUE) == 138
-    assert capsys.readouterr().err == "opd: SIGUSR1: saved it; go on with --ckpt_path last\n"
+    assert capsys.readouterr().err == "opd: SIGUSR1: saved it; resume with --ckpt_path last\n"

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "opd_lightning"
 FILES = sorted(p for name in ("opd_lightning", "callbacks") for p in (ROOT / name).rglob("*.py"))
 
-# From bottom to top. A module imports from its own room and from those before it, and nothing
+# From bottom to top. A module imports from its own layer and from those before it, and nothing
 # else; imports under TYPE_CHECKING and inside functions count.
-ROOMS = [
+LAYERS = [
     "terminal",
     "errors",
     "types",
@@ -62,10 +62,10 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def rooms_of(path: Path) -> set[str]:
-    """The rooms of `opd_lightning` that a file imports from."""
+def layers_of(path: Path) -> set[str]:
+    """The layers of `opd_lightning` that a file imports from."""
     ours = {name.split(".")[1] for name in imports(path) if name.startswith("opd_lightning.")}
-    return {"cli" if room == "main" else room for room in ours} - {"__version__"}
+    return {"cli" if layer == "main" else layer for layer in ours} - {"__version__"}
 
 
 def test_imports_point_down() -> None:
@@ -75,16 +75,16 @@ def test_imports_point_down() -> None:
 
 def check_imports(path: Path) -> None:
     package, *inside = path.relative_to(ROOT).parts
-    assert not rooms_of(path) & SHIMS or path.stem in SHIMS, path
+    assert not layers_of(path) & SHIMS or path.stem in SHIMS, path
     if package == "callbacks":
-        assert not rooms_of(path) & {"lab", "cli", "__main__"}, path
+        assert not layers_of(path) & {"lab", "cli", "__main__"}, path
         return
     assert not [name for name in imports(path) if name.split(".")[0] == "callbacks"], path
-    room = inside[0].removesuffix(".py")
-    if room in SHIMS or room == "__init__":
+    layer = inside[0].removesuffix(".py")
+    if layer in SHIMS or layer == "__init__":
         return
-    above = set(ROOMS[ROOMS.index(room) + 1 :])
-    assert not rooms_of(path) & above, f"{path}: {room} must not import what stands above it"
+    above = set(LAYERS[LAYERS.index(layer) + 1 :])
+    assert not layers_of(path) & above, f"{path}: {layer} must not import what stands above it"
 
 
 # What GPU images often lack. Only commands, plots and what runs beside vLLM or lm-eval may need
@@ -120,16 +120,16 @@ def test_what_trains_imports_without_optional_packages() -> None:
             assert not imports_at_once(path) & OPTIONAL, path
 
 
-def test_those_that_need_optional_packages_are_there() -> None:
+def test_modules_that_need_optional_packages_are_there() -> None:
     for inside in NEED_THEM:
         place = PACKAGE / inside
         files = place.rglob("*.py") if place.is_dir() else [place]
         assert any(imports_at_once(path) & OPTIONAL for path in files), inside
 
 
-def test_every_room_has_a_place() -> None:
+def test_every_layer_has_a_place() -> None:
     inside = {p.name.removesuffix(".py") for p in PACKAGE.iterdir()}
-    assert inside - {"__init__", "__pycache__", "py.typed"} - SHIMS == set(ROOMS)
+    assert inside - {"__init__", "__pycache__", "py.typed"} - SHIMS == set(LAYERS)
 
 
 def test_files_stay_short() -> None:
@@ -161,10 +161,10 @@ def test_methods_are_published_methods() -> None:
         assert path.stem == "__init__" or classes
 
 
-def test_the_readme_has_a_line_for_every_room() -> None:
+def test_the_readme_has_a_line_for_every_package() -> None:
     readme = (ROOT / "README.md").read_text()
-    rooms = [p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()]
-    missing = [room for room in rooms if f"{room}/" not in readme]
+    packages = [p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()]
+    missing = [name for name in packages if f"{name}/" not in readme]
     assert not missing
 
 

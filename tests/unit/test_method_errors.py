@@ -87,7 +87,7 @@ def test_a_divergence_has_no_advantage_to_change(refusal: Refusal) -> None:
 
 def test_an_ema_teacher_must_be_moved(refusal: Refusal) -> None:
     line = refusal(lambda: opd(teacher=EMATeacher()))
-    assert "trainer.callbacks: nothing moves OPD's EMATeacher (rate 0.01)" in line
+    assert "trainer.callbacks: nothing updates OPD's EMATeacher (rate 0.01)" in line
 
 
 def test_demonstrations_must_be_meant(refusal: Refusal) -> None:

@@ -125,10 +125,10 @@ def test_a_start_is_on_a_gpu_while_it_is_read_unless_it_is_sharded(
     weights = memory.always["weights"]
     comes_and_goes = on_gpu and layout.shards == 1
     assert memory.host - without.host == (weights if comes_and_goes else 0)
-    assert memory.measuring == ({"start": weights} if comes_and_goes else {})
+    assert memory.validation == ({"start": weights} if comes_and_goes else {})
     assert memory.always["start"] == (0 if comes_and_goes else weights)
-    large = replace(memory, training={}, moving={}, pushing={})
-    assert large.fullest()["start"] == weights
+    large = replace(memory, training={}, optimizer_step={}, pushing={})
+    assert large.peak()["start"] == weights
 
 
 @pytest.mark.parametrize("sleeps", [False, True])
@@ -137,9 +137,9 @@ def test_an_engine_that_sleeps_is_not_there_while_a_step_trains(sleeps: bool) ->
         memory = process_memory(plan(Layout(), engine=engine, engine_sleeps=sleeps))
         always, push = sum(memory.always.values()), memory.pushing["push"]
         trains, awake = sum(memory.training.values()), engine + push
-        working = max(trains, sum(memory.moving.values()))
+        working = max(trains, sum(memory.optimizer_step.values()))
         expected = max(working, awake) if sleeps else engine + max(working, push)
-        assert sum(memory.fullest().values()) == always + expected
+        assert sum(memory.peak().values()) == always + expected
 
 
 @pytest.mark.parametrize(

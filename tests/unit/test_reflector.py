@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from opd_lightning.data.views import Late, PromptView
+from opd_lightning.data.views import PromptView, ResponseFacts
 from opd_lightning.errors import RunStoppedError, UserError
 from opd_lightning.types import Prompt
 from opd_lightning.verifiers import Part, Reflector, Verifier, WeightedVerifier
@@ -60,7 +60,7 @@ def test_a_view_shows_the_note(serve: Serving) -> None:
     (note,) = verifier.feedback([prompt("9+3=")], ["2"])
     view = PromptView(place="user", template="{{ question }} Note: {{ feedback }}")
     assert view.is_late
-    (message,) = view.messages(prompt("9+3="), Late(attempt="2", feedback=note)) or ()
+    (message,) = view.messages(prompt("9+3="), ResponseFacts(attempt="2", feedback=note)) or ()
     assert message["content"] == "9+3= Note: Carry the one."
 
 

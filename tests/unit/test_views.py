@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from opd_lightning.data.collate import collate
 from opd_lightning.data.mix import RolloutMix
-from opd_lightning.data.views import Late, PromptView, Renderer
+from opd_lightning.data.views import PromptView, Renderer, ResponseFacts
 from opd_lightning.data.writer import RolloutWriter, Row
 from opd_lightning.errors import UserError
 from opd_lightning.losses.advantage import group_advantage
@@ -39,7 +39,7 @@ SYSTEM: dict[str, str] = {"role": "system", "content": "be good"}
 
 
 def contents(view: PromptView, prompt: Prompt = PROMPT, **late: Any) -> list[tuple[str, str]]:
-    messages = view.messages(prompt, Late(**late))
+    messages = view.messages(prompt, ResponseFacts(**late))
     assert messages is not None
     return [(m["role"], m["content"]) for m in messages]
 
@@ -76,7 +76,7 @@ def test_a_view_shows_the_attempt_and_its_reward() -> None:
     told = PromptView(template="{{ attempt }}: {{ 'right' if reward >= 0.5 else 'wrong' }}")
     assert contents(told, attempt="x", reward=0.0)[0] == ("system", "x: wrong")
     assert contents(told, attempt="x", reward=1.0)[0] == ("system", "x: right")
-    assert told.messages(PROMPT, Late(attempt="x")) is None
+    assert told.messages(PROMPT, ResponseFacts(attempt="x")) is None
     alone = PromptView(template="again: {{ attempt }}")
     assert contents(alone, attempt="<think>a</think>b")[0][1] == "again: <think>a</think>b"
     assert (told.late_responses, alone.late_responses, PromptView().late_responses) == (1, 1, 0)

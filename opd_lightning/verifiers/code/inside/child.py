@@ -9,9 +9,9 @@ Run by path as `python child.py SETTINGS`: a JSON object with
 - `folder`, `readable`: for Landlock, without bubblewrap; else null;
 - `verdict`: file descriptor of the judge's answer.
 
-A host never sees a test: it gets a function's name and arguments and returns a value, so that
-whatever the program does to its own process, only right values pass. The judge holds no code of
-the program.
+The host never sees the tests: it receives a function name and arguments, and returns a value.
+Changes to its own process therefore cannot make a wrong value pass. The judge runs none of the
+program's code.
 """
 
 import ast
