@@ -1,1 +1,5 @@
-"""Pure functions of tensors in response space `[B, R]`: no model, no trainer, no logging."""
+"""Losses as functions of tensors, without state: no model, no trainer, no logging.
+
+Token losses are in response space `[B, R]`, divergences are over distributions `[..., V]`, and
+schedules are numbers by optimiser step.
+"""

@@ -1,4 +1,8 @@
-"""Reduction of token losses to a scalar; the only place that divides by a count."""
+"""Reduction of token losses to a scalar, divided by counts of the whole step.
+
+Only statistics that are known after the last micro-batch are divided out elsewhere, of the
+gradients (`training/step_divisors.py`).
+"""
 
 from typing import Literal, assert_never
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from opd_lightning.data.mix import RolloutMix, TeacherSampler
-from opd_lightning.data.views import Renderer, ResponseFacts
+from opd_lightning.data.views import NO_FACTS, Renderer, ResponseFacts
 from opd_lightning.errors import UserError
 from opd_lightning.rollouts.base import Sampling
 from opd_lightning.run.configuration import teacher_sources
@@ -72,9 +72,7 @@ class PromptCheck:
         what, budget = max(budgets.items(), key=lambda item: item[1])
         longest = positions = len(ids)
         for name, view in self.renderer.views.items():
-            seen = (
-                self.renderer.view(name, prompt, _KNOWN if view.is_late else ResponseFacts()) or []
-            )
+            seen = self.renderer.view(name, prompt, _KNOWN if view.is_late else NO_FACTS) or []
             if seen == ids and not view.is_late and view.messages(prompt) != prompt.messages:
                 raise UserError(
                     f"{prompt.origin or prompt.id}: the view {name!r} renders as the prompt alone: "

@@ -175,5 +175,29 @@ def test_the_architecture_page_names_files_that_exist() -> None:
     assert not [n for n in named if not ((PACKAGE / n).exists() or (ROOT / n).exists())]
 
 
+def defined(place: Path) -> set[str]:
+    """Names of the functions and classes of a file or package."""
+    files = place.rglob("*.py") if place.is_dir() else [place]
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    nodes = (node for path in files for node in ast.walk(parsed(path)))
+    return {node.name for node in nodes if isinstance(node, kinds)}
+
+
+def test_pages_name_functions_that_exist() -> None:
+    """`file` (`function`, ...) in the table of a step, `function` in `file` in the README."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    pairs = [
+        (place, name)
+        for place, names in re.findall(r"`([\w/]+(?:/|\.py))` \(((?:`\w+`[^)]*)+)\)", page)
+        for name in re.findall(r"`(\w+)`", names)
+    ]
+    for row in (ROOT / "README.md").read_text().splitlines():
+        if package := re.match(r"\| `opd_lightning/(\w+)/`", row):
+            for name, file in re.findall(r"`(\w+)` in `(\w+\.py)`", row):
+                pairs.append((f"{package[1]}/{file}", name))
+    assert len(pairs) > 40
+    assert not [(p, name) for p, name in pairs if name not in defined(PACKAGE / p)]
+
+
 def test_callbacks_is_our_package() -> None:
     assert Path(callbacks.__file__).parent == ROOT / "callbacks", callbacks.__file__
