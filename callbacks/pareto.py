@@ -26,7 +26,7 @@ class Point:
     step: int  # optimiser steps made
     gain: float  # mean delta of the targets
     retention: float  # delta of the worst ability
-    scores: dict[str, float]  # of every suite
+    scores: dict[str, float]  # score of every suite
 
     @classmethod
     def of(cls, found: Measurement) -> Point:

@@ -21,7 +21,7 @@ from opd_lightning.types import Rollout, RolloutBatch
 
 COLUMNS = ("prompt", "author", "response", "end", "reward", "mean log-prob")
 LINES = "rollouts.jsonl"
-OLD_FILES = 4  # of JSON lines, besides the current one
+OLD_FILES = 4  # files of JSON lines kept besides the current one
 
 
 class RolloutLog(RunCallback):

@@ -113,8 +113,8 @@ class StepTotals:
     """Loss normalisers of one optimiser step, over all micro-batches and ranks."""
 
     step: int  # index of the optimiser step, from 0
-    written: Totals  # by the student, guided or not
-    demonstrated: Totals  # by a teacher, or recorded
+    written: Totals  # responses of the student, guided or not
+    demonstrated: Totals  # responses of a teacher, or recorded
 
     @property
     def all(self) -> Totals:
@@ -187,10 +187,10 @@ class RolloutBatch(_Movable):
     groups: Tensor  # [B] int64, equal for rows of one prompt
     on_policy: Tensor  # [B] bool, sampled from the student under the student's prompt
     demonstrated: Tensor  # [B] bool, not sampled from the student
-    temperature: float  # of the sampler; student's and teachers' logits are divided by it
+    temperature: float  # the sampler's; student's and teachers' logits are divided by it
     totals: StepTotals  # loss normalisers of the optimiser step
     rollouts: tuple[Rollout, ...]  # one per row, for logs
-    top_p: float = 1.0  # of the student's sampler; losses read the whole distribution
+    top_p: float = 1.0  # the student's sampler's; losses read the whole distribution
     top_k: int = 0  # likewise
     # Repeats a rollout, without response tokens, because other ranks have more micro-batches.
     is_filler: bool = False

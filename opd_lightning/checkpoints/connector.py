@@ -54,7 +54,7 @@ class CheckpointConnector(_CheckpointConnector):
             return ckpt_path
         try:
             return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
-        except ValueError as error:  # of its words "best" and "hpc", and of an empty one
+        except ValueError as error:  # raised for "best", "hpc" and an empty path
             raise UserError(
                 f"--ckpt_path: got {str(ckpt_path)!r}: {reason_of(error)}; name a file, or give "
                 "'last'"

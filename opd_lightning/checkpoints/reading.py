@@ -38,7 +38,7 @@ class Saved:
     step: int  # optimiser steps made
     time: float  # modification, seconds since 1970
     sizes: dict[str, int]  # bytes of its files by relative path; "" is the path itself
-    shapes: dict[str, Shape]  # of the module's tensors
+    shapes: dict[str, Shape]  # shapes of the module's tensors
     resumable: bool  # whether it has the state of the optimiser and of the loops
     written_by: dict[str, Any]  # processes, method, optimizers; empty in older checkpoints
     is_sealed: bool  # False if an earlier version wrote it, or another program changed it
@@ -214,7 +214,7 @@ def _describe_folder(path: Path) -> Saved:
         },
         resumable="loops" in content and any(name.startswith("optimizer_0.") for name in stored),
         written_by=_written_by(content),
-        is_sealed=True,  # by its manifest
+        is_sealed=True,  # its manifest has been checked
     )
 
 

@@ -87,7 +87,7 @@ class RememberSavers(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if self._resumed and pl_module.validation_is_over:
-            for saver in _savers(trainer):  # those that have saved this step skip it
+            for saver in _savers(trainer):  # a saver that has saved this step skips it
                 saver.on_validation_end(trainer, pl_module)
         self._resumed = False
 

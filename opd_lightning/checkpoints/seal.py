@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 PREFIX = b"opd-lightning "
 END = b"PK\x05\x06"  # signature of the archive's last record, which the comment follows
-END_BYTES = 22  # of that record; its last two are the length of the comment
+END_BYTES = 22  # length of that record; its last two bytes are the length of the comment
 
 
 def seal(file: BinaryIO) -> None:

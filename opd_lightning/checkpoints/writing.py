@@ -28,9 +28,9 @@ from opd_lightning.checkpoints.seal import seal
 from opd_lightning.errors import CheckpointError, UserError, raised_by_all, reason_of
 from opd_lightning.processes import gather, rank
 
-MANIFEST = "manifest.json"  # of a folder of shards: {"files": {name: [bytes, CRC-32]}}
-INDEX = ".metadata"  # of a folder of shards: maps tensors to shards
-META = "meta.pt"  # of a folder of shards: everything but weights and optimiser
+MANIFEST = "manifest.json"  # in a folder of shards: {"files": {name: [bytes, CRC-32]}}
+INDEX = ".metadata"  # in a folder of shards: maps tensors to shards
+META = "meta.pt"  # in a folder of shards: everything but weights and optimiser
 PATIENCE = 60.0  # seconds that one node's files may take to appear on another
 
 

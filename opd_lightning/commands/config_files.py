@@ -19,8 +19,8 @@ import yaml
 
 from opd_lightning.errors import UserError, reason_of
 
-MAX_BYTES = 2**22  # of a file; configurations have about 2**12
-MAX_DEPTH = 100  # of nested values; configurations have about ten
+MAX_BYTES = 2**22  # limit of a file; configurations have about 2**12
+MAX_DEPTH = 100  # limit of nesting; configurations have about ten levels
 MAX_VALUES = 100_000  # with every alias counted as what it stands for
 # YAML can write NUL and half a surrogate pair, but no path or UTF-8 file can hold them.
 _NO_TEXT = re.compile("[\\x00\\ud800-\\udfff]")

@@ -15,7 +15,7 @@ from opd_lightning.errors import UserError
 from opd_lightning.models.student import Student
 from opd_lightning.terminal.library_bars import shown_as
 
-PREFIX = "student."  # of the student's tensors in a checkpoint
+PREFIX = "student."  # prefix of the student's tensors in a checkpoint
 
 
 def load_student(student: Student, checkpoint: str) -> Saved:

@@ -104,7 +104,7 @@ class _Checker:
     command: str
     options: dict[str, Parameter | None]
     classes: dict[str, Class | None] = field(default_factory=dict)
-    files: list[str] = field(default_factory=list)  # that name the one being read
+    files: list[str] = field(default_factory=list)  # files that include the current one
 
     def check(self, source: str, tree: Mapping[str, Any]) -> None:
         self.source = source
@@ -138,7 +138,8 @@ class _Checker:
     def file_of(self, value: Any) -> str | None:
         """Return the path of the file that a text names in place of settings; None if it cannot."""
         if isinstance(value, str) and not is_blank(value):
-            for folder in (os.path.dirname(self.source), ""):  # that of the file it stands in first
+            # First relative to the file that names it.
+            for folder in (os.path.dirname(self.source), ""):
                 path = os.path.join(folder, os.path.expanduser(value))
                 if os.path.exists(path) and not os.path.isdir(path):
                     return path

@@ -42,7 +42,7 @@ class Kinds(NamedTuple):
 
     names: frozenset[str]  # keys of EXPECTED
     literals: tuple[Any, ...]
-    items: Parameter | None  # of a list, where they are of one type
+    items: Parameter | None  # items of a list, if they have one type
     callable: bool  # a class without which there are no options
 
     def expected(self) -> str:

@@ -158,7 +158,7 @@ class OPDCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         command = self.config.subcommand
-        if command == "estimate":  # of GPUs that need not be here
+        if command == "estimate":  # for GPUs that need not be present
             self.config[command].trainer.accelerator = "cpu"
         path = self.config[command].get("ckpt_path")
         if path:

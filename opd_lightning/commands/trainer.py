@@ -38,7 +38,7 @@ from opd_lightning.training.callback import RunCallback, run_callbacks
 # Files that a run writes to its folder, in addition to TensorBoard's.
 RUN_FILES = (
     *("config.yaml", ".prompts.json", "starts.jsonl", "rollouts.jsonl"),
-    *("hparams.yaml", "metrics.csv"),  # of Lightning's loggers
+    *("hparams.yaml", "metrics.csv"),  # written by Lightning's loggers
 )
 
 

@@ -64,7 +64,7 @@ class HubPrompts(PromptSource):
                 revision=self.revision,
                 download_config=DownloadConfig(local_files_only=away is not None),
             )
-        except Exception as error:  # of the library, the hub or the network, of any type
+        except Exception as error:  # any type, from the library, the hub or the network
             reason = f"{away}, and it is not in the cache" if away else reason_of(error, 160)
             raise UserError(
                 f"HubPrompts: cannot load {self.path!r}: {reason}; correct the name, or save it "

@@ -93,7 +93,7 @@ class RolloutMix:
         return self.teacher + self.recorded
 
     def counts(self, prompts: int) -> tuple[int, int]:
-        """Return how many of a step's prompts the teacher and the records answer, without draws."""
+        """Return the numbers of a step's prompts for the teacher and the records, without draws."""
         teacher = round(self.teacher * prompts)
         given = prompts if self._given == 1 else teacher + round(self.recorded * prompts)
         return teacher, given - teacher

@@ -33,7 +33,7 @@ class PromptOrder:
         return [self._at(position) for position in range(start, start + number)]
 
     def record(self, step: int) -> dict[str, int]:
-        """Return what decides, besides count and seed, the prompts of the steps before `step`."""
+        """Return the values besides count and seed that define the prompts of earlier steps."""
         return {}
 
     def _at(self, position: int) -> int:

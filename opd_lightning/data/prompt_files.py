@@ -105,7 +105,7 @@ class PromptFiles:
             unfinished.replace(record)
 
     def size(self, source: PromptSource) -> int | None:
-        """Return how many bytes of a source's file to read; None for all."""
+        """Return the number of bytes of a source's file to read; None for all."""
         return self._sizes.get(source)
 
     def _check(self, name: str, path: Path, before: Content, *, first: bool) -> None:

@@ -74,7 +74,7 @@ class ReasoningGymPrompts(PromptSource):
             entry: Mapping[str, Any] = dataset[index]
             answer = json.dumps({"task": name, "settings": self.tasks[name], "entry": entry})
             _check_score(dataset, entry, json.loads(answer)["entry"])
-        except Exception as error:  # of the task's own code, of any type
+        except Exception as error:  # the task's code may raise any type
             return BadRowError(f"task {name!r}, question {index}: {reason_of(error, 120)}")
         return {
             "id": f"{name}/{self.seed}/{index}",

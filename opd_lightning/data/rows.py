@@ -12,7 +12,7 @@ from opd_lightning.errors import UserError
 
 READABLE = "a .jsonl or .parquet file or a folder written by Dataset.save_to_disk"
 
-LINE_BYTES = 2**27  # of a JSON line; a conversation has `chat.MAX_CHARACTERS` at most
+LINE_BYTES = 2**27  # limit of a JSON line; a conversation has `chat.MAX_CHARACTERS` at most
 
 
 class BadRowError(ValueError):
@@ -89,7 +89,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
                     row += 1
                     yield row, values
     except Exception as error:  # a damaged file raises too many types to list
-        if isinstance(error, OSError) and error.errno:  # of the disk
+        if isinstance(error, OSError) and error.errno:  # from the disk
             raise
         raise _unreadable(path, "parquet", error, row) from error
 
@@ -140,7 +140,7 @@ def rows_of_dataset(dataset: Any, path: str) -> Iterator[tuple[int, Row]]:
         for values in dataset.with_format(None):
             row += 1
             yield row, values
-    except Exception as error:  # as above, for a damaged file behind it
+    except Exception as error:  # from a damaged file
         raise _unreadable(path, "a saved dataset", error, row) from error
 
 

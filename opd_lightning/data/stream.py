@@ -137,7 +137,7 @@ class TrainingStream:
                 self.engines.prefetch.restore(state["step"], from_plain(rows, self._prompt_at))
 
     def _layout(self, step: int) -> dict[str, int]:
-        """Return what defines the content of the steps up to a number."""
+        """Return the values that define the content of the steps before `step`."""
         return {
             "accumulate_grad_batches": self.micro_batches,
             "prompts_per_step": self.prompts_per_step,

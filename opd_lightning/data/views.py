@@ -37,7 +37,7 @@ NO_FACTS = ResponseFacts()
 # Names that a template may read, and those known only after verification.
 LATE = frozenset(ResponseFacts._fields)
 VARIABLES = frozenset({"question", "privileged", "answer", "response"}) | LATE
-RESPONSES = frozenset({"attempt", "peer", "peer_failure"})  # of the student's sampling budget
+RESPONSES = frozenset({"attempt", "peer", "peer_failure"})  # limited by the sampling budget
 
 _compiled = cache(_TEMPLATES.from_string)  # 0.5 ms a template
 
@@ -99,7 +99,7 @@ class PromptView:
 
     @property
     def late_responses(self) -> int:
-        """Return how many texts as long as a response the view may add to the prompt."""
+        """Return the number of texts of a response's length that the view may add to the prompt."""
         read = len(self.variables & RESPONSES)
         return read or int("feedback" in self.variables)
 
@@ -187,7 +187,7 @@ class Renderer:
         self.template_args = template_args
         self.views = views
         self.reads_records = reads_records
-        # Of `prepare`, by identity of the prompt, which is held so that no other has the same.
+        # Ids from `prepare`, by `id(prompt)`; the prompt is held so that no other has the same id.
         self._ahead: dict[int, tuple[Prompt, list[int]]] = {}
         self._early: dict[tuple[str, str], array[int]] = {}
         self._recorded: dict[str, array[int]] = {}

@@ -64,7 +64,7 @@ class RolloutWriter:
         self.guided_view = guided_view
         self.only_correct = only_correct
         self.limit = limit or TimeLimit()
-        self._warned: set[str] = set()  # of views that were too long
+        self._warned: set[str] = set()  # names of views that were too long
 
     def with_timer(self, timer: StepTimer) -> RolloutWriter:
         """Return a copy of the writer with another timer."""
@@ -186,7 +186,7 @@ class RolloutWriter:
         rewards: Sequence[float],
         texts: Sequence[str],
     ) -> ResponseFacts:
-        """Return what is known of a response, without the verifier's feedback."""
+        """Return the facts about a response, without the verifier's feedback."""
         others = [i for i in groups[rows[mine].group].members if i != mine]
         return ResponseFacts(
             attempt=texts[mine],

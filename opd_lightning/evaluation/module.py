@@ -27,9 +27,9 @@ class EvaluatedModule(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.suites: dict[str, Suite] = {}  # of the stage
+        self.suites: dict[str, Suite] = {}  # suites of the stage
         self.suite_scores: dict[str, Scores] = {}  # by suite
-        self.scores: dict[str, float] = {}  # of the last validation or test, by logged name
+        self.scores: dict[str, float] = {}  # scores of the last validation or test, by logged name
         # Outside of a run: figures of every domain, by suite.
         self.scores_by_domain: dict[str, dict[str, dict[str, float]]] = {}
         self.derived: dict[str, float] = {}  # computed from them by callbacks, logged with them

@@ -32,7 +32,7 @@ class ProgramVerifier(Verifier):
     def verify(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         pairs = zip(prompts, responses, strict=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the parser, about odd programs
+            warnings.simplefilter("ignore")  # the parser warns about odd programs
             return [float(_passes(_tests(prompt), response)) for prompt, response in pairs]
 
     def check(self, prompts: Sequence[Prompt]) -> None:

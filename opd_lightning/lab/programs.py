@@ -32,7 +32,7 @@ class _Kind:
     """A kind of operation; `{e}` is the text it is applied to, `{x}` its letter."""
 
     expression: str
-    precedence: int  # of the expression
+    precedence: int  # precedence of the expression
     operand: int  # lowest precedence of an operand without parentheses
     has_letter: bool
     apply: Callable[[str, str], str]  # (text, letter) -> text

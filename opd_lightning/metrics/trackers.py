@@ -18,7 +18,7 @@ TRACKERS = (TensorBoardLogger, WandbLogger, MLFlowLogger)
 
 def run_folder_of(trainer: Trainer) -> Path | None:
     """Return the run folder during `fit`; None if the run keeps no files."""
-    folder: Path | None = getattr(trainer, "run_folder", None)  # of the Trainer of `opd`
+    folder: Path | None = getattr(trainer, "run_folder", None)  # attribute of the Trainer of `opd`
     return folder
 
 

@@ -224,7 +224,7 @@ def _check_complete(source: ModelSource, found: Mapping[str, Any]) -> None:
         ("mismatched_keys", "has in another shape than config.json says"),
         ("unexpected_keys", "holds beside the architecture's own"),
     ):
-        # Of a mismatch come the name and both shapes.
+        # A mismatched key is a tuple of its name and both shapes.
         keys = (key if isinstance(key, str) else key[0] for key in found.get(kind) or ())
         names = sorted(keys)
         if names:

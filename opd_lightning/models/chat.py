@@ -9,7 +9,7 @@ from opd_lightning.errors import UserError, reason_of
 from opd_lightning.models.bounded import bounded
 from opd_lightning.types import Message, Prompt
 
-# Of a conversation's text: more than four million tokens, which take about `TIME_LIMIT` to encode.
+# Limit of a conversation: more than four million tokens, which take about `TIME_LIMIT` to encode.
 MAX_CHARACTERS = 2**24
 _BATCH = 256  # conversations encoded in one call
 

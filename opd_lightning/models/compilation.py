@@ -60,7 +60,7 @@ def check_compiler() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.compile(_double, dynamic=True)(torch.ones(8, device=device))
-    except Exception as error:  # of the compiler, whichever it is
+    except Exception as error:  # the compiler may raise any type
         raise UserError(
             f"compile: got true, but torch.compile fails here ({reason_of(error, 160)}); install "
             "a C++ compiler, such as g++, or set it to false"

@@ -23,7 +23,7 @@ _TEXTS = ("chat_template.jinja", "merges.txt", "tokenizer.model", "spiece.model"
 _LFS = b"version https://git-lfs.github.com/spec/"
 _MOST_LAYERS = 10_000
 _MOST_TOKENS = 2**24
-_ENTRY = {"dtype", "shape", "data_offsets"}  # of a tensor in the header
+_ENTRY = {"dtype", "shape", "data_offsets"}  # keys of a tensor in the header
 _MAX_HEADER = 100_000_000  # bytes; safetensors refuses larger ones
 _MAX_JSON = 2**28  # bytes of a JSON file; large tokenizers have 2**25
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"  # in transformers' order
@@ -124,7 +124,7 @@ def _weight_files(folder: Path, role: str) -> Iterator[Path]:
 
 
 def _tensors(file: Path, role: str) -> Tensors:
-    """Return what a safetensors header lists. Raise UserError if the file is not whole."""
+    """Return the entries of a safetensors header. Raise UserError if the file is incomplete."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)

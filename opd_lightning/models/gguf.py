@@ -100,10 +100,10 @@ def converted(file: Path, role: str) -> Path:
             write_folder(file, unfinished)
         except (MemoryError, UserError):
             raise
-        except BaseException as error:  # of several libraries
+        except BaseException as error:  # from several libraries
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
-            if isinstance(error, OSError) and error.errno is not None:  # of the cache's disk
+            if isinstance(error, OSError) and error.errno is not None:  # from the cache's disk
                 raise
             raise UserError(
                 f"{role} model: cannot read {str(file)!r}: {reason_of(error)}; get the file again, "

@@ -31,7 +31,7 @@ class Head:
 
     project: Callable[[Tensor], Tensor]  # hidden [n, H] -> raw logits [n, V]
     vocab_size: int
-    temperature: float  # of the sampler; the same for student and teachers
+    temperature: float  # the sampler's; the same for student and teachers
     scale: float = 1.0  # factor of the logits in some architectures
     softcap: float | None = None  # in others: softcap * tanh(logits / softcap)
 

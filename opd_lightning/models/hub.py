@@ -22,7 +22,7 @@ def hub_unavailable() -> str | None:
         return "HF_HUB_OFFLINE is set"
     try:
         get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-    except Exception as error:  # of an HTTP library, a proxy or a certificate
+    except Exception as error:  # from an HTTP library, a proxy or a certificate
         reason = reason_of(error, 60)
         return f"{constants.ENDPOINT} does not answer ({reason})"
     return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from opd_lightning.errors import UserError
 
 BLOCK = 4096  # bytes
-BLOCKS = 64  # of each weight file
+BLOCKS = 64  # blocks read of each weight file
 
 
 def model_identity(path: str) -> str:

@@ -64,7 +64,7 @@ class SharedPrompts:
         )
 
     def positions(self, *, packed: bool) -> int:
-        """Return how many positions are read, padding included unless they are packed."""
+        """Return the number of positions that are read, padding included unless packed."""
         if packed:
             return int(self.lengths.sum() + self.real.sum())
         return self.prompts.numel() + self.responses.numel()

@@ -15,7 +15,7 @@ from opd_lightning.models.gguf import converted, gguf_file
 from opd_lightning.models.hub import hub_unavailable
 from opd_lightning.models.identity import model_identity
 
-_TEMPLATE_BYTES = 2**20  # of a chat template; long ones have 2**15
+_TEMPLATE_BYTES = 2**20  # limit of a chat template; long ones have 2**15
 _CONTEXT = ("max_position_embeddings", "max_seq_len", "seq_length")  # MPT's is the second
 
 
@@ -210,7 +210,7 @@ class ModelSource:
                 trust_remote_code=self.trust_remote_code,
                 local_files_only=self.local_files_only,
             )
-        except BaseException as error:  # of three libraries, some of which raise Exception itself
+        except BaseException as error:  # from three libraries, some of which raise Exception itself
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
             if self.local_files_only:

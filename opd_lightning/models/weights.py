@@ -14,7 +14,7 @@ from opd_lightning.errors import UserError
 from opd_lightning.models.folder_format import stored_tensors
 from opd_lightning.models.sharding import full_tensor
 
-PLAIN_VARIANTS = ("MiCALinearVariant",)  # of peft's: only their training differs from LoRA's
+PLAIN_VARIANTS = ("MiCALinearVariant",)  # classes of peft; only their training differs from LoRA's
 TOKEN_ROWS = "trainable_tokens_delta"  # peft's name of the rows of `trainable_token_indices`
 
 

@@ -49,7 +49,7 @@ class Decoder:
     gpus: int = 1
 
     def sequences(self, memory: float, length: float) -> float:
-        """Return how many sequences of `length` tokens fit beside the weights, at least 1."""
+        """Return the number of sequences of `length` tokens that fit in memory, at least 1."""
         return max(1.0, (memory - self.weights) / (length * self.cached))
 
     def step_seconds(self, gpu: Gpu, rows: float, context: float) -> float:

@@ -37,7 +37,7 @@ NEAR, FAR = 0.25, 0.5
 FIRST_NOISE, TRIES = 0.01, 10
 LARGEST_STEP = 30.0  # from one try to the next
 TOO_FAR = 3
-MAX_TOKENS = 64  # of a response; a model with noisy weights never ends it
+MAX_TOKENS = 64  # per response; a model with noisy weights never ends it
 
 
 Verdict = Literal["arrives", "not proved", "hidden", "in part", "old", "not renewed"]

@@ -19,7 +19,7 @@ class Widths(NamedTuple):
     hidden: int
     queries: int  # heads x head size
     keys: int  # key and value heads x head size
-    intermediate: int  # of all experts that a token is sent to
+    intermediate: int  # sum over the experts that a token is sent to
     layers: int
     vocabulary: int
     assumed: tuple[str, ...] = ()  # names that the configuration does not define

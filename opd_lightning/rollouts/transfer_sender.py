@@ -51,7 +51,7 @@ class Source:
         self._tensors = tensors
         self.device = device
         self.metadata = _Metadata(ParamMeta(n, t.dtype, tuple(t.shape)) for n, t in tensors.items())
-        self.weights: Iterable[tuple[str, Tensor]] = ()  # those of the current push
+        self.weights: Iterable[tuple[str, Tensor]] = ()  # weights of the current push
 
     def implements_iter_full(self) -> bool:
         """Return True: vLLM 0.33 asks whether it may call `iter_full`."""

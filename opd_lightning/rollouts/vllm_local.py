@@ -112,7 +112,7 @@ class VLLMEngine(Engine):
             "distributed_executor_backend": self._executor(),
             "skip_tokenizer_init": True,  # ids in, ids out
             "generation_config": "vllm",  # not the folder's, which would change the sampling
-            "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
+            "logprobs_mode": "processed_logprobs",  # of the sampled distribution
             "disable_log_stats": True,
             "use_tqdm_on_load": is_watched(),
         }

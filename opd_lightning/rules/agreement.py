@@ -11,7 +11,7 @@ from torch import Tensor
 from opd_lightning.rules.base import Rates, Rule, Scored, Signal
 from opd_lightning.rules.common import check, is_correct, is_wrong, rate, with_advantage
 
-SMALLEST = 1e-8  # of the median that divides advantages
+SMALLEST = 1e-8  # lower bound of the median that divides advantages
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class MarginShift(Rule):
             low = (right * mean).sum(dim=1) / right.sum(dim=1)
             high = (wrong * mean).sum(dim=1) / wrong.sum(dim=1)
         else:
-            edge = mean.new_full((len(groups), 1), torch.inf)  # of a step without rollouts
+            edge = mean.new_full((len(groups), 1), torch.inf)  # if the step has no rollouts
             low = torch.cat([torch.where(right, mean, torch.inf), edge], dim=1).amin(dim=1)
             high = torch.cat([torch.where(wrong, mean, -torch.inf), -edge], dim=1).amax(dim=1)
         known = right.any(dim=1) & wrong.any(dim=1)

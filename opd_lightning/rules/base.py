@@ -135,7 +135,7 @@ class Rule(ABC):
         return {*self.needs, *names_compared(self.comparisons())}
 
     def observe(self, signal: Signal, scored: Scored) -> Tensor | None:
-        """Return what a step-wide rule needs from each micro-batch, `[M, C]` float.
+        """Return the values that a step-wide rule needs from a micro-batch, `[M, C]` float.
 
         The rows of all micro-batches and ranks are concatenated and passed to `apply`. Called only
         if `observes` is True, which costs the student one more forward pass of all micro-batches

@@ -13,7 +13,7 @@ from opd_lightning.rules.base import Compare, Rates, Rule, Scored, Signal
 from opd_lightning.rules.common import check, kept, rate
 from opd_lightning.rules.masks import positions
 
-LEAST = 1e-12  # of a residual sum of squares: equal values leave only rounding
+LEAST = 1e-12  # lower bound of a residual sum of squares: equal values leave only rounding
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class RolloutDataModule(LightningDataModule):
         self.engines = Engines(engine, writer, self._push_weights, limit)
         self._train: Loaded | None = None
         self.loaded: dict[str, Any] = {}  # result of `Suite.load`, by suite
-        self._renderer: tuple[DistillationModule, Renderer] | None = None  # of training
+        self._renderer: tuple[DistillationModule, Renderer] | None = None  # renderer of training
 
     @property
     def module(self) -> DistillationModule:

@@ -18,7 +18,7 @@ TRAINER = (
 )
 # Hardware and duration of a run, which may differ when it is resumed.
 EXPECTED_TO_CHANGE = {f"trainer.{name}" for name in TRAINER[:4]} | {"trainer.max_steps"}
-MOST_LINES = 12  # of reported differences
+MOST_LINES = 12  # limit of reported differences
 
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, float | str]:

@@ -84,7 +84,7 @@ def _decoded(body: bytes) -> Any:
         raise
     except RecursionError as error:
         raise RefusedError("body: it is nested too deeply") from error
-    except ValueError as error:  # of JSON, of UTF-8, or of a number with too many digits
+    except ValueError as error:  # invalid JSON or UTF-8, or a number with too many digits
         raise RefusedError(f"body: expected JSON, {' '.join(str(error).split())[:150]}") from error
 
 

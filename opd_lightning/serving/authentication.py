@@ -23,7 +23,7 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
-BODY_BYTES = 2**27  # of one request; vLLM holds a body several times while it parses it
+BODY_BYTES = 2**27  # limit of one request; vLLM holds several copies of a body while it parses it
 
 
 class KeyMiddleware:

@@ -78,7 +78,7 @@ def _again(body: bytes, receive: Receive) -> Receive:
     async def received() -> Message:
         nonlocal sent
         if sent:
-            return await receive()  # that the client has left
+            return await receive()  # reports that the client has left
         sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 

@@ -17,7 +17,7 @@ BUSY = (429, 503)  # the server is reachable, but overloaded
 IN_FLIGHT = 256  # concurrent requests per server; vLLM's default max_num_seqs
 FIRST_PAUSE = 0.25  # seconds before a lost server is tried again
 CONNECT_SECONDS = 10.0
-ANSWER_BYTES = 2**30  # of one answer, decompressed
+ANSWER_BYTES = 2**30  # limit of one answer, decompressed
 KEPT_SECONDS = 2.0  # keep-alive of idle connections; servers close theirs after 5
 
 
@@ -41,7 +41,7 @@ class Connection:
         self.url = url
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._seconds = timeout
-        # Of connecting alone: httpx starts others again at every byte that arrives.
+        # Only for connecting: httpx restarts its other timeouts at every byte that arrives.
         self._timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
         self._ssl = httpx.create_ssl_context(trust_env=False)
         self._idle: list[httpx.AsyncClient] = []

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADER_SECONDS = 10.0  # from the beginning of a connection, or from the previous response
-HEADER_BYTES = 2**16  # of one request
+HEADER_BYTES = 2**16  # limit of the headers of one request
 MOST_NEW = 512  # connections that have not sent the headers of a request yet
 BACKLOG = 128  # connections that the kernel holds, and that are accepted at once
 FILES = 2**16  # requested limit of open files: one for each connection

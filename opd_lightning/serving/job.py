@@ -31,7 +31,7 @@ class Job:
     faults: int = 0
 
     def read_from(self, url: str, answer: Any) -> Any:
-        """Return what the reader makes of an answer of the server at `url`.
+        """Return the parsed answer of the server at `url`.
 
         Raises:
             UserError: If the answer is not one to this request.
@@ -41,7 +41,7 @@ class Job:
             return self.read(answer)
         except (LostError, UserError, RunStoppedError):
             raise
-        except Exception as error:  # of any type: an answer may hold anything
+        except Exception as error:  # any type: an answer may hold anything
             raise UserError(
                 f"{url}{self.path}: its answer does not fit the request: {reason_of(error)}; is it "
                 "a server of `opd serve`, and of this version?"

@@ -124,13 +124,13 @@ def vllm_arguments(weights: Literal["fixed", "pushed"]) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "tokens_only": True,  # no tokenizer, and the token-in-token-out routes
         "generation_config": "vllm",  # not the folder's, which would change the sampling
-        "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
+        "logprobs_mode": "processed_logprobs",  # of the sampled distribution
         "middleware": f"{TrainerRequests.__module__}.{TrainerRequests.__qualname__}",
         "disable_fastapi_docs": True,
         "disable_uvicorn_access_log": True,
         "uvicorn_log_level": "warning",
         "use_tqdm_on_load": is_watched(),
-        "log_error_stack": False,  # of refused requests, with their bodies
+        "log_error_stack": False,  # no logs of refused requests with their bodies
     }
     if weights == "pushed":
         arguments["worker_extension_cls"] = PUSH_WORKER

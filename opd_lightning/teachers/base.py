@@ -49,7 +49,7 @@ class Teacher(ABC):
     source: ModelSource | None = None
     answers_live: bool = True
     has_own_tokenizer: bool = False
-    domains: Sequence[str] = ()  # those with a teacher of their own, whose figures are logged
+    domains: Sequence[str] = ()  # domains with a separate teacher, whose figures are logged
 
     @abstractmethod
     def load(self, device: torch.device, student: Student) -> None:

@@ -64,7 +64,7 @@ class FrozenTeacher(OwnModelTeacher):
         self.is_compiled = compile
         self.offload = offload
         self._device: torch.device | None = None  # device of an offloaded model's copy
-        self._device_copy: Reader | None = None  # that copy
+        self._device_copy: Reader | None = None  # copy on the device
 
     def check_model(self, student: Student) -> None:
         if self.is_compiled:

@@ -142,7 +142,7 @@ class AdapterOffTeacher(LocalTeacher):
         states = super().states(batch, view)
         # The head is read later, when the adapter is enabled again: read its base layer.
         project: Any = states.head.project
-        for beneath in ("base_layer", "original_module"):  # of LoRA, and of modules_to_save
+        for beneath in ("base_layer", "original_module"):  # wrappers of LoRA and modules_to_save
             project = getattr(project, beneath, project)
         return TokenStates(states.hidden, replace(states.head, project=project))
 

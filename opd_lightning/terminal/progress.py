@@ -91,7 +91,7 @@ class Progress:
         # (time, done) at the end of each recent update.
         self._updates: deque[tuple[float, int]] = deque(maxlen=RECENT + 1)
         self._bar: Bar | None = None
-        self._lock = threading.Lock()  # of what is shown
+        self._lock = threading.Lock()  # guards the displayed state
         self._in_lines = not is_watched()
         self._pause = REDRAW
         first = LONG if within else 0.0

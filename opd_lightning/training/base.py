@@ -85,9 +85,9 @@ class DistillationModule(Contract, EvaluatedModule):
         self.rates = Means()
         # [B, R] or [B, 1] values of the latest micro-batch, by name, for logs.
         self.token_figures: Mapping[str, Tensor] = {}
-        self._factor = 1.0  # of the step's loss: see `Contract.loss_factor`
+        self._factor = 1.0  # factor of the step's loss: see `Contract.loss_factor`
         self._later: list[RolloutBatch] = []  # the step's micro-batches after the first
-        self._tokens = 0.0  # of the last logged step
+        self._tokens = 0.0  # response tokens of the last logged step
         self.is_updating = False  # an update of weights, scheduler and callbacks is in progress
         # Factors on the learning rate, by name. Callbacks add theirs and checkpoint them.
         self.rate_scales: dict[str, float] = {}

@@ -31,7 +31,7 @@ class StepDivisors:
         self._rows[name].append(rows.double())
 
     def factor(self) -> float:
-        """Return what the step's loss is to be multiplied by, and begin a new step. Collective."""
+        """Return the factor of the step's loss, and begin a new step. Collective."""
         means = [step_mean(concatenate_ranks(torch.cat(rows))) for rows in self._rows.values()]
         self.clear()
         return 1 / float(torch.stack(means).prod()) if means else 1.0

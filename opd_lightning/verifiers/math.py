@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Above these, parsing takes more than seconds: brackets are read with backtracking, digits and
 # lists in quadratic time. What is below may take too long as well, so there are time limits too.
-MOST_DIGITS = 100_000  # of one number
+MOST_DIGITS = 100_000  # limit of one number
 MOST_BOXES = 5_000
 MOST_ITEMS = 2_000  # in the final answer, as are the next two
 MOST_OPEN = 150  # brackets inside of one another

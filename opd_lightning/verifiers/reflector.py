@@ -71,7 +71,9 @@ class Reflector(Verifier):
         self.question.need(["response"])
         self.timeout_seconds = timeout_seconds
         self.step_seconds = step_seconds
-        self._rewards: dict[tuple[str, str], float] = {}  # of the last responses, by prompt's id
+        self._rewards: dict[
+            tuple[str, str], float
+        ] = {}  # rewards of the last responses, by prompt id
         self._warned = False
 
     def verify(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:

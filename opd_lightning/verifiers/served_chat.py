@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from opd_lightning.types import Prompt
 
 KEY_VARIABLE = "OPD_JUDGE_KEY"
-COLUMNS = ("answer", "privileged")  # of a row, where a template reads them
+COLUMNS = ("answer", "privileged")  # columns of a row that a template may read
 FIRST_PAUSE = 0.5  # seconds before a failed request is repeated; doubled each time
 _TEMPLATES = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
 

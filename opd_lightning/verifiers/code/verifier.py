@@ -33,7 +33,7 @@ class Verdict:
 
     passed: int
     total: int
-    failure: str | None  # of the first test that failed
+    failure: str | None  # message of the first test that failed
 
 
 class CodeVerifier(Verifier):
@@ -85,7 +85,7 @@ class CodeVerifier(Verifier):
         self.max_workers = max_workers or len(os.sched_getaffinity(0))
         self.packages = packages
         self.kind = sandbox
-        # Of the responses of the last `verify`, by prompt and response.
+        # Messages of the last call of `verify`, by prompt and response.
         self._failures: dict[tuple[str, str], str | None] = {}
 
     @cached_property

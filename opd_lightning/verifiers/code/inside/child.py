@@ -111,7 +111,7 @@ def _answer(
 
 
 def _kind(value: object) -> dict[str, Any]:
-    """Return how tests see a name of the program: to be called, a module, or a value."""
+    """Describe a name of the program for tests: a callable, a module, or a value."""
     if isinstance(value, types.ModuleType):
         return {"module": value.__name__}
     if callable(value):

@@ -31,7 +31,7 @@ def encode(value: Any) -> Any:
     if value is None or type(value) in (bool, str):
         return value
     if isinstance(value, int):
-        return {"int": hex(value)}  # of any length, and not a float on the other side
+        return {"int": hex(value)}  # any length, and not a float on the other side
     if isinstance(value, float):
         return {"float": float(value).hex()}
     if isinstance(value, str):
