@@ -1,6 +1,6 @@
 """Short help of the trainer's commands: common options, and the command that lists all.
 
-Reads docstrings and signatures from the source, which takes one second instead of twelve.
+Reads docstrings and signatures from the source: 0.5 seconds of CPU time instead of 14.
 """
 
 from __future__ import annotations

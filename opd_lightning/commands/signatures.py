@@ -1,7 +1,6 @@
 """Signatures and docstrings read from source files, without importing them.
 
-Importing Lightning takes ten seconds of CPU time, which a misspelt key or a help page need not
-cost.
+Importing Lightning takes 12 seconds of CPU time, which a misspelt key or a help page need not cost.
 """
 
 from __future__ import annotations
