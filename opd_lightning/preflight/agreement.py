@@ -66,7 +66,7 @@ def check_seeds(probe: Probe) -> Finding:
     again = reversed(probe.generate(probe.requests[::-1]))
     pairs = [(r.response_ids, c.response_ids) for r, c in zip(probe.own, again, strict=True)]
     alike = sum(ours == theirs for ours, theirs in pairs)
-    found = f"{alike} of {len(pairs)} responses come again from the same seeds"
+    found = f"{alike} of {len(pairs)} responses are reproduced by the same seeds"
     values = {"alike": alike, "responses": len(pairs)}
     if alike == len(pairs):
         return Finding("ok", "seeds", found, values=values)

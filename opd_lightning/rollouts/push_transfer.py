@@ -150,8 +150,8 @@ class PushTransfer(Push):
     def _run_with_servers(self, work: Callable[[], Any]) -> Any:
         """Run `work`, which waits for the servers, in a thread and return its result.
 
-        With NCCL it blocks for ever if a server fails, so the thread is abandoned once a request
-        has failed.
+        With NCCL it blocks indefinitely if a server fails, so the thread is abandoned once a
+        request has failed.
         """
         done: Future[Any] = Future()
         arguments = (work, done, self._source.device)
@@ -179,7 +179,7 @@ class PushTransfer(Push):
                 f"{self._address()}, or give another engine.push_host, then resume the run"
             ) from cause
         raise PushLostError(
-            f"a push was broken off: {line}; see the servers' logs, then resume the run"
+            f"a push was interrupted: {line}; see the servers' logs, then resume the run"
         ) from cause
 
     def _address(self) -> str:

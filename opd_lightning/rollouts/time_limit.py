@@ -66,7 +66,7 @@ class TimeLimit:
             return
         self.is_exceeded = True
         report(
-            f"{self.where()}: {call} has not come back for {seconds:g} s, so the run ends; the "
+            f"{self.where()}: {call} has not returned for {seconds:g} s, so the run ends; the "
             "stacks below show where it hangs: resume from the last checkpoint, with a larger "
             f"{self.setting} if it was only slow"
         )

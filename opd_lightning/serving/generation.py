@@ -38,7 +38,7 @@ def read_response(answer: Any, *, most: int, vocabulary: int, eos_ids: Collectio
         raise ValueError(f"choices: got {shown(choices)}, expected a list of 1")
     reason = field(choices[0], "finish_reason", str)
     if reason == "abort":  # the server was paused, or another client aborted the request
-        raise LostError("broke the request off", reached=True)
+        raise LostError("aborted the request", reached=True)
     if reason not in REASONS:
         raise ValueError(f"finish_reason: got {shown(reason)}, expected 'stop' or 'length'")
     ids = token_ids(field(choices[0], "token_ids", list), "token_ids", vocabulary)

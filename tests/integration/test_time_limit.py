@@ -28,7 +28,7 @@ def test_an_engine_that_hangs_ends_the_run_at_its_last_step(
     assert code == 1, lines
     (line,) = [line for line in lines if line.startswith("opd: error")]
     call = "rank 0, step 2: HangingEngine.generate of 8 responses"
-    assert line.startswith(f"opd: error: {call} has not come back for 3 s")
+    assert line.startswith(f"opd: error: {call} has not returned for 3 s")
     assert "data.engine_time_limit" in line
     assert any("hanging.py" in line and "in generate" in line for line in lines)  # the stack
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
