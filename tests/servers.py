@@ -96,6 +96,10 @@ class RunningServer:
             with suppress(ProcessLookupError):
                 os.kill(pid, 9)
         self.process.wait(timeout=60)
+        until = time.monotonic() + 60
+        while any(map(is_running, doomed)):  # they hold the port that a restart listens on
+            assert time.monotonic() < until, doomed
+            time.sleep(0.01)
 
 
 def is_running(pid: int) -> bool:
