@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import ssl
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,12 @@ class LostError(Exception):
         self.reached = reached
 
 
+@cache
+def _ssl_context() -> ssl.SSLContext:
+    """Return the trusted certificates, which all connections share: reading them takes 20 ms."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
 class Connection:
     """Connections to one server. The key is kept only in the requests' headers."""
 
@@ -43,7 +51,6 @@ class Connection:
         self._seconds = timeout
         # Only for connecting: httpx restarts its other timeouts at every byte that arrives.
         self._timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
-        self._ssl = httpx.create_ssl_context(trust_env=False)
         self._idle: list[httpx.AsyncClient] = []
 
     async def request(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
@@ -54,7 +61,8 @@ class Connection:
         try:
             return await self._request(client, method, path, body)
         finally:
-            self._idle.append(client)
+            if not client.is_closed:
+                self._idle.append(client)
 
     async def close(self) -> None:
         for client in self._idle:
@@ -65,7 +73,7 @@ class Connection:
             headers=self._headers,
             timeout=self._timeout,
             limits=httpx.Limits(max_connections=1, keepalive_expiry=KEPT_SECONDS),
-            verify=self._ssl,
+            verify=_ssl_context(),
             trust_env=False,  # no proxies: they must not see the key
         )
 
@@ -139,15 +147,24 @@ class Server:
 async def _exchange(
     client: httpx.AsyncClient, method: str, url: str, body: dict[str, Any] | None
 ) -> tuple[int, bytes]:
-    """Send a request; return the status and the body of the answer."""
+    """Send a request; return the status and the body of the answer.
+
+    If it is cancelled, by its caller or because its time is up, the client is closed: it may take
+    its only connection to be in use from then on.
+    """
     content = bytearray()
-    async with client.stream(method, url, json=body) as response:
-        async for part in response.aiter_bytes():
-            content += part
-            if len(content) > ANSWER_BYTES:
-                raise UserError(
-                    f"{url}: its answer has more than {ANSWER_BYTES} bytes; is it a vLLM server?"
-                )
+    try:
+        async with client.stream(method, url, json=body) as response:
+            async for part in response.aiter_bytes():
+                content += part
+                if len(content) > ANSWER_BYTES:
+                    raise UserError(
+                        f"{url}: its answer has more than {ANSWER_BYTES} bytes; is it a vLLM "
+                        "server?"
+                    )
+    except asyncio.CancelledError:
+        await client.aclose()
+        raise
     return response.status_code, bytes(content)
 
 

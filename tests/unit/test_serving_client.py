@@ -1,5 +1,6 @@
 """The client against real HTTP servers on loopback: patience, order, shares, one-line errors."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import pytest
 from opd_lightning.errors import ServerAwayError, UserError
 from opd_lightning.serving import connection
 from opd_lightning.serving.client import Servers
+from opd_lightning.serving.connection import Connection
 from tests.fuzz.stand_in import Reply, StandIn, reply
 from tests.http_server import Answer, Server
 
@@ -310,6 +312,24 @@ def test_a_cancelled_request_is_not_sent(start: Start, client: Client) -> None:
     back = start(echo, gone.http.server_port)
     assert first.result(timeout=20) == {"n": 0}
     assert len(back.asked) == 1
+
+
+def test_a_cancelled_request_leaves_no_connection_in_use(start: Start) -> None:
+    """At each of the moments at which it may be cancelled, such as while it connects."""
+    url = start(echo).url
+
+    async def cancel_and_ask(moment: int) -> None:
+        connection = Connection(url, None, 5.0)
+        task = asyncio.ensure_future(connection.request("POST", "/ask", {"n": 0}))
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert await connection.request("POST", "/ask", {"n": 1}) == {"n": 1}
+        await connection.close()
+
+    for moment in range(30):
+        asyncio.run(cancel_and_ask(moment))
 
 
 def test_close_lets_nobody_wait(start: Start, client: Client) -> None:
