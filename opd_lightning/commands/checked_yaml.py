@@ -6,6 +6,8 @@ those that such files name, and values of the command line.
 
 from __future__ import annotations
 
+import re
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -15,6 +17,10 @@ from opd_lightning.commands.config_files import check_text
 from opd_lightning.errors import UserError
 
 _load = get_loader("yaml")
+# Most texts are single words, in which there is nothing to refuse; a run's parser reads each value
+# several times.
+_WORD = re.compile(r"[A-Za-z0-9_/][A-Za-z0-9_./+-]*")
+_load_word = lru_cache(1000)(_load)
 
 
 def load(text: str) -> Any:
@@ -26,6 +32,8 @@ def load(text: str) -> Any:
         yaml.YAMLError: The text is not YAML, so it may be a plain value; or it is YAML that is
             almost certainly a mistake, such as "#1" (null) or "?" (a null key).
     """
+    if _WORD.fullmatch(text):
+        return _load_word(text)
     try:
         check_text("YAML", text)
     except UserError as error:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from opd_lightning.commands import checked_yaml
 from opd_lightning.commands.parsers import OneLineParser
 
 
@@ -39,3 +40,10 @@ def test_texts_that_look_like_yaml_are_texts(tmp_path: Path) -> None:
     for text in ("{a: 1, a: 2}", "a: [", "&a [*a]", "[" * 300):
         part = parsed(f"--part={tmp_path}/good.yaml", f"--part.text={text}")
         assert (part.size, part.text) == (2, text)
+
+
+@pytest.mark.parametrize("word", ["null", "no", "12", "1_0", "1e-3", "0x1f", "2026-01-01", "a/b.c"])
+def test_a_single_word_means_what_it_means_in_a_list(word: str) -> None:
+    (expected,) = checked_yaml.load(f"[{word}]")
+    found = checked_yaml.load(word)
+    assert (found, type(found)) == (expected, type(expected))
