@@ -40,9 +40,12 @@ CHAT_TEMPLATE = (
 
 @cache
 def _no_vllm() -> str | None:
+    """Import vLLM, and leave what that makes out of later garbage collections."""
     from opd_lightning.serving.vllm_process import vllm_unavailable
 
-    return vllm_unavailable()
+    gc.collect()
+    with without_collections(freeze=True):
+        return vllm_unavailable()
 
 
 @pytest.hookimpl(tryfirst=True)

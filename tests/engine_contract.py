@@ -30,10 +30,20 @@ REQUESTS = [
 ]
 
 
-whole_and_nucleus = pytest.mark.parametrize(
-    "sampling",
-    [Sampling(max_new_tokens=1), Sampling(temperature=0.7, top_p=0.8, max_new_tokens=1)],
-    ids=["full", "nucleus"],
+def samplings(*values: Any) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "sampling", values, ids=lambda s: f"t{s.temperature}-k{s.top_k}-p{s.top_p}"
+    )
+
+
+WHOLE = Sampling(max_new_tokens=1)
+NUCLEUS = Sampling(temperature=0.7, top_p=0.8, max_new_tokens=1)
+# An engine that takes seconds for it has these in slow tests.
+one_setting_each = samplings(
+    Sampling(temperature=0.7, max_new_tokens=24),
+    Sampling(temperature=1.0, top_k=5, max_new_tokens=24),
+    Sampling(temperature=1.0, top_p=0.8, max_new_tokens=24),
+    Sampling(temperature=0.0, max_new_tokens=24),
 )
 
 
@@ -93,20 +103,19 @@ class EngineContract:
         """Push the weights of `model` before each test."""
         engine.load_weights(0, model.named_parameters())
 
-    @pytest.mark.parametrize(
-        "sampling",
-        [
-            Sampling(temperature=1.0, max_new_tokens=24),
-            Sampling(temperature=0.7, max_new_tokens=24),
-            Sampling(temperature=1.0, top_k=5, max_new_tokens=24),
-            Sampling(temperature=1.0, top_p=0.8, max_new_tokens=24),
-            Sampling(temperature=0.7, top_k=5, top_p=0.8, max_new_tokens=24),
-            Sampling(temperature=0.0, max_new_tokens=24),
-            Sampling(temperature=0.0, top_k=5, top_p=0.8, max_new_tokens=24),
-        ],
-        ids=lambda s: f"t{s.temperature}-k{s.top_k}-p{s.top_p}",
+    @samplings(
+        Sampling(temperature=1.0, max_new_tokens=24),
+        Sampling(temperature=0.7, top_k=5, top_p=0.8, max_new_tokens=24),
+        Sampling(temperature=0.0, top_k=5, top_p=0.8, max_new_tokens=24),
     )
     def test_logprobs_are_of_the_distribution_sampled_from(
+        self, engine: Engine, model: Any, sampling: Sampling
+    ) -> None:
+        completions = engine.generate(REQUESTS, sampling)
+        assert_scored_by(model, REQUESTS, completions, sampling)
+
+    @one_setting_each
+    def test_logprobs_for_each_setting(
         self, engine: Engine, model: Any, sampling: Sampling
     ) -> None:
         completions = engine.generate(REQUESTS, sampling)
@@ -145,7 +154,7 @@ class EngineContract:
         completions = engine.generate(requests, Sampling(max_new_tokens=24))
         assert len({tuple(c.response_ids) for c in completions}) == 32
 
-    @whole_and_nucleus
+    @samplings(WHOLE, NUCLEUS)
     def test_frequencies_match_the_distribution(
         self, engine: Engine, model: Any, sampling: Sampling
     ) -> None:

@@ -14,14 +14,18 @@ import torch.distributed as dist
 
 from opd_lightning.errors import RunStoppedError, UserError
 from opd_lightning.models.source import ModelSource
-from opd_lightning.rollouts import HFEngine, Request, Sampling, VLLMEngine
+from opd_lightning.rollouts import Engine, HFEngine, Request, Sampling, VLLMEngine
 from opd_lightning.serving.vllm_process import vllm_unavailable
 from tests.engine_contract import (
     MAX_LENGTH,
+    NUCLEUS,
     REQUESTS,
+    WHOLE,
     EngineContract,
     assert_scored_by,
+    one_setting_each,
     reference_model,
+    samplings,
 )
 from tests.integration.test_server_engine import engine_of as server_engine
 from tests.servers import RunningServer
@@ -44,6 +48,19 @@ def engine(tiny_model_dir: Any) -> Iterator[VLLMEngine]:
 
 class TestVLLMEngine(EngineContract):
     """The contract, on vLLM."""
+
+    @pytest.mark.slow
+    @one_setting_each
+    def test_logprobs_for_each_setting(
+        self, engine: Engine, model: Any, sampling: Sampling
+    ) -> None:
+        super().test_logprobs_for_each_setting(engine, model, sampling)
+
+    @samplings(pytest.param(WHOLE, marks=pytest.mark.slow), NUCLEUS)
+    def test_frequencies_match_the_distribution(
+        self, engine: Engine, model: Any, sampling: Sampling
+    ) -> None:
+        super().test_frequencies_match_the_distribution(engine, model, sampling)
 
 
 def test_greedy_agrees_with_the_reference_engine(engine: VLLMEngine, tiny_model_dir: Any) -> None:

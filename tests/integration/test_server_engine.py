@@ -24,11 +24,14 @@ from opd_lightning.rollouts.push_folder import PushFolder
 from opd_lightning.serving.accepted import ROUTES
 from tests.engine_contract import (
     MAX_LENGTH,
+    NUCLEUS,
     REQUESTS,
+    WHOLE,
     EngineContract,
     assert_scored_by,
+    one_setting_each,
     reference_model,
-    whole_and_nucleus,
+    samplings,
 )
 from tests.processes import call_ranks
 from tests.servers import WAITS, RunningServer, is_running
@@ -95,8 +98,15 @@ def engine(
 class TestVLLMServerEngine(EngineContract):
     """The contract, over HTTP."""
 
+    @pytest.mark.slow
+    @one_setting_each
+    def test_logprobs_for_each_setting(
+        self, engine: Engine, model: Any, sampling: Sampling
+    ) -> None:
+        super().test_logprobs_for_each_setting(engine, model, sampling)
+
     @pytest.mark.slow  # thousands of requests
-    @whole_and_nucleus
+    @samplings(WHOLE, NUCLEUS)
     def test_frequencies_match_the_distribution(
         self, engine: Engine, model: Any, sampling: Sampling
     ) -> None:
@@ -263,21 +273,27 @@ def test_ranks_share_a_server_and_one_pushes(
 # Authorisation -------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def client(server: RunningServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url) as client:
+        yield client
+
+
 @pytest.mark.parametrize(("method", "path"), [*DEVELOPMENT_ROUTES, *OTHER_ROUTES])
-def test_without_the_key_no_route_answers(server: RunningServer, method: str, path: str) -> None:
+def test_without_the_key_no_route_answers(
+    server: RunningServer, client: httpx.Client, method: str, path: str
+) -> None:
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"X-Api-Key": server.key}):
-        answer = httpx.request(method, server.url + path, headers=headers, json={})
+        answer = client.request(method, path, headers=headers, json={})
         assert (answer.status_code, answer.content) == (401, b"")
     # Made to fail where it exists, so that nothing is changed.
-    known = httpx.request(
-        "DELETE", server.url + path, headers={"Authorization": f"Bearer {server.key}"}
-    )
+    known = client.delete(path, headers={"Authorization": f"Bearer {server.key}"})
     assert known.status_code == (405 if path in ROUTES else 404)
 
 
-def test_health_needs_no_key(server: RunningServer) -> None:
-    assert httpx.get(server.url + "/health").status_code == 200
-    assert httpx.post(server.url + "/health").status_code == 401
+def test_health_needs_no_key(client: httpx.Client) -> None:
+    assert client.get("/health").status_code == 200
+    assert client.post("/health").status_code == 401
 
 
 def test_it_listens_on_loopback_alone(server: RunningServer) -> None:
