@@ -1,4 +1,4 @@
-"""Program `measuring_ranks LAYOUT`: trains and evaluates in the working folder.
+"""Program `measuring_ranks LAYOUT NAME...`: trains and evaluates in the working folder.
 
 Runs `opd` commands in sequence in the processes of a layout. Each process writes its output by
 command to LAYOUT-<rank>.json.
@@ -31,7 +31,6 @@ CALLBACKS = [
     {"class_path": "callbacks.CollapseWatch"},
 ]
 STEPS, PROMPTS = 2, 8
-MISTAKES = {"ddp": ["damaged"], "fsdp2": ["prompts", "damaged", "none"]}  # made in a layout
 
 
 def commands(layout: str) -> dict[str, list[str]]:
@@ -41,19 +40,15 @@ def commands(layout: str) -> dict[str, list[str]]:
     run = "--trainer.logger.init_args.save_dir=runs/"
     saved = [*common, f"{run}one", "--ckpt_path=last"]
     nowhere = "nowhere.jsonl"
-    right = {
+    return {
         "fit": ["fit", *common, f"{run}{layout}", f"--trainer.callbacks={json.dumps(CALLBACKS)}"],
         "validate": ["validate", *saved, "--json"],
         "test": ["test", *saved, "--out", f"{layout}-test.json"],
-    }
-    if layout == "one":
-        return right
-    wrong = {
+        # Mistakes
         "prompts": ["validate", *saved, f"--data.texts.worked.prompts.path={nowhere}"],
         "damaged": ["validate", *saved, "--ckpt_path=suites.yaml"],
         "none": ["test", *saved, f"{run}nobody"],
     }
-    return right | {name: wrong[name] for name in MISTAKES[layout]}
 
 
 def run(words: list[str]) -> dict[str, object]:
@@ -68,10 +63,10 @@ def run(words: list[str]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    (layout,) = sys.argv[1:]
+    layout, *names = sys.argv[1:]
     # The next command uses the same processes.
     with mock.patch.object(dist, "destroy_process_group"):
-        said = {name: run(words) for name, words in commands(layout).items()}
+        said = {name: run(commands(layout)[name]) for name in names}
     Path(f"{layout}-{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(said))
     if dist.is_initialized():  # gloo may abort a process that exits first
         dist.barrier()

@@ -9,12 +9,13 @@ import pytest
 from tests.fuzz.__main__ import Fuzzer, cases, fuzz
 from tests.fuzz.kinds import KINDS
 
-# Of seed 0, the first ones: the same on a fast machine and a slow one.  `make fuzz` runs more.
+# Of seed 0, the first ones: the same on a fast machine and a slow one.  Those that start a program
+# are few: kept cases do what they do.  `make fuzz` runs more.
 INPUTS = {
-    "configurations": 3,
-    "prompt_files": 3,
-    "model_folders": 4,
-    "checkpoints": 2,
+    "configurations": 1,
+    "prompt_files": 1,
+    "model_folders": 2,
+    "checkpoints": 1,
     "requests": 100,
     "responses": 10,
 }

@@ -13,13 +13,20 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opd_lightning.cli import main
-from tests.integration.measuring_ranks import CONFIGS, LAYOUTS, MISTAKES, PROMPTS, STEPS
+from tests.integration.measuring_ranks import CONFIGS, LAYOUTS, PROMPTS, STEPS
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.timeout(900)  # who comes first starts the processes
 
 SCRIPT = "tests.integration.measuring_ranks"
 MANY = ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)]
+# Commands that one start of a layout's processes runs; those of the first are in quick tests, but
+# for fsdp2.
+STARTS = {
+    "one": [("fit", "validate"), ("test",)],
+    "ddp": [("fit", "validate", "damaged"), ("test",)],
+    "fsdp2": [("fit", "validate", "test", "prompts", "damaged", "none")],
+}
 QUESTIONS = [(i, domain) for i in range(11) for domain in ("sums", "products", "others")]
 
 
@@ -52,32 +59,31 @@ def suites() -> dict[str, Any]:
 
 
 class Said:
-    """Starts the script for layouts that nobody has asked for yet."""
+    """Starts the script for commands that nobody has asked for yet."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._said: dict[str, list[dict[str, Any]]] = {}
 
-    def __call__(self, layout: str) -> list[dict[str, Any]]:
-        """Of every process: by command, its exit code and what it wrote."""
-        if layout not in self._said:
+    def __call__(self, layout: str, name: str) -> list[Any]:
+        """Of every process: the command's exit code and what it wrote."""
+        if name not in self._said.get(layout, [{}])[0]:
             if layout != "one":
-                self("one")
+                self("one", "fit")
+            (names,) = (names for names in STARTS[layout] if name in names)
             count = 1 if layout == "one" else 2
-            run_ranks(SCRIPT, layout, count=count, cwd=self.folder, timeout=400)
-            files = [self.folder / f"{layout}-{rank}.json" for rank in range(count)]
-            self._said[layout] = [json.loads(file.read_text()) for file in files]
-        return self._said[layout]
+            run_ranks(SCRIPT, layout, *names, count=count, cwd=self.folder, timeout=400)
+            for rank, said in enumerate(self._said.setdefault(layout, [{} for _ in range(count)])):
+                said |= json.loads((self.folder / f"{layout}-{rank}.json").read_text())
+        return [said[name] for said in self._said[layout]]
 
     def measured(self, layout: str, name: str) -> dict[str, Any]:
         """What the first process found and printed; the others print nothing."""
-        first, *others = self(layout)
-        assert [one[name]["code"] for one in (first, *others)] == [0] * (1 + len(others)), first
-        assert not any(one[name]["out"] for one in others)
+        first, *others = self(layout, name)
+        assert [one["code"] for one in (first, *others)] == [0] * (1 + len(others)), first
+        assert not any(one["out"] for one in others)
         file = self.folder / f"{layout}-test.json"
-        found: dict[str, Any] = json.loads(
-            file.read_text() if name == "test" else first[name]["out"]
-        )
+        found: dict[str, Any] = json.loads(file.read_text() if name == "test" else first["out"])
         return found
 
 
@@ -103,7 +109,7 @@ def numbers(found: Any, name: str = "") -> dict[str, float | str | None]:
 
 
 @pytest.mark.parametrize("layout", MANY)
-@pytest.mark.parametrize("stage", ["validate", "test"])
+@pytest.mark.parametrize("stage", ["validate", pytest.param("test", marks=pytest.mark.slow)])
 def test_many_measure_what_one_does(said: Said, stage: str, layout: str) -> None:
     alone, together = (numbers(said.measured(name, stage)) for name in ("one", layout))
     assert together.keys() == alone.keys()
@@ -120,12 +126,13 @@ def test_many_measure_what_one_does(said: Said, stage: str, layout: str) -> None
     assert 0 < score < passed < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", MANY)
 def test_a_table_is_printed_once(said: Said, layout: str) -> None:
-    first, *others = said(layout)
-    assert not any(one["test"]["out"] for one in others)
-    assert first["test"]["out"].count("few, n=4") == 1
-    assert first["test"]["out"] == said("one")[0]["test"]["out"]
+    first, *others = said(layout, "test")
+    assert not any(one["out"] for one in others)
+    assert first["out"].count("few, n=4") == 1
+    assert first["out"] == said("one", "test")[0]["out"]
 
 
 LINES = {
@@ -138,15 +145,14 @@ LINES = {
 @pytest.mark.parametrize(
     ("layout", "name"),
     [
-        pytest.param(layout, name, marks=[] if layout == "ddp" else pytest.mark.slow)
-        for layout, names in MISTAKES.items()
-        for name in names
+        ("ddp", "damaged"),
+        *(pytest.param("fsdp2", name, marks=pytest.mark.slow) for name in LINES),
     ],
 )
 def test_mistakes_are_one_line(said: Said, layout: str, name: str) -> None:
-    everybody, line = said(layout), LINES[name]
-    assert {one[name]["code"] for one in everybody} == {2}
-    lines = [x for one in everybody for x in one[name]["err"].splitlines() if "error:" in x]
+    everybody, line = said(layout, name), LINES[name]
+    assert {one["code"] for one in everybody} == {2}
+    lines = [x for one in everybody for x in one["err"].splitlines() if "error:" in x]
     assert len(lines) == 1, lines
     assert line in lines[0]
 
@@ -167,7 +173,7 @@ def test_a_missing_checkpoint_is_one_line_before_others_are_started(
 
 
 def events(said: Said, layout: str) -> EventAccumulator:
-    said(layout)
+    said(layout, "fit")
     found = EventAccumulator(str(said.folder / "runs" / layout), {"histograms": 0, "tensors": 0})
     found.Reload()
     return found
@@ -193,7 +199,7 @@ def test_many_plot_what_one_does(said: Said, layout: str) -> None:
 @pytest.mark.parametrize("layout", ["one", *MANY])
 def test_rollouts_are_shown_once(said: Said, layout: str) -> None:
     run = said.folder / "runs" / layout
-    assert said(layout)[0]["fit"]["code"] == 0
+    assert said(layout, "fit")[0]["code"] == 0
     steps = [json.loads(line)["step"] for line in (run / "rollouts.jsonl").open()]
     assert steps == [0] * 4 + [1] * 4
     assert len(list(run.glob("events*"))) == 1
@@ -203,7 +209,7 @@ def test_rollouts_are_shown_once(said: Said, layout: str) -> None:
 
 @pytest.mark.slow
 def test_the_processes_of_a_mistake_all_end(said: Said) -> None:
-    said("one")
+    said("one", "fit")
     common = ["--config", str(CONFIGS / "lab" / "opd.yaml"), "--config", "suites.yaml"]
     missing = "--data.texts.worked.prompts.path=nowhere.jsonl"
     ended = subprocess.run(

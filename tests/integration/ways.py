@@ -65,7 +65,7 @@ class Way:
     """A method, and what differs from the other ways in trainer and data."""
 
     method: Callable[[], DistillationModule]
-    steps: int = 3
+    steps: int = 2
     trainer: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     watched: bool = False  # measures now and then how far texts are from the start
@@ -170,12 +170,12 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 def few(method: Callable[[], DistillationModule], *, spoken: int = SAMPLES, **more: Any) -> Way:
     """Without a token on all ranks but the first."""
-    return Way(method=method, steps=2, data={"engine": FewWords(spoken), **more})
+    return Way(method=method, data={"engine": FewWords(spoken), **more})
 
 
 def masked(method: Callable[..., DistillationModule], prompts: int, **more: Any) -> Way:
     """With tokens everywhere, of which rules leave those of rank 0 at most."""
-    return Way(method=lambda: method(FirstPrompt(prompts)), steps=2, data=more)
+    return Way(method=lambda: method(FirstPrompt(prompts)), data=more)
 
 
 MIXED: dict[str, Any] = {"mix": RolloutMix(teacher=0.5, only_correct=True)}
@@ -186,7 +186,12 @@ def ways(prompts: int) -> dict[str, dict[str, Way]]:
     """By part and name; `prompts` of a step."""
     return {
         "core": {
-            "sampled": Way(method=sampled, trainer={"gradient_clip_val": 0.05}, watched=True),
+            "sampled": Way(
+                method=sampled,
+                steps=3,  # the third logs the validation after the second
+                trainer={"gradient_clip_val": 0.05},
+                watched=True,
+            ),
             "few": few(sampled),
             # The teacher writes one response for a prompt: ranks have different numbers of them.
             "budget": Way(
@@ -198,10 +203,11 @@ def ways(prompts: int) -> dict[str, dict[str, Way]]:
             "moving": Way(method=moving),
             "adapters": Way(method=adapters, trainer={"gradient_clip_val": 0.05}),
         },
-        "watched": {"adapters, watched": Way(method=adapters, watched=True)},
+        "watched": {"adapters, watched": Way(method=adapters, steps=3, watched=True)},
         "more": {
             "ahead": Way(
                 method=lambda: sampled(TruncatedImportance(unit_mean=True)),
+                steps=3,  # the first that is trained on is not stale
                 data={"max_staleness": 1},
             ),
             "divergence": Way(method=divergence),
