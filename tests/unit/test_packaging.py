@@ -11,7 +11,7 @@ import sys
 import tomllib
 import zipfile
 from functools import cache
-from importlib.metadata import packages_distributions
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,9 @@ OPTIONAL = {
     "gguf": ("gguf", "gguf"),
     "reasoning_gym": ("reasoning-gym", "reasoning-gym"),
 }
+
+
+packages_distributions = cache(metadata.packages_distributions)  # reads the list of every package
 
 
 def normal(name: str) -> str:
