@@ -1,5 +1,6 @@
 """Every shipped YAML is accepted, and its classes are built without a weight being loaded."""
 
+import json
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 
 from opd_lightning.commands.lightning_cli import OPDCLI
+from opd_lightning.methods import SFT
+from opd_lightning.models.student import Student
 
 ROOT = Path(__file__).parents[2]
 # What lm-eval reads, not we.
@@ -49,6 +52,24 @@ def test_instantiates(files: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_pa
     cli = OPDCLI(["fit", *(word for file in files for word in ("--config", str(file)))])
     assert cli.model.student.model is None
     assert not list(tmp_path.iterdir())
+
+
+class Keeping(SFT):
+    """A user's method, which keeps its settings in checkpoints as Lightning lets it."""
+
+    def __init__(self, student: Student, note: str = "") -> None:
+        super().__init__(student)
+        self.save_hyperparameters()
+
+
+def test_a_method_may_keep_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OPDCLI, "_run_subcommand", lambda self, subcommand: None)
+    student = {"path": "lab/arithmetic/student"}
+    model = {"class_path": f"{__name__}.Keeping", "init_args": {"student": student, "note": "a"}}
+    data = {"engine": {"class_path": "opd_lightning.rollouts.HFEngine"}}
+    cli = OPDCLI(["fit", f"--model={json.dumps(model)}", f"--data={json.dumps(data)}"])
+    assert cli.model.hparams["note"] == "a"
+    assert cli.model.hparams["student"]["path"] == student["path"], "plain data, not the object"
 
 
 def test_there_are_configs() -> None:
