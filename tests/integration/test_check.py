@@ -119,14 +119,21 @@ def look(in_lab: Path, sound_teacher: str, capfd: pytest.CaptureFixture[str]) ->
     return run
 
 
-@pytest.fixture
-def sound_teacher(in_lab: Path, tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def sound(untrained_lab: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return a model close to the student; a random one would be too different."""
-    return changed_weights(tmp_path / "sound", lambda weight: weight * 1.02)
+    folder = tmp_path_factory.mktemp("teacher") / "sound"
+    return changed_weights(folder, lambda weight: weight * 1.02, untrained_lab)
 
 
-def changed_weights(folder: Path, change: Callable[[Tensor], Tensor]) -> str:
-    shutil.copytree(STUDENT, folder)
+@pytest.fixture
+def sound_teacher(sound: str, tmp_path: Path) -> str:
+    """Return a copy of it, which a test may change."""
+    return str(shutil.copytree(sound, tmp_path / "sound"))
+
+
+def changed_weights(folder: Path, change: Callable[[Tensor], Tensor], lab: Path = Path()) -> str:
+    shutil.copytree(lab / STUDENT, folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -350,7 +350,19 @@ REDUCTIONS: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", REDUCTIONS)
+# Further reductions of a method that has one beside them.
+ALSO = (
+    "GOPD whose reference is its teacher is OPD",
+    "EDGEOPD that keeps everything is OPSDK1",
+    "soft EDGEOPD at epsilon 0 is OPSDK1",
+    "RLSD at mix 0 is GRPO",
+    "GKD at beta 0 is the forward KL",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ALSO else ()) for n in REDUCTIONS]
+)
 def test_reduces(name: str, prompts: Path) -> None:
     method, simple = REDUCTIONS[name]
     one, other = first_gradient(method(), prompts), simple_gradient(simple, prompts)
