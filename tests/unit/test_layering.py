@@ -96,16 +96,17 @@ NEED_THEM = {"commands", "lab", "serving/serve.py", "serving/worker.py",
              "evaluation/harness"}  # fmt: skip
 
 
+@cache
 def imports_at_once(path: Path) -> set[str]:
-    """Packages that a file imports outside of functions and TYPE_CHECKING."""
+    """Modules and names that a file imports outside of functions and TYPE_CHECKING."""
     names: set[str] = set()
     nodes: list[ast.AST] = [parsed(path)]
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.Import):
-            names.update(alias.name.split(".")[0] for alias in node.names)
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").split(".")[0])
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             nodes += node.orelse
         elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -113,18 +114,41 @@ def imports_at_once(path: Path) -> set[str]:
     return names
 
 
+def packages_at_once(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports_at_once(path)}
+
+
+def files_of(name: str) -> list[Path]:
+    """Our files that the import of a module, or of a name in one, runs."""
+    inside = [ROOT.joinpath(*name.split(".")[:n]) for n in range(1, name.count(".") + 2)]
+    found = [path for one in inside for path in (one / "__init__.py", one.with_suffix(".py"))]
+    return [path for path in found if path in FILES]
+
+
+def test_engines_are_imported_without_the_libraries_that_they_start() -> None:
+    """Whatever module is imported with them; each of these libraries takes seconds."""
+    waiting, seen = files_of("opd_lightning.rollouts"), set[Path]()
+    while waiting:
+        path = waiting.pop()
+        assert not packages_at_once(path) & {"transformers", "vllm", "lightning"}, path
+        seen.add(path)
+        reached = {file for name in imports_at_once(path) for file in files_of(name)}
+        waiting += reached - seen - {*waiting}
+    assert len(seen) > 20
+
+
 def test_what_trains_imports_without_optional_packages() -> None:
     for path in FILES:
         inside = str(path.relative_to(ROOT)).removeprefix("opd_lightning/")
         if not inside.startswith(tuple(NEED_THEM)):
-            assert not imports_at_once(path) & OPTIONAL, path
+            assert not packages_at_once(path) & OPTIONAL, path
 
 
 def test_modules_that_need_optional_packages_are_there() -> None:
     for inside in NEED_THEM:
         place = PACKAGE / inside
         files = place.rglob("*.py") if place.is_dir() else [place]
-        assert any(imports_at_once(path) & OPTIONAL for path in files), inside
+        assert any(packages_at_once(path) & OPTIONAL for path in files), inside
 
 
 def test_every_layer_has_a_place() -> None:
