@@ -4,8 +4,11 @@ import ast
 from functools import cache
 from pathlib import Path
 
+from opd_lightning.terminal.imports import without_collections
+
 
 @cache
 def parsed(path: Path) -> ast.Module:
     """Return the tree of a Python file; tests must not change it."""
-    return ast.parse(path.read_text())
+    with without_collections():  # which are most of its time
+        return ast.parse(path.read_text())
