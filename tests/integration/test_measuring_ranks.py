@@ -22,7 +22,7 @@ SCRIPT = "tests.integration.measuring_ranks"
 MANY = ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)]
 # Commands that one start of a layout's processes runs; those of the first are in quick tests, but
 # for fsdp2.
-STARTS = {
+STARTS: dict[str, list[tuple[str, ...]]] = {
     "one": [("fit", "validate"), ("test",)],
     "ddp": [("fit", "validate", "damaged"), ("test",)],
     "fsdp2": [("fit", "validate", "test", "prompts", "damaged", "none")],
