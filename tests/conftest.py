@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Callable, Generator, Iterator
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ import pytest
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from opd_lightning.terminal.imports import without_collections
+from tests import entry_points
 
 # Read when the libraries are imported, so set before any test module is.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads slow tiny models down
-# Every Trainer reads those of all installed packages, which takes it a twentieth of a short run.
-metadata.entry_points = cache(metadata.entry_points)  # type: ignore[assignment]
+entry_points.read_once()
 
 # Background jobs of shells and nohup ignore these signals, which is inherited; tests send them.
 for _number, _action in (

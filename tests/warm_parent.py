@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_lightning.terminal.imports import without_collections
+from tests import entry_points
 
 ROOT = Path(__file__).parents[1]
 # Everything that an `opd fit` has imported by its end.
@@ -197,6 +198,7 @@ def import_all(names: Iterable[str]) -> None:
 
 
 def _main() -> None:
+    entry_points.read_once()
     import_all(PRELOADED)
     with socket.socket(fileno=int(sys.argv[1])) as listener:
         _read_signatures()
