@@ -47,7 +47,12 @@ def _no_vllm() -> str | None:
 
     gc.collect()
     with without_collections(freeze=True):
-        return vllm_unavailable()
+        reason = vllm_unavailable()
+    if reason is None:
+        from tests.forked_server import run_as_written
+
+        run_as_written()
+    return reason
 
 
 @pytest.hookimpl(tryfirst=True)

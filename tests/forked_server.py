@@ -43,10 +43,21 @@ def call(function: Callable[..., None], *arguments: Any) -> processes.Process:
     return parent().fork(__name__, CALL, processes.pickled(function, *arguments))
 
 
+def run_as_written() -> None:
+    """Let vLLM's engines of this process, before the first, compile no function.
+
+    vLLM compiles the one that ranks tokens also where it is told to be eager: two CPU seconds.
+    """
+    from vllm.platforms import current_platform
+
+    current_platform.simple_compile_backend = "eager"
+
+
 def _preload() -> None:
     quiet_libraries()
     if reason := vllm_unavailable():
         raise RuntimeError(reason)
+    run_as_written()
     warm_parent.import_all((*PRELOADED, *(() if torch.cuda.is_available() else ON_CPU)))
 
 

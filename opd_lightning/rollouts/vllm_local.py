@@ -101,6 +101,7 @@ class VLLMEngine(Engine):
         self._format = FolderFormat.of(source, torch.float32)
         self._max_length = max_length
         self._owns_default_group = not dist.is_initialized()
+        self._heap_was_frozen = gc.get_freeze_count() > 0
         arguments: dict[str, Any] = {
             "model": source.path,
             "trust_remote_code": source.trust_remote_code,
@@ -203,6 +204,9 @@ class VLLMEngine(Engine):
         self._llm = None
         self.version = -1
         gc.collect()
+        if self._heap_was_frozen:
+            # vLLM thaws what the program froze as well: libraries, a second for each collection.
+            gc.freeze()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -37,13 +38,14 @@ pytestmark = pytest.mark.vllm
 def engine(tiny_model_dir: Any) -> Iterator[VLLMEngine]:
     engine = VLLMEngine()
     assert engine.version == -1
-    state = torch.get_rng_state()
+    state, frozen = torch.get_rng_state(), gc.get_freeze_count()
     engine.start(ModelSource(str(tiny_model_dir())), max_length=MAX_LENGTH)
     assert torch.equal(torch.get_rng_state(), state), "start moved the global random state"
     assert engine.version == -1
     yield engine
     engine.close()
     assert not dist.is_initialized(), "close left a default process group behind"
+    assert gc.get_freeze_count() >= frozen > 0, "later collections would pass over all libraries"
 
 
 class TestVLLMEngine(EngineContract):
