@@ -113,6 +113,10 @@ class TestVLLMServerEngine(EngineContract):
         super().test_frequencies_match_the_distribution(engine, model, sampling)
 
     @pytest.mark.slow  # hundreds of requests
+    def test_more_prompt_tokens_than_are_computed_at_once(self, engine: Engine) -> None:
+        super().test_more_prompt_tokens_than_are_computed_at_once(engine)
+
+    @pytest.mark.slow  # hundreds of requests
     def test_an_eos_on_the_last_token_is_an_eos(self, engine: Engine) -> None:
         super().test_an_eos_on_the_last_token_is_an_eos(engine)
 
