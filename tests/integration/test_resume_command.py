@@ -69,7 +69,7 @@ def test_the_same_command_starts_and_continues(in_lab: Path, tmp_path: Path, cap
 
 @pytest.mark.slow
 def test_a_full_disk_ends_a_run_of_two_processes_in_one_line(in_lab: Path, tmp_path: Path) -> None:
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(tmp_path)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small disk takes root")
     fit = [sys.executable, "-m", "opd_lightning"]
