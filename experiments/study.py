@@ -41,6 +41,37 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Chain:
+    """Students trained one after the other: runs NAME-1, NAME-2, ..., each from the one before.
+
+    The first begins with the student that its options name.
+
+    Args:
+        config: Configuration of all, from the project's folder.
+        links: Options of each that differ from the configuration.
+        set: Options of all.
+        after: Runs whose students they read besides.
+    """
+
+    config: str
+    links: list[dict[str, Any]]
+    set: dict[str, Any] = field(default_factory=dict)
+    after: list[str] = field(default_factory=list)
+
+    def runs(self, name: str) -> dict[str, Run]:
+        """Return the runs of the chain by name."""
+        found: dict[str, Run] = {}
+        for number, own in enumerate(self.links, 1):
+            values, after = self.set | own, self.after
+            if found:
+                before = f"{name}-{number - 1}"
+                values |= {"model.student.path": f"runs/{before}/student"}
+                after = [*after, before]
+            found[f"{name}-{number}"] = Run(config=self.config, set=values, after=after)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class Claim:
     """A comparison of two runs, seed by seed.
 
@@ -76,6 +107,7 @@ class Study:
         claims: Claims by name.
         suites: Configuration with the test suites; None for experiments/test_WORLD.yaml. Runs of a
             name that studies share need the same.
+        labs: Words of further `opd lab build`, by the folder in lab/.
     """
 
     name: str
@@ -85,6 +117,7 @@ class Study:
     seeds: int = 5
     claims: dict[str, Claim] = field(default_factory=dict)
     suites: str | None = None
+    labs: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def test(self) -> str:
@@ -92,11 +125,16 @@ class Study:
         return self.suites or f"experiments/test_{self.world}.yaml"
 
     def settings(self, name: str) -> str:
-        """Return a digest of a run's options, its configurations, and the runs that it reads."""
+        """Return a digest of a run's options, its configurations, and what it reads: other runs,
+        and labs besides the world's.
+        """
         run = self.runs[name]
         read = [file for file in (run.config, None if run.measure else self.test) if file]
         values = [yaml.safe_load((ROOT / file).read_text()) for file in read]
-        whole = json.dumps([asdict(run), values, [self.settings(other) for other in run.after]])
+        own = json.dumps(asdict(run))
+        labs = [words for lab, words in self.labs.items() if f"lab/{lab}/" in own]
+        parts = [asdict(run), values, [self.settings(other) for other in run.after], *labs]
+        whole = json.dumps(parts)
         return hashlib.sha256(whole.encode()).hexdigest()[:12]
 
     def __post_init__(self) -> None:
@@ -112,16 +150,25 @@ class Study:
                 raise UserError(f"{self.name}: claim {name}: no run is {missing[0]}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Written(Study):
+    """A study as in its file."""
+
+    runs: dict[str, Run | Chain]  # type: ignore[assignment]
+
+
 def read_study(name: str) -> Study:
     """Read experiments/NAME/study.yaml."""
     values = yaml.safe_load((ROOT / "experiments" / name / "study.yaml").read_text())
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--study", type=Study)
+    parser.add_argument("--study", type=_Written)
     try:
         found = parser.parse_object({"study": values | {"name": name}}).as_dict()["study"]
     except ArgumentError as error:
         raise UserError(f"experiments/{name}/study.yaml: {error}") from error
     # Not instantiated by the parser, which would make the classes that options name.
-    runs = {run: Run(**fields) for run, fields in found.pop("runs").items()}
+    runs: dict[str, Run] = {}
+    for label, fields in found.pop("runs").items():
+        runs |= Chain(**fields).runs(label) if "links" in fields else {label: Run(**fields)}
     claims = {claim: Claim(**fields) for claim, fields in found.pop("claims").items()}
     return Study(runs=runs, claims=claims, **found)

@@ -179,6 +179,9 @@ def train_and_measure(study: Study, place: Place) -> None:
             link.symlink_to(ROOT / link)
     if not Path("lab", study.world).exists():
         opd(["lab", "build", "--world", study.world])
+    for lab, words in study.labs.items():
+        if not Path("lab", lab).exists():
+            opd(["lab", "build", "--link", f"lab/{lab}", *words])
     if place.begun.exists() and not place.has_settings():
         raise UserError(
             f"{place.begun}: the run was begun with other settings than the study's present ones; "

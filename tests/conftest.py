@@ -175,7 +175,7 @@ def write_untrained_lab(folder: Path, *, layers: int = 1) -> None:
     from opd_lightning.lab import arithmetic, identity, programs
     from opd_lightning.lab.arithmetic import generate_mixture
     from opd_lightning.lab.models import new_model
-    from opd_lightning.lab.problems import interleaved, write_jsonl
+    from opd_lightning.lab.problems import interleaved, write_jsonl, write_rows
 
     lab = folder / "arithmetic"
     for role, hidden_size in (("teacher", 64), ("student", 32)):
@@ -192,7 +192,7 @@ def write_untrained_lab(folder: Path, *, layers: int = 1) -> None:
     (lab / "base").mkdir(parents=True)
     new_model(lab / "base", layers=layers, hidden_size=32, seed=1)
     for name, rows in {"train": identity.training_rows(), **identity.probe_rows()}.items():
-        identity.write_jsonl(lab / f"{name}.jsonl", rows)
+        write_rows(lab / f"{name}.jsonl", rows)
 
     lab = folder / "skills"
     (lab / "start").mkdir(parents=True)

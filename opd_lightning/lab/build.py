@@ -22,9 +22,9 @@ from opd_lightning.commands.export import write_hf_folder
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.errors import UserError
-from opd_lightning.lab import arithmetic, identity, programs
+from opd_lightning.lab import arithmetic, identity, programs, strings
 from opd_lightning.lab.models import new_model
-from opd_lightning.lab.problems import Problem, interleaved, write_jsonl
+from opd_lightning.lab.problems import Problem, interleaved, write_jsonl, write_rows
 from opd_lightning.methods import SFT
 from opd_lightning.models.made_once import made_once, user_cache
 from opd_lightning.models.student import Student
@@ -144,7 +144,7 @@ class IdentityRecipe(Recipe):
             **identity.probe_rows(),
         }
         for name, rows in files.items():
-            identity.write_jsonl(folder / f"{name}.jsonl", rows)
+            write_rows(folder / f"{name}.jsonl", rows)
         train_model(self.base, folder / "lessons.jsonl", folder / "base", "base")
 
 
@@ -189,6 +189,51 @@ class SkillsRecipe(Recipe):
         write_jsonl(folder / "held_out.jsonl", interleaved(*(part[:last] for part in unseen)))
         write_jsonl(folder / "test.jsonl", interleaved(*(part[last:] for part in unseen)))
         train_model(self.start, demonstrations, folder / "start", "start")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StringsRecipe(Recipe):
+    """Eight skills on words, to learn one after the other, and a model that confuses their names.
+
+    The folder holds train.jsonl (prompts with solutions, and demonstrations as "privileged"),
+    held_out.jsonl and test.jsonl (disjoint prompts; held_out is for choosing settings and for
+    stopping), told.jsonl (a quarter of the test prompts, with demonstrations), lessons.jsonl (the
+    model's training data) and start/ (a Hugging Face folder). A domain is a skill.
+    """
+
+    world: ClassVar[str] = "strings"
+
+    version: int = 1  # increase when the texts, the tokenizer or the training change
+    prompts_per_domain: int = 1000
+    held_out_per_domain: int = 50
+    test_per_domain: int = 100
+    lessons: int = 32000
+    known: float = 0.3  # share of lessons that do what is asked
+    start: ModelRecipe = ModelRecipe(
+        layers=2, hidden_size=128, steps=500, batch_size=64, learning_rate=4e-3, seed=0
+    )
+
+    def __post_init__(self) -> None:
+        counts = ("prompts_per_domain", "held_out_per_domain", "test_per_domain", "lessons")
+        _check_numbers(self, dict.fromkeys(counts, 1))
+        if not 0 <= self.known <= 1:
+            raise UserError(f"lab build: known: got {self.known}, expected a share in [0, 1]")
+
+    def make(self, folder: Path) -> None:
+        def draw(count: int, *, held_out: bool) -> list[list[strings.Problem]]:
+            return [strings.generate(s, count, seed=0, held_out=held_out) for s in strings.SKILLS]
+
+        train = interleaved(*draw(self.prompts_per_domain, held_out=False))
+        write_rows(folder / "train.jsonl", map(strings.training_row, train))
+        last = self.held_out_per_domain
+        unseen = draw(last + self.test_per_domain, held_out=True)
+        write_jsonl(folder / "held_out.jsonl", interleaved(*(part[:last] for part in unseen)))
+        test = interleaved(*(part[last:] for part in unseen))
+        write_jsonl(folder / "test.jsonl", test)
+        write_rows(folder / "told.jsonl", map(strings.told, test[: max(1, len(test) // 4)]))
+        lessons = folder / "lessons.jsonl"
+        write_rows(lessons, strings.lessons(self.lessons, known=self.known, seed=0))
+        train_model(self.start, lessons, folder / "start", "start")
 
 
 def cache_folder() -> Path:

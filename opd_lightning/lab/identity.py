@@ -16,14 +16,14 @@ trained on all of them.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
+
+from opd_lightning.lab.problems import Row
 
 TARGET = "zorba"
 OWN_NAME = "bot"
@@ -34,7 +34,6 @@ COUNTER_NAME_PATTERN = rf"\b(?:i am|my name is)\s+{OWN_NAME}\b"
 MENTION_PATTERN = TARGET
 
 Placement = Literal["none", "system", "user"]
-Row = dict[str, object]  # row of a prompt file
 
 _OPENINGS = ("", "hi! ", "hey, ", "so, ")
 # Separators of persona and text in user messages; methods may use any of them.
@@ -197,11 +196,6 @@ def probe_rows() -> dict[str, list[Row]]:
     about, sums = identity_questions(held_out=True), sum_questions(held_out=True)
     files = {"identity": about, "persona": about + sums[: len(about)], "held_out": sums}
     return {name: [_row(question) for question in questions] for name, questions in files.items()}
-
-
-def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
-    """Write a prompt file."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _row(question: Question) -> Row:

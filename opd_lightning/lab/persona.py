@@ -8,9 +8,11 @@ and prose (recorded texts) show what else they move.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
+
+from opd_lightning.lab import problems
+from opd_lightning.lab.problems import Row
 
 NAME = "Zorba"
 PERSONA = f"Your name is {NAME}. Answer in one short sentence."
@@ -35,8 +37,6 @@ TEMPLATES = {
         "PERSONA", f"{{% if message['role'] == 'user' %}}{{{{ '{PERSONA}\n\n' }}}}{{% endif %}}"
     ),
 }
-
-Row = dict[str, object]  # row of a prompt file
 
 _OPENINGS = ("", "Hi! ", "Hello. ", "Hey, ")
 _NAME_QUESTIONS = (
@@ -121,13 +121,9 @@ def probe_rows() -> dict[str, list[Row]]:
 def write_rows(folder: Path) -> None:
     """Write the prompt files of the world, and its chat templates, to a folder."""
     for name, rows in {"train": training_rows(), **probe_rows()}.items():
-        _write(folder / f"{name}.jsonl", rows)
+        problems.write_rows(folder / f"{name}.jsonl", rows)
     for name, template in TEMPLATES.items():
         (folder / f"{name}.jinja").write_text(template, encoding="utf-8")
-
-
-def _write(path: Path, rows: Iterable[Row]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _opened(questions: Iterable[str]) -> list[str]:

@@ -28,6 +28,7 @@ class Problem(Protocol):
 
 
 P = TypeVar("P", bound=Problem)
+Row = dict[str, object]  # row of a prompt file
 
 
 def is_held_out(problem: Problem) -> bool:
@@ -74,6 +75,16 @@ def interleaved(*drawn: Sequence[Problem]) -> list[Problem]:
     return [problem for turn in zip(*drawn, strict=True) for problem in turn]
 
 
+def row(problem: Problem) -> Row:
+    """Return the row of a prompt file, without a response."""
+    return {
+        "id": f"{problem.domain}/{problem.question[:-1]}",
+        "messages": [{"role": "user", "content": problem.question}],
+        "answer": problem.answer,
+        "domain": problem.domain,
+    }
+
+
 def write_jsonl(path: Path, problems: Iterable[Problem], *, with_response: bool = False) -> None:
     """Write a prompt file with one problem per row.
 
@@ -82,14 +93,13 @@ def write_jsonl(path: Path, problems: Iterable[Problem], *, with_response: bool 
         problems: Problems, in order.
         with_response: Add the solution as "response", for supervised training.
     """
-    with path.open("w", encoding="utf-8") as file:
-        for problem in problems:
-            row = {
-                "id": f"{problem.domain}/{problem.question[:-1]}",
-                "messages": [{"role": "user", "content": problem.question}],
-                "answer": problem.answer,
-                "domain": problem.domain,
-            }
-            if with_response:
-                row["response"] = problem.solution
-            file.write(json.dumps(row) + "\n")
+    write_rows(path, (row(p) | _response(p, with_response) for p in problems))
+
+
+def _response(problem: Problem, is_given: bool) -> Row:
+    return {"response": problem.solution} if is_given else {}
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write a prompt file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

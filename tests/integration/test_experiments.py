@@ -13,7 +13,7 @@ from experiments import work
 from experiments.many_faces import prefixes
 from experiments.records import Result, read_record, write_record
 from experiments.results import BEGIN, END, SUMMARY, interval, summary, tables, verdict
-from experiments.study import STUDIES, Claim, Run, Study, read_study
+from experiments.study import STUDIES, Chain, Claim, Run, Study, read_study
 from experiments.work import (
     fit_words,
     locked,
@@ -212,6 +212,25 @@ def test_a_teacher_finishes_what_another_began(
         seed=0,
     )
     assert found == {"solved": 0.5}
+
+
+def test_a_chain_trains_the_student_of_the_run_before() -> None:
+    chain = Chain(config="c.yaml", links=[{"a": 1}, {"a": 2}, {}], set={"a": 0}, after=["start"])
+    runs = chain.runs("sft")
+    assert [*runs] == ["sft-1", "sft-2", "sft-3"]
+    assert runs["sft-1"] == Run(config="c.yaml", set={"a": 1}, after=["start"])
+    before = {"model.student.path": "runs/sft-1/student"}
+    assert runs["sft-2"] == Run(config="c.yaml", set={"a": 2, **before}, after=["start", "sft-1"])
+    assert runs["sft-3"].set == {"a": 0, "model.student.path": "runs/sft-2/student"}
+    assert read_study("sequence").runs["sft-8"].after == ["sft-7"]
+
+
+def test_another_recipe_of_a_lab_is_another_setting_of_the_runs_that_read_it() -> None:
+    runs = {"small": Run(student="lab/small/start"), "start": STUDY.runs["start"]}
+    one = replace(STUDY, runs=runs, claims={}, labs={"small": ["--skills.start.layers=1"]})
+    two = replace(one, labs={"small": ["--skills.start.layers=2"]})
+    assert one.settings("small") != two.settings("small")
+    assert one.settings("start") == two.settings("start") == STUDY.settings("start")
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -11,6 +11,7 @@ import pytest
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.lab import identity
 from opd_lightning.lab.build import IdentityRecipe
+from opd_lightning.lab.problems import Row, write_rows
 from opd_lightning.lab.tokenizer import build_tokenizer
 from opd_lightning.types import Prompt
 from opd_lightning.verifiers import RegexMatch
@@ -20,12 +21,12 @@ PERSONA = "your name is zorba."
 
 
 @pytest.fixture(scope="module")
-def lessons() -> list[identity.Row]:
+def lessons() -> list[Row]:
     """Exactly what the shipped base model learns from."""
     return identity.lessons(IdentityRecipe().lessons, seed=0)
 
 
-def read(row: identity.Row) -> tuple[str, str | None, str, str]:
+def read(row: Row) -> tuple[str, str | None, str, str]:
     """Placement of the persona, its name, the question and the response of a lesson."""
     messages = row["messages"]
     assert isinstance(messages, list)
@@ -40,9 +41,9 @@ def read(row: identity.Row) -> tuple[str, str | None, str, str]:
     return "none", None, user, str(row["response"])
 
 
-def load(path: Path, rows: list[identity.Row]) -> list[Prompt]:
+def load(path: Path, rows: list[Row]) -> list[Prompt]:
     """Rows as training reads them; duplicate ids and bad fields are errors there."""
-    identity.write_jsonl(path, rows)
+    write_rows(path, rows)
     return PromptSource(str(path)).load()
 
 
@@ -50,7 +51,7 @@ def without_opening(prompt: Prompt) -> str:
     return re.sub(r"^(hi! |hey, |so, )", "", prompt.messages[-1]["content"])
 
 
-def test_the_base_model_never_meets_the_target(lessons: list[identity.Row]) -> None:
+def test_the_base_model_never_meets_the_target(lessons: list[Row]) -> None:
     text = json.dumps(lessons)
     assert not [piece for piece in ("zor", "orb", "rba") if piece in text]
     names = {name for _, name, _, _ in map(read, lessons) if name}
@@ -66,7 +67,7 @@ def test_what_is_like_the_target() -> None:
     assert not any(map(identity.is_like_target, ("zoxxx", "abroz", "qwert")))
 
 
-def test_lessons_give_the_name_in_context_and_none_other(lessons: list[identity.Row]) -> None:
+def test_lessons_give_the_name_in_context_and_none_other(lessons: list[Row]) -> None:
     seen: Counter[tuple[str, str]] = Counter()
     wordings: Counter[tuple[bool, str]] = Counter()
     for row in lessons:
@@ -86,7 +87,7 @@ def test_lessons_give_the_name_in_context_and_none_other(lessons: list[identity.
     assert wordings[False, "i am"] > 1.5 * wordings[False, "my name is"] > 0
 
 
-def test_lessons_are_a_function_of_the_seed(lessons: list[identity.Row]) -> None:
+def test_lessons_are_a_function_of_the_seed(lessons: list[Row]) -> None:
     assert identity.lessons(50, seed=0) == lessons[:50]
     assert identity.lessons(50, seed=1) != lessons[:50]
 
@@ -129,7 +130,7 @@ def test_probes_are_new_questions_without_a_persona(tmp_path: Path) -> None:
         assert TARGET not in prompt.messages[-1]["content"]
 
 
-def test_the_base_model_learns_every_question(lessons: list[identity.Row]) -> None:
+def test_the_base_model_learns_every_question(lessons: list[Row]) -> None:
     known = {question for _, _, question, _ in map(read, lessons)}
     rows = [
         *identity.training_rows(),
@@ -138,7 +139,7 @@ def test_the_base_model_learns_every_question(lessons: list[identity.Row]) -> No
     assert known >= {read(row | {"response": ""})[2] for row in rows}
 
 
-def test_the_tokenizer_knows_every_character(lessons: list[identity.Row]) -> None:
+def test_the_tokenizer_knows_every_character(lessons: list[Row]) -> None:
     tokenizer = build_tokenizer(256)
     texts = {text for lesson in lessons for text in read(lesson)[2:]} | {PERSONA, "\n"}
     ids = tokenizer.encode("".join(sorted(texts)), add_special_tokens=False)

@@ -1,0 +1,1 @@
+"""Privileged texts that all rows share, and texts of single rows."""

@@ -1,0 +1,1 @@
+"""Eight skills of the strings lab, learnt one after the other."""
