@@ -97,7 +97,7 @@ def test_the_tokenizer_knows_every_character(lessons: list[Row]) -> None:
     tokenizer = build_tokenizer(256)
     for row in lessons[:200]:
         shown, skill, word, response = asked(row)
-        ids = tokenizer(f"{shown} {Problem(skill, word).question} {response}").input_ids
+        ids = tokenizer(f"{shown or ''} {Problem(skill, word).question} {response}").input_ids
         assert tokenizer.unk_token_id not in ids
 
 

@@ -16,7 +16,7 @@ from experiments.sequence.forgetting import over_the_sequence
 from experiments.sequence.replay import ReplayedPrompts
 from experiments.weights import changed
 from opd_lightning.lab import identity
-from opd_lightning.lab.problems import write_rows
+from opd_lightning.lab.problems import Row, write_rows
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_what_a_sequence_forgot() -> None:
 
 
 def test_replayed_prompts() -> None:
-    rows = [
+    rows: list[Row] = [
         {"id": f"{domain}/{i}", "messages": "x", "domain": domain}
         for domain in ("a", "b", "c")
         for i in range(8)
