@@ -100,7 +100,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	    echo "make: the package index has no torch $(TORCH)+cpu, which vLLM's CPU build needs; add" \
 	      "TORCH_INDEX=<address> (README.md), or VLLM= to go without vLLM on the PyTorch that the" \
 	      "index has, CUDA's libraries included" >&2; exit 2;; esac; fi
-	@echo "installing PyTorch, vLLM and the project into $(VENV) (one to two minutes)"
+	@echo "installing PyTorch, vLLM and the project into $(VENV) (two to four minutes)"
 	@$(PIP) $(FROM) "torch==$(TORCH)"
 	@$(PIP) $(FROM) -e ".$(if $(VLLM),[$(VLLM)])" "torch==$(TORCH)" 2>$(VENV)/vllm-install.log || \
 	  { echo "vLLM could not be installed ($(VENV)/vllm-install.log says why);" \

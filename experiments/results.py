@@ -97,12 +97,15 @@ def claim_table(study: Study, found: Results) -> str:
     lines = ["| claim | source | difference | 95 % | verdict |", "|---|---|---|---|---|"]
     for claim in study.claims.values():
         what = f"{claim.says} ({claim.run} - {claim.than}, {claim.score})"
-        lines.append(f"| {what} | {claim.source} | {' | '.join(outcome(claim, found))} |")
+        lines.append(f"| {what} | {claim.source} | {' | '.join(outcome(study, claim, found))} |")
     return "\n".join(lines)
 
 
-def outcome(claim: Claim, found: Results) -> tuple[str, str, str]:
-    """Return the mean difference with the number of seeds, its interval, and the verdict."""
+def outcome(study: Study, claim: Claim, found: Results) -> tuple[str, str, str]:
+    """Return the mean difference with the number of seeds, its interval, and the verdict.
+
+    The verdict of fewer seeds than the study has is marked as such.
+    """
     left, right = found[claim.run], found[claim.than]
     both = sorted(left.keys() & right.keys())
     name = claim.score
@@ -110,7 +113,8 @@ def outcome(claim: Claim, found: Results) -> tuple[str, str, str]:
     low, high = interval(differences)
     middle = f"{mean(differences):+.3f} ({len(both)} seeds)" if both else ""
     bounds = f"{low:+.3f} to {high:+.3f}" if len(both) > 1 else ""
-    return middle, bounds, verdict(claim, differences)
+    so_far = " so far" if 0 < len(both) < study.seeds else ""
+    return middle, bounds, verdict(claim, differences) + so_far
 
 
 def tables(study: Study, seeds: Sequence[int], work: Path) -> str:
@@ -137,7 +141,7 @@ def summary() -> str:
         found = read_record(study)
         page = Path(os.path.relpath(ROOT / study.page, SUMMARY.parent))
         for claim in study.claims.values():
-            row = (claim.says, claim.source, *outcome(claim, found), f"[{name}]({page})")
+            row = (claim.says, claim.source, *outcome(study, claim, found), f"[{name}]({page})")
             lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 

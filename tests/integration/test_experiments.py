@@ -101,10 +101,8 @@ def test_what_is_missing_is_run(untrained_lab: Path, tmp_path: Path) -> None:
     shown = tables(STUDY, [0], tmp_path)
     assert "| trained | 0.000 | 0.000 | 0.000 |  | 1 |" in shown
     assert "| counted |  |  |  | 2.000 | 1 |" in shown
-    assert (
-        "| it learns (trained - start, skills) | section 1 | +0.000 (1 seeds) |  | not shown |"
-        in (shown)
-    )
+    claim = "it learns (trained - start, skills)"
+    assert f"| {claim} | section 1 | +0.000 (1 seeds) |  | not shown so far |" in shown
 
 
 def test_texts_are_scored_by_their_log_likelihood() -> None:
