@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments.results import status, tables, write
+from experiments.results import read_results, status, tables, write
 from experiments.study import STUDIES, Study, read_study
 from experiments.work import run_missing
 
@@ -44,10 +44,12 @@ def main(words: list[str] | None = None) -> None:
         sys.exit(run_missing(study, seeds, given.only, work))
     if given.command == "status":
         print(status(study, seeds, work))
-    elif given.write:
-        write(study, seeds, work)
     else:
-        print(tables(study, seeds, work))
+        found = read_results(study, seeds, work)
+        if given.write:
+            write(study, found)
+        else:
+            print(tables(study, found))
 
 
 if __name__ == "__main__":

@@ -117,16 +117,22 @@ def outcome(study: Study, claim: Claim, found: Results) -> tuple[str, str, str]:
     return middle, bounds, verdict(claim, differences) + so_far
 
 
-def tables(study: Study, seeds: Sequence[int], work: Path) -> str:
+def tables(study: Study, found: Results) -> str:
     """Return both tables."""
-    found = read_results(study, seeds, work)
     return score_table(found) + "\n\n" + claim_table(study, found)
 
 
-def write(study: Study, seeds: Sequence[int], work: Path) -> None:
-    """Put the results on record, and the tables into the study's page and `SUMMARY`."""
-    write_record(study, read_results(study, seeds, work))
-    _insert(ROOT / study.page, study.name, tables(study, seeds, work))
+def write(study: Study, results: Results) -> None:
+    """Put results on record, and tables into the pages that show them.
+
+    These are the pages of all studies that share the runs, and `SUMMARY`.
+    """
+    write_record(study, results)
+    for name in STUDIES:
+        other = read_study(name)
+        found = read_record(other)
+        if other.world == study.world and any(found.values()):
+            _insert(ROOT / other.page, name, tables(other, found))
     _insert(SUMMARY, "claims", summary())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,7 +131,7 @@ class Study:
         """
         run = self.runs[name]
         read = [file for file in (run.config, None if run.measure else self.test) if file]
-        values = [yaml.safe_load((ROOT / file).read_text()) for file in read]
+        values = [_configuration(file) for file in read]
         own = json.dumps(asdict(run))
         labs = [words for lab, words in self.labs.items() if f"lab/{lab}/" in own]
         parts = [asdict(run), values, [self.settings(other) for other in run.after], *labs]
@@ -148,6 +149,11 @@ class Study:
         for name, claim in self.claims.items():
             if missing := [run for run in (claim.run, claim.than) if run not in self.runs]:
                 raise UserError(f"{self.name}: claim {name}: no run is {missing[0]}")
+
+
+@cache
+def _configuration(file: str) -> Any:
+    return yaml.safe_load((ROOT / file).read_text())
 
 
 @dataclass(frozen=True, kw_only=True)

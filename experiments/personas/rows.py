@@ -19,7 +19,7 @@ class PersonaPrompts(PromptSource):
 
     Args:
         path: Prompt file.
-        names: Names of five letters, all of which are as frequent.
+        names: Names of five letters, equally frequent.
     """
 
     def __init__(self, path: str, names: Sequence[str]) -> None:
@@ -27,7 +27,7 @@ class PersonaPrompts(PromptSource):
         self.names = names
 
     def load(self, sizes: Sizes | None = None, checks: RowChecks | None = None) -> list[Prompt]:
-        """Read every row; checks see the persona of the file, which is as long."""
+        """Read every row; lengths are checked with the persona of the file, which is as long."""
         return [
             replace(prompt, privileged=persona(random.Random(prompt.id).choice(self.names)))
             for prompt in super().load(sizes, checks)

@@ -33,8 +33,8 @@ class TrainingStream:
 
     All rollouts of a step are generated at once. The stream has a length, so Lightning does not
     prefetch, and a step is requested after the previous optimiser step: rollouts are strictly
-    on-policy. With `max_staleness` 1 the rollouts of the next step are generated
-    while the current step trains, with the weights at its start.
+    on-policy. With `max_staleness` 1 the rollouts of the next step are generated while the current
+    step trains, with the weights at its start.
 
     A step's prompts and seeds depend on (seed, step) alone, and the step is the optimiser's: the
     stream stores no position. A checkpoint taken anywhere in a step resumes at its beginning.

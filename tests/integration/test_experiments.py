@@ -12,8 +12,17 @@ import pytest
 from experiments import work
 from experiments.many_faces import prefixes
 from experiments.records import Result, read_record, write_record
-from experiments.results import BEGIN, END, SUMMARY, interval, summary, tables, verdict
-from experiments.study import STUDIES, Chain, Claim, Run, Study, read_study
+from experiments.results import (
+    BEGIN,
+    END,
+    SUMMARY,
+    interval,
+    read_results,
+    summary,
+    tables,
+    verdict,
+)
+from experiments.study import ROOT, STUDIES, Chain, Claim, Run, Study, read_study
 from experiments.work import (
     fit_words,
     locked,
@@ -98,7 +107,7 @@ def test_what_is_missing_is_run(untrained_lab: Path, tmp_path: Path) -> None:
     assert "trained" not in again.communicate(timeout=100)[0]
     assert trained.scores.stat().st_mtime_ns == before
 
-    shown = tables(STUDY, [0], tmp_path)
+    shown = tables(STUDY, read_results(STUDY, [0], tmp_path))
     assert "| trained | 0.000 | 0.000 | 0.000 |  | 1 |" in shown
     assert "| counted |  |  |  | 2.000 | 1 |" in shown
     claim = "it learns (trained - start, skills)"
@@ -154,10 +163,18 @@ def test_records_are_of_the_present_settings(
     assert read_record(STUDY, tmp_path)["start"] == {}
 
 
-def test_the_page_of_all_claims_says_what_is_on_record() -> None:
-    text = SUMMARY.read_text()
-    begin = BEGIN.format(name="claims")
-    assert text.split(begin)[1].split(END)[0].strip() == summary()
+def test_pages_say_what_is_on_record() -> None:
+    assert shown(SUMMARY, "claims") == summary()
+    for name in STUDIES:
+        study = read_study(name)
+        found = read_record(study)
+        if any(found.values()):
+            assert shown(ROOT / study.page, name) == tables(study, found)
+
+
+def shown(page: Path, name: str) -> str:
+    """Return what is between the marks of a page."""
+    return page.read_text().split(BEGIN.format(name=name))[1].split(END)[0].strip()
 
 
 def test_a_pattern_takes_what_its_runs_read(tmp_path: Path) -> None:

@@ -3,31 +3,21 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
-from typing import Any
 
 import pytest
 
 from tests.fuzz.__main__ import Fuzzer, cases, fuzz
 from tests.fuzz.kinds import KINDS
 
-# Of seed 0, the first ones: the same on a fast machine and a slow one.  Those that start a program
-# are few: kept cases do what they do.  `make fuzz` runs more.
+# Of seed 0, the first ones: the same on a fast machine and a slow one.  `make fuzz` runs more.
 INPUTS = {
-    "configurations": 1,
-    "prompt_files": 1,
-    "model_folders": 2,
+    "configurations": 3,
+    "prompt_files": 3,
+    "model_folders": 4,
     "checkpoints": 2,
     "requests": 100,
     "responses": 10,
 }
-
-
-# Each input is a run that is resumed; what is damaged is also in tests/unit/test_damage.py.
-SLOW = ("checkpoints",)
-
-
-def of_kinds(*names: str) -> list[Any]:
-    return [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in names]
 
 
 FuzzerOf = Callable[[str], Fuzzer]
@@ -40,14 +30,14 @@ def fuzzer_of() -> Iterator[FuzzerOf]:
         yield cache(lambda name: stack.enter_context(Fuzzer(name)))
 
 
-@pytest.mark.parametrize("name", of_kinds(*(name for name in KINDS if [*cases(name)])))
+@pytest.mark.parametrize("name", [name for name in KINDS if [*cases(name)]])
 def test_kept_cases(name: str, fuzzer_of: FuzzerOf) -> None:
     fuzzer = fuzzer_of(name)
     broken = {case: fuzzer.run(given)[1] for case, given in cases(name)}
     assert {case: found for case, found in broken.items() if found} == {}
 
 
-@pytest.mark.parametrize("name", of_kinds(*KINDS))
+@pytest.mark.parametrize("name", KINDS)
 def test_new_inputs(name: str, fuzzer_of: FuzzerOf) -> None:
     tally = fuzz(fuzzer_of(name), inputs=INPUTS[name])
     assert tally.inputs == INPUTS[name]
