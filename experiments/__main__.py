@@ -14,6 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from experiments.records import comparable
 from experiments.results import read_results, status, tables, write
 from experiments.study import STUDIES, Study, read_study
 from experiments.work import run_missing
@@ -42,14 +43,13 @@ def main(words: list[str] | None = None) -> None:
     work = given.work.resolve() / study.world
     if given.command == "run":
         sys.exit(run_missing(study, seeds, given.only, work))
+    found = read_results(study, seeds, work)
     if given.command == "status":
-        print(status(study, seeds, work))
+        print(status(study, comparable(study, found), seeds))
+    elif given.write:
+        write(study, found)
     else:
-        found = read_results(study, seeds, work)
-        if given.write:
-            write(study, found)
-        else:
-            print(tables(study, found))
+        print(tables(study, comparable(study, found)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables of a study: scores over seeds, and whether its claims came out."""
+"""Tables and pictures of a study: scores over seeds, and whether its claims came out."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from experiments.records import Results, read_record, write_record
+from experiments.pictures import Bar, draw_claims
+from experiments.records import Record, Results, comparable, read_record, write_record
 from experiments.study import ROOT, STUDIES, Claim, Study, read_study
-from experiments.work import place_of
+from experiments.work import lab_build, place_of
 
 # 97.5 % points of Student's t by degrees of freedom, from 1. For more the last is used, which makes
 # intervals wider than they have to be.
@@ -19,22 +20,24 @@ SUMMARY = ROOT / "docs" / "results" / "index.md"
 BEGIN, END = "<!-- results: {name} -->", "<!-- end of results -->"
 
 
-def read_results(study: Study, seeds: Sequence[int], work: Path) -> Results:
-    """Return what is done or on record, by run and seed."""
-    found: Results = {}
-    for name, own in read_record(study).items():
-        for seed in seeds:
+def read_results(study: Study, seeds: Sequence[int], work: Path) -> Record:
+    """Return what is done or on record."""
+    found = read_record(study)
+    for seed in seeds:
+        if (build := lab_build(study, seed, work)) is None:
+            continue
+        own = found.setdefault(build, {name: {} for name in study.runs})
+        for name in study.runs:
             place = place_of(study, name, seed, work)
             if place.is_done():
-                own[seed] = place.result()
-        found[name] = {seed: own[seed] for seed in seeds if seed in own}
+                own[name][seed] = place.result()
     return found
 
 
-def status(study: Study, seeds: Sequence[int], work: Path) -> str:
+def status(study: Study, found: Results, seeds: Sequence[int]) -> str:
     """Return a line for every run: its finished seeds."""
-    found = read_results(study, seeds, work)
-    return "\n".join(f"{name}: {len(own)} of {len(seeds)}" for name, own in found.items())
+    done = {name: sum(seed in own for seed in seeds) for name, own in found.items()}
+    return "\n".join(f"{name}: {count} of {len(seeds)}" for name, count in done.items())
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -101,19 +104,27 @@ def claim_table(study: Study, found: Results) -> str:
     return "\n".join(lines)
 
 
+def differences_of(claim: Claim, found: Results) -> list[float]:
+    """Return the differences between a claim's runs, of the seeds that both have."""
+    left, right = found[claim.run], found[claim.than]
+    name = claim.score
+    return [
+        left[seed].scores[name] - right[seed].scores[name]
+        for seed in sorted(left.keys() & right.keys())
+    ]
+
+
 def outcome(study: Study, claim: Claim, found: Results) -> tuple[str, str, str]:
     """Return the mean difference with the number of seeds, its interval, and the verdict.
 
     The verdict of fewer seeds than the study has is marked as such.
     """
-    left, right = found[claim.run], found[claim.than]
-    both = sorted(left.keys() & right.keys())
-    name = claim.score
-    differences = [left[seed].scores[name] - right[seed].scores[name] for seed in both]
+    differences = differences_of(claim, found)
+    count = len(differences)
     low, high = interval(differences)
-    middle = f"{mean(differences):+.3f} ({len(both)} seeds)" if both else ""
-    bounds = f"{low:+.3f} to {high:+.3f}" if len(both) > 1 else ""
-    so_far = " so far" if 0 < len(both) < study.seeds else ""
+    middle = f"{mean(differences):+.3f} ({count} seeds)" if differences else ""
+    bounds = f"{low:+.3f} to {high:+.3f}" if count > 1 else ""
+    so_far = " so far" if 0 < count < study.seeds else ""
     return middle, bounds, verdict(claim, differences) + so_far
 
 
@@ -122,17 +133,42 @@ def tables(study: Study, found: Results) -> str:
     return score_table(found) + "\n\n" + claim_table(study, found)
 
 
-def write(study: Study, results: Results) -> None:
-    """Put results on record, and tables into the pages that show them.
+def bars(study: Study, found: Results) -> list[Bar]:
+    """Return the claims of a study that were measured with two seeds or more."""
+    measured = {claim: differences_of(claim, found) for claim in study.claims.values()}
+    return [
+        Bar(claim.says, claim.score, mean(own), *interval(own), verdict(claim, own))
+        for claim, own in measured.items()
+        if len(own) > 1
+    ]
+
+
+def picture_of(study: Study) -> Path:
+    """Return the file of a study's picture, beside its page."""
+    return (ROOT / study.page).with_name(f"{study.name}_claims.svg")
+
+
+def section(study: Study, found: Results) -> str:
+    """Return what a page shows of a study: tables, and the picture if there are intervals."""
+    text = tables(study, found)
+    if bars(study, found):
+        text += f"\n\n![Differences and intervals]({picture_of(study).name})"
+    return text
+
+
+def write(study: Study, record: Record) -> None:
+    """Put results on record, and tables and pictures into the pages that show them.
 
     These are the pages of all studies that share the runs, and `SUMMARY`.
     """
-    write_record(study, results)
+    write_record(study, record)
     for name in STUDIES:
         other = read_study(name)
-        found = read_record(other)
+        found = comparable(other, read_record(other))
         if other.world == study.world and any(found.values()):
-            _insert(ROOT / other.page, name, tables(other, found))
+            _insert(ROOT / other.page, name, section(other, found))
+            if shown := bars(other, found):
+                picture_of(other).write_text(draw_claims(shown))
     _insert(SUMMARY, "claims", summary())
 
 
@@ -144,7 +180,7 @@ def summary() -> str:
     ]
     for name in STUDIES:
         study = read_study(name)
-        found = read_record(study)
+        found = comparable(study, read_record(study))
         page = Path(os.path.relpath(ROOT / study.page, SUMMARY.parent))
         for claim in study.claims.values():
             row = (claim.says, claim.source, *outcome(study, claim, found), f"[{name}]({page})")

@@ -2,7 +2,7 @@
 
 Every seed has a folder with `lab/`, `configs/` and `runs/NAME/`, as configurations name them. A run
 is done when its scores are written, and locked while a process works on it. Scores that are on
-record (`records.py`) are not measured again.
+record (`records.py`) of the same build of the lab are not measured again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -20,7 +20,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from experiments.records import Result, read_record
+from experiments.records import Result, build_of, read_record
 from experiments.study import ROOT, Run, Study
 from opd_lightning.cli import main as opd
 from opd_lightning.errors import UserError
@@ -78,6 +78,11 @@ def place_of(study: Study, name: str, seed: int, work: Path) -> Place:
     return Place(name, seed, work, study.settings(name))
 
 
+def lab_build(study: Study, seed: int, work: Path) -> str | None:
+    """Return the digest of the weights of a seed's lab; None if it is not built."""
+    return build_of(work / str(seed) / "lab" / study.world)
+
+
 def places(study: Study, seeds: Sequence[int], only: str, work: Path) -> list[Place]:
     """Return the runs whose names match `only` and that have no scores yet, and those that they
     read, by seed.
@@ -85,7 +90,10 @@ def places(study: Study, seeds: Sequence[int], only: str, work: Path) -> list[Pl
     record = read_record(study)
     found = []
     for seed in seeds:
-        names = {name for name in study.runs if fnmatch(name, only) and seed not in record[name]}
+        own = record.get(lab_build(study, seed, work) or "", {})
+        names = {
+            name for name in study.runs if fnmatch(name, only) and seed not in own.get(name, {})
+        }
         for name in reversed(study.runs):
             if name in names:
                 names.update(study.runs[name].after)
@@ -99,6 +107,11 @@ def run_missing(study: Study, seeds: Sequence[int], only: str, work: Path) -> in
     Returns:
         The exit code: 1 if runs failed, which are named, with the file of their output.
     """
+    for seed in seeds:
+        output = work / str(seed) / "lab.out"
+        if not build_labs_apart(study, work / str(seed), output):
+            print(f"the labs of seed {seed} could not be built, see {output}", flush=True)
+            return 1
     missing = places(study, seeds, only, work)
     failed: list[Place] = []
     while missing:
@@ -136,10 +149,52 @@ def locked(place: Place) -> Iterator[bool]:
         yield True
 
 
+def build_labs_apart(study: Study, root: Path, output: Path) -> bool:
+    """Build the labs of a seed that are missing, in a forked process; return whether they exist.
+
+    Wait for another process that builds them.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "lab.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return apart(lambda: build_labs(study, root), output)[0]
+
+
+def build_labs(study: Study, root: Path) -> None:
+    """Build the labs that a study's configurations name, unless they exist."""
+    os.chdir(root)
+    for link in (Path("configs"), Path("experiments")):
+        if not link.exists():
+            link.unlink(missing_ok=True)  # of a project that was moved
+            link.symlink_to(ROOT / link)
+    if not Path("lab", study.world).exists():
+        opd(["lab", "build", "--world", study.world])
+    for lab, words in study.labs.items():
+        if not Path("lab", lab).exists():
+            opd(["lab", "build", "--link", f"lab/{lab}", *words])
+
+
 def run_apart(study: Study, place: Place) -> bool:
     """Train and measure in a forked process; return whether it ended well."""
     began = time.monotonic()
     output = place.scores.with_suffix(".out")
+    ended_well, seconds = apart(lambda: train_and_measure(study, place), output)
+    before = float(place.used.read_text()) if place.used.exists() else 0.0
+    place.used.write_text(str(before + seconds))
+    ended = "done" if place.is_done() else f"failed, see {output}"
+    took = time.monotonic() - began
+    print(
+        f"{place.name}, seed {place.seed}: {ended} ({took:.0f} s, CPU {seconds:.0f} s)", flush=True
+    )
+    return ended_well and place.is_done()
+
+
+def apart(function: Callable[[], None], output: Path) -> tuple[bool, float]:
+    """Call a function in a forked process whose output is appended to a file.
+
+    Returns:
+        Whether it returned, and the CPU seconds of the process.
+    """
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -147,7 +202,7 @@ def run_apart(study: Study, place: Place) -> bool:
             with output.open("a") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-            train_and_measure(study, place)
+            function()
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
@@ -158,30 +213,12 @@ def run_apart(study: Study, place: Place) -> bool:
             sys.stderr.flush()
             os._exit(code)
     _, state, usage = os.wait4(pid, 0)
-    seconds = usage.ru_utime + usage.ru_stime
-    before = float(place.used.read_text()) if place.used.exists() else 0.0
-    place.used.write_text(str(before + seconds))
-    ended = "done" if place.is_done() else f"failed, see {output}"
-    took = time.monotonic() - began
-    print(
-        f"{place.name}, seed {place.seed}: {ended} ({took:.0f} s, CPU {seconds:.0f} s)", flush=True
-    )
-    return state == 0 and place.is_done()
+    return state == 0, usage.ru_utime + usage.ru_stime
 
 
 def train_and_measure(study: Study, place: Place) -> None:
     """Train the run's student, export it, and write its scores on the study's test suites."""
-    place.root.mkdir(parents=True, exist_ok=True)
     os.chdir(place.root)
-    for link in (Path("configs"), Path("experiments")):
-        if not link.exists():
-            link.unlink(missing_ok=True)  # of a project that was moved
-            link.symlink_to(ROOT / link)
-    if not Path("lab", study.world).exists():
-        opd(["lab", "build", "--world", study.world])
-    for lab, words in study.labs.items():
-        if not Path("lab", lab).exists():
-            opd(["lab", "build", "--link", f"lab/{lab}", *words])
     if place.begun.exists() and not place.has_settings():
         raise UserError(
             f"{place.begun}: the run was begun with other settings than the study's present ones; "

@@ -11,13 +11,16 @@ import pytest
 
 from experiments import work
 from experiments.many_faces import prefixes
-from experiments.records import Result, read_record, write_record
+from experiments.pictures import draw_claims
+from experiments.records import Result, build_of, comparable, read_record, write_record
 from experiments.results import (
     BEGIN,
     END,
     SUMMARY,
+    bars,
     interval,
     read_results,
+    section,
     summary,
     tables,
     verdict,
@@ -107,7 +110,7 @@ def test_what_is_missing_is_run(untrained_lab: Path, tmp_path: Path) -> None:
     assert "trained" not in again.communicate(timeout=100)[0]
     assert trained.scores.stat().st_mtime_ns == before
 
-    shown = tables(STUDY, read_results(STUDY, [0], tmp_path))
+    shown = tables(STUDY, comparable(STUDY, read_results(STUDY, [0], tmp_path)))
     assert "| trained | 0.000 | 0.000 | 0.000 |  | 1 |" in shown
     assert "| counted |  |  |  | 2.000 | 1 |" in shown
     claim = "it learns (trained - start, skills)"
@@ -148,33 +151,71 @@ def test_records_are_of_the_present_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = Result(60.0, {"skills": 0.25}), Result(80.0, {"skills": 0.5})
-    write_record(STUDY, {"start": {0: first}, "trained": {}}, tmp_path)
-    write_record(STUDY, {"start": {1: second}}, tmp_path)
-    assert read_record(STUDY, tmp_path)["start"] == {0: first, 1: second}
-    assert read_record(STUDY, tmp_path)["trained"] == {}
+    write_record(STUDY, {"a": {"start": {0: first}, "trained": {}}}, tmp_path)
+    write_record(STUDY, {"a": {"start": {1: second}}}, tmp_path)
+    assert read_record(STUDY, tmp_path)["a"]["start"] == {0: first, 1: second}
+    assert read_record(STUDY, tmp_path)["a"]["trained"] == {}
 
     monkeypatch.setattr(work, "read_record", lambda study: read_record(study, tmp_path))
-    assert [place.seed for place in places(STUDY, [0, 2], "start", tmp_path)] == [2]
+    monkeypatch.setattr(work, "lab_build", lambda study, seed, work: "a" if seed < 3 else "b")
+    missing = places(STUDY, [0, 2, 3], "start", tmp_path)
+    assert [place.seed for place in missing] == [2, 3]
 
     other = replace(STUDY, runs=STUDY.runs | {"start": Run(student="lab/skills/other")})
-    assert read_record(other, tmp_path)["start"] == {}
-    write_record(other, {"start": {0: second}}, tmp_path)
-    assert read_record(other, tmp_path)["start"] == {0: second}
-    assert read_record(STUDY, tmp_path)["start"] == {}
+    assert read_record(other, tmp_path) == {}
+    write_record(other, {"a": {"start": {0: second}}}, tmp_path)
+    assert read_record(other, tmp_path)["a"]["start"] == {0: second}
+    assert read_record(STUDY, tmp_path) == {}
+
+
+def test_runs_of_one_build_of_the_lab_are_compared() -> None:
+    """Of each seed those of the build with the most runs, though another has one more recent."""
+    low, high = Result(60.0, {"skills": 0.25}), Result(60.0, {"skills": 0.75})
+    more = {"start": {0: low, 1: low}, "trained": {0: high}}
+    record = {"a": more, "b": {"trained": {0: low, 1: low, 2: low}}}
+    found = comparable(STUDY, record)
+    assert found["start"] == {0: low, 1: low}
+    assert found["trained"] == {0: high, 2: low}
+
+
+def test_builds_differ_by_their_weights(tmp_path: Path) -> None:
+    assert build_of(tmp_path / "lab") is None
+    for name in ("one", "two", "same"):
+        (tmp_path / name / "start").mkdir(parents=True)
+        (tmp_path / name / "start" / "model.safetensors").write_bytes(name[:1].encode())
+    (tmp_path / "same" / "start" / "model.safetensors").write_bytes(b"o")
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    one, two, same = (build_of(tmp_path / name) for name in ("one", "two", "same"))
+    assert one == same == build_of(tmp_path / "link")
+    assert one != two
 
 
 def test_pages_say_what_is_on_record() -> None:
     assert shown(SUMMARY, "claims") == summary()
     for name in STUDIES:
         study = read_study(name)
-        found = read_record(study)
+        found = comparable(study, read_record(study))
         if any(found.values()):
-            assert shown(ROOT / study.page, name) == tables(study, found)
+            assert shown(ROOT / study.page, name) == section(study, found)
 
 
 def shown(page: Path, name: str) -> str:
     """Return what is between the marks of a page."""
     return page.read_text().split(BEGIN.format(name=name))[1].split(END)[0].strip()
+
+
+def test_pictures_show_claims_that_have_intervals() -> None:
+    seeds = {0: Result(60.0, {"skills": 0.25}), 1: Result(60.0, {"skills": 0.5})}
+    better = {seed: Result(60.0, {"skills": 0.75}) for seed in seeds}
+    found = {name: {} for name in STUDY.runs} | {"start": seeds, "trained": better}
+    (bar,) = bars(STUDY, found)
+    assert bar.middle == pytest.approx(0.375)
+    assert (bar.low + bar.high) / 2 == pytest.approx(0.375)
+    drawn = draw_claims([bar, replace(bar, says="another claim", score="length")])
+    assert drawn == draw_claims([bar, replace(bar, says="another claim", score="length")])
+    for text in ("it learns", "another claim", "difference of skills", "difference of length"):
+        assert f">{text}" in drawn
+    assert bars(STUDY, found | {"trained": {0: better[0]}}) == []
 
 
 def test_a_pattern_takes_what_its_runs_read(tmp_path: Path) -> None:
