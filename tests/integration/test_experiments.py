@@ -12,7 +12,7 @@ import pytest
 from experiments import work
 from experiments.many_faces import prefixes
 from experiments.pictures import draw_claims
-from experiments.records import Result, build_of, comparable, read_record, write_record
+from experiments.records import Result, Results, build_of, comparable, read_record, write_record
 from experiments.results import (
     BEGIN,
     END,
@@ -207,7 +207,8 @@ def shown(page: Path, name: str) -> str:
 def test_pictures_show_claims_that_have_intervals() -> None:
     seeds = {0: Result(60.0, {"skills": 0.25}), 1: Result(60.0, {"skills": 0.5})}
     better = {seed: Result(60.0, {"skills": 0.75}) for seed in seeds}
-    found = {name: {} for name in STUDY.runs} | {"start": seeds, "trained": better}
+    empty: Results = {name: {} for name in STUDY.runs}
+    found = empty | {"start": seeds, "trained": better}
     (bar,) = bars(STUDY, found)
     assert bar.middle == pytest.approx(0.375)
     assert (bar.low + bar.high) / 2 == pytest.approx(0.375)
