@@ -21,8 +21,7 @@ def logged(
         steps: First step, from 0, and the one behind the last.
         seed: Not used: the log is in the folder of the seed, which is the current one.
     """
-    events = EventAccumulator(str(Path("runs", run)), size_guidance={"scalars": 0})
-    events.Reload()
+    events = _events(run)
     first, end = steps
     return {
         score: mean(
@@ -51,3 +50,25 @@ def reported(
     if domain is not None:
         row = row["domains"][domain]
     return {figure: row[figure] for figure in figures}
+
+
+def curve(*, run: str, figures: Mapping[str, str], seed: int) -> dict[str, float]:
+    """Return what a run logged at every step where it did, as "SCORE, step N".
+
+    Args:
+        run: Name of the run, which is done.
+        figures: Name in the log by name of the score.
+        seed: Not used: the log is in the folder of the seed, which is the current one.
+    """
+    events = _events(run)
+    return {
+        f"{score}, step {event.step}": event.value
+        for score, name in figures.items()
+        for event in events.Scalars(name)
+    }
+
+
+def _events(run: str) -> EventAccumulator:
+    events = EventAccumulator(str(Path("runs", run)), size_guidance={"scalars": 0})
+    events.Reload()
+    return events

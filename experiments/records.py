@@ -22,10 +22,17 @@ FOLDER = ROOT / "experiments" / "records"
 
 @dataclass(frozen=True)
 class Result:
-    """The scores of a run of one seed, by name, and what they cost."""
+    """The scores of a run of one seed, by name, and what they cost.
+
+    Args:
+        cpu_seconds: Of all attempts, measurement included.
+        scores: By name.
+        memory: The largest resident size of an attempt's process in GiB; None if not measured.
+    """
 
     cpu_seconds: float
     scores: Mapping[str, float]
+    memory: float | None = None
 
 
 Results = dict[str, dict[int, Result]]  # by run and seed

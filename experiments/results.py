@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -70,21 +71,32 @@ def verdict(claim: Claim, differences: Sequence[float]) -> str:
     return "shown" if shown else "contradicted" if contradicted else "not shown"
 
 
-def score_table(found: Results) -> str:
-    """Return a Markdown table: mean and standard deviation over seeds, and CPU minutes."""
-    results = [result for own in found.values() for result in own.values()]
-    names = sorted({name for result in results for name in result.scores})
-    lines = [
-        f"| run | {' | '.join(names)} | seeds | CPU minutes |",
-        "|---" * (len(names) + 3) + "|",
-    ]
+def score_tables(found: Results) -> str:
+    """Return a Markdown table for runs with the same scores, others in tables of their own."""
+    kinds: dict[tuple[str, ...], Results] = {}
     for run, own in found.items():
-        if not own:
-            continue
+        if own:
+            names = {name for result in own.values() for name in result.scores}
+            kinds.setdefault(tuple(sorted(names, key=by_numbers)), {})[run] = own
+    return "\n\n".join(score_table(names, runs) for names, runs in kinds.items())
+
+
+def by_numbers(name: str) -> list[str | int]:
+    """Return a key that sorts "step 4" before "step 12"."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def score_table(names: Sequence[str], runs: Results) -> str:
+    """Return a Markdown table: mean and standard deviation over seeds, CPU minutes, and GiB."""
+    columns = [*names, "seeds", "CPU minutes", "GiB"]
+    lines = [f"| run | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for run, own in runs.items():
         scores = [result.scores for result in own.values()]
         cells = [spread([row[name] for row in scores if name in row]) for name in names]
         used = mean(result.cpu_seconds for result in own.values()) / 60
-        lines.append(f"| {run} | {' | '.join(cells)} | {len(own)} | {used:.1f} |")
+        memory = max((result.memory or 0.0 for result in own.values()), default=0.0)
+        cost = [f"{len(own)}", f"{used:.1f}", f"{memory:.1f}" if memory else ""]
+        lines.append(f"| {run} | {' | '.join([*cells, *cost])} |")
     return "\n".join(lines)
 
 
@@ -129,8 +141,8 @@ def outcome(study: Study, claim: Claim, found: Results) -> tuple[str, str, str]:
 
 
 def tables(study: Study, found: Results) -> str:
-    """Return both tables."""
-    return score_table(found) + "\n\n" + claim_table(study, found)
+    """Return the tables of scores and that of claims."""
+    return score_tables(found) + "\n\n" + claim_table(study, found)
 
 
 def bars(study: Study, found: Results) -> list[Bar]:

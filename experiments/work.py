@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -53,8 +54,8 @@ class Place:
 
     @property
     def used(self) -> Path:
-        """File of the CPU seconds of all attempts."""
-        return self.root / "scores" / f"{self.name}.cpu_seconds"
+        """File of the cost of all attempts."""
+        return self.root / "scores" / f"{self.name}.used"
 
     @property
     def begun(self) -> Path:
@@ -70,7 +71,26 @@ class Place:
 
     def result(self) -> Result:
         """Return the result of a run that is done."""
-        return Result(float(self.used.read_text()), json.loads(self.scores.read_text()))
+        return Result(scores=json.loads(self.scores.read_text()), **self.cost())
+
+    def cost(self) -> dict[str, float]:
+        """Return what all attempts have used: `cpu_seconds`, and `memory` in GiB."""
+        nothing = {"cpu_seconds": 0.0, "memory": 0.0}
+        return json.loads(self.used.read_text()) if self.used.exists() else nothing
+
+    def add_cost(self, usage: resource.struct_rusage) -> None:
+        """Add what an attempt used."""
+        before = self.cost()
+        cost = {
+            "cpu_seconds": before["cpu_seconds"] + cpu_seconds(usage),
+            "memory": max(before["memory"], usage.ru_maxrss / 2**20),  # of KiB
+        }
+        self.used.write_text(json.dumps(cost))
+
+
+def cpu_seconds(usage: resource.struct_rusage) -> float:
+    """Return the CPU seconds of a process, those of the system included."""
+    return usage.ru_utime + usage.ru_stime
 
 
 def place_of(study: Study, name: str, seed: int, work: Path) -> Place:
@@ -178,22 +198,22 @@ def run_apart(study: Study, place: Place) -> bool:
     """Train and measure in a forked process; return whether it ended well."""
     began = time.monotonic()
     output = place.scores.with_suffix(".out")
-    ended_well, seconds = apart(lambda: train_and_measure(study, place), output)
-    before = float(place.used.read_text()) if place.used.exists() else 0.0
-    place.used.write_text(str(before + seconds))
+    ended_well, usage = apart(lambda: train_and_measure(study, place), output)
+    place.add_cost(usage)
     ended = "done" if place.is_done() else f"failed, see {output}"
     took = time.monotonic() - began
     print(
-        f"{place.name}, seed {place.seed}: {ended} ({took:.0f} s, CPU {seconds:.0f} s)", flush=True
+        f"{place.name}, seed {place.seed}: {ended} ({took:.0f} s, CPU {cpu_seconds(usage):.0f} s)",
+        flush=True,
     )
     return ended_well and place.is_done()
 
 
-def apart(function: Callable[[], None], output: Path) -> tuple[bool, float]:
+def apart(function: Callable[[], None], output: Path) -> tuple[bool, resource.struct_rusage]:
     """Call a function in a forked process whose output is appended to a file.
 
     Returns:
-        Whether it returned, and the CPU seconds of the process.
+        Whether it returned, and what the process used.
     """
     pid = os.fork()
     if pid == 0:
@@ -213,7 +233,7 @@ def apart(function: Callable[[], None], output: Path) -> tuple[bool, float]:
             sys.stderr.flush()
             os._exit(code)
     _, state, usage = os.wait4(pid, 0)
-    return state == 0, usage.ru_utime + usage.ru_stime
+    return state == 0, usage
 
 
 def train_and_measure(study: Study, place: Place) -> None:

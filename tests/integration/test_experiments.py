@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from experiments import work
+from experiments.figures import curve, logged
 from experiments.many_faces import prefixes
 from experiments.pictures import draw_claims
 from experiments.records import Result, Results, build_of, comparable, read_record, write_record
@@ -20,6 +22,7 @@ from experiments.results import (
     bars,
     interval,
     read_results,
+    score_tables,
     section,
     summary,
     tables,
@@ -102,7 +105,8 @@ def test_what_is_missing_is_run(untrained_lab: Path, tmp_path: Path) -> None:
     scores = json.loads(trained.scores.read_text())
     assert scores.keys() == {"skills", "skills/add-3", "skills/program-2"}
     assert json.loads(measured.scores.read_text()) == {"sum": 2}
-    assert float(trained.used.read_text()) > 0
+    assert trained.result().cpu_seconds > 0
+    assert 0.1 < (trained.result().memory or 0) < 20  # GiB
     assert (trained.folder / "student" / "config.json").exists()
 
     before = trained.scores.stat().st_mtime_ns
@@ -111,8 +115,9 @@ def test_what_is_missing_is_run(untrained_lab: Path, tmp_path: Path) -> None:
     assert trained.scores.stat().st_mtime_ns == before
 
     shown = tables(STUDY, comparable(STUDY, read_results(STUDY, [0], tmp_path)))
-    assert "| trained | 0.000 | 0.000 | 0.000 |  | 1 |" in shown
-    assert "| counted |  |  |  | 2.000 | 1 |" in shown
+    assert "| trained | 0.000 | 0.000 | 0.000 | 1 |" in shown
+    assert "| run | sum | seeds | CPU minutes | GiB |" in shown
+    assert "| counted | 2.000 | 1 |" in shown
     claim = "it learns (trained - start, skills)"
     assert f"| {claim} | section 1 | +0.000 (1 seeds) |  | not shown so far |" in shown
 
@@ -202,6 +207,19 @@ def test_pages_say_what_is_on_record() -> None:
 def shown(page: Path, name: str) -> str:
     """Return what is between the marks of a page."""
     return page.read_text().split(BEGIN.format(name=name))[1].split(END)[0].strip()
+
+
+def test_what_a_run_logged_is_a_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with SummaryWriter(tmp_path / "runs" / "one") as log:
+        for step in range(12):
+            log.add_scalar("loss", 2 * step, step)
+    monkeypatch.chdir(tmp_path)
+    assert logged(run="one", figures={"last": ["loss"]}, steps=[10, 12], seed=0) == {"last": 21.0}
+    found = curve(run="one", figures={"loss": "loss"}, seed=0)
+    assert found["loss, step 11"] == 22.0
+    assert len(found) == 12
+    head = score_tables({"curve": {0: Result(60.0, found, 1.5)}}).splitlines()[0]
+    assert "| loss, step 9 | loss, step 10 | loss, step 11 | seeds | CPU minutes | GiB |" in head
 
 
 def test_pictures_show_claims_that_have_intervals() -> None:
