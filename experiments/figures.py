@@ -21,7 +21,7 @@ def logged(
         steps: First step, from 0, and the one behind the last.
         seed: Not used: the log is in the folder of the seed, which is the current one.
     """
-    events = _events(run)
+    events = events_of(run)
     first, end = steps
     return {
         score: mean(
@@ -60,7 +60,7 @@ def curve(*, run: str, figures: Mapping[str, str], seed: int) -> dict[str, float
         figures: Name in the log by name of the score.
         seed: Not used: the log is in the folder of the seed, which is the current one.
     """
-    events = _events(run)
+    events = events_of(run)
     return {
         f"{score}, step {event.step}": event.value
         for score, name in figures.items()
@@ -68,7 +68,8 @@ def curve(*, run: str, figures: Mapping[str, str], seed: int) -> dict[str, float
     }
 
 
-def _events(run: str) -> EventAccumulator:
+def events_of(run: str) -> EventAccumulator:
+    """Return what a run logged."""
     events = EventAccumulator(str(Path("runs", run)), size_guidance={"scalars": 0})
     events.Reload()
     return events

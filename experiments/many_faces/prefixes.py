@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from statistics import mean
 
 from opd_lightning.data.prompts import PromptSource
+from opd_lightning.lab.arithmetic import ANSWER_PATTERN, Problem
 from opd_lightning.models.chat import render
 from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts import HFEngine, Request, Sampling
 from opd_lightning.seeding import derive_seed
+from opd_lightning.types import Prompt
 from opd_lightning.verifiers import ExactMatch
 
 BEGINS, ENDS = 0, 1  # coordinates of seeds
+LENGTH = 40  # tokens of a response
 
 
 def finished(
-    *, teacher: str, writer: str, share: float, prompts: str, domain: str, pattern: str, seed: int
+    *, teacher: str, writer: str, share: float, prompts: str, domain: str, seed: int
 ) -> dict[str, float]:
-    """Return the share of problems that the teacher solves after a part of the writer's response.
+    """Return the share of sums that the teacher solves after a part of the writer's response.
 
     Both sample at temperature 1. The part is the first `share` of the response's tokens, its end
-    excluded; at 0 the teacher answers alone.
+    excluded; at 0 the teacher answers alone. Part and rest have at most as many tokens as a whole
+    response.
 
     Args:
         teacher: Folder of the model that finishes.
         writer: Folder of the model that begins.
         share: In [0, 1].
         prompts: Prompt file with answers.
-        domain: Domain of the prompts.
-        pattern: Of the answer, see `ExactMatch`.
+        domain: Domain of the prompts, which are those of the lab's `arithmetic`.
         seed: Seed of both.
+
+    Returns:
+        `solved`; `right`, the share of parts that the worked solution begins with; and
+        `solved_after_right`, of these, if there are any.
     """
     rows = PromptSource(prompts, domains=[domain]).load()
     source = ModelSource(teacher)
@@ -37,14 +46,29 @@ def finished(
     begun = _responses(writer, asked, seed, BEGINS)
     parts = [ids[: int(share * len(ids))] for ids in begun]
     ends = _responses(teacher, [a + p for a, p in zip(asked, parts, strict=True)], seed, ENDS)
-    texts = source.tokenizer.batch_decode([p + e for p, e in zip(parts, ends, strict=True)])
-    return {"solved": sum(ExactMatch(pattern).verify(rows, texts)) / len(rows)}
+    whole = [(p + e)[:LENGTH] for p, e in zip(parts, ends, strict=True)]
+    decode = source.tokenizer.batch_decode
+    solved = ExactMatch(ANSWER_PATTERN).verify(rows, decode(whole))
+    begins = zip(rows, decode(parts), strict=True)
+    right = [_solution(row, domain).startswith(part) for row, part in begins]
+    found = {"solved": mean(solved), "right": mean(right)}
+    if any(right):
+        found["solved_after_right"] = mean(
+            score for score, r in zip(solved, right, strict=True) if r
+        )
+    return found
+
+
+def _solution(row: Prompt, domain: str) -> str:
+    """Return the worked solution of a question such as "347+589="."""
+    left, right = re.split(r"[+-]", row.messages[-1]["content"].rstrip("="))
+    return Problem(domain, int(left), int(right)).solution
 
 
 def _responses(path: str, asked: Sequence[list[int]], seed: int, turn: int) -> list[list[int]]:
     """Sample a response to each prompt, without its end."""
     source, engine = ModelSource(path), HFEngine()
-    sampling = Sampling(max_new_tokens=40)
+    sampling = Sampling(max_new_tokens=LENGTH)
     engine.start(source, max_length=max(map(len, asked)) + sampling.max_new_tokens)
     try:
         seeds = [derive_seed(seed, turn, i) for i in range(len(asked))]

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
 from experiments import work
+from experiments.cost import reached
 from experiments.figures import curve, logged
 from experiments.many_faces import prefixes
 from experiments.pictures import draw_claims
@@ -222,6 +225,25 @@ def test_what_a_run_logged_is_a_score(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "| loss, step 9 | loss, step 10 | loss, step 11 | seeds | CPU minutes | GiB |" in head
 
 
+def test_a_run_costs_what_it_took_to_reach_a_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean of two rewards reaches 0.5 after three steps of 8 responses, 24 tokens."""
+    with SummaryWriter(tmp_path / "runs" / "one") as log:
+        for step, reward in enumerate([0.0, 0.6, 0.3, 0.75, 0.9]):
+            log.add_scalar("reward", reward, step)
+            log.add_scalar("response/tokens_per_step", 24, step)
+    (tmp_path / "runs" / "one" / "student").mkdir()
+    weights = {"a": torch.zeros(10, 5), "b": torch.zeros(50)}
+    save_file(weights, tmp_path / "runs" / "one" / "student" / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    asked: dict[str, Any] = {"run": "one", "figure": "reward", "window": 2, "samples": 8}
+    found = reached(**asked, level=0.5, passes=4, seed=0)
+    assert found == {"samples": 24, "tokens": 72, "flops": 2 * 4 * 72 * 100, "reached": 1.0}
+    assert reached(**asked, level=0.95, passes=4, seed=0)["samples"] == 40  # of the whole run
+    assert reached(**asked, level=0.95, passes=4, seed=0)["reached"] == 0.0
+
+
 def test_pictures_show_claims_that_have_intervals() -> None:
     seeds = {0: Result(60.0, {"skills": 0.25}), 1: Result(60.0, {"skills": 0.5})}
     better = {seed: Result(60.0, {"skills": 0.75}) for seed in seeds}
@@ -283,10 +305,9 @@ def test_a_teacher_finishes_what_another_began(
         share=0.5,
         prompts=str(tmp_path / "test.jsonl"),
         domain="add-3",
-        pattern=r";(-?\d+)$",
         seed=0,
     )
-    assert found == {"solved": 0.5}
+    assert found == {"solved": 0.5, "right": 1.0, "solved_after_right": 0.5}
 
 
 def test_a_chain_trains_the_student_of_the_run_before() -> None:
