@@ -11,6 +11,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 COLOURS = {"shown": "tab:green", "contradicted": "tab:red", "not shown": "tab:gray"}
+LEGEND = "green: shown, red: contradicted, gray: not shown"
 ROW, FRAME = 0.32, 0.9  # inches of a claim, and of a panel's axis and title
 
 
@@ -42,6 +43,7 @@ def draw_claims(bars: Sequence[Bar]) -> str:
         axis.set_yticks(range(len(panel)), [bar.says for bar in reversed(panel)], fontsize=8)
         axis.set_ylim(-0.6, len(panel) - 0.4)
         axis.set_title(f"difference of {score}, 95 % interval", fontsize=9)
+    figure.supxlabel(LEGEND, fontsize=8)
     text = StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "claims", "svg.fonttype": "none"}):
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
