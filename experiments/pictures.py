@@ -11,13 +11,13 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 COLOURS = {"shown": "tab:green", "contradicted": "tab:red", "not shown": "tab:gray"}
-LEGEND = "green: shown, red: contradicted, gray: not shown"
+LEGEND = ", ".join(f"{own.removeprefix('tab:')}: {verdict}" for verdict, own in COLOURS.items())
 ROW, FRAME = 0.32, 0.9  # inches of a claim, and of a panel's axis and title
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A claim's mean difference and 95 % interval, in the unit of its score."""
+    """A claim's mean difference and 95 % interval, in the unit of its score, and its verdict."""
 
     says: str
     score: str
@@ -36,7 +36,7 @@ def draw_claims(bars: Sequence[Bar]) -> str:
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for axis, score, panel in zip(axes, scores, panels, strict=True):
         for row, bar in enumerate(reversed(panel)):
-            colour = next(c for verdict, c in COLOURS.items() if bar.verdict.startswith(verdict))
+            colour = COLOURS[bar.verdict]
             axis.plot([bar.low, bar.high], [row, row], color=colour, lw=2)
             axis.plot([bar.middle], [row], "o", color=colour)
         axis.axvline(0, color="black", lw=0.8, ls="--")

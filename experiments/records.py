@@ -1,7 +1,7 @@
 """Scores on record: `experiments/records/WORLD.json`, so that a study goes on on another machine.
 
 A record holds for every run the digest of its settings, and for every build of the lab and every
-seed the CPU seconds and the scores. Those of other settings than the study's present ones are not
+seed the scores and what they cost. Those of other settings than the study's present ones are not
 read. Another processor trains other weights with the same seeds, so that only runs of the same
 build of the lab can be compared seed by seed.
 """

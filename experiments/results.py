@@ -94,7 +94,7 @@ def score_table(names: Sequence[str], runs: Results) -> str:
         scores = [result.scores for result in own.values()]
         cells = [spread([row[name] for row in scores if name in row]) for name in names]
         used = mean(result.cpu_seconds for result in own.values()) / 60
-        memory = max((result.memory or 0.0 for result in own.values()), default=0.0)
+        memory = max(result.memory or 0.0 for result in own.values())
         cost = [f"{len(own)}", f"{used:.1f}", f"{memory:.1f}" if memory else ""]
         lines.append(f"| {run} | {' | '.join([*cells, *cost])} |")
     return "\n".join(lines)
@@ -179,8 +179,11 @@ def write(study: Study, record: Record) -> None:
         found = comparable(other, read_record(other))
         if other.world == study.world and any(found.values()):
             _insert(ROOT / other.page, name, section(other, found))
+            picture = picture_of(other)
             if shown := bars(other, found):
-                picture_of(other).write_text(draw_claims(shown))
+                picture.write_text(draw_claims(shown))
+            else:
+                picture.unlink(missing_ok=True)
     _insert(SUMMARY, "claims", summary())
 
 
