@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.summary.writer import event_file_writer
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from opd_lightning.terminal.imports import without_collections
@@ -72,6 +73,17 @@ def without_launcher_variables() -> Iterator[None]:
     yield
     for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _event_files_in_order() -> None:
+    """Let TensorBoard's count of files have six digits, for it orders those of a second as text.
+
+    A run and its resumption within a second would be read in the wrong order if they are the 9th
+    and the 10th.
+    """
+    while event_file_writer._global_uid.get() < 10**5:
+        pass
 
 
 @pytest.fixture(scope="session")
