@@ -87,7 +87,9 @@ def test_constraints_are_versions_alone() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert [ln for ln in lines if not re.fullmatch(r"[A-Za-z0-9_.-]+==[a-z0-9.]+", ln)] == []
     pinned = {normal(line) for line in lines}
-    assert {normal(name) for name in PROJECT["dependencies"]} <= pinned
+    extras = PROJECT["optional-dependencies"]
+    tested = [*PROJECT["dependencies"], *extras["gguf"], *extras["reasoning-gym"]]
+    assert {normal(name) for name in tested} <= pinned
     assert "opd-lightning" not in pinned
 
 
