@@ -19,6 +19,7 @@ from opd_lightning.checkpoints import LAST, needed, settle_folders
 from opd_lightning.commands import checked_yaml  # noqa: F401, for all parsers
 from opd_lightning.commands.callback_names import explain_taken_name
 from opd_lightning.commands.command_table import TRAINER_COMMANDS
+from opd_lightning.commands.flags import with_values
 from opd_lightning.commands.parser_messages import hint, one_line
 from opd_lightning.commands.trainer import Trainer
 from opd_lightning.errors import UserError, note, report
@@ -36,7 +37,6 @@ TRAINER_DEFAULTS = {
 }
 
 OURS = "opd_lightning"
-FLAGS = ("--json", "--card")
 STANDARD_COMMANDS = ("fit", "validate", "test")
 DASHED = [name for name in TRAINER_COMMANDS if name not in STANDARD_COMMANDS]
 OWN_COMMANDS = [name.replace("-", "_") for name in DASHED]
@@ -101,8 +101,7 @@ class OPDCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         # Commands are methods of the trainer; names of methods have no dashes.
         args = [word.replace("-", "_") if word in DASHED else word for word in args[:1]] + args[1:]
-        # jsonargparse requires a value for a flag.
-        args = [f"{word}=true" if word in FLAGS else word for word in args]
+        args = with_values(args)
         commands = self.subcommands()
         self.command = args[0] if args and args[0] in commands else None
         if self.command is not None:

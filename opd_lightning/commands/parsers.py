@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 from opd_lightning.commands import checked_yaml  # noqa: F401, for all parsers
 from opd_lightning.commands.config_files import check_configs
+from opd_lightning.commands.flags import with_values
 from opd_lightning.commands.parser_messages import hint, one_line
 from opd_lightning.errors import report
 
@@ -21,7 +22,7 @@ class OneLineParser(ArgumentParser):
 
     def parse_args(self, args: Any = None, *rest: Any, **more: Any) -> Any:
         check_configs(args or [])
-        return super().parse_args(args, *rest, **more)
+        return super().parse_args(args and with_values(args), *rest, **more)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Report a mistake in one line and exit with code 2."""

@@ -23,7 +23,7 @@ def write_run(folder: Path, scores: list[float], losses: list[float]) -> None:
 
 
 def told(capsys: pytest.CaptureFixture[str], *args: str) -> list[dict[str, object]]:
-    main(["compare", "--json", "true", *args])
+    main(["compare", "--json", *args])
     rows: list[dict[str, object]] = json.loads(capsys.readouterr().out)
     return rows
 
@@ -48,7 +48,7 @@ def test_seeds_count_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         write_run(tmp_path / f"opd-{seed}", [score], [1.0])
     folders = [str(tmp_path / f"opd-{seed}") for seed in range(3)]
     picture = tmp_path / "curves.png"
-    options = ["--group", "true", "--tags", "[val/*/score]", "--plot", str(picture)]
+    options = ["--group", "--tags", "[val/*/score]", "--plot", str(picture)]
     (row,) = told(capsys, *folders, *options)
     assert (row["run"], row["runs"], row["last"]) == (str(tmp_path / "opd"), 3, 0.75)
     assert (row["low"], row["high"]) == (0.5, 1.0)  # one standard deviation
