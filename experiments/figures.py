@@ -55,17 +55,20 @@ def reported(
 def curve(*, run: str, figures: Mapping[str, str], seed: int) -> dict[str, float]:
     """Return what a run logged at every step where it did, as "SCORE, step N".
 
+    With them `tokens`, those of all responses that it was trained on.
+
     Args:
         run: Name of the run, which is done.
         figures: Name in the log by name of the score.
         seed: Not used: the log is in the folder of the seed, which is the current one.
     """
     events = events_of(run)
-    return {
+    values = {
         f"{score}, step {event.step}": event.value
         for score, name in figures.items()
         for event in events.Scalars(name)
     }
+    return values | {"tokens": sum(e.value for e in events.Scalars("response/tokens_per_step"))}
 
 
 def events_of(run: str) -> EventAccumulator:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,6 +19,8 @@ from experiments.work import lab_build, place_of
 # intervals wider than they have to be.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 SUMMARY = ROOT / "docs" / "results" / "index.md"
+VERDICTS = ("shown", "contradicted", "not shown")
+SO_FAR, NO_VERDICT = " so far", "not measured"  # of fewer seeds than planned, of none
 BEGIN, END = "<!-- results: {name} -->", "<!-- end of results -->"
 
 
@@ -60,7 +63,7 @@ def verdict(claim: Claim, differences: Sequence[float]) -> str:
     within the margin, or all of it outside.
     """
     if not differences:
-        return "not measured"
+        return NO_VERDICT
     low, high = interval(differences)
     if claim.expects == "equal":
         shown = -claim.margin <= low and high <= claim.margin
@@ -68,7 +71,7 @@ def verdict(claim: Claim, differences: Sequence[float]) -> str:
     else:
         above, below = low > 0, high < 0
         shown, contradicted = (above, below) if claim.expects == "higher" else (below, above)
-    return "shown" if shown else "contradicted" if contradicted else "not shown"
+    return VERDICTS[0 if shown else 1 if contradicted else 2]
 
 
 def score_tables(found: Results) -> str:
@@ -104,7 +107,13 @@ def spread(values: Sequence[float]) -> str:
     """Format mean and standard deviation; empty without values."""
     if not values:
         return ""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+    return number(mean(values)) + (f" ± {number(stdev(values))}" if len(values) > 1 else "")
+
+
+def number(value: float, sign: str = "") -> str:
+    """Format with three digits: those behind the point, or the first ones of a million and more."""
+    size = abs(value)
+    return format(value, sign + (".3f" if size < 1e3 else ",.0f" if size < 1e6 else ".3g"))
 
 
 def claim_table(study: Study, found: Results) -> str:
@@ -134,9 +143,11 @@ def outcome(study: Study, claim: Claim, found: Results) -> tuple[str, str, str]:
     differences = differences_of(claim, found)
     count = len(differences)
     low, high = interval(differences)
-    middle = f"{mean(differences):+.3f} ({count} seeds)" if differences else ""
-    bounds = f"{low:+.3f} to {high:+.3f}" if count > 1 else ""
-    so_far = " so far" if 0 < count < study.seeds else ""
+    middle = (
+        f"{number(mean(differences), '+')} ({count} seed{'s' * (count > 1)})" if differences else ""
+    )
+    bounds = f"{number(low, '+')} to {number(high, '+')}" if count > 1 else ""
+    so_far = SO_FAR if 0 < count < study.seeds else ""
     return middle, bounds, verdict(claim, differences) + so_far
 
 
@@ -188,19 +199,26 @@ def write(study: Study, record: Record) -> None:
 
 
 def summary() -> str:
-    """Return a Markdown table of the claims of all studies, from what is on record."""
+    """Return how many claims of all studies came out, and a Markdown table of them, from what is
+    on record."""
     lines = [
         "| claim | source | difference | 95 % | verdict | study |",
         "|---|---|---|---|---|---|",
     ]
+    counts: Counter[str] = Counter()
     for name in STUDIES:
         study = read_study(name)
         found = comparable(study, read_record(study))
         page = Path(os.path.relpath(ROOT / study.page, SUMMARY.parent))
         for claim in study.claims.values():
-            row = (claim.says, claim.source, *outcome(study, claim, found), f"[{name}]({page})")
-            lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+            result = outcome(study, claim, found)
+            counts[result[-1]] += 1
+            lines.append(
+                f"| {' | '.join((claim.says, claim.source, *result, f'[{name}]({page})'))} |"
+            )
+    order = [f"{verdict}{so_far}" for so_far in ("", SO_FAR) for verdict in VERDICTS] + [NO_VERDICT]
+    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if verdict in counts)
+    return f"Of {counts.total()} claims: {said}.\n\n" + "\n".join(lines)
 
 
 def _insert(page: Path, name: str, text: str) -> None:

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -266,12 +267,17 @@ def test(study: Study, student: str, place: Place) -> dict[str, float]:
 
 
 def train(run: Run, place: Place) -> str:
-    """Train from where an earlier attempt stopped; return the exported student's folder."""
+    """Train from where an earlier attempt stopped; return the exported student's folder.
+
+    The checkpoints are removed.
+    """
     student = place.folder / "student"
     if not student.exists():
         opd([*fit_words(run, place), "--ckpt_path", "last"])
         saved = ["--config", str(place.folder / "config.yaml"), "--ckpt_path", "last"]
         opd(["export", *saved, "--out", str(student)])
+    # Each takes up to 12 bytes a weight, and nothing reads them any more.
+    shutil.rmtree(place.folder / "checkpoints", ignore_errors=True)
     return str(student)
 
 

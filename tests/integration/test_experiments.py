@@ -24,9 +24,11 @@ from experiments.results import (
     SUMMARY,
     bars,
     interval,
+    number,
     read_results,
     score_tables,
     section,
+    spread,
     summary,
     tables,
     verdict,
@@ -111,6 +113,7 @@ def test_what_is_missing_is_run(untrained_lab: Path, tmp_path: Path) -> None:
     assert trained.result().cpu_seconds > 0
     assert 0.1 < (trained.result().memory or 0) < 20  # GiB
     assert (trained.folder / "student" / "config.json").exists()
+    assert not (trained.folder / "checkpoints").exists()
 
     before = trained.scores.stat().st_mtime_ns
     again = processes.call(run_all, str(tmp_path))
@@ -122,7 +125,7 @@ def test_what_is_missing_is_run(untrained_lab: Path, tmp_path: Path) -> None:
     assert "| run | sum | seeds | CPU minutes | GiB |" in shown
     assert "| counted | 2.000 | 1 |" in shown
     claim = "it learns (trained - start, skills)"
-    assert f"| {claim} | section 1 | +0.000 (1 seeds) |  | not shown so far |" in shown
+    assert f"| {claim} | section 1 | +0.000 (1 seed) |  | not shown so far |" in shown
 
 
 def test_texts_are_scored_by_their_log_likelihood() -> None:
@@ -216,13 +219,15 @@ def test_what_a_run_logged_is_a_score(tmp_path: Path, monkeypatch: pytest.Monkey
     with SummaryWriter(tmp_path / "runs" / "one") as log:
         for step in range(12):
             log.add_scalar("loss", 2 * step, step)
+            log.add_scalar("response/tokens_per_step", 100, step)
     monkeypatch.chdir(tmp_path)
     assert logged(run="one", figures={"last": ["loss"]}, steps=[10, 12], seed=0) == {"last": 21.0}
     found = curve(run="one", figures={"loss": "loss"}, seed=0)
     assert found["loss, step 11"] == 22.0
-    assert len(found) == 12
-    head = score_tables({"curve": {0: Result(60.0, found, 1.5)}}).splitlines()[0]
-    assert "| loss, step 9 | loss, step 10 | loss, step 11 | seeds | CPU minutes | GiB |" in head
+    assert len(found) == 13
+    head, _, row = score_tables({"curve": {0: Result(60.0, found, 1.5)}}).splitlines()
+    assert "| loss, step 10 | loss, step 11 | tokens | seeds | CPU minutes | GiB |" in head
+    assert "| 20.000 | 22.000 | 1,200 | 1 | 1.0 | 1.5 |" in row
 
 
 def test_a_run_costs_what_it_took_to_reach_a_score(
@@ -242,6 +247,17 @@ def test_a_run_costs_what_it_took_to_reach_a_score(
     assert found == {"samples": 24, "tokens": 72, "flops": 2 * 4 * 72 * 100, "reached": 1.0}
     assert reached(**asked, level=0.95, passes=4, seed=0)["samples"] == 40  # of the whole run
     assert reached(**asked, level=0.95, passes=4, seed=0)["reached"] == 0.0
+
+
+def test_numbers_have_three_digits() -> None:
+    assert [number(n) for n in (0.5, 999, 1234.5, 4.5678e12)] == [
+        "0.500",
+        "999.000",
+        "1,234",
+        "4.57e+12",
+    ]
+    assert number(0.5, "+") == "+0.500"
+    assert spread([1000, 3000]) == "2,000 ± 1,414"
 
 
 def test_pictures_show_claims_that_have_intervals() -> None:
@@ -367,7 +383,7 @@ def test_every_run_of_a_study_is_accepted(
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     monkeypatch.setattr(OPDCLI, "_run_subcommand", lambda self, subcommand: None)
-    if name == "skill":
+    if name in ("skill", "other_tokens"):
         pytest.importorskip("reasoning_gym")
     for words in commands(name, tmp_path):
         assert OPDCLI(words).model.student.model is None
