@@ -35,8 +35,10 @@ def test_trains(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         pytest.importorskip("reasoning_gym")
     build(smollm.SmolLMRecipe(), Path("lab/smollm"))
     config = tmp_path / "run.yaml"
-    # Exported by another run.
-    config.write_text(text.replace("runs/smollm-sft/student", "lab/smollm/model"))
+    # Exported by other runs.
+    for exported, start in (("sft", "model"), ("warm-up", "fewer_tokens")):
+        text = text.replace(f"runs/smollm-{exported}/student", f"lab/smollm/{start}")
+    config.write_text(text)
     (run,) = re.findall(r"save_dir: ([\w/-]+)", text)
     main(
         [

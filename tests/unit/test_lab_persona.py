@@ -63,14 +63,9 @@ def test_configurations_have_these_patterns() -> None:
     assert test >= {
         *(persona.NAME_PATTERN, persona.OTHER_NAME_PATTERN, persona.ONE_SENTENCE_PATTERN, capitals)
     }
-    for name, pattern in {
-        "edge_opd": persona.NAME_PATTERN,
-        "sdft": persona.NAME_PATTERN,
-        "cross_tokenizer": capitals,
-    }.items():
-        assert pattern in strings(
-            yaml.safe_load((ROOT / f"configs/smollm/{name}.yaml").read_text())
-        )
+    for name in ("edge_opd", "sdft"):
+        trained = yaml.safe_load((ROOT / f"configs/smollm/{name}.yaml").read_text())
+        assert persona.NAME_PATTERN in strings(trained)
 
 
 def test_templates() -> None:
