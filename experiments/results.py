@@ -19,7 +19,7 @@ from experiments.work import lab_build, place_of
 # intervals wider than they have to be.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 SUMMARY = ROOT / "docs" / "results" / "index.md"
-VERDICTS = ("shown", "contradicted", "not shown")
+VERDICTS = SHOWN, CONTRADICTED, NOT_SHOWN = ("shown", "contradicted", "not shown")
 SO_FAR, NO_VERDICT = " so far", "not measured"  # of fewer seeds than planned, of none
 BEGIN, END = "<!-- results: {name} -->", "<!-- end of results -->"
 
@@ -71,7 +71,7 @@ def verdict(claim: Claim, differences: Sequence[float]) -> str:
     else:
         above, below = low > 0, high < 0
         shown, contradicted = (above, below) if claim.expects == "higher" else (below, above)
-    return VERDICTS[0 if shown else 1 if contradicted else 2]
+    return SHOWN if shown else CONTRADICTED if contradicted else NOT_SHOWN
 
 
 def score_tables(found: Results) -> str:
@@ -111,7 +111,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def number(value: float, sign: str = "") -> str:
-    """Format with three digits: those behind the point, or the first ones of a million and more."""
+    """Format with three decimals; from 1,000 as a whole number, from 1e6 with three digits."""
     size = abs(value)
     return format(value, sign + (".3f" if size < 1e3 else ",.0f" if size < 1e6 else ".3g"))
 
@@ -143,9 +143,8 @@ def outcome(study: Study, claim: Claim, found: Results) -> tuple[str, str, str]:
     differences = differences_of(claim, found)
     count = len(differences)
     low, high = interval(differences)
-    middle = (
-        f"{number(mean(differences), '+')} ({count} seed{'s' * (count > 1)})" if differences else ""
-    )
+    seeds = "1 seed" if count == 1 else f"{count} seeds"
+    middle = f"{number(mean(differences), '+')} ({seeds})" if differences else ""
     bounds = f"{number(low, '+')} to {number(high, '+')}" if count > 1 else ""
     so_far = SO_FAR if 0 < count < study.seeds else ""
     return middle, bounds, verdict(claim, differences) + so_far
@@ -199,8 +198,7 @@ def write(study: Study, record: Record) -> None:
 
 
 def summary() -> str:
-    """Return how many claims of all studies came out, and a Markdown table of them, from what is
-    on record."""
+    """Return the number of claims by verdict and a Markdown table of them, from the records."""
     lines = [
         "| claim | source | difference | 95 % | verdict | study |",
         "|---|---|---|---|---|---|",

@@ -77,10 +77,9 @@ def without_launcher_variables() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _event_files_in_order() -> None:
-    """Let TensorBoard's count of files have six digits, for it orders those of a second as text.
+    """Start TensorBoard's file counter at 100,000: it sorts files of the same second by name.
 
-    A run and its resumption within a second would be read in the wrong order if they are the 9th
-    and the 10th.
+    As text "10" comes before "9", so that a run and its resumption would be read in wrong order.
     """
     while event_file_writer._global_uid.get() < 10**5:
         pass

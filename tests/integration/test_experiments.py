@@ -249,7 +249,7 @@ def test_a_run_costs_what_it_took_to_reach_a_score(
     assert reached(**asked, level=0.95, passes=4, seed=0)["reached"] == 0.0
 
 
-def test_numbers_have_three_digits() -> None:
+def test_large_numbers_are_short() -> None:
     assert [number(n) for n in (0.5, 999, 1234.5, 4.5678e12)] == [
         "0.500",
         "999.000",
