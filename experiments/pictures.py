@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from io import StringIO
 
 import matplotlib
@@ -27,6 +28,11 @@ class Bar:
     verdict: str
 
 
+def digest(bars: Sequence[Bar]) -> str:
+    """Return the digest of what a picture shows, which its metadata hold."""
+    return sha256(repr(list(bars)).encode()).hexdigest()
+
+
 def draw_claims(bars: Sequence[Bar]) -> str:
     """Return an SVG with a panel for every score; the same bars give the same text."""
     scores = list(dict.fromkeys(bar.score for bar in bars))
@@ -46,5 +52,5 @@ def draw_claims(bars: Sequence[Bar]) -> str:
     figure.supxlabel(LEGEND, fontsize=8)
     text = StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "claims", "svg.fonttype": "none"}):
-        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Identifier": digest(bars)})
     return text.getvalue()

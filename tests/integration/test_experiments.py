@@ -16,7 +16,7 @@ from experiments import work
 from experiments.cost import reached
 from experiments.figures import curve, logged
 from experiments.many_faces import prefixes
-from experiments.pictures import draw_claims
+from experiments.pictures import digest, draw_claims
 from experiments.records import Result, Results, build_of, comparable, read_record, write_record
 from experiments.results import (
     BEGIN,
@@ -25,6 +25,7 @@ from experiments.results import (
     bars,
     interval,
     number,
+    picture_of,
     read_results,
     score_tables,
     section,
@@ -201,13 +202,17 @@ def test_builds_differ_by_their_weights(tmp_path: Path) -> None:
     assert one != two
 
 
-def test_pages_say_what_is_on_record() -> None:
+def test_pages_and_pictures_show_what_is_on_record() -> None:
     assert shown(SUMMARY, "claims") == summary()
     for name in STUDIES:
         study = read_study(name)
         found = comparable(study, read_record(study))
         if any(found.values()):
             assert shown(ROOT / study.page, name) == section(study, found)
+        if drawn := bars(study, found):
+            assert digest(drawn) in picture_of(study).read_text()
+        else:
+            assert not picture_of(study).exists()
 
 
 def shown(page: Path, name: str) -> str:
