@@ -50,7 +50,8 @@ read_run() {
         settings+=(--seed_everything "$SLURM_ARRAY_TASK_ID")
     fi
     if [ -n "${RUN:-}" ]; then
-        settings+=(--trainer.logger.init_args.save_dir "$RUN")
+        # A folder that the config names itself would win over that of its loggers.
+        settings+=(--trainer.default_root_dir "$RUN" --trainer.logger.init_args.save_dir "$RUN")
     fi
 }
 

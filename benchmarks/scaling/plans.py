@@ -6,7 +6,7 @@ from functools import cache
 
 from benchmarks.scaling.models import TEACHERS
 from benchmarks.scaling.run import Run
-from benchmarks.scaling.speeds import MOST, PER_NODE, ROLLOUTS, gpus_of_engine
+from benchmarks.scaling.speeds import LONGEST, MOST, PER_NODE, ROLLOUTS, gpus_of_engine
 
 
 @cache
@@ -38,9 +38,10 @@ def configuration(name: str, gpus: int) -> str:
     lines += [f"      init_args: {{path: Qwen/Qwen3-{TEACHERS[name]}, dtype: bfloat16}}"]
     lines += ["data:", *_engine(run)]
     lines += [f"  prompts_per_step: {ROLLOUTS}", f"  sampling: {{max_new_tokens: {MOST}}}"]
+    lines += [f"  max_tokens_per_micro_batch: {run.rows * LONGEST}"]
     nodes = max(1, run.trainers // PER_NODE)
     lines += ["trainer:", "  precision: bf16-mixed", f"  devices: {run.trainers // nodes}"]
-    lines += [f"  num_nodes: {nodes}", f"  accumulate_grad_batches: {run.micro_batches}"]
+    lines += [f"  num_nodes: {nodes}"]
     return "```yaml\n" + "\n".join([*lines, *_strategy(run)]) + "\n```"
 
 

@@ -49,5 +49,5 @@ def test_the_page_s_configurations_are_accepted(
     files = ("--config", str(ROOT / "configs" / "opd.yaml"), "--config", str(overlay))
     monkeypatch.setattr(OPDCLI, "instantiate_classes", lambda cli: None)
     monkeypatch.setattr(OPDCLI, "_run_subcommand", lambda cli, subcommand: None)
-    given = yaml.safe_load(block)["trainer"]["accumulate_grad_batches"]
-    assert OPDCLI(["fit", *files]).config.fit.trainer.accumulate_grad_batches == given
+    given = yaml.safe_load(block)["data"]["max_tokens_per_micro_batch"]
+    assert OPDCLI(["fit", *files]).config.fit.data.max_tokens_per_micro_batch == given

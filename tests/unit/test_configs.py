@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from opd_lightning.commands.lightning_cli import OPDCLI
 from opd_lightning.methods import SFT
@@ -52,6 +53,17 @@ def test_instantiates(files: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_pa
     cli = OPDCLI(["fit", *(word for file in files for word in ("--config", str(file)))])
     assert cli.model.student.model is None
     assert not list(tmp_path.iterdir())
+
+
+LARGE = [p for p in CONFIGS if p.parent.name in ("configs", "papers", "recipes")]
+
+
+@pytest.mark.parametrize("file", LARGE, ids=lambda file: str(file.relative_to(ROOT / "configs")))
+def test_runs_of_large_models_take_another_number_of_gpus(file: Path) -> None:
+    """Up to 16, and without another number of micro-batches, which a resumed run must not have."""
+    settings = yaml.safe_load(file.read_text())
+    assert settings["data"]["prompts_per_step"] % 16 == 0
+    assert "accumulate_grad_batches" not in settings["trainer"]
 
 
 class Keeping(SFT):
