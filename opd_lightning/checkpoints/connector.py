@@ -8,11 +8,12 @@ from typing import Any
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
 
+from opd_lightning.checkpoints.branches import leave_branch, saved_since
 from opd_lightning.checkpoints.matching import (
     check_kinds,
-    check_optimizers,
     check_readable,
     check_shapes,
+    check_types,
     differences,
     provenance,
 )
@@ -77,13 +78,13 @@ class CheckpointConnector(_CheckpointConnector):
         if training:
             broadcast(self._recover)
         if checkpoint_path is not None:
-            self.saved = self._last(training) if self._owned else named(Path(checkpoint_path))
+            self.saved = self._last(training) if self._owned else self._named(checkpoint_path)
         saved = self.saved
         if saved is not None:
             broadcast(lambda: check_readable(saved, self.trainer, training=training))
             if training:
                 if self.trainer.optimizers:
-                    check_optimizers(saved, self.trainer.optimizers)
+                    check_types(saved, self.trainer)
                 for line in differences(saved, self.trainer):
                     rank_zero_note(line)
         with restoring("what is"):
@@ -103,6 +104,12 @@ class CheckpointConnector(_CheckpointConnector):
                 fresh = {"fit_loop": self.trainer.fit_loop.state_dict()}
                 check_kinds("loops", self._loaded_checkpoint["loops"], fresh)
             super().restore_training_state()
+        if (
+            self.saved is not None
+            and not self._owned
+            and self.trainer.state.fn == TrainerFn.FITTING
+        ):
+            leave_branch(self.trainer, self.saved)
 
     def restore_callbacks(self) -> None:
         with restoring("the state of a callback"):
@@ -130,16 +137,16 @@ class CheckpointConnector(_CheckpointConnector):
 
     def restore_optimizers(self) -> None:
         if self.saved is not None:
-            check_optimizers(self.saved, self.trainer.optimizers)
+            check_types(self.saved, self.trainer)
         states = (self._loaded_checkpoint or {}).get("optimizer_states", ())
         for state, optimizer in zip(states, self.trainer.optimizers, strict=False):
             groups = optimizer.state_dict()["param_groups"]
-            check_kinds("optimizer", state["param_groups"], groups)
-            check_shapes(state["state"], optimizer)
-            for group, own in zip(state["param_groups"], groups, strict=True):
+            for group, own in zip(state["param_groups"], groups, strict=False):
                 group |= {
                     name: own[name] for name in IMPLEMENTATION_OPTIONS & group.keys() & own.keys()
                 }
+            check_kinds("optimizer", state["param_groups"], groups)
+            check_shapes(state["state"], optimizer)
         super().restore_optimizers()
 
     def restore_lr_schedulers(self) -> None:
@@ -152,6 +159,15 @@ class CheckpointConnector(_CheckpointConnector):
         super().resume_end()
         if self._owned:
             self._ckpt_path = None  # else ModelCheckpoint would never remove it
+
+    def _named(self, path: str | Path) -> Saved:
+        """Return the named checkpoint, or what a requeued job has saved since it began there."""
+        saved = named(Path(path))
+        begins = self.trainer.state.fn == TrainerFn.FITTING and self.trainer.global_step == 0
+        if begins and (since := saved_since(self.trainer, saved)) is not None:
+            self._owned = True
+            return since
+        return saved
 
     def _last(self, training: bool) -> Saved | None:
         """Return the newest checkpoint; None only in a run that trains."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 from types import NoneType
 from typing import Any
 
@@ -23,12 +24,10 @@ def provenance(trainer: Trainer) -> dict[str, Any]:
     return {
         "processes": trainer.world_size,
         "method": type(trainer.lightning_module).__name__,
-        "optimizers": names_of(trainer.optimizers),
+        "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
+        "schedulers": [type(c.scheduler).__name__ for c in trainer.lr_scheduler_configs],
+        "job": os.environ.get("SLURM_JOB_ID"),
     }
-
-
-def names_of(optimizers: Sequence[Optimizer]) -> list[str]:
-    return [type(optimizer).__name__ for optimizer in optimizers]
 
 
 def check_readable(saved: Saved, trainer: Trainer, *, training: bool) -> None:
@@ -58,20 +57,27 @@ def check_readable(saved: Saved, trainer: Trainer, *, training: bool) -> None:
         )
 
 
-def check_optimizers(saved: Saved, optimizers: Sequence[Optimizer]) -> None:
-    """Refuse the state of another type of optimiser.
+def check_types(saved: Saved, trainer: Trainer) -> None:
+    """Refuse the state of another type of optimiser or scheduler.
+
+    A run may continue without the scheduler that it had, or with its first one.
 
     Raises:
         UserError: If the types differ; on all processes.
     """
-    theirs = saved.written_by.get("optimizers")
-    ours = names_of(optimizers)
-    if theirs is not None and ours != theirs:
-        wrote = ", ".join(map(str, theirs))
+    ours = provenance(trainer)
+    for what, key in (("optimiser", "optimizers"), ("scheduler", "schedulers")):
+        theirs = saved.written_by.get(key)
+        if (
+            theirs is None
+            or theirs == ours[key]
+            or (key == "schedulers" and not (theirs and ours[key]))
+        ):
+            continue
         error = UserError(
-            f"--ckpt_path: {str(saved.path)!r} was written with optimiser {wrote}, got "
-            f"{', '.join(ours)}, whose state differs; continue with the same, or start a new run "
-            "from an exported student"
+            f"--ckpt_path: {str(saved.path)!r} was written with {what} "
+            f"{', '.join(map(str, theirs))}, got {', '.join(ours[key])}, whose state differs; "
+            "continue with the same, or start a new run from an exported student"
         )
         raise raised_by_all(error)
 

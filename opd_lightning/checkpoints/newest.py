@@ -84,14 +84,20 @@ def named(path: Path) -> Saved:
         raise raised_by_all(refusal(path, error)) from error
 
 
-def newest(trainer: Trainer) -> Saved | None:
+def newest(trainer: Trainer, *, job: str | None = None) -> Saved | None:
     """Return the newest complete checkpoint: most steps first, then latest; None if none.
+
+    Args:
+        trainer: The trainer of the run.
+        job: SLURM job that must have written it; None for any.
 
     Raises:
         UserError: If the run has no checkpoint folder.
         CheckpointError: If the disk cannot be read.
     """
     for saved in broadcast(lambda: _candidates(trainer)):
+        if job is not None and saved.written_by.get("job") != job:
+            continue
         try:
             return _checked(saved)
         except DamagedError as error:

@@ -53,14 +53,21 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         before: Flat settings of the run that wrote the checkpoint.
         now: Flat settings of this run.
     """
+    ended = "lr_scheduler" in before and "lr_scheduler" not in now
     changed = [
         name
         for name in dict.fromkeys([*before, *now])
         if before.get(name) != now.get(name)
         and name != "method"  # reported when the checkpoint is loaded
         and name not in EXPECTED_TO_CHANGE
+        and not (ended and name.split(".")[0] == "lr_scheduler")
     ]
     lines = []
+    if ended:
+        lines.append(
+            f"lr_scheduler: the checkpoint's run had {_shown(before, 'lr_scheduler')}, this one "
+            "has none: the learning rate stays as it was in the checkpoint"
+        )
     for name in changed[:MOST_LINES]:
         restored = name.split(".")[0] in ("optimizer", "lr_scheduler") and name in before
         counts = (

@@ -9,12 +9,15 @@ import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LinearLR, StepLR
 
 from opd_lightning.checkpoints import save_last, whole
 from opd_lightning.checkpoints.places import commit, recover, staging_path
@@ -241,6 +244,49 @@ def test_the_newest_is_the_one_of_the_most_steps(tmp_path: Path) -> None:
     assert len(module.losses) == 1
 
 
+def test_last_does_not_return_to_a_branch_that_was_left(tmp_path: Path, capsys: Err) -> None:
+    every = {"save_top_k": -1}
+    train(tmp_path, 4, saver=every)
+    # Killed before its first save, and resumed with the usual command.
+    with pytest.raises(Kill):
+        train(
+            tmp_path, 4, saver=every, ckpt_path=tmp_path / "step=2.ckpt", callbacks=[KillsAtOnce()]
+        )
+    assert names(tmp_path) == ["left-1", "step=1.ckpt", "step=2.ckpt"]
+    assert names(tmp_path / "left-1") == ["last.ckpt", "step=3.ckpt", "step=4.ckpt"]
+    assert (
+        f"3 of the branch that it leaves are moved to {str(tmp_path / 'left-1')!r}"
+        in capsys.readouterr().err
+    )
+    module = Toy()
+    train(tmp_path, 3, saver=every, module=module)
+    assert len(module.losses) == 1
+    # Back to the first branch.
+    train(tmp_path, 5, saver=every, ckpt_path=tmp_path / "left-1" / "step=4.ckpt")
+    assert names(tmp_path) == ["last.ckpt", "left-1", "left-2", "step=5.ckpt"]
+    assert names(tmp_path / "left-2") == ["last.ckpt", *(f"step={n}.ckpt" for n in (1, 2, 3))]
+
+
+def test_a_requeued_job_goes_on_from_what_it_saved_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Err
+) -> None:
+    every = {"save_top_k": -1}
+    train(tmp_path, 4, saver=every)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    began = tmp_path / "step=1.ckpt"
+    for restarts, steps, made in ((0, 3, 2), (1, 4, 1), (2, 5, 1)):  # the same checkpoint each time
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        module = Toy()
+        train(tmp_path, steps, saver=every, ckpt_path=began, module=module)
+        assert len(module.losses) == made
+        assert ("was requeued, and resumes" in capsys.readouterr().err) == (restarts > 0)
+
+
+class KillsAtOnce(Callback):
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        raise Kill
+
+
 def test_a_run_without_a_whole_one_starts_from_the_beginning(tmp_path: Path, capsys: Err) -> None:
     (tmp_path / ".last.ckpt.writing").write_text("of a run that was killed")
     module = Toy()
@@ -306,6 +352,47 @@ def test_a_checkpoint_of_another_run_is_refused(module: Toy, message: str, tmp_p
     train(tmp_path, 1)
     with pytest.raises(UserError, match=message):
         train(tmp_path, 2, module=module)
+
+
+@pytest.mark.parametrize("before", [{}, {"fused": True}, {"foreach": False}])
+@pytest.mark.parametrize("now", [{}, {"fused": True}, {"foreach": False}])
+def test_another_implementation_of_the_optimiser_is_taken(
+    before: dict[str, Any], now: dict[str, Any], tmp_path: Path
+) -> None:
+    for steps, options in ((1, before), (2, now)):
+        module = Toy(optimizer=partial(torch.optim.AdamW, lr=1e-2, **options))
+        trainer, _ = train(tmp_path, steps, module=module)
+    group = trainer.optimizers[0].param_groups[0]
+    assert {name: group[name] for name in now} == now
+
+
+class Scheduled(Toy):
+    """With a schedule of the learning rate."""
+
+    def __init__(self, schedule: Any) -> None:
+        super().__init__()
+        self.schedule = schedule
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [{"scheduler": self.schedule(optimizer), "interval": "step"}]
+
+
+def falling(optimizer: Optimizer) -> Any:
+    return StepLR(optimizer, 1, 0.5)
+
+
+def rising(optimizer: Optimizer) -> Any:
+    return LinearLR(optimizer, 0.5)
+
+
+def test_another_schedule_is_refused_and_none_keeps_the_rate(tmp_path: Path) -> None:
+    train(tmp_path, 2, module=Scheduled(falling))
+    with pytest.raises(UserError, match="was written with scheduler StepLR, got LinearLR"):
+        train(tmp_path, 3, module=Scheduled(rising))
+    trainer, _ = train(tmp_path, 3)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-2 / 4
+    train(tmp_path, 4, module=Scheduled(falling))  # a first one
 
 
 def test_weights_alone_are_no_state_to_go_on_from(tmp_path: Path) -> None:

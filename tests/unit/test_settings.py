@@ -1,6 +1,6 @@
 """A configuration as a flat table."""
 
-from opd_lightning.run.settings import flat_settings
+from opd_lightning.run.settings import differences, flat_settings
 
 
 def test_classes_stand_where_their_settings_hang() -> None:
@@ -34,3 +34,13 @@ def test_classes_stand_where_their_settings_hang() -> None:
         "trainer.max_steps": 200,
         "trainer.devices": "[0, 1]",
     }
+
+
+def test_what_becomes_of_a_schedule_is_said() -> None:
+    before = {"lr_scheduler": "StepLR", "lr_scheduler.gamma": 0.5, "data.seed": 0}
+    (line,) = differences(before, {"data.seed": 0})
+    assert "had StepLR, this one has none: the learning rate stays" in line
+    (line,) = differences(before, before | {"lr_scheduler.gamma": 0.1})
+    assert "0.5 counts, which is saved with its state" in line
+    first, _ = differences({"data.seed": 0}, before)
+    assert "StepLR counts from here on" in first
