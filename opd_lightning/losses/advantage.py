@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-RESOLUTION = 1e-7  # a smaller standard deviation of rewards is rounding error
+# Of rewards: a group with at most this standard deviation has equal ones, up to rounding.
+RESOLUTION = 1e-7
 
 
 def log_ratio(teacher_logprobs: Tensor, student_logprobs: Tensor) -> Tensor:

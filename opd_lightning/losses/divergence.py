@@ -138,8 +138,14 @@ class AlphaBetaDivergence(Divergence):
         -1 / (alpha beta) sum_v [T^alpha S^beta - (alpha T^(alpha + beta) + beta S^(alpha + beta))
                                  / (alpha + beta)]
 
-    (1, 0) is the forward KL, (0, 1) the reverse KL, as limits; (1/2, 1/2) is four times the squared
-    Hellinger distance.
+    At beta 0 and at alpha 0 the code has, where the formula divides by 0,
+
+        sum_v T^alpha log(T / S) + (S^alpha - T^alpha) / alpha                      beta 0
+        sum_v S^beta log(S / T) + (T^beta - S^beta) / beta                          alpha 0
+
+    The formula tends to these divided by alpha and by beta, so the scale is discontinuous there
+    unless the other parameter is 1: (1, 0) is the forward KL and (0, 1) the reverse KL, as limits.
+    (1/2, 1/2) is four times the squared Hellinger distance.
 
     Args:
         alpha: 0 or more; larger, it attends to tokens that the teacher finds probable.

@@ -39,10 +39,7 @@ class DistiLLM2(ComposedMethod):
     """
 
     has_advantage = False
-
-    @property
-    def averages_samples(self) -> bool:
-        return any(term.averages_samples for term in self.terms)
+    loss_averages_samples = False  # whole distributions are compared, whoever wrote the response
 
     def __init__(
         self,

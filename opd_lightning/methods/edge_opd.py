@@ -32,8 +32,8 @@ class EDGEOPD(ComposedMethod):
         teacher: The same model before training, frozen; scores with and without the text.
         view: Privileged prompt view; `data.mix.guided_view` must be the same.
         evidence: Use of the evidence: "mask", "soft" or "none".
-        region: Tokens that a mask keeps.
-        threshold: See above; strict.
+        region: Tokens that the mask keeps.
+        threshold: Of the mask, see above; strict, and not of the region "near-zero".
         epsilon: Half-width of the soft weight; not published for these runs, 0.2 as in RLSD.
         anchor: Weight of the KL to the teacher without the text; 0 for none.
         estimator: Estimator of that KL, see `TrustRegion`. Not named in the paper; k3 is the
@@ -61,6 +61,17 @@ class EDGEOPD(ComposedMethod):
         super().__init__(student, **shared)
         self.teacher = teacher
         self.view = view
+        for name, got, default, is_read, reader in (
+            ("region", region, "positive", evidence == "mask", "evidence 'mask'"),
+            ("threshold", threshold, 0.0, evidence == "mask", "evidence 'mask'"),
+            ("epsilon", epsilon, 0.2, evidence == "soft", "evidence 'soft'"),
+            ("estimator", estimator, "k3", anchor != 0, "an anchor above 0"),
+        ):
+            if got != default and not is_read:
+                raise UserError(
+                    f"{name}: got {got!r} with evidence {evidence!r} and anchor {anchor:g}, "
+                    f"expected it with {reader} only; leave it out"
+                )
         self.gates: list[Rule] = []
         if evidence == "mask":
             self.gates.append(EvidenceMask(region=region, threshold=threshold))

@@ -39,7 +39,7 @@ class SGOPD(ComposedMethod):
         scale: Extrapolation on consensus tokens.
         fallback: Advantage of tokens without consensus: `beta d_t` ("interp"), "preserve" (d_t) or
             "grpo" (the outcome advantage).
-        beta: See `fallback`; 0 masks conflicts, 1 is OPD on them.
+        beta: Of the fallback "interp" alone; 0 masks conflicts, 1 is OPD on them.
         stability: tau of the weight `min(1, tau / |d_t|)`, unit mean over the step; None for
             none, our default.
         imitation: alpha, unless a callback changes it. Ours: 0.2, the value named in an ablation.

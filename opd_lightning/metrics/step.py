@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from opd_lightning.losses.advantage import RESOLUTION
 from opd_lightning.metrics.repetition import is_repetitive, repeated_trigrams
 from opd_lightning.metrics.sums import NamedMeans, Sums
 from opd_lightning.types import RolloutBatch
@@ -34,7 +35,7 @@ class ResponseStatistics(Sums):
             unverified=sum(r.unverified for r in written),
             long_views=sum(bool(r.long_views) for r in batch.rollouts),
             grouped=~batch.group_std.isnan() & own,
-            degenerate=(batch.group_std == 0) & own,
+            degenerate=(batch.group_std <= RESOLUTION) & own,
             demonstrations=len(given),
             demonstrated=sum(len(r.response_ids) for r in given),
             kept=sum(not r.dropped for r in given),

@@ -49,8 +49,9 @@ class EvidenceMask(Rule):
     Args:
         region: "positive": e > threshold, the method; "negative": e < threshold and "near-zero":
             |e| <= width, the authors' controls.
-        threshold: In nats; the authors use 0.
-        width: In nats, of "near-zero"; the authors use 0.1. It overlaps the other two regions.
+        threshold: In nats, of "positive" and "negative" alone; the authors use 0.
+        width: In nats, of "near-zero" alone; the authors use 0.1. It overlaps the other two
+            regions.
     """
 
     region: Literal["positive", "negative", "near-zero"] = "positive"
@@ -62,6 +63,10 @@ class EvidenceMask(Rule):
     def __post_init__(self) -> None:
         check(self, "threshold", self.threshold == self.threshold, "a number")
         check(self, "width", self.width >= 0, "0 or more")
+        by_width = self.region == "near-zero"
+        unread = f"its default: region {self.region!r} does not read it"
+        check(self, "threshold", not by_width or self.threshold == EvidenceMask.threshold, unread)
+        check(self, "width", by_width or self.width == EvidenceMask.width, unread)
 
     def apply(
         self, signal: Signal, scored: Scored, observed: Tensor | None = None

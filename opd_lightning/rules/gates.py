@@ -31,7 +31,8 @@ class SignGate(Rule):
         scale: lambda_high, on consensus tokens; the authors' best is 1.8. At 1 the reference is
             not read.
         fallback: "interp": beta d_t (the authors' best); "preserve": d_t; "grpo": a1.
-        beta: In [0, 1], of "interp"; the authors' best is 1.0. 0 drops tokens without consensus.
+        beta: In [0, 1], of "interp" alone; the authors' best is 1.0. 0 drops tokens without
+            consensus.
     """
 
     scale: float = 1.8
@@ -44,6 +45,8 @@ class SignGate(Rule):
     def __post_init__(self) -> None:
         check(self, "scale", 0 <= self.scale < float("inf"), "a finite number of 0 or more")
         check(self, "beta", 0 <= self.beta <= 1, "a number in [0, 1]")
+        read = self.fallback == "interp" or self.beta == 1
+        check(self, "beta", read, f"1, or fallback 'interp': {self.fallback!r} does not read it")
 
     @property
     def needs(self) -> tuple[str, ...]:

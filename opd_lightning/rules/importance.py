@@ -24,10 +24,22 @@ BOUND = 20.0  # nats; bound of a log-ratio before it is exponentiated (as in ver
 
 
 def log_importance(scored: Scored) -> Tensor:
-    """Return `log pi_theta(y_t) - log mu(y_t)`, `[B, R]` nats; 0 off-policy and on padding."""
+    """Return `log pi_theta(y_t) - log mu(y_t)`, `[B, R]` nats; 0 off-policy and on padding.
+
+    mu is the truncated distribution where the sampler truncates; pi_theta is whole.
+    """
+    return _minus_behaviour(scored, scored.student.logprobs)
+
+
+def log_drift(scored: Scored) -> Tensor:
+    """Return `log_importance` with pi_theta truncated as mu is: 0 where the policies are equal."""
+    return _minus_behaviour(scored, scored.student.sampled_logprobs)
+
+
+def _minus_behaviour(scored: Scored, logprobs: Tensor) -> Tensor:
     batch = scored.batch
     ours = batch.response_mask & batch.on_policy[:, None]
-    return torch.where(ours, scored.student.logprobs - batch.behaviour_logprobs, 0.0)
+    return torch.where(ours, logprobs - batch.behaviour_logprobs, 0.0)
 
 
 def bounded_exp(log_weight: Tensor) -> Tensor:
@@ -136,9 +148,9 @@ class DriftGate(Rule):
         g_b = exp(-strength |mean over block b of log pi_theta(y_t) - log mu(y_t)|)
 
     divided by its mean over the step's selected tokens. A block is `block` consecutive selected
-    tokens; others are not counted. It acts where rollouts are older than the student
-    (`data.max_staleness` 1), and weighs all tokens alike where they are not and engine and trainer
-    agree. It does not correct for the sampler. Rows of other samplers have g 1.
+    tokens; others are not counted. pi_theta is truncated as mu is. It acts where rollouts are older
+    than the student (`data.max_staleness` 1), and weighs all tokens alike where they are not and
+    engine and trainer agree. It does not correct for the sampler. Rows of other samplers have g 1.
 
     Rates: value, the mean of g before division.
 
@@ -160,7 +172,7 @@ class DriftGate(Rule):
 
     def _raw(self, signal: Signal, scored: Scored) -> Tensor:
         """Return g, `[B, R]`; 1 without selected tokens."""
-        drift = torch.where(signal.mask, log_importance(scored), 0.0)
+        drift = torch.where(signal.mask, log_drift(scored), 0.0)
         place = (signal.mask.cumsum(dim=1) - 1).clamp(min=0) // self.block  # block of each token
         blocks = int(place.max()) + 1 if place.numel() else 1
         empty = drift.new_zeros(len(drift), blocks)

@@ -29,6 +29,7 @@ class HardClip(Rule):
     high: float = 5.0
 
     shapes_advantage = True
+    ignores_weights = True
 
     def __post_init__(self) -> None:
         check(self, "low", self.low <= self.high, f"at most high ({self.high})")

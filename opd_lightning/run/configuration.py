@@ -61,8 +61,8 @@ def check_models(module: DistillationModule) -> None:
         check_usable(source)
         check_spelling(student)
         check_spelling(source)
-    for teacher in module.compared_teachers():
-        source = teacher.source or student
+    for part in (part for teacher in module.compared_teachers() for part in teacher.parts()):
+        source = part.source or student
         sizes = [s.config.get_text_config().vocab_size for s in (student, source)]
         if sizes[0] != sizes[1]:
             raise UserError(
@@ -123,6 +123,12 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
         raise UserError(
             f"student.dtype: got {module.student.dtype!r}, in which small moves of an EMATeacher "
             "round to nothing; use float32 with trainer.precision bf16-mixed"
+        )
+    if module.needs_groups and not data.mix.samples:
+        raise UserError(
+            f"data.mix: got given responses alone, but {name} or one of its rules compares the "
+            "rewards of the student's responses to a prompt with one another; leave the rule out, "
+            "or let data.mix.recorded and data.mix.teacher add up to less than 1"
         )
     if module.needs_groups and data.samples_per_prompt < 2:
         raise UserError(
@@ -213,6 +219,12 @@ def _check_late_views(data: RolloutDataModule, names: Sequence[str]) -> None:
             raise UserError(
                 f"data.verifier: got nothing, but the view {name!r} reads {min(read)!r}, which "
                 "comes from one; name a verifier, or change the template"
+            )
+        if read and read <= RESPONSES and not data.mix.samples:
+            raise UserError(
+                f"data.mix: got given responses alone, but the view {name!r} reads {min(read)!r}, "
+                "another response of the student's to the prompt; change the template, or let "
+                "data.mix.recorded and data.mix.teacher add up to less than 1"
             )
         if read and read <= RESPONSES and data.samples_per_prompt < 2:
             raise UserError(

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 from opd_lightning.errors import UserError
 from opd_lightning.losses.surrogate import Surrogate
 from opd_lightning.losses.top_k import TopK
+from opd_lightning.models.student import KEPT_MASS
 from opd_lightning.teachers.base import Teacher, provides_distributions, provides_top_k
+from opd_lightning.training.scoring import LOSS
 
 if TYPE_CHECKING:
     from opd_lightning.rules.base import Rule
     from opd_lightning.rules.terms import Term
     from opd_lightning.training.composed import ComposedMethod
+
+STUDENT = "student"  # the student's scores, beside those of the models that are asked
 
 
 def check_parts(composed: ComposedMethod) -> None:
@@ -118,8 +122,13 @@ def _check_known(method: str, teacher: Teacher, function: Any) -> None:
 
 def _check_names(composed: ComposedMethod) -> None:
     """Raise UserError if parts give different meanings to the same name."""
-    asks: dict[str, Any] = dict(composed.asks())
-    comparisons: dict[str, Any] = dict(composed.comparisons())
+    method = type(composed).__name__
+    # Names that the training step uses itself have a meaning that no part can give.
+    asks: dict[str, Any] = {STUDENT: None}
+    comparisons: dict[str, Any] = {KEPT_MASS: None}
+    _add(asks, composed.asks(), method)
+    _add(comparisons, composed.comparisons(), method)
+    comparisons.setdefault(LOSS, None)  # only a method replaces the policy gradient
     for rule in composed.rules:
         _add(comparisons, rule.comparisons(), f"rules: {type(rule).__name__}")
     for term in composed.terms:

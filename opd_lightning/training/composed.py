@@ -353,11 +353,16 @@ class ComposedMethod(DistillationModule):
         return LOSS not in self.comparisons()
 
     @property
+    def loss_averages_samples(self) -> bool:
+        """Return whether `token_loss` is a mean over sampled tokens, rules and terms aside."""
+        overridden = type(self).token_loss is not ComposedMethod.token_loss
+        return self.has_advantage or overridden
+
+    @property
     def averages_samples(self) -> bool:
         weighs = any(rule.corrects_sampler for rule in self.rules)
         estimates = any(term.averages_samples for term in self.terms)
-        overridden = type(self).token_loss is not ComposedMethod.token_loss
-        return self.has_advantage or overridden or weighs or estimates
+        return self.loss_averages_samples or weighs or estimates
 
     @property
     def corrects_staleness(self) -> bool:

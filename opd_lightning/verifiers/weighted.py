@@ -60,11 +60,11 @@ class WeightedVerifier(Verifier):
     """
 
     def __init__(self, parts: dict[str, Part]) -> None:
-        total = sum(part.weight for part in parts.values())
-        if not math.isclose(total, 1, rel_tol=0, abs_tol=1e-6):
+        self.total = math.fsum(part.weight for part in parts.values())
+        if not math.isclose(self.total, 1, rel_tol=0, abs_tol=1e-6):
             raise UserError(
-                f"WeightedVerifier.parts: got weights that sum to {total:g}, expected 1, so that "
-                "rewards stay in [0, 1]; change them"
+                f"WeightedVerifier.parts: got weights that sum to {self.total:g}, expected 1, so "
+                "that rewards stay in [0, 1]; change them"
             )
         self.parts = parts
 
@@ -75,8 +75,8 @@ class WeightedVerifier(Verifier):
         scores = {name: part.score(prompts, responses) for name, part in self.parts.items()}
         weights = {name: part.weight for name, part in self.parts.items() if part.weight}
         totals = [
-            # The sum of weights may exceed 1 by a rounding error.
-            min(1.0, math.fsum(weight * scores[name][i] for name, weight in weights.items()))
+            # Divided, so that full scores make exactly 1 with weights such as three of 0.3333333.
+            math.fsum(weight * scores[name][i] for name, weight in weights.items()) / self.total
             if not any(math.isnan(scores[name][i]) for name in weights)
             else math.nan
             for i in range(len(responses))

@@ -439,7 +439,7 @@ def test_one_ema_callback_serves_two_runs(prompts: Path) -> None:
 
 def test_phases_need_a_length_and_a_student(prompts: Path) -> None:
     for data in ({**demonstrations(teacher=1.0)}, {**demonstrations(teacher=0.5), "steps": -1}):
-        method = SGOPD(teacher=teacher(), scale=1.0, **student())
+        method = OPD(teacher=teacher(), imitation=0.2, **student())
         more = {**data, "callbacks": [PhasedTeacherSampling()]}
         with pytest.raises(UserError, match="PhasedTeacherSampling: got"):
             run((lambda method=method: method, dict), prompts, **more)  # type: ignore[misc]

@@ -94,6 +94,13 @@ def test_a_weighted_sum_maps_adds_and_keeps_its_parts() -> None:
     ]
 
 
+def test_full_scores_add_up_to_1_where_the_weights_are_rounded() -> None:
+    """`only_correct` keeps rewards of 1 alone."""
+    for weight in (0.3333333, 0.33333336):
+        parts = {name: Part(verifier=Fixed(1, 0), weight=weight) for name in "abc"}
+        assert WeightedVerifier(parts).verify([PROMPTS[0]] * 2, ["1", "2"]) == [1, 0]
+
+
 def test_a_response_that_a_part_could_not_check_has_no_reward() -> None:
     parts = {
         "a": Part(verifier=Fixed(1, math.nan), weight=0.5),

@@ -196,9 +196,17 @@ def test_alpha_beta_by_its_definition_and_its_limits() -> None:
     ):
         close(of_logits(end)(STUDENT), of_logits(kl)(STUDENT))
         close(of_logits(near)(STUDENT), of_logits(kl)(STUDENT), atol=1e-4)
-    # The code of the authors at beta 0 and another alpha than 1.
+    # The code of the authors where one parameter is 0 and the other is not 1.
     power = (T**2 * (T**2 / S**2).log() - T**2 + S**2).sum(-1) / 2
     close(of_logits(AlphaBetaDivergence(2.0, 0.0))(STUDENT), power)
+
+
+@pytest.mark.parametrize("other", [0.2, 0.5, 1.0, 2.0])
+def test_alpha_beta_jumps_to_its_ends_by_the_other_parameter(other: float) -> None:
+    """The formula's limit is the authors' special case divided by the other parameter."""
+    for near, end in (((other, 1e-6), (other, 0.0)), ((1e-6, other), (0.0, other))):
+        limit, special = (of_logits(AlphaBetaDivergence(*pair))(STUDENT) for pair in (near, end))
+        torch.testing.assert_close(limit, special / other, atol=0, rtol=1e-4)
 
 
 def test_a_clip_bounds_each_token_of_the_vocabulary() -> None:

@@ -1,6 +1,7 @@
 """A method that cannot have what it reads is refused in one line, before weights load."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -8,12 +9,14 @@ from opd_lightning.data.mix import RolloutMix, TeacherSampler
 from opd_lightning.data.views import PromptView
 from opd_lightning.errors import UserError
 from opd_lightning.losses.surrogate import Surrogate
-from opd_lightning.methods import EDGEOPD, SFT
+from opd_lightning.methods import EDGEOPD, OPSD, SFT, LightningOPD
 from opd_lightning.models.student import Student
 from opd_lightning.rollouts import VLLMEngine
 from opd_lightning.rules import (
+    CompetenceWeight,
     EntropyBonus,
     EvidenceMask,
+    GroupGate,
     HardClip,
     IcePop,
     PositionWeight,
@@ -38,6 +41,10 @@ from tests.refusals import (
 )
 
 PAIRS = {"samples_per_prompt": 2}
+
+
+def edge(**more: Any) -> EDGEOPD:
+    return EDGEOPD(Student(STUDENT), FrozenTeacher(TEACHER), **more)
 
 
 def test_views_must_exist(refusal: Refusal) -> None:
@@ -157,6 +164,29 @@ def test_a_term_takes_no_name_that_is_taken(refusal: Refusal) -> None:
     assert "terms: TrustRegion: the name 'teacher' is taken" in line
 
 
+@pytest.mark.parametrize("name", ["loss", "kept_mass", "student"])
+def test_nor_one_that_the_training_step_uses(refusal: Refusal, name: str) -> None:
+    """It would replace the policy gradient, be overwritten or raise in the first step."""
+    term = TrustRegion(FrozenTeacher(STUDENT), estimator="full", name=name)
+    line = refusal(lambda: opd(terms=[term]))
+    assert f"terms: TrustRegion: the name {name!r} is taken; give it another name" in line
+
+
+def test_what_the_student_does_not_write_is_not_compared_in_groups(refusal: Refusal) -> None:
+    given, student = {"mix": RolloutMix(recorded=1), **PAIRS}, Student(STUDENT)
+    said = "data.mix: got given responses alone, but"
+    builds: dict[str, Build] = {
+        "LightningOPD": lambda: LightningOPD(student, FrozenTeacher(TEACHER), rules=[GroupGate()]),
+        "SFT": lambda: SFT(student, rules=[CompetenceWeight()]),
+        "DivergenceOPD": lambda: divergence(rules=[TrajectoryGate()]),
+    }
+    for name, build in builds.items():
+        assert refusal(build, **given).startswith(f"{said} {name} or one of its rules compares")
+    views = {"privileged": PromptView(template="{{ peer }}")}
+    line = refusal(lambda: OPSD(student, FrozenTeacher(TEACHER)), views=views, **given)
+    assert line.startswith(f"{said} the view 'privileged' reads 'peer'")
+
+
 @pytest.mark.parametrize("rule", [StabilityWeight(), PositionWeight(), TrajectoryGate()])
 def test_rules_say_that_they_read_the_teacher(refusal: Refusal, rule: Rule) -> None:
     line = refusal(lambda: grpo(rules=[rule]), **PAIRS)
@@ -190,9 +220,18 @@ def test_a_share_of_no_prompt_is_refused(refusal: Refusal) -> None:
         (lambda: RolloutMix(guided=1.5), "mix.guided: got 1.5"),
         (lambda: RolloutMix(only_correct=True), "mix.only_correct: got true"),
         (lambda: opd(discount=5.0), "discount: got 5.0, expected a number in [0, 1]"),
+        (lambda: edge(clip=-1.0), "clip: got -1.0, expected at least 0 (nats)"),
         (
-            lambda: EDGEOPD(Student(STUDENT), FrozenTeacher(TEACHER), "hint", clip=-1.0),
-            "clip: got -1.0, expected at least 0 (nats)",
+            lambda: edge(evidence="soft", region="negative"),
+            "region: got 'negative' with evidence 'soft' and anchor 0.05, expected it with "
+            "evidence 'mask' only; leave it out",
+        ),
+        (lambda: edge(evidence="none", threshold=0.5), "threshold: got 0.5 with evidence 'none'"),
+        (lambda: edge(region="near-zero", threshold=0.5), "EvidenceMask: threshold is 0.5"),
+        (lambda: edge(epsilon=0.1), "epsilon: got 0.1 with evidence 'mask'"),
+        (
+            lambda: edge(anchor=0, estimator="k2"),
+            "estimator: got 'k2' with evidence 'mask' and anchor 0, expected it with an anchor",
         ),
         (lambda: Surrogate(dual_clip=0.5), "dual_clip is 0.5"),
     ],

@@ -142,3 +142,15 @@ def test_configurations_of_papers_are_named() -> None:
     folders = [ROOT / "configs" / name for name in ("recipes", "papers")]
     shipped = {str(p.relative_to(ROOT)) for folder in folders for p in folder.glob("*.yaml")}
     assert shipped == set(re.findall(r"`(configs/(?:recipes|papers)/\w+\.yaml)`", PAGE))
+
+
+def test_defaults_of_the_normaliser_are_named() -> None:
+    (named,) = re.findall(r"`token-mean` is the default except in (.*?), where", PAGE, re.DOTALL)
+    defaults = {
+        name: signature(kind).parameters["aggregation"].default
+        for name, kind in vars(methods).items()
+        if isinstance(kind, type) and "aggregation" in signature(kind).parameters
+    }
+    other = {name for name, mode in defaults.items() if mode != "token-mean"}
+    assert other == set(re.findall(r"`(\w+)`", named))
+    assert {defaults[name] for name in other} == {"seq-mean-token-mean"}

@@ -17,6 +17,7 @@ from opd_lightning.evaluation.base import Loaded
 from opd_lightning.evaluation.responses import EvaluationSuite
 from opd_lightning.evaluation.scores import SuiteScores
 from opd_lightning.evaluation.statistics import interval
+from opd_lightning.losses.advantage import group_advantage
 from opd_lightning.metrics.depth import DepthStatistics
 from opd_lightning.metrics.overlap import OverlapStatistics
 from opd_lightning.metrics.repetition import is_repetitive, repeated_trigrams
@@ -174,6 +175,18 @@ def test_responses_by_hand_and_over_micro_batches() -> None:
     more = whole.compute()
     assert more["response/unverified"] == more["response/views_too_long"] == 0.25
     assert more["reward"] == 0.5
+
+
+def test_a_group_is_degenerate_where_it_has_no_advantage() -> None:
+    """The standard deviation of equal rewards may be a rounding error, such as that of 0.1."""
+    rewards = np.array([0.1] * 3)
+    assert rewards.std() > 0
+    group = {"reward": 0.1, "group_mean": rewards.mean(), "group_std": rewards.std()}
+    batch = make_batch([make_rollout([5], **group) for _ in rewards])
+    assert group_advantage(batch.rewards, batch.group_mean, batch.group_std).tolist() == [[0]] * 3
+    metric = ResponseStatistics()
+    metric.update(batch)
+    assert metric.compute()["response/degenerate_groups"] == 1
 
 
 def test_what_could_not_be_checked_counts_as_wrong_where_it_is_measured() -> None:

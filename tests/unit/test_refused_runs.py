@@ -18,7 +18,7 @@ from opd_lightning.methods import OPD
 from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine, Sampling
 from opd_lightning.run.datamodule import RolloutDataModule
-from opd_lightning.teachers import FrozenTeacher
+from opd_lightning.teachers import ByDomainTeacher, FrozenTeacher
 from tests.conftest import TinyModelDir
 from tests.harness_tasks import write_tasks
 from tests.refusals import (
@@ -103,9 +103,10 @@ def test_heads_of_different_size(refusal: Refusal, tmp_path: Path) -> None:
     shutil.copytree(TEACHER, teacher)
     config = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps(config | {"vocab_size": 128}))
-    assert "heads of 64 and 128 tokens" in refusal(
-        lambda: divergence(teacher=FrozenTeacher(str(teacher)))
-    )
+    wide, known = FrozenTeacher(str(teacher)), FrozenTeacher(TEACHER)
+    for given in (wide, ByDomainTeacher({"default": known, "other": wide})):
+        line = refusal(lambda given=given: divergence(teacher=given))
+        assert "heads of 64 and 128 tokens" in line
 
 
 def test_a_role_the_template_refuses(refusal: Refusal, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ from opd_lightning.rules.weights import (
     ScopeWeight,
     StabilityWeight,
 )
+from opd_lightning.training.step_divisors import divide_the_loss
 from opd_lightning.types import RolloutBatch
 from tests.toy import applied, make_scored, opd_signal
 
@@ -274,6 +275,22 @@ def test_micro_batches_add_up_to_the_step(rule: Rule) -> None:
     for name, rate in rates.items():
         together = torch.cat([more[name] for _, more in results])
         torch.testing.assert_close(together, rate, atol=1e-12, rtol=0)
+
+
+@every_rule
+def test_a_rule_that_ignores_weights_leaves_a_factor_on_them_alone(rule: Rule) -> None:
+    """So a mean that divides all weights may divide the loss instead: `divide_the_loss`."""
+    scored, signal = random_step(0)
+    after, _ = applied(rule, scored, signal)
+    scaled, _ = applied(rule, scored, replace(signal, weight=4 * signal.weight))
+    if rule.ignores_weights:
+        assert torch.equal(scaled.weight, 4 * after.weight)
+        assert torch.equal(scaled.advantage, after.advantage)
+        assert torch.equal(scaled.mask, after.mask)
+
+
+def test_a_clip_behind_a_mean_of_the_step_costs_no_pass() -> None:
+    assert divide_the_loss([StabilityWeight(tau=0.5), HardClip()], 0)
 
 
 @every_rule

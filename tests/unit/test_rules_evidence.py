@@ -157,6 +157,14 @@ def test_enormous_evidence_is_clipped_and_not_infinite(rule: Any) -> None:
     [
         (lambda: EvidenceMask(threshold=torch.nan), "EvidenceMask: threshold is nan, expected"),
         (lambda: EvidenceMask(width=-0.1), "EvidenceMask: width is -0.1, expected 0 or more"),
+        (
+            lambda: EvidenceMask("near-zero", threshold=0.5),
+            "threshold is 0.5, expected its default: region 'near-zero' does not read it",
+        ),
+        (
+            lambda: EvidenceMask("negative", width=0.2),
+            "width is 0.2, expected its default: region 'negative' does not read it",
+        ),
         (lambda: EvidenceWeight(epsilon=1.1), "EvidenceWeight: epsilon is 1.1, expected"),
         (lambda: EvidenceMultiplier(mix=2.0), "EvidenceMultiplier: mix is 2.0, expected"),
     ],

@@ -102,7 +102,7 @@ def test_u7_other_rewards_swap_consensus_and_conflict() -> None:
 @pytest.mark.parametrize(("fallback", "expected"), [("preserve", -4.0), ("grpo", 1.0)])
 def test_fallbacks(fallback: str, expected: float) -> None:
     scored = of_ratio(column(-4.0, -4.0), [1.0, 0.0])
-    rule = SignGate(fallback=fallback, beta=0.5)  # type: ignore[arg-type]
+    rule = SignGate(fallback=fallback)  # type: ignore[arg-type]
     signal, _ = applied(rule, scored)
     assert signal.advantage[0].item() == pytest.approx(expected, abs=1e-5)  # epsilon beside std
 
@@ -225,6 +225,10 @@ def test_u17_nothing_kept_is_a_loss_of_0() -> None:
     ("make", "message"),
     [
         (lambda: SignGate(beta=1.5), r"SignGate: beta is 1.5, expected a number in \[0, 1\]"),
+        (
+            lambda: SignGate(fallback="grpo", beta=0.5),
+            "SignGate: beta is 0.5, expected 1, or fallback 'interp': 'grpo' does not read it",
+        ),
         (lambda: SignGate(scale=float("nan")), "SignGate: scale is nan, expected"),
         (lambda: CorrectnessGate(threshold=0.0), "CorrectnessGate: threshold is 0.0, expected"),
         (lambda: TrajectoryGate(margin=-1.0), "TrajectoryGate: margin is -1.0, expected"),

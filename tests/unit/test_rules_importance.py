@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
+from opd_lightning.losses.truncation import KeptMass
 from opd_lightning.rules.base import Rule, Scored
 from opd_lightning.rules.importance import DriftGate, IcePop, TruncatedImportance
 from tests.toy import (
@@ -209,3 +211,17 @@ def test_a_drift_gate_without_drift_does_nothing() -> None:
     assert weights(DriftGate(0.0), of_ratios([2.0, 0.1])).tolist() == [[1.0, 1.0]]
     other = of_ratios([3.0, 3.0], [1.0, 1.0], on_policy=[False, True])  # of another sampler
     assert weights(DriftGate(5.0), other).tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_a_drift_gate_compares_policies_that_are_truncated_alike() -> None:
+    """Engine and trainer are one model; top-p cuts much of an unsure block, none of a sure one."""
+    logits = torch.tensor([[2.0, 1.5, 1.0, 0.5, 0.0], [9.0, 0.0, 0.0, 0.0, 0.0]]).double()
+    whole = logits.log_softmax(-1)
+    mass = KeptMass(0.9, 0)(whole)
+    student = whole[:, 0][None]  # [1, 2], one token a block
+    scored = make_scored(student, student, behaviour=student - mass)
+    scored = replace(scored, student=replace(scored.student, log_mass=mass[None]))
+    assert mass[0] < -0.05 < mass[1]
+    close(weights(DriftGate(1.0, block=1), scored), [[1.0, 1.0]])
+    # Importance weights are relative to the truncated sampler.
+    close(weights(TruncatedImportance(), scored), mass.exp()[None].tolist())

@@ -11,10 +11,10 @@ from opd_lightning.data.mix import RolloutMix, TeacherSampler, samplings_by_auth
 from opd_lightning.errors import UserError
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.losses.truncation import KeptMass
-from opd_lightning.methods import AOPD, GRPO, OPD, DistillationModule, DivergenceOPD
+from opd_lightning.methods import AOPD, GRPO, OPD, DistillationModule, DistiLLM2, DivergenceOPD
 from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine, Sampling
-from opd_lightning.rules import EntropyBonus, TrustRegion
+from opd_lightning.rules import EntropyBonus, TruncatedImportance, TrustRegion
 from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.types import Author
@@ -93,11 +93,18 @@ def test_which_losses_average_samples() -> None:
     student, teacher = Student("nowhere"), FrozenTeacher("nowhere")
     top_k = TopK(k=4, support="teacher", normalise="renormalise")
     averaging: dict[bool, list[DistillationModule]] = {
-        True: [OPD(student, teacher), GRPO(student)],
+        True: [
+            OPD(student, teacher),
+            GRPO(student),
+            DivergenceOPD(student, teacher, rules=[TruncatedImportance()]),
+            DistiLLM2(student, teacher, rules=[TruncatedImportance()]),
+            DistiLLM2(student, teacher, terms=[TrustRegion(teacher)]),
+        ],
         False: [
             DivergenceOPD(student, teacher, top_k),
             DivergenceOPD(student, teacher, terms=[EntropyBonus()]),
             DivergenceOPD(student, teacher, terms=[TrustRegion(teacher, estimator="full")]),
+            DistiLLM2(student, teacher),
         ],
     }
     for expected, methods in averaging.items():
