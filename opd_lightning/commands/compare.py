@@ -15,9 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from opd_lightning.commands.parsers import OneLineParser
 from opd_lightning.errors import UserError
+from opd_lightning.metrics.directions import direction
+from opd_lightning.run.outputs import check_file
 
 DEFAULT_TAGS = ("val/*/score", "loss", "response/length", "response/truncated")
 SECONDS = "time/step_seconds"
+EVERY_STEP = "loss"  # logged at the step's index; validations at the number of steps made
+PICTURES = (".png", ".svg", ".pdf")
 
 
 class Curve(NamedTuple):
@@ -36,10 +40,10 @@ class Line(NamedTuple):
     last: float  # mean over the runs
     low: float  # interval of the last value: one run's logged 95 % interval, or one
     high: float  # standard deviation around the mean of several runs
-    best: float
-    best_step: int
+    best: float | None  # None where neither high nor low values are better
+    best_step: int | None
     steps: int  # optimiser steps
-    hours: float  # time of these steps
+    hours: float  # time of these steps, as long as the logged ones on average
 
 
 def compare(
@@ -57,9 +61,10 @@ def compare(
             scores, loss, response length and truncation.
         group: Group runs whose names differ only after the last "-" or "_" (seeds), and report
             mean and standard deviation over them.
-        plot: PNG to write, with one panel per scalar.
-        json: Print one JSON object instead of a table.
+        plot: Picture to write (.png, .svg or .pdf), with one panel per scalar.
+        json: Print a JSON list, of an object for each run and scalar, instead of a table.
     """
+    picture = None if plot is None else _checked(Path(plot).expanduser())
     wanted = tags or list(DEFAULT_TAGS)
     curves = {run: read(Path(run).expanduser()) for run in dict.fromkeys(runs)}
     found = sorted({t for one in curves.values() for t in one if matches(t, wanted)})
@@ -75,12 +80,23 @@ def compare(
         for name, members in groups.items()
         if any(tag in curves[run] for run in members)
     ]
-    if plot is not None:
-        draw(found, groups, curves, Path(plot).expanduser())
     if json:
-        print(json_format.dumps([one._asdict() for one in lines]))
+        rows = [{k: v if v == v else None for k, v in one._asdict().items()} for one in lines]
+        print(json_format.dumps(rows))
     else:
         Console().print(as_table(lines))
+    if picture is not None:
+        draw(found, groups, curves, picture)
+
+
+def _checked(picture: Path) -> Path:
+    """Return the file to draw to, if it can be written and its name says a known format."""
+    if picture.suffix.lower() not in PICTURES:
+        raise UserError(
+            f"--plot: got {str(picture)!r}, expected a file that ends with {', '.join(PICTURES)}"
+        )
+    check_file("--plot", picture)
+    return picture
 
 
 def read(run: Path) -> dict[str, Curve]:
@@ -111,11 +127,11 @@ def line(name: str, tag: str, runs: Sequence[dict[str, Curve]]) -> Line:
     else:
         bounds = (runs[0].get(f"{tag}_{side}") for side in ("low", "high"))
         low, high = (float("nan") if b is None else float(b.values[-1]) for b in bounds)
-    pick = np.argmin if tag == "loss" else np.argmax
-    tops = [int(pick(run[tag].values)) for run in runs]
-    best = [float(run[tag].values[i]) for run, i in zip(runs, tops, strict=True)]
-    at = [int(run[tag].steps[i]) for run, i in zip(runs, tops, strict=True)]
-    seconds = [run[SECONDS].values.sum() if SECONDS in run else np.nan for run in runs]
+    best = [_best(run[tag], sign) for run in runs] if (sign := direction(tag)) else []
+    # Not every step may be logged.
+    seconds = [
+        run[SECONDS].values.mean() * _steps(run) if SECONDS in run else np.nan for run in runs
+    ]
     return Line(
         run=name,
         tag=tag,
@@ -123,11 +139,26 @@ def line(name: str, tag: str, runs: Sequence[dict[str, Curve]]) -> Line:
         last=float(lasts.mean()),
         low=low,
         high=high,
-        best=float(np.mean(best)),
-        best_step=round(float(np.mean(at))),
-        steps=max(int(curve.steps[-1]) + 1 for run in runs for curve in run.values()),
+        best=float(np.mean([value for value, _ in best])) if best else None,
+        best_step=round(float(np.mean([step for _, step in best]))) if best else None,
+        steps=max(_steps(run) for run in runs),
         hours=float(np.mean(seconds)) / 3600,
     )
+
+
+def _best(curve: Curve, sign: int) -> tuple[float, int]:
+    """Return the best value that is a number, and its step; `sign` is that of `direction`."""
+    ranks = np.where(np.isnan(curve.values), -np.inf, sign * curve.values)
+    i = int(ranks.argmax())
+    return float(curve.values[i]), int(curve.steps[i])
+
+
+def _steps(run: dict[str, Curve]) -> int:
+    """Return the number of optimiser steps of a run, from its steps and validations."""
+    made = [int(curve.steps[-1]) for tag, curve in run.items() if tag.startswith("val/")]
+    if EVERY_STEP in run:
+        made.append(int(run[EVERY_STEP].steps[-1]) + 1)
+    return max(made, default=0)
 
 
 def as_table(lines: Sequence[Line]) -> Table:
@@ -149,8 +180,8 @@ def as_table(lines: Sequence[Line]) -> Table:
             f"  {names[one.run]}" + ("" if one.runs == 1 else f" ({one.runs} runs, sd)"),
             f"{one.last:.3g}",
             "" if np.isnan(one.low) else f"{one.low:.3f}-{one.high:.3f}",
-            f"{one.best:.3g}",
-            str(one.best_step),
+            "" if one.best is None else f"{one.best:.3g}",
+            "" if one.best_step is None else str(one.best_step),
             str(one.steps),
             "" if np.isnan(one.hours) else f"{one.hours:.2f}",
         )

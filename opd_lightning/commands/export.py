@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from huggingface_hub.errors import StrictDataclassError
 
 from opd_lightning.checkpoints import whole
 from opd_lightning.checkpoints.matching import first_difference, shapes_of
 from opd_lightning.checkpoints.plain import load
 from opd_lightning.checkpoints.reading import Saved
 from opd_lightning.errors import UserError
+from opd_lightning.models.generation_settings import valid_settings
+from opd_lightning.models.source import ModelSource
 from opd_lightning.models.student import Student
 from opd_lightning.terminal.library_bars import shown_as
 
@@ -47,9 +50,32 @@ def load_student(student: Student, checkpoint: str) -> Saved:
 
 
 def write_hf_folder(student: Student, folder: Path) -> None:
-    """Write config, safetensors (LoRA merged) and tokenizer, as transformers and vLLM load them."""
+    """Write config, safetensors (LoRA merged) and tokenizer, as transformers and vLLM load them.
+
+    Both configuration files get the ids that ended the student's responses.
+    """
     model = student.model
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _set_ends(lm, student.source)
     with shown_as("write student", "shard"):
         lm.save_pretrained(folder, state_dict=dict(student.weights()))
     student.source.tokenizer.save_pretrained(folder)
+
+
+def _set_ends(lm: Any, source: ModelSource) -> None:
+    """Set `eos_token_id` of the model's configurations, with the tokenizer's EOS first.
+
+    Generation settings that transformers refuses to save are repaired.
+    """
+    own = source.tokenizer.eos_token_id
+    ids = sorted(source.eos_ids, key=lambda i: i != own)
+    ends = ids[0] if len(ids) == 1 else ids
+    if lm.can_generate():
+        lm.generation_config = valid_settings(lm.generation_config)
+        lm.generation_config.eos_token_id = ends
+    text = lm.config.get_text_config()
+    for config in [text] if text is lm.config else [text, lm.config]:
+        try:
+            config.eos_token_id = ends
+        except StrictDataclassError:  # a few architectures take one id alone
+            config.eos_token_id = ids[0]

@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from opd_lightning.training.base import DistillationModule
 from opd_lightning.types import Author, Prompt, Rollout
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+GIVEN = ("id", "messages", "answer", "privileged", "domain")  # fields that a prompt decides
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def write_responses(
 
     A row has the prompt's fields, `response`, `response_ids`, `stop_reason`, `reward` if there is a
     verifier, and `written_by`: model, sampling and seed, the same for all rows of a file. Its id is
-    the prompt's id and the number of the sample. The file is locked against other writers.
+    the prompt's id and the number of the sample. The file is locked against other writers. A file
+    with rows of other prompts than those of `data.train` is refused.
     """
     for name, value in (("samples", samples), ("batch_size", batch_size)):
         if value < 1:
@@ -90,7 +92,7 @@ def write_responses(
         for seed in [derive_seed(WRITTEN_SAMPLE, data.seed, i, sample)]
     ]
     with _full_in_one_line(out), held_file(out), out.open("a+b") as file:
-        done = _recover(file, out, written_by, _beginning(*rows[0]))
+        done = _recover(file, out, written_by, {name: row.prompt for name, row in rows})
         rows = [(name, row) for name, row in rows if name not in done]
         print(f"{out}: {len(done)} rows are there, {len(rows)} are to be written")
         if rows:
@@ -154,16 +156,19 @@ def _full_in_one_line(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _beginning(name: str, row: Row) -> bytes:
-    """Return the bytes of the first row, up to its response."""
-    return json.dumps(_given(name, row.prompt), ensure_ascii=False).encode()[:-1]
-
-
-def _recover(file: BinaryIO, out: Path, written_by: str, beginning: bytes) -> set[str]:
+def _recover(file: BinaryIO, out: Path, written_by: str, prompts: Mapping[str, Prompt]) -> set[str]:
     """Return the ids of complete rows; remove an incomplete last line from the file.
 
-    An incomplete first line is removed only if it is that of the first row, `beginning`.
+    An incomplete first line is removed only if it is that of the first row.
+
+    Args:
+        file: The file, open for reading and writing.
+        out: Its path, for messages.
+        written_by: What its rows must be written by.
+        prompts: What they must answer, by the id of the row.
     """
+    first = _given(*next(iter(prompts.items())))
+    beginning = json.dumps(first, ensure_ascii=False).encode()[:-1]  # up to the response
     file.seek(0)
     done, end = set(), 0
     for number, line in enumerate(file, start=1):
@@ -178,7 +183,7 @@ def _recover(file: BinaryIO, out: Path, written_by: str, beginning: bytes) -> se
         row: Any = None
         try:
             row = json.loads(line)
-            author = row["written_by"]
+            name, author = str(row["id"]), row["written_by"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"--out: {out}:{number} was not written by this command; name another file"
@@ -188,7 +193,14 @@ def _recover(file: BinaryIO, out: Path, written_by: str, beginning: bytes) -> se
                 f"--out: {out}:{number} was written by {author!r}, but this would be "
                 f"{written_by!r}; name another file"
             )
-        done.add(row["id"])
+        prompt = prompts.get(name)
+        if prompt is None or _given(name, prompt) != {f: row[f] for f in GIVEN if f in row}:
+            now = "has none of this id" if prompt is None else f"has another at {prompt.origin}"
+            raise UserError(
+                f"--out: {out}:{number} answers a prompt, {name[:80]!r}, that data.train no longer "
+                f"has: it {now}; restore prompts and --samples, or name another file"
+            )
+        done.add(name)
     file.truncate(end)
     return done
 
@@ -232,11 +244,6 @@ def _row(name: str, rollout: Rollout, written_by: str) -> dict[str, Any]:
 
 def _given(name: str, prompt: Prompt) -> dict[str, Any]:
     """Return the fields of a row that its prompt decides, in order."""
-    fields = {
-        "id": name,
-        "messages": list(prompt.messages),
-        "answer": prompt.answer,
-        "privileged": prompt.privileged,
-        "domain": prompt.domain,
-    }
+    fields: dict[str, Any] = {field: getattr(prompt, field) for field in GIVEN}
+    fields |= {"id": name, "messages": list(prompt.messages)}
     return {field: value for field, value in fields.items() if value is not None}

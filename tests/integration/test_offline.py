@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,13 +44,14 @@ def write(
     *,
     author: Literal["student", "teacher"] = "student",
     samples: int = 1,
+    train: Path | str = TRAIN,
     limit: int | None = None,
     ckpt_path: str | None = None,
     **data: Any,
 ) -> None:
     """What the command of `folder` does, without its parser, which costs more than the writing."""
     source = RolloutDataModule(
-        train=PromptSource(TRAIN, limit=limit),
+        train=PromptSource(str(train), limit=limit),
         engine=HFEngine(),
         verifier=ExactMatch(ANSWER_PATTERN),
         sampling=Sampling(max_new_tokens=12),
@@ -200,6 +203,47 @@ def test_writing_refuses(folder: Path, more: dict[str, Any], message: str) -> No
     with pytest.raises(UserError, match=message):
         write(folder / "responses.jsonl", **{"samples": 2, **more})
     assert (folder / "responses.jsonl").read_bytes() == before
+
+
+Lines = list[dict[str, str]]
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "message"),
+    [
+        (
+            lambda lines: lines.insert(0, {"messages": "1+1=", "answer": "2"}),
+            {},
+            r"another at .*:1",
+        ),
+        (lambda lines: lines[1].update(messages="1+1="), {}, r"another at .*:2"),
+        (lambda lines: lines[1].update(answer="7"), {}, r"another at .*:2"),
+        (lambda lines: lines.pop(), {}, "none of this id"),
+        (lambda lines: None, {"samples": 1}, "none of this id"),
+        (lambda lines: lines.append({"messages": "1+1=", "answer": "2"}), {}, None),
+    ],
+    ids=["inserted", "other question", "other answer", "removed", "fewer samples", "appended"],
+)
+def test_writing_goes_on_with_the_same_prompts_alone(
+    change: Callable[[Lines], None], more: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    """Ids of rows without one are places in the file, so they do not tell a change."""
+    train, out = tmp_path / "a.jsonl", tmp_path / "responses.jsonl"
+    lines = [{"messages": f"{n}+2=", "answer": str(n + 2)} for n in range(3)]
+    train.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write(out, train=train, samples=2)
+    before = out.read_bytes()
+    change(lines)
+    train.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if message is None:
+        write(out, train=train, samples=2)
+        assert out.read_bytes().startswith(before)
+        assert len(rows(out)) == 8
+        return
+    with pytest.raises(UserError, match=message) as refused:
+        write(out, train=train, **{"samples": 2, **more})
+    assert re.match(rf"--out: {out}:\d answers a prompt, 'a:\d/\d', that", str(refused.value))
+    assert out.read_bytes() == before
 
 
 @pytest.mark.parametrize("given", ["file", "folder"])

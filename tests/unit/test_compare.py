@@ -37,8 +37,8 @@ def test_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     score = rows[a, "val/sums/score"]
     assert (score["last"], score["best"], score["best_step"]) == (0.5, 0.75, 10)
     assert [score["low"], score["high"]] == pytest.approx([0.4, 0.6])
-    assert score["steps"] == 21
-    assert score["hours"] == pytest.approx(0.03)
+    assert score["steps"] == 20
+    assert score["hours"] == pytest.approx(0.2)  # 20 steps of 36 s, of which three are logged
     loss = rows[a, "loss"]
     assert (loss["last"], loss["best"], loss["best_step"]) == (2.0, 1.0, 1)
 
@@ -53,6 +53,53 @@ def test_seeds_count_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (row["run"], row["runs"], row["last"]) == (str(tmp_path / "opd"), 3, 0.75)
     assert (row["low"], row["high"]) == (0.5, 1.0)  # one standard deviation
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_best_is_in_the_direction_that_is_better(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    curves = {
+        "response/truncated": [0.9, 0.05, 0.1],
+        "val/web/perplexity": [30.0, 14.0, 12.0],
+        "val/web/log_likelihood": [-3.4, -2.6, -2.5],
+        "response/length": [100.0, 300.0, 200.0],
+        "loss": [float("nan"), 1.0, 2.0],
+    }
+    with SummaryWriter(str(tmp_path)) as writer:
+        for tag, values in curves.items():
+            for step, value in enumerate(values):
+                writer.add_scalar(tag, value, step)
+    rows = told(capsys, str(tmp_path), "--tags", f"[{','.join(curves)}]")
+    best = {row["tag"]: (row["best"], row["best_step"]) for row in rows}
+    assert best == {
+        "response/truncated": (pytest.approx(0.05), 1),
+        "val/web/perplexity": (12.0, 2),
+        "val/web/log_likelihood": (-2.5, 2),
+        "response/length": (None, None),
+        "loss": (1.0, 1),
+    }
+    main(["compare", str(tmp_path)])
+    assert "None" not in capsys.readouterr().out
+
+
+def test_a_validation_at_the_end_is_no_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path, [0.25, 0.5], [1.0] * 10)
+    assert {row["steps"] for row in told(capsys, str(tmp_path))} == {10}
+    write_run(tmp_path, [0.25, 0.5, 0.75], [1.0] * 10)  # logged every tenth step, ended at 20
+    assert {row["steps"] for row in told(capsys, str(tmp_path))} == {20}
+
+
+@pytest.mark.parametrize("name", ["nodir/x.png", "x.xyz", "x", "folder.png"])
+def test_a_picture_that_cannot_be_drawn_is_refused_before_runs_are_read(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / "no run"), "--plot", str(tmp_path / name)])
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"opd: error: --plot: got {str(tmp_path / name)!r}, expected a file")
 
 
 def test_a_table_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

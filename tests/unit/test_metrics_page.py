@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from opd_lightning.metrics.directions import HIGHER, LOWER
 from tests.metrics_page import listed, unlisted
 from tests.sources import parsed
 
@@ -38,6 +39,11 @@ def test_every_rate_of_a_rule_is_listed() -> None:
 def test_every_figure_of_a_step_is_listed(package: str) -> None:
     assert names_in(package)
     assert not unlisted(names_in(package))
+
+
+def test_every_figure_with_a_better_direction_is_listed() -> None:
+    assert {*HIGHER, *LOWER} <= set(listed())
+    assert not set(HIGHER) & set(LOWER)
 
 
 def test_no_figure_is_listed_twice() -> None:

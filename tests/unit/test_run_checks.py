@@ -9,7 +9,6 @@ from typing import Any, cast
 import pytest
 import torch
 from lightning.pytorch import callbacks
-from transformers import AutoTokenizer
 
 from opd_lightning.data.mix import TeacherSampler
 from opd_lightning.errors import UserError
@@ -191,14 +190,6 @@ def test_a_teacher_that_writes_takes_a_template_and_ends(folder: Path) -> None:
     assert writer.source.eos_ids == student.eos_ids
     with pytest.raises(UserError, match=r"^data\.teacher\.eos_tokens: got none"):
         _ = TeacherSampler(path=str(folder), engine=engine, eos_tokens=[]).source.tokenizer
-
-
-def test_an_export_keeps_template_and_end(folder: Path, tmp_path: Path) -> None:
-    given = source(folder, chat_template=template(";"), eos_tokens=[";", "<eos>"])
-    given.tokenizer.save_pretrained(tmp_path)
-    kept = AutoTokenizer.from_pretrained(tmp_path)
-    assert kept.eos_token == ";"
-    assert kept.chat_template == template(";")
 
 
 # Resumption -------------------------------------------------------------------------------
