@@ -84,8 +84,9 @@ class CapabilityRetention(RunCallback):
                 f"the run has {list(suites)}; make them alike"
             )
         if not self.baseline:
-            if self._folder is not None:
-                broadcast(self._folder.check_empty)
+            if (folder := self._folder) is not None:
+                again: bool = trainer.continues  # type: ignore[attr-defined]
+                broadcast(lambda: folder.begin(again=again))
             _validate(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, module: DistillationModule) -> None:  # type: ignore[override]

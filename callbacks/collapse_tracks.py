@@ -22,17 +22,27 @@ class Track:
         self.band = band
         self.start_steps = start_steps
         self.first: list[float] = []  # first `start_steps` values
-        self.outside = 0  # consecutive steps outside the band, up to the latest
+        self.outside = 0  # consecutive values outside the band, up to the latest
+        self.since = 0  # step of the first of them
         self.value = math.nan  # latest
 
-    def add(self, value: float) -> None:
+    def add(self, value: float, step: int) -> None:
         """Add the figure's value of a step."""
         self.value = value
         if math.isfinite(value) and len(self.first) < self.start_steps:
             self.first.append(value)
             return
         low, high = self.bounds
-        self.outside = 0 if low <= value <= high else self.outside + 1
+        if low <= value <= high:
+            self.outside = 0
+        else:
+            self.since = self.since if self.outside else step
+            self.outside += 1
+
+    @property
+    def has_start(self) -> bool:
+        """Return whether all values that make up the start have come."""
+        return len(self.first) == self.start_steps
 
     @property
     def is_out_of_patience(self) -> bool:
@@ -63,7 +73,10 @@ class Track:
         if not self.first and not self.band.always:
             return None
         if not self.first:
-            return f"{rule}: this run does not log {name}; set the rule to null"
+            return (
+                f"{rule}: the first {self.start_steps} steps do not log {name}; set the rule to "
+                "null if none will"
+            )
         if low <= 0 and high >= self.band.most:
             return (
                 f"{rule}: {name} began at {self.start:.3g}, so that it can never leave its band "
@@ -72,10 +85,11 @@ class Track:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": list(self.first), "outside": self.outside}
+        return {"first": list(self.first), "outside": self.outside, "since": self.since}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.first, self.outside = [float(x) for x in state["first"]], state["outside"]
+        self.since = state.get("since", 0)  # earlier versions did not save it
 
 
 class Tracks:
@@ -89,17 +103,21 @@ class Tracks:
     def __init__(self, bands: Iterable[Band], start_steps: int) -> None:
         self.start_steps = start_steps
         self.watched = 0  # steps
+        self.measured: list[Track] = []  # those with a figure of the latest step
+        self._started: list[Track] = []  # those whose start is complete with the latest step
         self._tracks = {band.figure: Track(band, start_steps) for band in bands}
 
     def __iter__(self) -> Iterator[Track]:
         return iter(self._tracks.values())
 
-    def add(self, figures: Mapping[str, Any]) -> None:
-        """Add the logged figures of a step; tracks of figures that are absent do not change."""
+    def add(self, figures: Mapping[str, float], step: int) -> None:
+        """Add the figures of a step; tracks of figures that it does not have do not change."""
         self.watched += 1
-        for name, track in self._tracks.items():
-            if name in figures:
-                track.add(float(figures[name]))
+        self.measured = [track for name, track in self._tracks.items() if name in figures]
+        starting = [track for track in self.measured if not track.has_start]
+        for track in self.measured:
+            track.add(figures[track.band.figure], step)
+        self._started = [track for track in starting if track.has_start]
 
     def reset_outside(self) -> None:
         """Reset the counts of steps outside the bands, after a step-back."""
@@ -107,10 +125,11 @@ class Tracks:
             track.outside = 0
 
     def why_idle(self) -> list[str]:
-        """Return a line for each rule that no value can break, at the end of the start steps."""
-        if self.watched != self.start_steps:
-            return []
-        return [reason for track in self if (reason := track.why_idle()) is not None]
+        """Return a line for each rule that no value can break, once its start is known."""
+        ends = self.watched == self.start_steps
+        missing = [track for track in self if not track.first] if ends else []
+        reasons = (track.why_idle() for track in (*self._started, *missing))
+        return [reason for reason in reasons if reason is not None]
 
     def state_dict(self) -> dict[str, Any]:
         tracks = {name: track.state_dict() for name, track in self._tracks.items()}

@@ -20,11 +20,12 @@ class CollapseWatch(RunCallback):
     """Compares the figures of every step with their bands.
 
     A figure outside its band for `patience` consecutive steps is reported in one line on the
-    terminal. Then the run continues (`warn`), ends (`stop`), or restores weights, optimiser and EMA
-    teachers from a checkpoint before the collapse (`step_back`) and continues with a lower learning
-    rate. The step counter is not reset: the next prompts are new, the schedule continues, and the
-    log has each step once. `collapse/out_of_band` is the number of rules that a step breaks,
-    `collapse/step_backs` the number of step-backs so far.
+    terminal; steps without the figure do not count. Then the run continues (`warn`), ends (`stop`),
+    or restores weights, optimiser and EMA teachers from a checkpoint before the collapse
+    (`step_back`) and continues with a lower learning rate. The step counter is not reset: the next
+    prompts are new, the schedule continues, and the log has each step once. `collapse/out_of_band`
+    is the number of rules that a step breaks, `collapse/step_backs` the number of step-backs so
+    far.
 
     Args:
         action: Action on a collapse.
@@ -86,10 +87,10 @@ class CollapseWatch(RunCallback):
             return
         self._seen = trainer.global_step
         # All ranks have the same figures, hence the same result.
-        self.tracks.add(trainer.callback_metrics)
+        self.tracks.add(module.step_figures, self._seen - 1)
         for reason in self.tracks.why_idle():
             _note(trainer, reason)
-        outside = [track for track in self.tracks if track.outside]
+        outside = [track for track in self.tracks.measured if track.outside]
         lost = [track for track in outside if track.is_out_of_patience]
         figures = {"collapse/out_of_band": float(len(outside))}
         if self.action == "warn":
@@ -99,7 +100,7 @@ class CollapseWatch(RunCallback):
         elif lost:
             self._act(trainer, module, lost[0])
         elif self.good is not None:
-            self.good.note(trainer, healthy=not outside)
+            self.good.note(trainer, healthy=not any(track.outside for track in self.tracks))
         if self.good is not None:
             figures["collapse/step_backs"] = float(self.step_backs)
         write_step(trainer, figures, self._seen - 1)
@@ -107,7 +108,7 @@ class CollapseWatch(RunCallback):
     def _act(self, trainer: Trainer, module: DistillationModule, track: Track) -> None:
         what, limit = f"step {self._seen - 1}: {track}", self.settings.at_most
         if self.good is None:
-            before = f"resume from a checkpoint before step {self._seen - track.outside}"
+            before = f"resume from a checkpoint before step {track.since}"
             raise raised_by_all(CollapseError(f"{what}; {before}, and {_CHANGE}"))
         if self.step_backs == limit or not self.good.steps:
             times = f"after {limit} step-back{'s' * (limit > 1)}"

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from opd_lightning.checkpoints.places import remove
-from opd_lightning.errors import UserError
+from opd_lightning.errors import UserError, note
 from opd_lightning.run.lock import FOLDER_SETTINGS
 
 from .measurement import Measurement
@@ -59,13 +59,25 @@ class ParetoFolder:
     def file_of(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}.ckpt"
 
-    def check_empty(self) -> None:
-        """Raise UserError if the folder has checkpoints of another run."""
-        if any(self.folder.glob("step-*.ckpt")):
+    def begin(self, *, again: bool) -> None:
+        """Delete the students of an earlier process, which ended before its first checkpoint.
+
+        Args:
+            again: Whether that process was of this run.
+
+        Raises:
+            UserError: The folder has students of another run.
+        """
+        found = sorted(self.folder.glob("step-*.ckpt"))
+        if found and not again:
             raise UserError(
                 f"{str(self.folder)!r} holds the students of an earlier run; name another run "
                 f"folder with {FOLDER_SETTINGS}, or remove them"
             )
+        for file in found:
+            remove(file)
+        if found:
+            note(f"{str(self.folder)!r}: removed {len(found)} students from before the restart")
 
     def keep(self, trainer: Trainer, points: list[Point], about: dict[str, Any]) -> None:
         """Save the student if it is the newest point, and delete files of former points.
@@ -89,7 +101,7 @@ class ParetoFolder:
             for point in points
         ]
         new = self.folder / f".{INDEX}"
-        new.write_text(json.dumps({**about, "points": rows}, indent=2) + "\n")
+        new.write_text(json.dumps({**about, "points": rows}, indent=2) + "\n", encoding="utf-8")
         new.replace(self.folder / INDEX)
         steps = {point.step for point in points}
         for file in self.folder.glob("step-*.ckpt"):

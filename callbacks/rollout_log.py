@@ -80,7 +80,7 @@ class RolloutLog(RunCallback):
             pages = self._folder / "rollouts"
             pages.mkdir(parents=True, exist_ok=True)
             page = token_page(f"step {step}", [_row(module, batch, i) for i in chosen])
-            (pages / f"{step:06d}.html").write_text(page)
+            (pages / f"{step:06d}.html").write_text(page, encoding="utf-8")
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if self._lines is not None:
@@ -91,7 +91,9 @@ class RolloutLog(RunCallback):
         if self._lines is None:
             size = self.max_megabytes * 2**20
             path = folder / LINES
-            self._lines = RotatingFileHandler(path, maxBytes=size, backupCount=OLD_FILES)
+            self._lines = RotatingFileHandler(
+                path, maxBytes=size, backupCount=OLD_FILES, encoding="utf-8"
+            )
         for rollout in rollouts:
             line = json.dumps({"step": step, **_plain(rollout)}, ensure_ascii=False)
             self._lines.emit(logging.makeLogRecord({"msg": line}))

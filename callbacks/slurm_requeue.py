@@ -120,7 +120,8 @@ def _job() -> str | None:
 def _requeue(job: str) -> str | None:
     """Requeue a job; return the reason if SLURM refuses, else None."""
     try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        command = ["scontrol", "requeue", job]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     except OSError as error:
         return f"scontrol: {error.strerror}"
     # On success SLURM kills the job's processes, scontrol included: negative code, no output.

@@ -46,7 +46,8 @@ def reported(
         figures: Names in the report, such as length.
         seed: Not used: the report is in the folder of the seed, which is the current one.
     """
-    row = json.loads(Path("scores", f"{run}.report.json").read_text())["suites"][suite]
+    report = Path("scores", f"{run}.report.json").read_text(encoding="utf-8")
+    row = json.loads(report)["suites"][suite]
     if domain is not None:
         row = row["domains"][domain]
     return {figure: row[figure] for figure in figures}

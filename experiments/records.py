@@ -76,7 +76,7 @@ def write_record(study: Study, record: Record, folder: Path = FOLDER) -> None:
         if builds:
             saved[run] = {"settings": study.settings(run), "builds": builds}
     folder.mkdir(exist_ok=True)
-    path.write_text(json.dumps(saved, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(saved, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def comparable(study: Study, record: Record) -> Results:
@@ -93,4 +93,4 @@ def comparable(study: Study, record: Record) -> Results:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -191,7 +191,7 @@ def write(study: Study, record: Record) -> None:
             _insert(ROOT / other.page, name, section(other, found))
             picture = picture_of(other)
             if shown := bars(other, found):
-                picture.write_text(draw_claims(shown))
+                picture.write_text(draw_claims(shown), encoding="utf-8")
             else:
                 picture.unlink(missing_ok=True)
     _insert(SUMMARY, "claims", summary())
@@ -222,6 +222,6 @@ def summary() -> str:
 def _insert(page: Path, name: str, text: str) -> None:
     """Replace what is between the marks of a page."""
     begin = BEGIN.format(name=name)
-    before, rest = page.read_text().split(begin)
+    before, rest = page.read_text(encoding="utf-8").split(begin)
     _, after = rest.split(END, 1)
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{END}{after}")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{END}{after}", encoding="utf-8")

@@ -153,7 +153,7 @@ class Study:
 
 @cache
 def _configuration(file: str) -> Any:
-    return yaml.safe_load((ROOT / file).read_text())
+    return yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,8 @@ class _Written(Study):
 
 def read_study(name: str) -> Study:
     """Read experiments/NAME/study.yaml."""
-    values = yaml.safe_load((ROOT / "experiments" / name / "study.yaml").read_text())
+    file = ROOT / "experiments" / name / "study.yaml"
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--study", type=_Written)
     try:

@@ -68,16 +68,16 @@ class Place:
 
     def has_settings(self) -> bool:
         """Return whether the run was begun with its present settings."""
-        return self.begun.exists() and self.begun.read_text() == self.settings
+        return self.begun.exists() and self.begun.read_text(encoding="utf-8") == self.settings
 
     def result(self) -> Result:
         """Return the result of a run that is done."""
-        return Result(scores=json.loads(self.scores.read_text()), **self.cost())
+        return Result(scores=json.loads(self.scores.read_text(encoding="utf-8")), **self.cost())
 
     def cost(self) -> dict[str, float]:
         """Return what all attempts have used: `cpu_seconds`, and `memory` in GiB."""
         nothing = {"cpu_seconds": 0.0, "memory": 0.0}
-        return json.loads(self.used.read_text()) if self.used.exists() else nothing
+        return json.loads(self.used.read_text(encoding="utf-8")) if self.used.exists() else nothing
 
     def add_cost(self, usage: resource.struct_rusage) -> None:
         """Add what an attempt used."""
@@ -86,7 +86,7 @@ class Place:
             "cpu_seconds": before["cpu_seconds"] + cpu_seconds(usage),
             "memory": max(before["memory"], usage.ru_maxrss / 2**20),  # of KiB
         }
-        self.used.write_text(json.dumps(cost))
+        self.used.write_text(json.dumps(cost), encoding="utf-8")
 
 
 def cpu_seconds(usage: resource.struct_rusage) -> float:
@@ -161,7 +161,7 @@ def run_missing(study: Study, seeds: Sequence[int], only: str, work: Path) -> in
 def locked(place: Place) -> Iterator[bool]:
     """Lock the run inside the context; yield whether the lock was acquired."""
     place.scores.parent.mkdir(parents=True, exist_ok=True)
-    with place.scores.with_suffix(".lock").open("w") as file:
+    with place.scores.with_suffix(".lock").open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -176,7 +176,7 @@ def build_labs_apart(study: Study, root: Path, output: Path) -> bool:
     Wait for another process that builds them.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with (root / "lab.lock").open("w") as file:
+    with (root / "lab.lock").open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         return apart(lambda: build_labs(study, root), output)[0]
 
@@ -220,7 +220,7 @@ def apart(function: Callable[[], None], output: Path) -> tuple[bool, resource.st
     if pid == 0:
         code = 1
         try:
-            with output.open("a") as file:
+            with output.open("a", encoding="utf-8") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
             function()
@@ -245,14 +245,14 @@ def train_and_measure(study: Study, place: Place) -> None:
             f"{place.begun}: the run was begun with other settings than the study's present ones; "
             f"remove {place.folder} and the files {place.begun.with_suffix('.*')}"
         )
-    place.begun.write_text(place.settings)
+    place.begun.write_text(place.settings, encoding="utf-8")
     run = study.runs[place.name]
     if run.measure is not None:
         found = resolve_name(run.measure)(seed=place.seed, **run.set)
     else:
         found = test(study, run.student or train(run, place), place)
     partial = place.scores.with_suffix(".partial")
-    partial.write_text(json.dumps(found))
+    partial.write_text(json.dumps(found), encoding="utf-8")
     partial.replace(place.scores)
 
 
@@ -263,7 +263,7 @@ def test(study: Study, student: str, place: Place) -> dict[str, float]:
     own = options(run) if run.student else []
     words = ["--config", study.test, f"--model.student.path={student}", QUIET, *own]
     opd(["test", *words, "--out", str(report)])
-    return scores_of(json.loads(report.read_text()))
+    return scores_of(json.loads(report.read_text(encoding="utf-8")))
 
 
 def train(run: Run, place: Place) -> str:

@@ -23,7 +23,7 @@ def over_the_sequence(
         seed: Not used: scores are read from the folder of the seed, which is the current one.
     """
     files = [Path("scores", f"{chain}-{number}.json") for number in range(1, len(skills) + 1)]
-    scores = [json.loads(file.read_text()) for file in files]
+    scores = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     names = [f"{suite}/{skill}" for skill in skills]
     learnt = [own[name] for own, name in zip(scores, names, strict=True)]
     last = [scores[-1][name] for name in names]

@@ -226,7 +226,8 @@ def _check_file(path: Path) -> None:
 
 def _manifest(folder: Path) -> dict[str, list[int]]:
     _check_file(folder / MANIFEST)
-    files: dict[str, list[int]] = json.loads((folder / MANIFEST).read_text())["files"]
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    files: dict[str, list[int]] = manifest["files"]
     return files
 
 

@@ -165,7 +165,7 @@ def _finish_folder(folder: Path, sums: list[dict[str, list[int]]]) -> None:
         files[name] = sum_of(folder / name)
     wait_for(folder, {name: size for name, (size, _) in files.items()})
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"files": files}))
+    manifest.write_text(json.dumps({"files": files}), encoding="utf-8")
     sync(manifest)
     sync(folder)
 

@@ -74,7 +74,8 @@ def list_configs() -> None:
     folder = shipped_folder()
     width = max(map(len, names()))
     for name in names():
-        comment = re.match(r"(#(?! {2,}).*\n)*", (folder / f"{name}.yaml").read_text())
+        content = (folder / f"{name}.yaml").read_text(encoding="utf-8")
+        comment = re.match(r"(#(?! {2,}).*\n)*", content)
         text = re.sub(r"\n?# ?", " ", comment[0] if comment else "").strip()
         sentence = re.split(r"(?<=[a-z)])\.(\s|$)", text)[0]
         print(f"{name:{width}}  {shorten(sentence, 90, placeholder=' ...')}".rstrip())
@@ -83,7 +84,7 @@ def list_configs() -> None:
 def show(name: str) -> None:
     """Print a file as it is."""
     (path,) = _files(name, folders=False)
-    sys.stdout.write(path.read_text())
+    sys.stdout.write(path.read_text(encoding="utf-8"))
 
 
 def copy(name: str, destination: str | None = None) -> None:

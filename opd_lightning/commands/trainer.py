@@ -52,6 +52,7 @@ class Trainer(Commands):
 
     run_folder: Path | None = None  # during `fit`; None if the run keeps no files
     saving: str | None = None  # the checkpoint that is, or was last, written
+    continues = False  # whether `fit` continues the run of its folder, that is, with last
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         for name in ("val_check_interval", "max_time"):
@@ -131,7 +132,8 @@ class Trainer(Commands):
         for keeper in keepers(self):
             check_place(str(keeper.dirpath))
             outputs.check_folder("ModelCheckpoint.dirpath", Path(str(keeper.dirpath)))
-        if ckpt_path == LAST and folder is not None:
+        self.continues = ckpt_path == LAST
+        if self.continues and folder is not None:
             former = Path(self._folder_of_logger())
             check_found_again(folder, former, [Path(str(k.dirpath)) for k in keepers(self)])
         if isinstance(datamodule, RolloutDataModule):

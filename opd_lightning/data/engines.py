@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 from opd_lightning.data.prefetch import RolloutPrefetch
+from opd_lightning.errors import UserError
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.student import Student
 from opd_lightning.models.weight_sums import PushedWeights
@@ -51,6 +52,11 @@ class Engines:
         engine.check(source, max_length=max_length)
         self._sources[id(engine)] = (source, max_length)
 
+    def planned_length(self, author: Author) -> int:
+        """Return the longest sequence that an author's engine starts for; 0 without a plan."""
+        engine = self.by_author.get(author)
+        return self._sources[id(engine)][1] if id(engine) in self._sources else 0
+
     def prepare(self, authors: Iterable[Author]) -> None:
         """Start or wake the engines of `authors`, and push the newest weights to the student's.
 
@@ -64,6 +70,11 @@ class Engines:
     def _prepare(self, author: Author) -> None:
         engine = self.by_author[author]
         if engine not in self._started:
+            if id(engine) not in self._sources:
+                raise UserError(
+                    "data.suites: a suite samples responses, but its engine_length is None, "
+                    "expected the tokens of its longest prompt with a response; override it"
+                )
             source, max_length = self._sources[id(engine)]
             with self._limit(engine, "start"):
                 engine.start(source, max_length=max_length)

@@ -101,7 +101,7 @@ class PromptFiles:
             self.folder.mkdir(parents=True, exist_ok=True)
             plain = {name: content._asdict() for name, content in known.items()}
             unfinished = record.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(plain, indent=1))
+            unfinished.write_text(json.dumps(plain, indent=1), encoding="utf-8")
             unfinished.replace(record)
 
     def size(self, source: PromptSource) -> int | None:

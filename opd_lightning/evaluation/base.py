@@ -1,6 +1,6 @@
 """Interface of evaluation suites.
 
-`RolloutDataModule` loads every suite of a stage, queries its `engine_needs` and streams its
+`RolloutDataModule` loads every suite of a stage, queries its `engine_length` and streams its
 batches. `EvaluatedModule` logs its scores. Neither depends on the class of a suite.
 """
 
@@ -37,13 +37,6 @@ class Loaded(NamedTuple):
 
     prompts: list[Prompt]
     ids: list[list[int]]
-
-
-class EngineNeeds(NamedTuple):
-    """Largest prompt and response length that a suite requests from the engine."""
-
-    prompt_tokens: int
-    response_tokens: int
 
 
 class Chart(NamedTuple):
@@ -220,16 +213,16 @@ class Suite(metaclass=ABCMeta):  # not ABC, so that a configuration may omit `cl
         """Add a batch of `stream` to the scores."""
         scores.update(batch.rollouts, batch.answers)
 
-    def engine_needs(self, loaded: Any, bench: Bench) -> EngineNeeds | None:
-        """Return the lengths requested from the engine; None if nothing is sampled.
+    def engine_length(self, loaded: Any, bench: Bench) -> int | None:
+        """Return the tokens of the longest prompt with its response; None if nothing is sampled.
 
-        The default is the longest prompt of a `Loaded` and `max_new_tokens` of the sampling, and
+        The default is the longest prompt of a `Loaded` plus `max_new_tokens` of the sampling, and
         None for suites that use a `Reader` or load something else.
         """
         if self.reads or not isinstance(loaded, Loaded):
             return None
         budget = (self.own_sampling or bench.sampling).max_new_tokens
-        return EngineNeeds(max(map(len, loaded.ids), default=0), budget)
+        return max(map(len, loaded.ids), default=0) + budget
 
     def judged_by(self, verifier: Verifier | None) -> str | None:
         """Return the name of the figure by which the suite is judged, larger being better.

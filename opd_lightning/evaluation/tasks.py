@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from rich.table import Table
 
 from opd_lightning.errors import UserError, note
-from opd_lightning.evaluation.base import Bench, EngineNeeds, Reader, Rows, Suite, new_table
+from opd_lightning.evaluation.base import Bench, Reader, Rows, Suite, new_table
 from opd_lightning.evaluation.harness.loaded_task import LoadedTask
 from opd_lightning.evaluation.harness.requests import RequestEncoder
 from opd_lightning.evaluation.scores import TaskScores, likelihoods_of
@@ -90,14 +90,14 @@ class HarnessTask(Suite):
             tokens = TokenScores.unflatten(found.student, batch.texts)
             scores.update(batch.texts.rollouts, likelihoods_of(batch.texts, tokens))
 
-    def engine_needs(self, loaded: LoadedTask, bench: Bench) -> EngineNeeds | None:
-        """Return the longest context and answer; None if the task generates nothing."""
-        requests = loaded.generation_requests
-        if not requests:
-            return None
-        return EngineNeeds(
-            max(len(request.context_ids) for request in requests),
-            max(request.sampling.max_new_tokens for request in requests),
+    def engine_length(self, loaded: LoadedTask, bench: Bench) -> int | None:
+        """Return the tokens of the longest context with its answer; None if it generates none."""
+        return max(
+            (
+                len(request.context_ids) + request.sampling.max_new_tokens
+                for request in loaded.generation_requests
+            ),
+            default=None,
         )
 
     def report_row(

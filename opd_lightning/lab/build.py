@@ -270,7 +270,8 @@ def build(recipe: Recipe, link: Path | None = None) -> Path:
 def _make(recipe: Recipe, folder: Path) -> None:
     """Make a lab in an empty folder."""
     recipe.make(folder)
-    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    text = json.dumps(asdict(recipe), indent=2) + "\n"
+    (folder / "recipe.json").write_text(text, encoding="utf-8")
 
 
 def train_model(recipe: ModelRecipe, demonstrations: Path, folder: Path, label: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -70,8 +70,24 @@ class Probe:
 
     @property
     def engine(self) -> Engine | None:
-        """The student's engine."""
-        return self.data.engine
+        """The student's engine; None if the run requests nothing from it."""
+        return self.data.engine if self._engine_length else None
+
+    @property
+    def _engine_length(self) -> int:
+        """Tokens of the longest sequence that the student's engine starts for."""
+        return self.data.engines.planned_length(Author.STUDENT)
+
+    @cached_property
+    def own_sampling(self) -> Sampling:
+        """Sampling of `own`, with a budget that fits the engine, for prompts cut by `_rows`.
+
+        The engine may be too short for training prompts and responses only where suites alone
+        sample.
+        """
+        longest = max(map(len, self.stream.prompt_ids))
+        room = max(self._engine_length - longest, self._engine_length // 2)
+        return replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room))
 
     @cached_property
     def own(self) -> list[Rollout]:
@@ -108,8 +124,8 @@ class Probe:
     def generate(self, requests: list[Request], at_most: int | None = None) -> list[Completion]:
         """Time the student's engine on `requests`, with at most `at_most` tokens each."""
         assert self.engine is not None
-        budget = min(self.sampling.max_new_tokens, at_most or self.sampling.max_new_tokens)
-        sampling = replace(self.sampling, max_new_tokens=budget)
+        budget = self.own_sampling.max_new_tokens
+        sampling = replace(self.own_sampling, max_new_tokens=min(budget, at_most or budget))
         began = perf_counter()
         completions = self.engine.generate(requests, sampling)
         longest = max(len(c.response_ids) for c in completions)
@@ -173,23 +189,26 @@ class Probe:
         return torch.cat(gaps)
 
     def _write(self, author: Author) -> list[Rollout]:
-        samplings: Mapping[Author, Sampling] = {
-            **self.stream.samplings,
-            Author.STUDENT: self.sampling,
-        }
+        samplings: dict[Author, Sampling] = {**self.stream.samplings}
+        if author is Author.STUDENT:
+            samplings[author] = self.own_sampling
         self.stream.engines.prepare([author])
         return self.stream.writer.write(self._rows(author), samplings)
 
     def _rows(self, author: Author) -> list[Row]:
         """Return rows of the run's first prompts, with the run's seeds."""
         stream = self.stream
+        prompt_ids = stream.prompt_ids
+        if author is Author.STUDENT:
+            room = self._engine_length - self.own_sampling.max_new_tokens
+            prompt_ids = [ids[-room:] for ids in prompt_ids]
         per_prompt = 1 if author.is_demonstrator() else stream.samples_per_prompt
         per_prompt = min(per_prompt, self.samples)
         chosen = stream.order.take(0, self.samples // per_prompt)
         return [
             Row(
                 stream.prompts[i],
-                stream.prompt_ids[i],
+                prompt_ids[i],
                 position,
                 author,
                 derive_seed(TRAINING_SAMPLE, stream.seed, 0, position, sample),

@@ -14,20 +14,22 @@ from opd_lightning.errors import UserError
 from opd_lightning.rollouts.push import Push
 from opd_lightning.serving.client import Servers
 
+SUBFOLDER = "opd-pushed-weights"  # our part of `push_folder`, which may hold other files
 SHARD_BYTES = 2 * 1024**3  # maximum held in memory in addition to the model
 
 
 class PushFolder(Push):
     """Push through a folder with one version of the weights: safetensors, Hugging Face names.
 
-    A folder that the servers cannot see is only detected at the first push.
+    Everything is written to its subfolder `opd-pushed-weights`, which is deleted as a whole. A
+    folder that the servers cannot see is only detected at the first push.
 
     Args:
         folder: The same path for the trainer and every server; no other run may push through it.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder.absolute()
+        self._folder = folder.absolute() / SUBFOLDER
 
     def start(self, servers: Servers, tensors: Mapping[str, Tensor]) -> None:
         """Delete what an earlier run has left."""
@@ -61,9 +63,8 @@ class PushFolder(Push):
 
     def clear(self) -> None:
         """Delete pushed weights, including those of killed runs."""
-        for pattern in ("draft-*", "weights-*"):
-            for old in self._folder.glob(pattern):
-                shutil.rmtree(old)
+        if self._folder.is_dir():
+            shutil.rmtree(self._folder)
 
     def _write(self, version: str, weights: Iterable[tuple[str, Tensor]]) -> Path:
         self.clear()

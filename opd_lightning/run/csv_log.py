@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import locale
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def put_back(trainer: Trainer, step: int) -> None:
         aside = _aside(_file(logger))
         if not aside.exists():
             continue
-        with aside.open(newline="") as file:
+        # Lightning writes in the encoding of the locale.
+        with aside.open(newline="", encoding=locale.getpreferredencoding(False)) as file:
             for row in csv.DictReader(file):
                 at = row.pop("step", None)
                 # A kill may have cut the last line short.

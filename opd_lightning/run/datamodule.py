@@ -154,10 +154,10 @@ class RolloutDataModule(LightningDataModule):
             self._train = load_training(self)
         bench = self.bench
         self.loaded |= {name: suite.load(name, bench) for name, suite in suites.items()}
-        needs = [suite.engine_needs(self.loaded[name], bench) for name, suite in suites.items()]
-        requested = [need for need in needs if need is not None]
-        check_engines(self, stage, evaluated=bool(requested))
-        plan_engines(self, self._longest_training_prompt(), requested)
+        lengths = [suite.engine_length(self.loaded[name], bench) for name, suite in suites.items()]
+        evaluated = [length for length in lengths if length is not None]
+        check_engines(self, stage, evaluated=bool(evaluated))
+        plan_engines(self, self._train, evaluated)
 
     def train_dataloader(self) -> TrainingStream:
         assert self._train is not None
@@ -294,17 +294,6 @@ class RolloutDataModule(LightningDataModule):
             for stage in self._stages.values():
                 stage |= suites or {}
             self.section_of |= dict.fromkeys(suites or {}, section)
-
-    def _longest_training_prompt(self) -> int:
-        """Return the length in tokens of an engine's longest training prompt; 0 without one."""
-        if self._train is None:
-            return 0
-        longest = max(map(len, self._train.ids), default=0)
-        if self.mix.guided:
-            renderer = self.renderer(training=True)
-            views = (renderer.view(self.mix.guided_view, p) for p in self._train.prompts)
-            longest = max(longest, *(len(ids or ()) for ids in views))
-        return longest
 
     def _where(self) -> str:
         return f"rank {self.module.global_rank}, step {self.module.global_step}"

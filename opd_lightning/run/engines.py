@@ -6,30 +6,42 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from opd_lightning.errors import UserError
-from opd_lightning.evaluation.base import EngineNeeds
+from opd_lightning.evaluation.base import Loaded
 from opd_lightning.types import Author
 
 if TYPE_CHECKING:
     from opd_lightning.run.datamodule import RolloutDataModule
 
 
-def plan_engines(data: RolloutDataModule, longest: int, needs: Iterable[EngineNeeds]) -> None:
-    """Plan every engine for the longest sequence that any stream may request.
+def plan_engines(data: RolloutDataModule, train: Loaded | None, evaluated: Iterable[int]) -> None:
+    """Plan every engine for the longest sequence that a stream may request from it.
+
+    An engine from which nothing is requested is not planned.
 
     Args:
         data: The run's data, with the engines.
-        longest: Tokens of the longest training prompt.
-        needs: Lengths that the suites of the stage need.
+        train: Prompts to train on; None without training.
+        evaluated: Tokens of the longest prompt with its response, of each suite that samples.
     """
-    needs = list(needs)
-    longest = max([longest, *(need.prompt_tokens for need in needs)])
-    budget = data.sampling.max_new_tokens
-    if data.engine is not None:
-        most = longest + max([budget, *(need.response_tokens for need in needs)])
-        data.engines.plan(Author.STUDENT, data.module.student.source, most)
-    if data.teacher is not None:
-        most = longest + data.teacher.sampling_of(data.sampling).max_new_tokens
+    lengths = list(evaluated)
+    if train is not None and data.mix.samples:
+        lengths.append(_longest_prompt(data, train) + data.sampling.max_new_tokens)
+    if data.engine is not None and lengths:
+        data.engines.plan(Author.STUDENT, data.module.student.source, max(lengths))
+    if train is not None and data.teacher is not None and data.mix.teacher:
+        budget = data.teacher.sampling_of(data.sampling).max_new_tokens
+        most = max(map(len, train.ids)) + budget
         data.engines.plan(Author.TEACHER, data.teacher.source, most)
+
+
+def _longest_prompt(data: RolloutDataModule, train: Loaded) -> int:
+    """Return the tokens of the longest training prompt that the student's engine reads."""
+    longest = max(map(len, train.ids))
+    if data.mix.guided:
+        renderer = data.renderer(training=True)
+        views = (renderer.view(data.mix.guided_view, prompt) for prompt in train.prompts)
+        longest = max(longest, *(len(ids or ()) for ids in views))
+    return longest
 
 
 def check_engines(data: RolloutDataModule, stage: str, *, evaluated: bool) -> None:

@@ -51,7 +51,7 @@ def _held(path: Path, what: str, elsewhere: str, patience: float) -> Iterator[No
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _acquire(lock, path, what, elsewhere, patience)
-        path.write_text(json.dumps(_this_process()))
+        path.write_text(json.dumps(_this_process()), encoding="utf-8")
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             reason = f"{error.strerror or error}"
@@ -97,7 +97,7 @@ def _this_process() -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     """Return the holder of the lock; an empty dict until it has been written."""
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
 

@@ -23,7 +23,7 @@ POLL_SECONDS = 0.5  # polling interval for an address file
 def write_address(file: Path, url: str) -> None:
     """Write `url` to `file` atomically, so that no reader sees a partial address."""
     draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text(url + "\n")
+    draft.write_text(url + "\n", encoding="utf-8")
     draft.replace(file)
 
 
@@ -116,7 +116,7 @@ def _wait_for(file: Path, until: float, patience: float) -> str:
 
 def _address_in(file: Path) -> str:
     """Return the address in a file; raise UserError for another path."""
-    text = file.read_text().strip()
+    text = file.read_text(encoding="utf-8").strip()
     if "://" not in text:
         raise UserError(
             f"address file {str(file)!r}: got {text[:80]!r}, expected an address like "

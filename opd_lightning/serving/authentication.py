@@ -102,7 +102,9 @@ def make_key_file(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
-            with os.fdopen(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as out:
+            with os.fdopen(
+                os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8"
+            ) as out:
                 out.write(secrets.token_urlsafe(32) + "\n")
             with suppress(FileExistsError):  # another server was faster
                 os.link(draft, path)  # atomic, with its content

@@ -191,7 +191,7 @@ def read_key(key_file: str | None) -> str | None:
         return os.environ.get(KEY_VARIABLE) or None
     path = Path(key_file).expanduser()
     try:
-        key = path.read_text().strip()
+        key = path.read_text(encoding="utf-8").strip()
         mode = path.stat().st_mode
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"key_file: cannot read {key_file!r}; give a file with the key") from error

@@ -116,7 +116,7 @@ def read_description(folder: Path) -> Description:
             f"no cached scores in {str(folder)!r}; make them with `opd cache-teacher --config ...`"
         )
     try:
-        found = json.loads(place.read_text())
+        found = json.loads(place.read_text(encoding="utf-8"))
         if found["format"] == FORMAT:
             return Description(**found)
     except (ValueError, KeyError, TypeError) as error:

@@ -85,6 +85,9 @@ class DistillationModule(Contract, EvaluatedModule):
         self.rates = Means()
         # [B, R] or [B, 1] values of the latest micro-batch, by name, for logs.
         self.token_figures: Mapping[str, Tensor] = {}
+        # Figures of the latest optimiser step, by name. `trainer.callback_metrics` also has older
+        # values, of figures that this step lacks.
+        self.step_figures: Mapping[str, float] = {}
         self._factor = 1.0  # factor of the step's loss: see `Contract.loss_factor`
         self._later: list[RolloutBatch] = []  # the step's micro-batches after the first
         self._tokens = 0.0  # response tokens of the last logged step
@@ -295,10 +298,10 @@ class DistillationModule(Contract, EvaluatedModule):
         # Timings of the previous step: the current one is not over.
         values |= self.timer.figures(self._tokens)
         self._tokens = float(values["response/tokens_per_step"])
-        figures = {name: float(value) for name, value in values.items()}
+        figures = self.step_figures = {name: float(value) for name, value in values.items()}
         epoch = {"epoch": float(self.trainer.current_epoch)}
         write_step(self.trainer, figures | epoch, self.trainer.global_step)
-        # For callbacks and the progress bar. Lightning's `log` takes 0.5 ms per value.
+        # For Lightning's callbacks and the progress bar. Its `log` takes 0.5 ms per value.
         held = torch.tensor(list(figures.values()), device=self.device)
         self.trainer.callback_metrics.update(zip(figures, held.unbind(), strict=True))
         shown = ("loss", "reward", "tokens_per_second")

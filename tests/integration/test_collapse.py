@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks import CollapseWatch, EMATeacherUpdate
 from callbacks.collapse_rules import Length
 from callbacks.good_checkpoints import StepBack
+from opd_lightning.data.mix import RolloutMix
+from opd_lightning.data.prompts import PromptSource
 from opd_lightning.errors import CollapseError
 from opd_lightning.methods import GRPO, OPD
 from opd_lightning.models.student import Student
@@ -21,7 +23,7 @@ from opd_lightning.rollouts import Sampling
 from opd_lightning.rules import TruncatedImportance
 from opd_lightning.rules.base import Scored
 from opd_lightning.teachers import EMATeacher, FrozenTeacher
-from opd_lightning.types import Prompt, RolloutBatch
+from opd_lightning.types import Author, Prompt, RolloutBatch
 from opd_lightning.verifiers import Verifier
 from tests.integration.test_fit import fit, weights
 from tests.integration.test_interrupted import PARTS, FailingTeacher, Losses, train
@@ -95,6 +97,28 @@ def test_a_student_that_leaves_its_teacher_is_caught() -> None:
     with pytest.raises(CollapseError, match="Disagreement: signal/log_ratio_abs_mean is") as told:
         fit(method, steps=20, callbacks=[watch], sampling=Sampling(max_new_tokens=8))
     assert 10 <= int(str(told.value).split()[1].rstrip(":")) <= 16
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_steps_of_recorded_responses_do_not_count() -> None:
+    """They log no lengths; those of the last sampled step are no figures of theirs."""
+    steps, mix = 8, RolloutMix(recorded=0.5, whole_steps=True)
+    sampled = [Author.STUDENT in mix.authors(0, step, 4, 1)[0] for step in range(steps)]
+    assert not all(sampled[sampled.index(True) :])
+    watch = watch_all("warn")
+    fit(
+        OPD(
+            Student("lab/arithmetic/student"),
+            FrozenTeacher("lab/arithmetic/teacher"),
+            imitation=1.0,
+        ),
+        steps=steps,
+        callbacks=[watch],
+        train=PromptSource("lab/arithmetic/demonstrations.jsonl"),
+        mix=mix,
+    )
+    (track,) = watch.tracks
+    assert len(track.first) + track.outside == sum(sampled)
 
 
 # Every response is too long, so it is known when a run steps back --------------------------

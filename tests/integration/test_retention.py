@@ -16,6 +16,7 @@ from opd_lightning.commands.export import load_student
 from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
+from opd_lightning.errors import UserError
 from opd_lightning.evaluation.responses import EvaluationSuite
 from opd_lightning.evaluation.tasks import HarnessTask
 from opd_lightning.evaluation.texts import LikelihoodSuite
@@ -103,6 +104,29 @@ def logged(folder: Path) -> dict[str, list[float]]:
     events = EventAccumulator(str(folder))
     events.Reload()
     return {t: [e.value for e in events.Scalars(t)] for t in events.Tags()["scalars"]}
+
+
+@pytest.mark.usefixtures("in_deep_lab")
+def test_a_run_begins_again_before_its_first_checkpoint(
+    letters: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(resume: str | None) -> None:
+        callback = CapabilityRetention(["target"])
+        fit(tmp_path, letters, callback, steps=EVERY, save_every=EVERY, resume=resume)
+
+    run("last")
+    for file in (tmp_path / "checkpoints").iterdir():  # its node failed before it saved
+        file.unlink()
+    pareto = tmp_path / "pareto"
+    earlier = pareto / f"step-{EVERY:06d}.ckpt"
+    assert earlier.exists()
+    (pareto / "step-000050.ckpt").touch()
+    with pytest.raises(UserError, match="holds the students of an earlier run"):
+        run(None)
+    assert earlier.exists()
+    run("last")
+    assert "removed 2 students from before the restart" in capsys.readouterr().err
+    assert sorted(path.name for path in pareto.iterdir()) == ["index.json", earlier.name]
 
 
 @pytest.mark.usefixtures("in_deep_lab")

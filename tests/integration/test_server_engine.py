@@ -20,7 +20,7 @@ from opd_lightning.cli import main
 from opd_lightning.errors import EngineMismatchError, ServerAwayError, UserError
 from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts import Engine, Request, Sampling, VLLMServerEngine
-from opd_lightning.rollouts.push_folder import PushFolder
+from opd_lightning.rollouts.push_folder import SUBFOLDER, PushFolder
 from opd_lightning.serving.accepted import ROUTES
 from tests.engine_contract import (
     MAX_LENGTH,
@@ -131,14 +131,14 @@ def test_one_version_is_on_disk_at_most(
 ) -> None:
     push = tmp_path / "push"
     for left in ("weights-7-dead", "draft-8-dead"):
-        (push / left).mkdir(parents=True)
+        (push / SUBFOLDER / left).mkdir(parents=True)
     (push / "mine.txt").touch()
     engine = engine_of(server, tmp_path)
     engine.start(ModelSource(str(tiny_model_dir())), max_length=MAX_LENGTH)
     assert os.listdir(push) == ["mine.txt"]
     for version in (0, 1):
         engine.load_weights(version, reference_model(tiny_model_dir()).named_parameters())
-        (folder,) = push.glob("*-*")
+        (folder,) = (push / SUBFOLDER).iterdir()
         assert folder.name.startswith(f"weights-{version}-")
     engine.close()
     assert os.listdir(push) == ["mine.txt"]

@@ -36,8 +36,8 @@ def outside(band: Band, values: Sequence[float], start_steps: int = 3) -> list[i
     """For how long the figure has been out of its band, after every step."""
     track = Track(band, start_steps)
     lengths = []
-    for value in values:
-        track.add(value)
+    for step, value in enumerate(values):
+        track.add(value, step)
         lengths.append(track.outside)
     return lengths
 
@@ -106,7 +106,7 @@ class Run:
     def __init__(self, watch: CollapseWatch, folder: Path) -> None:
         self.watch = watch
         self.logs: Sequence[str] = tuple(HEALTHY)
-        self.module = SimpleNamespace(rate_scales={})
+        self.module = SimpleNamespace(rate_scales={}, step_figures={})
         self.logged: list[dict[str, float]] = []
         self.saved: list[int] = []
         self.trainer = SimpleNamespace(
@@ -115,7 +115,6 @@ class Run:
             strategy=None,
             checkpoint_callback=ModelCheckpoint(folder),
             save_checkpoint=self._save,
-            callback_metrics={},
             log_every_n_steps=1,
             loggers=[SimpleNamespace(log_metrics=self._log, save=lambda: None)],
         )
@@ -130,7 +129,7 @@ class Run:
         """A step of two micro-batches."""
         self.logged.append({})
         figures = HEALTHY | {name.replace("_", "/", 1): value for name, value in changes.items()}
-        self.trainer.callback_metrics = {name: torch.tensor(figures[name]) for name in self.logs}
+        self.module.step_figures = {name: figures[name] for name in self.logs}
         self._hook()
         self.trainer.global_step += 1
         self._hook()
@@ -207,7 +206,7 @@ def test_rules_that_can_never_be_broken_are_named(
     # Nothing of the teacher's signal: there may be no teacher.
     high, missing = capsys.readouterr().err.splitlines()
     assert "Truncation: response/truncated began at 0.8, so that it can never leave" in high
-    assert "Length: this run does not log response/length; set the rule to null" in missing
+    assert "Length: the first 3 steps do not log response/length; set the rule to null" in missing
 
 
 def test_a_rule_can_be_switched_off(tmp_path: Path) -> None:
@@ -219,6 +218,48 @@ def test_a_rule_can_be_switched_off(tmp_path: Path) -> None:
     with pytest.raises(CollapseError, match=r"step 7: Truncation.*before step 3") as caught:
         run.step(response_truncated=1.0)
     assert caught.value.raised_by_all  # type: ignore[attr-defined]
+
+
+def test_steps_without_a_figure_do_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as whole steps of recorded responses, which nobody truncates."""
+
+    def step(**changes: float) -> None:
+        run.logs = tuple(HEALTHY)
+        run.step(**changes)
+        run.logs = ("entropy/student",)
+        run.steps(4)
+
+    run = Run(CollapseWatch(), tmp_path)
+    for _ in range(3):
+        step()
+    for _ in range(5):
+        assert "for 5 steps" not in capsys.readouterr().err
+        step(response_truncated=0.6)
+    (line,) = capsys.readouterr().err.splitlines()  # once, not at every step without the figure
+    assert "step 35: Truncation: response/truncated is 0.6" in line
+    broken = [index for index, it in enumerate(run.logged) if it["collapse/out_of_band"]]
+    assert broken == [15, 20, 25, 30, 35]
+    run = Run(CollapseWatch("stop"), tmp_path)
+    for _ in range(3):
+        step()
+    for _ in range(4):
+        step(response_truncated=0.6)
+    with pytest.raises(CollapseError, match=r"step 35: .* for 5 steps.*before step 15"):
+        step(response_truncated=0.6)
+
+
+def test_no_step_is_good_until_the_figure_is_back(tmp_path: Path) -> None:
+    run = Run(CollapseWatch("step_back", step_back=StepBack(every_n_steps=4)), tmp_path)
+    run.steps(4)
+    run.step(response_truncated=0.6)
+    run.logs = ("entropy/student",)
+    run.steps(20)
+    assert run.saved == [0, 4]
+    run.logs = tuple(HEALTHY)
+    run.steps(4)
+    assert run.saved == [0, 4, 29]
 
 
 def test_what_it_knows_is_saved(tmp_path: Path) -> None:

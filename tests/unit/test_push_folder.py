@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from opd_lightning.errors import UserError
 from opd_lightning.rollouts import push_folder
-from opd_lightning.rollouts.push_folder import PushFolder
+from opd_lightning.rollouts.push_folder import SUBFOLDER, PushFolder
 
 WEIGHTS = [(f"layer.{i}", torch.randn(8, 4).t()) for i in range(5)]  # not contiguous
 
@@ -46,9 +46,23 @@ def test_nobody_sees_half_a_version(tmp_path: Path) -> None:
 
     with pytest.raises(ZeroDivisionError):
         folder.write("2-b", broken())  # type: ignore[arg-type]
-    assert not list(tmp_path.glob("weights-*"))
+    assert not list(tmp_path.rglob("weights-*"))
     folder.write("3-c", WEIGHTS)
-    assert [path.name for path in tmp_path.iterdir()] == ["weights-3-c"]
+    assert [path.name for path in (tmp_path / SUBFOLDER).iterdir()] == ["weights-3-c"]
+
+
+def test_only_pushed_weights_are_deleted(tmp_path: Path) -> None:
+    for name in ("weights-7b-instruct", "draft-of-a-paper", "weights-7-0badcafe"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "weights-7b-instruct" / "model.safetensors").touch()
+    theirs = sorted(tmp_path.rglob("*"))
+    killed = push_folder_of(tmp_path)
+    killed.write("1-a", WEIGHTS)
+    folder = push_folder_of(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == theirs  # what a killed run had pushed is gone
+    folder.write("2-b", WEIGHTS)
+    folder.close()
+    assert sorted(tmp_path.rglob("*")) == theirs
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

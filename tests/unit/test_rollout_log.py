@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import locale
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from callbacks import RolloutLog
+from callbacks import RolloutLog, rollout_log
+from tests.batches import make_batch, make_rollout
 
 
 def lines(*steps: int) -> str:
@@ -44,6 +48,32 @@ def test_later_steps_of_an_earlier_process_are_removed(
     start(tmp_path, step)
     assert file.read_text() == lines(*kept_now)
     assert old.read_text() == lines(*kept_before)
+
+
+@pytest.fixture
+def ascii_locale() -> Iterator[None]:
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    yield
+    locale.setlocale(locale.LC_CTYPE, before)
+
+
+@pytest.mark.usefixtures("ascii_locale")
+def test_a_response_may_have_any_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_log, "token_texts", lambda *_: ["\N{SNOWMAN}"])
+    rollout = replace(make_rollout([5]), text="\N{SNOWMAN}")
+    trainer: Any = SimpleNamespace(
+        log_dir=str(tmp_path), is_global_zero=True, global_step=0, loggers=[]
+    )
+    module: Any = SimpleNamespace(
+        token_figures={}, student=SimpleNamespace(source=SimpleNamespace(tokenizer=None))
+    )
+    log = RolloutLog()
+    log.on_train_start(trainer, module)
+    log.after_loss(trainer, module, make_batch([rollout]))
+    log.teardown(trainer, module, "fit")
+    assert "\N{SNOWMAN}" in (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8")
+    assert r"\u2603" in (tmp_path / "rollouts" / "000000.html").read_text(encoding="utf-8")
 
 
 def test_without_a_file_nothing_is_made(tmp_path: Path) -> None:
