@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from jinja2 import TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from opd_lightning.data.recorded import RecordedTexts
 from opd_lightning.errors import UserError, reason_of
 from opd_lightning.models.bounded import bounded
 from opd_lightning.models.chat import dropped_roles, render, render_all, why_not_rendered
@@ -41,7 +42,8 @@ RESPONSES = frozenset({"attempt", "peer", "peer_failure"})  # limited by the sam
 
 _compiled = cache(_TEMPLATES.from_string)  # 0.5 ms a template
 
-_THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+# The template may have opened the part, and the response may have been cut in it.
+_THINKING = re.compile(r"\A(?:(?!<think>).)*?</think>\s*|<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +192,7 @@ class Renderer:
         # Ids from `prepare`, by `id(prompt)`; the prompt is held so that no other has the same id.
         self._ahead: dict[int, tuple[Prompt, list[int]]] = {}
         self._early: dict[tuple[str, str], array[int]] = {}
-        self._recorded: dict[str, array[int]] = {}
+        self._recorded = RecordedTexts(tokenizer, template_args)
         # Index and role of messages that the template leaves out, by the roles of a chat.
         self._dropped: dict[tuple[str, ...], list[tuple[int, str]]] = {}
 
@@ -219,17 +221,12 @@ class Renderer:
                     continue
             seen = zip(chats, self._render_all([*chats.values()]), strict=True)
             self._early |= {(name, key): array("i", ids) for key, ids in seen if ids is not None}
-        texts = {p.id: p.response for p in prompts if p.response_ids is None and p.response}
-        if self.reads_records and texts:
-            encoded = self.tokenizer([*texts.values()], add_special_tokens=False)["input_ids"]
-            for key, ids in zip(texts, encoded, strict=True):
-                self._recorded[key] = self._with_end(ids)
+        texts = [p for p in prompts if p.response_ids is None and p.response]
+        if self.reads_records:
+            self._recorded.prepare(texts)
 
     def _render_all(self, chats: Sequence[Sequence[Message]]) -> list[list[int] | None]:
         return render_all(chats, self.tokenizer, self.template_args)
-
-    def _with_end(self, ids: Sequence[int]) -> array[int]:
-        return array("i", [*ids, self.tokenizer.eos_token_id])
 
     def plain(self, prompt: Prompt) -> list[int]:
         """Return the ids of the unmodified messages with the generation prompt."""
@@ -274,7 +271,8 @@ class Renderer:
     def recorded(self, prompt: Prompt) -> list[int]:
         """Return the prompt's recorded response as the policy would have written it.
 
-        Recorded ids are returned unchanged; a text is tokenised and EOS is appended.
+        Recorded ids are returned unchanged; a text is tokenised as it stands behind its prompt, and
+        EOS is appended.
         """
         if prompt.response_ids is not None:
             return list(prompt.response_ids)
@@ -283,10 +281,7 @@ class Renderer:
                 f"{prompt.origin}: no 'response' or 'response_ids' to learn from; add the column, "
                 "or take data.mix.recorded and add_recorded away"
             )
-        if prompt.id not in self._recorded:
-            ids = self.tokenizer.encode(prompt.response, add_special_tokens=False)
-            self._recorded[prompt.id] = self._with_end(ids)
-        return self._recorded[prompt.id].tolist()
+        return self._recorded.ids_of(prompt)
 
     def is_too_long(self, name: str, ids: Sequence[int], response_ids: Sequence[int]) -> bool:
         """Return whether a late view with its response is longer than the context.

@@ -80,12 +80,14 @@ def _delta(layer: Any, adapter: str) -> Tensor:
 
 def check_mergeable(model: Any) -> None:
     """Raise UserError for adapters that `full_weights` would not merge exactly."""
-    head = model.get_base_model().get_output_embeddings()
-    if model.config.tie_word_embeddings and hasattr(head, "modules_to_save"):
-        raise UserError(
-            "student.lora.modules_to_save: got the head, which this model shares with its "
-            "embedding, so training a copy would untie them; leave it out"
-        )
+    lm = model.get_base_model()
+    shared = {"head": lm.get_output_embeddings(), "embedding": lm.get_input_embeddings()}
+    for name, module in shared.items() if model.config.tie_word_embeddings else ():
+        if hasattr(module, "modules_to_save"):
+            raise UserError(
+                f"student.lora.modules_to_save: got the {name}, but head and embedding share one "
+                "weight in this model, so training a copy would untie them; leave it out"
+            )
     for name, module in model.named_modules():
         for variant in getattr(module, "lora_variant", {}).values():
             if (kind := type(variant).__name__) not in PLAIN_VARIANTS:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from opd_lightning.errors import RunStoppedError, UserError
+from opd_lightning.errors import UserError
 from opd_lightning.verifiers.base import Verifier, check_scale, check_time_limits
 from opd_lightning.verifiers.patterns import Pattern
 from opd_lightning.verifiers.served_chat import FailedError, MessageTemplate, ServedChat, text_of
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TOP_LOGPROBS = 20  # the most that the API gives
+NUMBER = r"(-?\d+(?:\.\d+)?)"
 
 
 class JudgeVerifier(Verifier):
@@ -32,7 +34,7 @@ class JudgeVerifier(Verifier):
 
     A reply without a score gives no reward: the response is counted as `response/unverified`, and
     so is one whose requests fail until its time is over. A call in which every request fails ends
-    the run.
+    the run if none has succeeded before, or if at least 16 in a row have failed.
 
     Args:
         url: Address up to and without `/v1`, such as `http://node3:8000`.
@@ -41,6 +43,7 @@ class JudgeVerifier(Verifier):
             `response`, `rubric`, and `answer` and `privileged` (columns of the row).
         scale: Scores that count as 0 and as 1. Values outside the range are not accepted.
         pattern: Regular expression of the score in the reply; the last match, its group 1, counts.
+            The default finds numbers; 8/10 and "8 out of 10" are 8 if 10 is the end of the scale.
         choices: Score of each of some replies of one token, such as {"yes": 1, "no": 0}. The score
             is then their mean under the model's probabilities, and `pattern` is not used.
         rubric: Jinja text over `question`, `answer` and `privileged` that the model is asked once
@@ -58,7 +61,7 @@ class JudgeVerifier(Verifier):
         question: str,
         *,
         scale: tuple[float, float] = (0.0, 1.0),
-        pattern: str = r"(-?\d+(?:\.\d+)?)",
+        pattern: str = NUMBER,
         choices: dict[str, float] | None = None,
         rubric: str | None = None,
         max_tokens: int = 1024,
@@ -97,6 +100,7 @@ class JudgeVerifier(Verifier):
         self.pattern = Pattern(
             "JudgeVerifier", pattern, timeout_seconds=timeout_seconds, step_seconds=step_seconds
         )
+        self._end = _end_of_scale(max(scale)) if pattern == NUMBER else None
         self._rubrics: dict[str, str] = {}  # by id of the prompt
         self._writing: dict[str, threading.Lock] = {}
         self._warned = False
@@ -105,7 +109,7 @@ class JudgeVerifier(Verifier):
         """Return the scores; NaN without one.
 
         Raises:
-            RunStoppedError: Every request failed.
+            RunStoppedError: Every request failed, see `ServedChat.note_call`.
         """
         end = monotonic() + self.step_seconds
         failures: list[str] = []
@@ -122,10 +126,7 @@ class JudgeVerifier(Verifier):
             self._writing.setdefault(prompt.id, threading.Lock())
         with ThreadPoolExecutor(self.chat.max_requests, "judge") as pool:
             scores = list(pool.map(score, prompts, responses))
-        if failures and len(failures) == len(scores):
-            raise RunStoppedError(
-                f"JudgeVerifier: {self.chat.url}: no request succeeded: {failures[0]}"
-            )
+        self.chat.note_call(len(scores), failures)
         missing = sum(map(math.isnan, scores))
         if missing and not self._warned:
             self._warned = True
@@ -165,7 +166,7 @@ class JudgeVerifier(Verifier):
 
     def _of_text(self, text: str) -> float:
         """Return the last score in a reply; NaN if there is none on the scale."""
-        (found,) = self.pattern.last([text])
+        (found,) = self.pattern.last([text if self._end is None else self._end.sub("", text)])
         try:
             score = (float(str(found)) - self.zero) / (self.one - self.zero)
         except ValueError:  # no match, or no number
@@ -195,3 +196,10 @@ class JudgeVerifier(Verifier):
                     f"JudgeVerifier.choices: {token!r} has the score {score}, expected {low:g} to "
                     f"{high:g}, as in `scale`"
                 )
+
+
+def _end_of_scale(value: float) -> re.Pattern[str]:
+    """Return a pattern of what tells the end of the scale after a score: /10, "out of 10"."""
+    number = re.escape(f"{value:g}")
+    # Bounded repetitions, so that a search takes linear time.
+    return re.compile(rf"[\s*_]{{0,8}}(?:/|out of)[\s*_]{{0,8}}{number}(?:\.0)?(?!\.?\d)")

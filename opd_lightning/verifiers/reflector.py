@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from opd_lightning.errors import RunStoppedError
 from opd_lightning.verifiers.base import Rewards, Verifier, check_time_limits
 from opd_lightning.verifiers.served_chat import FailedError, MessageTemplate, ServedChat, text_of
 
@@ -30,7 +29,7 @@ class Reflector(Verifier):
     The server speaks the chat completions API, as for `JudgeVerifier`; its key, if it needs one, is
     in the environment variable OPD_JUDGE_KEY. A response without a note (its requests fail until
     its time is over) has no feedback, so the row lacks the view; a step in which every request
-    fails ends the run.
+    fails ends the run if none has succeeded before, or if at least 16 in a row have failed.
 
     Args:
         verifier: Scores the responses.
@@ -89,7 +88,7 @@ class Reflector(Verifier):
         """Return the notes; None for a response without one.
 
         Raises:
-            RunStoppedError: Every request failed.
+            RunStoppedError: Every request failed, see `ServedChat.note_call`.
         """
         end = monotonic() + self.step_seconds
         known = self.verifier.feedback(prompts, responses)
@@ -111,10 +110,7 @@ class Reflector(Verifier):
 
         with ThreadPoolExecutor(self.chat.max_requests, "reflector") as pool:
             notes = list(pool.map(note, prompts, responses, known))
-        if failures and len(failures) == len(notes):
-            raise RunStoppedError(
-                f"Reflector: {self.chat.url}: no request succeeded: {failures[0]}"
-            )
+        self.chat.note_call(len(notes), failures)
         if failures and not self._warned:
             self._warned = True
             log.warning(

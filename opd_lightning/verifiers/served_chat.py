@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "OPD_JUDGE_KEY"
 COLUMNS = ("answer", "privileged")  # columns of a row that a template may read
 FIRST_PAUSE = 0.5  # seconds before a failed request is repeated; doubled each time
+MOST_FAILED = 16  # consecutive requests that fail before the server counts as lost
 _TEMPLATES = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
 
 
@@ -58,6 +59,24 @@ class ServedChat:
         self.max_tokens = max_tokens
         self.max_requests = max_requests
         self.timeout_seconds = timeout_seconds
+        self._has_answered = False
+        self._failed = 0  # consecutive requests of the last calls
+
+    def note_call(self, asked: int, failures: Sequence[str]) -> None:
+        """Count the failures of a call of `asked` requests.
+
+        Raises:
+            RunStoppedError: None has ever succeeded, or the last `MOST_FAILED` have all failed. A
+                call may be of a single response that is too long for the model.
+        """
+        if len(failures) < asked:
+            self._has_answered, self._failed = True, 0
+        elif failures:
+            self._failed += asked
+            if not self._has_answered or self._failed >= MOST_FAILED:
+                raise RunStoppedError(
+                    f"{self.owner}: {self.url}: no request succeeded: {failures[0]}"
+                )
 
     def check(self) -> None:
         """Raise `UserError`, once, unless the server has the model."""

@@ -99,6 +99,22 @@ RIGHT = {
         "def two(a, b): return a + b",
         json.dumps({"fn_name": "two", "inputs": [[1, 2], ["a", "b"]], "outputs": [3, "ab"]}),
     ),
+    "values of APPS": (
+        "def pair(a): return (a, (a,)) if a else {a: 1} if a is not None else []",
+        json.dumps(
+            {
+                "fn_name": "pair",
+                "inputs": [[1], [2], [0], [None], [None]],
+                "outputs": [[1, [1]], [[2, [2]]], {"0": 1}, [], [[]]],
+            }
+        ),
+    ),
+    "a method": (
+        "class Solution:\n  def two(self, a): return [a]",
+        json.dumps({"fn_name": "two", "inputs": [[1]], "outputs": [[1]]}),
+    ),
+    "exit": ("print(int(input()) * 2)\nexit()", json.dumps([{"input": "3", "output": "6"}])),
+    "an indented block": ("1. So:\n   ```python\n   def f(x):\n     return x * 2\n   ```", TESTS),
     "packages are not there": (
         "try:\n    import torch\nexcept ImportError:\n    def f(x): return x * 2",
         TESTS,
@@ -115,6 +131,10 @@ WRONG = {
     "no program": ("I cannot.", TESTS),
     "empty": ("", TESTS),
     "exit": ("import sys\nsys.exit(0)", TESTS),
+    "values of APPS": (
+        "def f(x): return [[x]]",
+        json.dumps({"fn_name": "f", "inputs": [[1]], "outputs": [[1]]}),
+    ),
     "exit in a call": ("import os\ndef f(x): os._exit(0)", TESTS),
     "equal to all": (
         "class E(list):\n  def __eq__(s, o): return True\ndef f(x): return E()",

@@ -28,6 +28,11 @@ def test_the_last_number_of_the_reply_is_mapped_by_the_scale(serve: Serving) -> 
     assert all(map(math.isnan, scores[2:5]))
     assert scores[5] == 0.75
     assert judge(server, scale=(1, 0)).verify([prompt()], ["1"]) == [0]
+    ends = ["8/10", "score: **8** / 10.", "8 out of 10", "8/10.0", "10/10", "8/100", "3/4"]
+    scores = verifier.verify([prompt()] * 7, ends)
+    assert scores[:5] == [0.8] * 4 + [1.0]
+    assert math.isnan(scores[5])
+    assert scores[6] == 0.4
     marked = judge(server, pattern=r"<s>(.*?)</s>")
     first, second = marked.verify([prompt()] * 2, ["<s>1</s> 0", "<s>much</s>"])
     assert first == 1
@@ -110,6 +115,18 @@ def test_a_server_that_never_answers_right_ends_the_run(
     verifier = judge(serve(lambda asked: answer), timeout_seconds=0.7)
     with pytest.raises(RunStoppedError, match="no request succeeded"):
         verifier.verify([prompt()] * 2, ["a", "b"])
+
+
+def test_a_call_of_one_response_that_fails_does_not_end_the_run(serve: Serving) -> None:
+    def answer(asked: dict[str, Any]) -> tuple[int, Any]:
+        return (400, {"error": "too long"}) if text_of(asked) == "long" else reply("1")
+
+    verifier = judge(serve(answer))
+    assert verifier.verify([prompt()], ["fine"]) == [1]
+    for _ in range(2):
+        assert math.isnan(verifier.verify([prompt()], ["long"])[0])
+    with pytest.raises(RunStoppedError, match="no request succeeded: status 400"):
+        verifier.verify([prompt()] * 16, ["long"] * 16)
 
 
 def test_server_model_and_columns_are_checked_before_training(serve: Serving) -> None:

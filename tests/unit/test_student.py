@@ -118,6 +118,13 @@ def test_lora_that_cannot_be_merged_is_refused(folder: Path, config: LoraConfig)
         loaded(folder, config)
 
 
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_copies_of_a_shared_weight_are_refused(folder: Path, name: str) -> None:
+    """The student would train one, and an export or engine use it as both."""
+    with pytest.raises(UserError, match="head and embedding share one weight"):
+        loaded(folder, lora(modules_to_save=[name]))
+
+
 def test_lora_trains_only_adapters(folder: Path) -> None:
     student = loaded(folder, lora())
     student.score(two_rows()).logprobs.sum().backward()

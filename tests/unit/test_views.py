@@ -25,6 +25,7 @@ from opd_lightning.types import Author, Prompt, Rollout, StepTotals, StopReason,
 from opd_lightning.verifiers.base import Verifier
 from tests.batches import make_batch, make_rollout
 from tests.conftest import TinyModelDir
+from tests.tokenizers import KINDS, wrapped
 from tests.unit.test_stream import FakeEngine
 
 PROMPT = Prompt(
@@ -68,7 +69,9 @@ def test_an_empty_text_leaves_the_prompt_alone() -> None:
 def test_late_views_need_what_is_late() -> None:
     view = PromptView(template="{% if peer %}see {{ peer }}{% endif %}")
     assert view.messages(PROMPT) is None
-    assert contents(view, peer="<think>hm</think>\nx")[0] == ("system", "see x")
+    for peer in ("<think>hm</think>\nx", "hm</think>\nx", "x<think>hm"):
+        assert contents(view, peer=peer)[0] == ("system", "see x")
+    assert view.messages(PROMPT, ResponseFacts(peer="<think>hm")) is None
 
 
 def test_a_view_shows_the_attempt_and_its_reward() -> None:
@@ -157,6 +160,25 @@ def test_u10_no_privileged_token_at_loss_time(tokenizer: Any) -> None:
             found = view.input_ids[row, first : first + len(rollout.response_ids)].tolist()
             assert found == rollout.response_ids
     assert batch.on_policy.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("seam", ["", " "])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recorded_text_is_read_as_it_stands_behind_its_prompt(kind: str, seam: str) -> None:
+    """Some tokenizers begin each text with a space, and some templates put one at the seam."""
+    tokenizer = wrapped(KINDS[kind]()).tokenizer
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(1)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:" + seam + "{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    asked = Prompt(id="a", messages=PROMPT.messages, response="so on")
+    renderer = Renderer(tokenizer, {}, {}, [1], reads_records=True)
+    whole = tokenizer(f"user:{seam}who?\nassistant:{seam}so on", add_special_tokens=False)
+    assert renderer.plain(asked) + renderer.recorded(asked) == [*whole["input_ids"], 1]
+    told = Renderer(tokenizer, {}, {}, [1], reads_records=True)
+    told.prepare([asked])
+    assert told.recorded(asked) == renderer.recorded(asked)
 
 
 def test_recorded_ids_are_taken_as_they_are(tokenizer: Any) -> None:
@@ -331,7 +353,8 @@ def test_prompts_that_are_tokenised_together(
     eos = tokenizer.eos_token_id
     apart = everything(Renderer(tokenizer, {}, VIEWS, (eos,)), prompts)
     renderer = Renderer(tokenizer, {}, VIEWS, (eos,), reads_records=True)
-    renderer.plain(prompts[0])  # looks once at what the template leaves out
+    renderer.plain(prompts[0])  # looks once at what the template leaves out, or puts at the seam
+    renderer.recorded(replace(prompts[0], id="other", response="x"))
     calls = count_encodings(tokenizer, monkeypatch)
     renderer.prepare(prompts)
     assert len(calls) == 4  # plain, two views, responses

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from dataclasses import dataclass
+from textwrap import dedent
 from typing import Any
 
 _FENCED = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
@@ -32,7 +33,8 @@ def parse_tests(answer: str) -> Tests:
 
     One of: Python statements; a JSON list of asserts (MBPP's `test_list`); a JSON list of objects
     with `input` and `output` (LiveCodeBench); a JSON object with lists `inputs` and `outputs`, and
-    with `fn_name` the arguments and values of a function (APPS, TACO).
+    with `fn_name` the arguments and values of a function, or of a method of the class `Solution`
+    (APPS, TACO).
 
     Raises:
         ValueError: The answer has no valid tests; the message has the reason.
@@ -62,9 +64,12 @@ def parse_tests(answer: str) -> Tests:
 
 
 def program_of(response: str) -> str:
-    """Return the last fenced block of Python in a response; without one, the whole response."""
+    """Return the last fenced block of Python in a response; without one, the whole response.
+
+    A block may be indented, as in a list.
+    """
     blocks = [text for language, text in _FENCED.findall(response) if language.lower() in _PYTHON]
-    return blocks[-1] if blocks else response
+    return dedent(blocks[-1]) if blocks else response
 
 
 def same_output(found: str, expected: str) -> bool:
@@ -91,12 +96,44 @@ def _calls(name: str, inputs: list[Any], outputs: list[Any]) -> Tests:
         raise ValueError(f"'fn_name' must be a name, got {name[:40]!r}")
     if not all(isinstance(args, list) for args in inputs):
         raise ValueError("'inputs' must be lists of arguments")
-    return Tests(
-        source="\n".join(
-            f"assert {name}(*{args!r}) == {value!r}"
-            for args, value in zip(inputs, outputs, strict=True)
-        )
+    asserts = (
+        f"assert {name}(*{args!r}) == {_expected(value)}"
+        for args, value in zip(inputs, outputs, strict=True)
     )
+    return Tests(source="\n".join([_OF_JSON, _METHOD.format(name=name), *asserts]))
+
+
+# Statements before the asserts of `fn_name`. JSON has neither tuples nor keys other than texts.
+_OF_JSON = """
+class _Json:
+    def __init__(self, *values):
+        self.values = [self.plain(value) for value in values]
+
+    def __eq__(self, found):
+        return self.plain(found) in self.values
+
+    @classmethod
+    def plain(cls, value):
+        if isinstance(value, (list, tuple)):
+            return [cls.plain(item) for item in value]
+        if isinstance(value, dict):
+            return {str(key): cls.plain(item) for key, item in value.items()}
+        return value
+"""
+_METHOD = """
+if "{name}" not in globals() and "Solution" in globals():
+    {name} = Solution().{name}
+"""
+
+
+def _expected(value: Any) -> str:
+    """Return the expression that a function's value is compared with.
+
+    APPS has lists of the one value, in which a function may also return the list.
+    """
+    if isinstance(value, list) and len(value) == 1:
+        return f"_Json({value!r}, {value[0]!r})"
+    return f"_Json({value!r})" if isinstance(value, list | dict) else repr(value)
 
 
 def _cases(pairs: list[tuple[Any, Any]]) -> Tests:

@@ -42,6 +42,8 @@ def main() -> None:
             confine.hide_files([settings["folder"], os.devnull], settings["readable"])
     confine.forbid_calls()
     sys.argv = ["program.py"]
+    # Made by `site`, which is not imported without packages.
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)
     del sys.path[0]  # this folder: its modules are no program's
     if settings["mode"] == "script":
         run_script(source)
