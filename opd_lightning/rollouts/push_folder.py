@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opd_lightning.errors import UserError
+from opd_lightning.errors import UserError, reason_of
 from opd_lightning.rollouts.push import Push
 from opd_lightning.serving.client import Servers
+
+log = logging.getLogger(__name__)
 
 SUBFOLDER = "opd-pushed-weights"  # our part of `push_folder`, which may hold other files
 SHARD_BYTES = 2 * 1024**3  # maximum held in memory in addition to the model
@@ -35,7 +39,8 @@ class PushFolder(Push):
         """Delete what an earlier run has left."""
         self._servers = servers
         self._tensors = tensors
-        self.clear()
+        with self._explained():
+            self.clear()
 
     def send(self, label: str, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Write the weights once and make every server load them."""
@@ -45,26 +50,34 @@ class PushFolder(Push):
         self._servers.post_all("/collective_rpc", body)
 
     def close(self) -> None:
-        """Delete the pushed weights."""
-        self.clear()
+        """Delete the pushed weights; if that fails, leave them with a warning: the run is over."""
+        try:
+            self.clear()
+        except OSError as error:
+            log.warning("pushed weights are left in '%s': %s", self._folder, reason_of(error))
 
     def write(self, version: str, weights: Iterable[tuple[str, Tensor]]) -> Path:
         """Write a version, replacing the previous one, and return its folder.
 
         The folder is renamed to its final name once it is complete.
         """
-        try:
+        with self._explained():
             return self._write(version, weights)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"engine.push_folder: cannot write to {str(self._folder)!r}: {error}; give a "
-                "folder with room for the model"
-            ) from error
 
     def clear(self) -> None:
         """Delete pushed weights, including those of killed runs."""
         if self._folder.is_dir():
             shutil.rmtree(self._folder)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"engine.push_folder: cannot write to {str(self._folder)!r}: {reason_of(error)}; "
+                "give a folder of your own, with room for the model"
+            ) from error
 
     def _write(self, version: str, weights: Iterable[tuple[str, Tensor]]) -> Path:
         self.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -96,7 +95,6 @@ class VLLMEngine(Engine):
             )
         self.check(source, max_length=max_length)
         on_cuda = torch.cuda.is_available()
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self.cpu_kv_cache_gib))
         self._eos_ids = list(source.eos_ids)
         self._format = FolderFormat.of(source, torch.float32)
         self._max_length = max_length
@@ -121,6 +119,9 @@ class VLLMEngine(Engine):
             arguments["gpu_memory_utilization"] = self.gpu_memory_utilization
             arguments["enable_sleep_mode"] = True
         else:
+            # Not by VLLM_CPU_KVCACHE_SPACE, which would be the same for all engines of a process.
+            # It wins over this argument if the user has set it.
+            arguments["kv_cache_memory_bytes"] = self.cpu_kv_cache_gib * 2**30
             arguments |= CPU_ARGUMENTS
 
         from vllm import LLM
@@ -211,14 +212,16 @@ class VLLMEngine(Engine):
             torch.cuda.empty_cache()
 
     def _executor(self) -> str:
-        if not dist.is_initialized():
-            return "uni" if self.tensor_parallel_size == 1 else "mp"
         if self.tensor_parallel_size > 1:
+            # An engine of one GPU that was started earlier leaves a group of one process as well.
+            if not dist.is_initialized() or dist.get_world_size() == 1:
+                return "mp"
             raise UserError(
                 f"engine.tensor_parallel_size: got {self.tensor_parallel_size}, expected 1 where "
                 "each of several ranks has its own engine"
             )
-        return "external_launcher"  # "uni" would put every rank on GPU 0
+        # "uni" would put every rank on GPU 0.
+        return "external_launcher" if dist.is_initialized() else "uni"
 
 
 def _to_completion(output: Any) -> Completion:

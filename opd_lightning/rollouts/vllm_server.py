@@ -216,7 +216,12 @@ class VLLMServerEngine(Engine):
                     f"the server {url} kept its prefix cache from before the push, since others "
                     "were asking it; give each run servers of its own"
                 )
-        for found in self._read_labels():
+        for url, found in zip(self.servers.urls, self._read_labels(), strict=True):
+            if found == FIRST_WEIGHTS:  # requests are repeated, but not the label of the push
+                raise PushLostError(
+                    f"the server {url} was started again during a push; see its log for the "
+                    "cause, then resume the run"
+                )
             _check_label(found, label)
         return label
 

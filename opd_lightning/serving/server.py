@@ -12,7 +12,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 from opd_lightning.errors import ServerAwayError, UserError, reason_of
 from opd_lightning.serving.accepted import LIMITS
@@ -146,8 +146,11 @@ async def _run(arguments: Any, sock: socket.socket, address_file: Path | None) -
 
 
 async def _until_healthy(url: str) -> None:
+    # Without http_proxy and the like, as trainers ask: a proxy may not reach this machine.
+    direct = build_opener(ProxyHandler({}))
+
     def answers() -> bool:
-        with suppress(OSError), urlopen(f"{url}/health", timeout=5) as response:
+        with suppress(OSError), direct.open(f"{url}/health", timeout=5) as response:
             return bool(response.status == 200)
         return False
 

@@ -71,13 +71,15 @@ def launcher_variables() -> Iterator[None]:
 def destroy_vllm_groups() -> None:
     """Destroy vLLM's process groups as its clean-up does, except the default group.
 
-    They must be destroyed first: destroying the default group while they exist raises.
+    They must be destroyed first: destroying the default group while they exist raises. With tensor
+    parallelism only its worker processes have them.
     """
     from vllm.distributed import parallel_state
 
     parallel_state.destroy_model_parallel()
-    parallel_state.get_world_group().destroy()
-    parallel_state._WORLD = None
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+        parallel_state._WORLD = None
 
 
 def repack(model: Any) -> None:

@@ -81,8 +81,8 @@ class CachedTeacher(TopKTeacher):
         self.description = expected
         if self.unknown is not None:
             self.teacher.check(prompts, temperature)
-            if not exists(self.folder):
-                return
+        if not exists(self.folder) and (self.unknown is not None or not prompts):
+            return  # without prompts, as of a domain that no row has, nothing is read
         self.store = ScoreStore(self.folder)
         found = self.store.description
         for what in ("teacher", "temperature"):

@@ -121,6 +121,55 @@ def test_what_ends_it_is_told(engine: VLLMEngine, monkeypatch: pytest.MonkeyPatc
             engine.generate([Request([3], 0)], Sampling(max_new_tokens=2))
 
 
+class _RecordedError(Exception):
+    """Raised instead of a start of vLLM."""
+
+
+def _arguments(engine: VLLMEngine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return the arguments that an engine starts vLLM with."""
+    found: dict[str, Any] = {}
+
+    def record(**arguments: Any) -> None:
+        found.update(arguments)
+        raise _RecordedError
+
+    monkeypatch.setattr("vllm.LLM", record)
+    with pytest.raises(_RecordedError):
+        engine.start(ModelSource(str(folder)), max_length=MAX_LENGTH)
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU's memory")
+def test_every_engine_has_a_cache_of_its_own_size(
+    tiny_model_dir: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    for size in (1, 3):
+        engine = VLLMEngine(cpu_kv_cache_gib=size)
+        found = _arguments(engine, tiny_model_dir(), monkeypatch)
+        assert found["kv_cache_memory_bytes"] == size * 2**30
+        assert "VLLM_CPU_KVCACHE_SPACE" not in os.environ  # would win over every argument
+    given = VLLMEngine(engine_args={"kv_cache_memory_bytes": 5})
+    assert _arguments(given, tiny_model_dir(), monkeypatch)["kv_cache_memory_bytes"] == 5
+
+
+@pytest.mark.parametrize(("world", "executor"), [(0, "mp"), (1, "mp"), (2, None)])
+def test_tensor_parallelism_needs_a_run_of_one_process(
+    world: int, executor: str | None, tiny_model_dir: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process group of one process, the trainer's or another engine's, is no hindrance."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: world > 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda *_: world)
+    monkeypatch.setattr(dist, "get_rank", lambda *_: 0)
+    engine = VLLMEngine(tensor_parallel_size=2)
+    if executor is None:
+        with pytest.raises(UserError, match=r"tensor_parallel_size: got 2, expected 1"):
+            engine.start(ModelSource(str(tiny_model_dir())), max_length=MAX_LENGTH)
+    else:
+        found = _arguments(engine, tiny_model_dir(), monkeypatch)
+        assert found["distributed_executor_backend"] == executor
+
+
 def _rank_with_an_engine(rank: int, rendezvous: str, first: Path, second: Path) -> None:
     """One of two ranks: engine beside the trainer's default group, which must survive it."""
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)

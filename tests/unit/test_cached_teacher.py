@@ -171,3 +171,14 @@ def test_domains_are_asked_of_their_own_cache(tiny_model_dir: TinyModelDir) -> N
     assert both.parts() == [math, code]
     with pytest.raises(UserError, match="got a ByDomainTeacher"):
         CachedTeacher("cache", both)
+
+
+def test_a_domain_without_rows_needs_no_cache(
+    tiny_model_dir: TinyModelDir, tmp_path: Path, filled: Fill, batch: RolloutBatch
+) -> None:
+    code = filled(questions(batch, 0))
+    math = CachedTeacher(str(tmp_path / "math"), code.teacher)  # which `fill` does not create
+    prompts = [make_rollout([1], domain="code").prompt]
+    ByDomainTeacher({"math": math, "code": code}).check(prompts, TEMPERATURE)
+    with pytest.raises(UserError, match="no cached scores in"):
+        ByDomainTeacher({"code": math}).check(prompts, TEMPERATURE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 from opd_lightning.cli import main
 from opd_lightning.errors import ServerAwayError, UserError
 from opd_lightning.serving.addresses import resolve_addresses, write_address
-from opd_lightning.serving.server import bind
+from opd_lightning.serving.server import _until_healthy, bind
+from tests.http_server import Server
 
 
 @pytest.mark.parametrize(
@@ -60,3 +62,16 @@ def test_an_address_file_is_waited_for(tmp_path: Path) -> None:
     assert resolve_addresses(servers, patience=30) == ["http://127.0.0.1:1", "http://10.0.0.1:8000"]
     with pytest.raises(ServerAwayError, match=r"two\.address.*not there after 0 s"):
         resolve_addresses([str(tmp_path / "two.address")], patience=0)
+
+
+def test_a_proxy_is_not_asked_whether_the_server_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `http_proxy` set, as on many clusters, it never seemed ready and had no address file."""
+    server, proxy = Server(lambda _: (200, {})), Server(lambda _: (403, {}))
+    monkeypatch.setenv("http_proxy", proxy.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    try:
+        asyncio.run(asyncio.wait_for(_until_healthy(server.url), 10))
+        assert not proxy.asked
+    finally:
+        server.stop()
+        proxy.stop()
