@@ -65,16 +65,13 @@ class CapabilityRetention(RunCallback):
         self.baseline: dict[str, float] = {}
         self.points: list[Point] = []
         self.lowered = False
-        self._folder: ParetoFolder | None = None
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit":
             check_measurable(self.targets, trainer.datamodule, trainer)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, module: DistillationModule) -> None:  # type: ignore[override]
-        log_dir = trainer.log_dir  # collective: a broadcast
-        if self.keep_pareto and log_dir is not None:
-            self._folder = ParetoFolder(Path(log_dir, "pareto"))
+        folder = self._pareto(trainer)
         if self.lowered:
             module.rate_scales["retention"] = self.lower_to
         suites = trainer.datamodule.suites_of("validate")  # type: ignore[attr-defined]
@@ -84,7 +81,7 @@ class CapabilityRetention(RunCallback):
                 f"the run has {list(suites)}; make them alike"
             )
         if not self.baseline:
-            if (folder := self._folder) is not None:
+            if folder is not None:
                 again: bool = trainer.continues  # type: ignore[attr-defined]
                 broadcast(lambda: folder.begin(again=again))
             _validate(trainer)
@@ -105,9 +102,18 @@ class CapabilityRetention(RunCallback):
         self._act(trainer, module, found)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if self._folder is not None and trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        # A finished run whose last validation was interrupted repeats it without `on_train_start`.
+        if (folder := self._pareto(trainer)) is not None:
             about = {"targets": self.targets, "baseline": self.baseline}
-            self._folder.keep(trainer, self.points, about)
+            folder.keep(trainer, self.points, about)
+
+    def _pareto(self, trainer: Trainer) -> ParetoFolder | None:
+        """Return the folder of the front if it is kept. Collective."""
+        log_dir = trainer.log_dir  # a broadcast
+        keeps = self.keep_pareto and log_dir is not None
+        return ParetoFolder(Path(str(log_dir), "pareto")) if keeps else None
 
     def state_dict(self) -> dict[str, Any]:
         points = [asdict(point) for point in self.points]

@@ -76,10 +76,12 @@ def check_measurable(targets: list[str], data: RolloutDataModule, trainer: Train
                 f"CapabilityRetention: suite {name!r} has no verifier, so nothing to compare; set "
                 "its verifier or data.verifier"
             )
-    if not trainer.enable_validation or trainer.limit_val_batches != 1.0:
+    limit = trainer.limit_val_batches
+    # The whole number 1 is one batch.
+    if not trainer.enable_validation or isinstance(limit, int) or limit != 1.0:
         raise UserError(
             "CapabilityRetention: trainer.limit_val_batches is "
-            f"{trainer.limit_val_batches}, expected 1.0, so that suites are measured whole"
+            f"{limit}, expected 1.0, so that suites are measured whole"
         )
 
 

@@ -17,6 +17,7 @@ from opd_lightning.errors import RunStoppedError, UserError, note, report
 from opd_lightning.run import signals
 from opd_lightning.run.signals import SignalledError, signal_of
 from opd_lightning.terminal.imports import without_collections
+from opd_lightning.terminal.output import escape_unknown_characters
 from opd_lightning.terminal.quiet import quiet_libraries
 
 PYTORCH = "torch"  # imported by a process's first command that needs it
@@ -31,6 +32,7 @@ def main(args: list[str] | None = None) -> None:
     """Console entry point. Exit codes: 2 for a mistake in the input, 1 for a run stopped or
     not ready to start, 128 + n for one that signal n ended (130 Ctrl-C, 143 SIGTERM)."""
     args = sys.argv[1:] if args is None else args
+    escape_unknown_characters()
     with one_line_errors():
         # Before the imports, which take seconds.
         if args[:1] != ["serve"]:  # vLLM's server ends in its own way

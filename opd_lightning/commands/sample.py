@@ -104,10 +104,10 @@ class Sampler:
 
     def check(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the prompt. Raise UserError if it cannot be answered."""
-        prompt, mix = self.question.prompt(messages), RolloutMix()
+        prompt, sampling = self.question.prompt(messages), self.question.sampling
         ids = self.renderer.plain(prompt)
-        sampling = self.question.sampling
-        PromptCheck(self.module, self.renderer, sampling, mix, training=False)(prompt, ids)
+        asks = [self.scorer.ask] if self.scorer is not None and self.scorer.ask is not None else []
+        PromptCheck(self.module, self.renderer, sampling, RolloutMix(), asks=asks)(prompt, ids)
         return ids
 
     def start(self, checkpoint: str | None, max_length: int, device: torch.device) -> None:
@@ -186,10 +186,22 @@ def read_prompt(given: str | None, stdin: TextIO) -> str | None:
     """Return the given prompt, or else the content of stdin; None if stdin is a terminal."""
     if given is None and stdin.isatty():
         return None
-    text = stdin.read().removesuffix("\n") if given is None else given
+    text = _text(stdin.read).removesuffix("\n") if given is None else given
     if not text.strip():
         where = "on stdin" if given is None else "with --prompt"
         raise UserError(f"prompt: got an empty one {where}, expected a text to answer")
+    return text
+
+
+def _text(read: Callable[[], str]) -> str:
+    """Return what was read from stdin; raise UserError if it is no text."""
+    try:
+        text = read()
+        text.encode()  # bytes that are no text may have been read as surrogates
+    except UnicodeError as error:
+        raise UserError(
+            "prompt: got bytes on stdin that are no text in UTF-8; convert it (iconv -t UTF-8)"
+        ) from error
     return text
 
 
@@ -208,7 +220,7 @@ def chat(sampler: Sampler, first: Sequence[Message], read: Callable[[], str]) ->
     messages = list(first)
     while True:
         try:
-            line = read().strip()
+            line = _text(read).strip()
             if line == NEW:
                 messages = list(first)
             elif line:

@@ -54,7 +54,19 @@ class Trainer(Commands):
     saving: str | None = None  # the checkpoint that is, or was last, written
     continues = False  # whether `fit` continues the run of its folder, that is, with last
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        # Whole numbers first: the parser takes 1, which is one batch, for 1.0, which is all, with
+        # Lightning's own types, whose order depends on what is imported before.
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kwargs["limit_train_batches"] = limit_train_batches
+        kwargs["limit_val_batches"] = limit_val_batches
+        kwargs["limit_test_batches"] = limit_test_batches
         for name in ("val_check_interval", "max_time"):
             _check_time(name, kwargs.get(name))
         given = kwargs.get("callbacks") or []

@@ -135,8 +135,8 @@ def _prompts(
     """Return the prompts and their ids, after checks."""
     if data.train is None:
         raise UserError("data.train: got nothing, expected a file of prompts to answer")
-    sampler = data.teacher if author.kind is Author.TEACHER else None
-    fits = PromptCheck(module, renderer, author.sampling, RolloutMix(), sampler, training=False)
+    mix = RolloutMix(teacher=1) if author.kind is Author.TEACHER else RolloutMix()
+    fits = PromptCheck(module, renderer, author.sampling, mix, data.teacher)
     checks = RowChecks(renderer, data.verifier, fits)
     prompts = data.train.load(checks=checks)
     return prompts, checks.ids_of(prompts)

@@ -190,6 +190,7 @@ class Suite(metaclass=ABCMeta):  # not ABC, so that a configuration may omit `cl
     """
 
     reads: ClassVar[bool] = False  # whether `update` may call `Reader.read`
+    is_whole: ClassVar[bool] = False  # whether its scores need all batches of the stream
 
     @abstractmethod
     def load(self, name: str, bench: Bench) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -93,20 +94,24 @@ class EvaluationSuite(Suite):
         domains: Mapping[str, Mapping[str, float]],
         bench: Bench,
     ) -> dict[str, Any]:
-        """Return prompts, samples, sampling and figures, and the domains under `domains`."""
-        prompts = loaded.prompts
+        """Return measured prompts, samples, sampling and figures, and those of `domains`."""
         sampling = asdict(self.sampling or bench.sampling)
-        row = {"prompts": len(prompts), "samples": self.samples, "sampling": sampling, **figures}
-        by_domain = {
-            domain: {"prompts": sum(prompt.domain == domain for prompt in prompts), **its}
-            for domain, its in domains.items()
-        }
-        return row | ({"domains": by_domain} if by_domain else {})
+        counts = Counter(prompt.domain for prompt in loaded.prompts)
+        found = _counted(figures, counts.total())
+        about = {"prompts": found.pop("prompts"), "samples": self.samples, "sampling": sampling}
+        by_domain = {domain: _counted(its, counts[domain]) for domain, its in domains.items()}
+        return {**about, **found, **({"domains": by_domain} if by_domain else {})}
 
     @classmethod
     def report_table(cls, rows: Rows) -> Table:
         """Make a table with a row for every suite and, below it, for each of its domains."""
         return _table(rows)
+
+
+def _counted(figures: Mapping[str, float], prompts: int) -> dict[str, Any]:
+    """Return the figures with the number of prompts that they are means over, `prompts` or less."""
+    known = {name: value for name, value in figures.items() if name != "measured"}
+    return {"prompts": int(figures.get("measured", prompts)), **known}
 
 
 def _table(suites: Rows) -> Table:

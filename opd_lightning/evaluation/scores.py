@@ -24,7 +24,8 @@ class SuiteScores(Scores):
     For pass@k, a response is correct if its score is 1. A response that the verifier could not
     check counts as 0, and in `unverified`. States have an entry for every prompt (a rollout's
     `group`), which is zero on ranks that do not measure it: a sum over ranks completes them, and
-    results do not depend on the number of ranks.
+    results do not depend on the number of ranks. Prompts that no rank measures, as with
+    `trainer.limit_val_batches`, are left out of all figures.
 
     Args:
         domains: Domain of each prompt, in the suite's order.
@@ -36,8 +37,9 @@ class SuiteScores(Scores):
     length: Tensor
     truncated: Tensor
     unverified: Tensor
-    vote: Tensor  # [P] float64, as is `votes`
+    vote: Tensor  # [P] float64, as are the two below
     votes: Tensor
+    measured: Tensor
 
     def __init__(
         self, domains: Sequence[str], samples: int = 1, pass_at: Sequence[int] = ()
@@ -48,7 +50,7 @@ class SuiteScores(Scores):
         by_sample, by_prompt = (len(domains), samples), (len(domains),)
         for name, shape in [
             *((name, by_sample) for name in ("score", "length", "truncated", "unverified")),
-            *((name, by_prompt) for name in ("vote", "votes")),
+            *((name, by_prompt) for name in ("vote", "votes", "measured")),
         ]:
             zeros = torch.zeros(shape, dtype=torch.float64)
             self.add_state(name, zeros, dist_reduce_fx="sum")
@@ -61,6 +63,7 @@ class SuiteScores(Scores):
         for i, rollout in enumerate(rollouts):
             groups.setdefault(rollout.group, []).append(i)
         for prompt, rows in groups.items():
+            self.measured[prompt] = 1
             for sample, i in enumerate(rows):
                 self.score[prompt, sample] = _score(rollouts[i])
                 self.unverified[prompt, sample] = rollouts[i].unverified
@@ -72,17 +75,17 @@ class SuiteScores(Scores):
                 self.votes[prompt] = 1
 
     def compute(self) -> dict[str, Tensor]:
-        """Compute means over prompts of the known figures, by name.
+        """Compute means over the measured prompts of the known figures, by name.
 
         `score` is avg@n, with its 95 % interval from `score_low` to `score_high`; `score/<domain>`
         is added if there are several; pass@k is `pass_at_<k>`, the majority vote `majority`.
-        `unverified`, the share of responses that could not be checked, is there only if there are.
+        `unverified`, the share of responses that could not be checked, is there only if there are;
+        `measured`, the number of measured prompts, only if there are others.
         """
         result = self._figures(range(len(self.domains)))
         if "score" in result:
-            average = self.score.mean(dim=1)
-            for domain, rows in self._rows_by_domain().items():
-                result[f"score/{domain}"] = average[rows].mean()
+            for domain, figures in self._by_domain().items():
+                result[f"score/{domain}"] = figures["score"]
         return result
 
     def compute_by_domain(self) -> dict[str, dict[str, Tensor]]:
@@ -91,18 +94,25 @@ class SuiteScores(Scores):
         All ranks must call it.
         """
         with self.sync_context(dist_sync_fn=self.dist_sync_fn):
-            return {domain: self._figures(rows) for domain, rows in self._rows_by_domain().items()}
+            return self._by_domain()
 
-    def _rows_by_domain(self) -> dict[str, list[int]]:
+    def _by_domain(self) -> dict[str, dict[str, Tensor]]:
+        """Return the figures of every domain with a measured prompt, if there are several."""
         rows: dict[str, list[int]] = {domain: [] for domain in sorted(set(self.domains))}
         for i, domain in enumerate(self.domains):
             rows[domain].append(i)
-        return rows if len(rows) > 1 else {}
+        found = {domain: self._figures(its) for domain, its in rows.items() if len(rows) > 1}
+        return {domain: figures for domain, figures in found.items() if figures}
 
     def _figures(self, prompts: Sequence[int]) -> dict[str, Tensor]:
-        rows = list(prompts)
+        measured = self.measured.tolist()
+        rows = [i for i in prompts if measured[i]]
+        if not rows:
+            return {}
         score, votes = self.score[rows], self.votes[rows]
         result = {"length": self.length[rows].mean(), "truncated": self.truncated[rows].mean()}
+        if len(rows) < len(prompts):
+            result["measured"] = self.measured[rows].sum()
         if score.isnan().any():  # no verifier
             return result
         average = score.mean(dim=1)

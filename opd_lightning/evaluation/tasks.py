@@ -41,6 +41,7 @@ class HarnessTask(Suite):
     """
 
     reads: ClassVar[bool] = True
+    is_whole: ClassVar[bool] = True  # the harness grades all answers
     task: str
     include_path: str | None = None
     limit: int | None = None

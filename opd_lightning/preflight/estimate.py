@@ -14,7 +14,8 @@ Models are built on the meta device: there are neither weights nor prompts, and 
 
 Operations are those of `preflight.operations`, divided by assumed speeds. Not counted: traffic
 between processes, pushes, verifiers, validation and checkpoints, teachers on servers, and what a
-view adds to a prompt. Responses of demonstrators are as long as the student's.
+view adds to a prompt. Responses of demonstrators are as long as the student's on average, and
+recorded ones at most as long.
 """
 
 from __future__ import annotations
@@ -143,7 +144,9 @@ def _findings(
 ) -> Iterator[Finding]:
     world = trainer.num_devices * trainer.num_nodes
     shape = StepShape.of(data, world, lengths.longest_prompt)
-    response = min(lengths.response or shape.response, shape.response)
+    own = data.mix.samples or data.mix.reads_records
+    longest = data.sampling.max_new_tokens if own else shape.response
+    response = min(lengths.response or longest, longest)
     student = _Model(module.student, module.student.source.config)
     engine = cost.engine_bytes(data.engine, student.widths, student.weights, shape, gpu.memory)
     micro_batches = shape.micro_batches(lengths.prompt + response)
@@ -158,7 +161,7 @@ def _findings(
         on_gpu=True,
     )
     yield _models(module, data)
-    yield _tokens(written, lengths.prompt, response, micro_batches, data)
+    yield _tokens(written, lengths.prompt, response, micro_batches, longest)
     yield cost.memory(plan, gpu.memory, cost.smaller_batches(shape))
     yield cost.traffic(plan, student.weights)
     run = _TimeInputs(trainer, module, data, plan, shape, written, lengths.prompt, response, gpu)
@@ -191,7 +194,7 @@ def _models(module: DistillationModule, data: RolloutDataModule) -> Finding:
 
 
 def _tokens(
-    written: Mapping[str, float], prompt: int, response: int, parts: int, data: RolloutDataModule
+    written: Mapping[str, float], prompt: int, response: int, parts: int, longest: int
 ) -> Finding:
     rollouts = sum(written.values())
     counts = {
@@ -200,7 +203,6 @@ def _tokens(
         "response_tokens": rollouts * response,
         "micro_batches": float(parts),
     }
-    longest = data.sampling.max_new_tokens
     bound = ", as many as allowed" if response == longest else f" of at most {longest:,}"
     return Finding(
         "ok",
@@ -302,14 +304,16 @@ class _TimeInputs:
         """Return the seconds of writing: of the student's engine, then of the demonstrator's."""
         seconds = 0.0
         if self.data.engine is not None:
-            seconds += self._write_with(self.data.engine, self.student, self.written["student"])
+            written, most = self.written["student"], self.data.sampling.max_new_tokens
+            seconds += self._write_with(self.data.engine, self.student, written, most)
         if (writer := self.data.teacher) is not None and self.written["teacher"]:
             model = empty_causal_lm(writer.source, dtype="bfloat16", stored=False)
             described = _Model(model, writer.source.config)
-            seconds += self._write_with(writer.engine, described, self.written["teacher"])
+            most = writer.sampling_of(self.data.sampling).max_new_tokens
+            seconds += self._write_with(writer.engine, described, self.written["teacher"], most)
         return seconds
 
-    def _write_with(self, engine: Engine, model: _Model, responses: float) -> float:
+    def _write_with(self, engine: Engine, model: _Model, responses: float, most: int) -> float:
         engines, memory, at_once = self.world, self.gpu.memory, float(self.shape.rows)
         if isinstance(engine, VLLMServerEngine):
             engines, memory, at_once = len(engine.servers), SERVED * memory, 256.0
@@ -321,8 +325,8 @@ class _TimeInputs:
             self.gpu,
             responses / engines,
             prompt=self.prompt,
-            mean=self.response,
-            most=self.shape.response,
+            mean=min(self.response, most),
+            most=most,
             memory=memory,
             at_once=at_once,
         )

@@ -110,7 +110,11 @@ class Probe:
     def shape(self) -> StepShape:
         """Sizes of a step."""
         longest = max(map(len, self.stream.prompt_ids))
-        return StepShape.of(self.data, self.stream.ranks.world_size, longest)
+        recorded = None
+        if self.data.mix.reads_records:
+            renderer = self.data.renderer(training=True)
+            recorded = max(len(renderer.recorded(prompt)) for prompt in self.stream.prompts)
+        return StepShape.of(self.data, self.stream.ranks.world_size, longest, recorded)
 
     @property
     def micro_batches(self) -> int:

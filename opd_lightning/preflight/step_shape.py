@@ -16,7 +16,7 @@ class StepShape:
     Args:
         rows: Rollouts.
         prompt: Tokens of the longest prompt, under the student's view.
-        response: Most tokens of a response.
+        response: Most tokens of a response, whoever writes it.
         views: Prompts under which a rollout is read.
         parts: Micro-batches of a step, where their number is fixed.
         max_tokens: Most positions of a micro-batch; None where their number is fixed.
@@ -30,15 +30,35 @@ class StepShape:
     max_tokens: int | None
 
     @classmethod
-    def of(cls, data: RolloutDataModule, world: int, prompt: int) -> Self:
-        """Return the sizes of a run of `world` processes whose longest prompt is known."""
+    def of(
+        cls, data: RolloutDataModule, world: int, prompt: int, recorded: int | None = None
+    ) -> Self:
+        """Return the sizes of a run's step.
+
+        Args:
+            data: The run's data.
+            world: Processes.
+            prompt: Tokens of the longest prompt.
+            recorded: Tokens of the longest recorded response; None assumes the training sampling's
+                `max_new_tokens`.
+        """
         mix, prompts = data.mix, data.prompts_per_step // world
+        own = data.sampling.max_new_tokens
+        longest = [own] if mix.samples else []
+        if mix.reads_records:
+            longest.append(own if recorded is None else recorded)
         samples = data.samples_per_prompt if mix.samples else 1
+        rows = prompts * (samples + mix.add_recorded)
+        if data.teacher is not None and mix.teacher:
+            longest.append(data.teacher.sampling_of(data.sampling).max_new_tokens)
+            # One process may have all prompts that the demonstrator answers.
+            answered = min(prompts, mix.counts(data.prompts_per_step)[0])
+            rows += answered * max(0, data.teacher.samples - samples)
         read = data.module.views() | ({mix.guided_view} if mix.guided else set())
         return cls(
-            rows=prompts * (samples + mix.add_recorded),
+            rows=rows,
             prompt=prompt,
-            response=data.sampling.max_new_tokens,
+            response=max(longest),
             views=1 + len(read),
             parts=data.module.trainer.accumulate_grad_batches,
             max_tokens=data.max_tokens_per_micro_batch,

@@ -267,9 +267,12 @@ def teacher_sources(module: DistillationModule, *, foreign: bool = False) -> lis
 
 
 def context_of(module: DistillationModule) -> int:
-    """Return the largest number of tokens that the student and all its teachers can read."""
-    sources = [module.student.source, *teacher_sources(module)]
-    return min(source.context_length for source in sources)
+    """Return the largest number of tokens that every model that reads a view can read."""
+    student = module.student.source
+    asks = [ask for ask in module.all_asks().values() if ask.view != "student"]
+    parts = [part for ask in asks for part in ask.teacher.parts()]
+    sources = [part.source or student for part in parts if not part.has_own_tokenizer]
+    return min((source.context_length for source in sources), default=student.context_length)
 
 
 def check_trainer(trainer: Trainer) -> None:

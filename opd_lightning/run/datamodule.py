@@ -33,6 +33,7 @@ from opd_lightning.run.configuration import (
 )
 from opd_lightning.run.engines import check_engines, plan_engines
 from opd_lightning.run.loading import load_training
+from opd_lightning.run.partial_validation import check_limits
 from opd_lightning.run.prompt_checks import PromptCheck
 from opd_lightning.teachers.start import check_start
 from opd_lightning.training.callback import run_callbacks
@@ -154,6 +155,7 @@ class RolloutDataModule(LightningDataModule):
             self._train = load_training(self)
         bench = self.bench
         self.loaded |= {name: suite.load(name, bench) for name, suite in suites.items()}
+        check_limits(self, stage)
         lengths = [suite.engine_length(self.loaded[name], bench) for name, suite in suites.items()]
         evaluated = [length for length in lengths if length is not None]
         check_engines(self, stage, evaluated=bool(evaluated))
@@ -223,7 +225,7 @@ class RolloutDataModule(LightningDataModule):
         source, renderer = self.module.student.source, self.renderer(training=False)
 
         def checks(verifier: Verifier | None, sampling: Sampling, mix: RolloutMix) -> RowChecks:
-            fits = PromptCheck(self.module, renderer, sampling, mix, training=False)
+            fits = PromptCheck(self.module, renderer, sampling, mix)
             return RowChecks(renderer, verifier, fits)
 
         return Bench(

@@ -34,6 +34,7 @@ def load_training(data: RolloutDataModule) -> Loaded:
         data.sampling,
         data.mix,
         data.teacher,
+        asks=data.module.all_asks().values(),
         max_tokens=data.max_tokens_per_micro_batch,
     )
     checks = RowChecks(renderer, data.verifier, fits)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from opd_lightning.data.mix import RolloutMix, TeacherSampler
 from opd_lightning.data.views import NO_FACTS, Renderer, ResponseFacts
 from opd_lightning.errors import UserError
+from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts.base import Sampling
-from opd_lightning.run.configuration import teacher_sources
-from opd_lightning.teachers.base import RecordedQuestion
+from opd_lightning.teachers.base import Ask, RecordedQuestion
 from opd_lightning.types import Prompt
 
 if TYPE_CHECKING:
@@ -21,16 +21,35 @@ if TYPE_CHECKING:
 _KNOWN = ResponseFacts(attempt="?", reward=1.0, peer="?", peer_failure="?", feedback="?")
 
 
+class Budget(NamedTuple):
+    """Most tokens of a response, for messages too."""
+
+    tokens: int
+    what: str = "max_new_tokens"
+    setting: str = ""  # that lowers it
+
+
+class Reading(NamedTuple):
+    """A model that reads responses of up to a number of tokens under a view of the prompt."""
+
+    source: ModelSource
+    view: str
+    budget: Budget
+
+
 class PromptCheck:
-    """Check that a prompt with its response fits every model's context, in every view.
+    """Check that a prompt with its response fits the context of every model that reads both.
+
+    The student reads all responses, a teacher those to prompts that it is responsible for, and an
+    author of responses its own.
 
     Args:
-        module: The method, with the student and its teachers. Teachers read training prompts only.
+        module: The method, with the student.
         renderer: Renderer of the prompts and views.
-        sampling: Sampling of the responses.
+        sampling: Sampling of the student's responses.
         mix: Authors of the responses.
         sampler: Teacher that writes responses; None if there is none.
-        training: Whether the prompts are trained on.
+        asks: Teachers that score the responses, each under its view.
         max_tokens: Most positions of a micro-batch; None for any number.
     """
 
@@ -42,35 +61,68 @@ class PromptCheck:
         mix: RolloutMix,
         sampler: TeacherSampler | None = None,
         *,
-        training: bool = True,
+        asks: Iterable[Ask] = (),
         max_tokens: int | None = None,
     ) -> None:
-        sources = [module.student.source, *(teacher_sources(module) if training else [])]
-        self.longest_response = sampling.max_new_tokens
-        if sampler is not None:
-            sources.append(sampler.source)
-            theirs = sampler.sampling_of(sampling).max_new_tokens
-            self.longest_response = max(self.longest_response, theirs)
-        self.context, self.role = min((source.context_length, source.role) for source in sources)
         self.module = module
         self.renderer = renderer
         self.sampling = sampling
         self.mix = mix
         self.max_tokens = max_tokens
-        self.teachers = module.teachers() if training else []
+        self.asks = list(dict.fromkeys(asks))
+        self.own: Budget | None = None
+        self.written: list[Reading] = []  # what the authors of responses read
+        student = module.student.source
+        if mix.samples:
+            self.own = Budget(sampling.max_new_tokens, setting="sampling.max_new_tokens")
+            views = ("student", *((mix.guided_view,) if mix.guided else ()))
+            self.written += [Reading(student, view, self.own) for view in views]
+        if sampler is not None and mix.teacher > 0:
+            tokens = sampler.sampling_of(sampling).max_new_tokens
+            theirs = Budget(tokens, setting="data.teacher's max_new_tokens")
+            self.written.append(Reading(sampler.source, "student", theirs))
 
     def __call__(self, prompt: Prompt, ids: list[int]) -> None:
         """Raise `UserError` if the prompt, with these ids, does not fit."""
-        for teacher in self.teachers:
+        for teacher in dict.fromkeys(ask.teacher for ask in self.asks):
             teacher.check_prompt(prompt)
-        sampled = self.mix.samples or self.mix.teacher > 0
-        budgets = {"max_new_tokens": self.longest_response} if sampled else {}
+        budgets = [reading.budget for reading in self.written]
         recorded: list[int] = []
         if self.mix.reads_records:
             recorded = self.renderer.recorded(prompt)
-            budgets["its response of"] = len(recorded)
-        what, budget = max(budgets.items(), key=lambda item: item[1])
-        longest = positions = len(ids)
+            budgets.append(Budget(len(recorded), "its response of"))
+        longest = max(budgets)
+        lengths = {"student": len(ids), **self._views(prompt, ids)}
+        for source, view, budget in (*self._readings(prompt, longest), *self.written):
+            if lengths[view] + budget.tokens > source.context_length:
+                raise UserError(
+                    f"{prompt.origin or prompt.id}: prompt of {lengths[view]} tokens + "
+                    f"{budget.what} {budget.tokens} exceeds the {source.role}'s context of "
+                    f"{source.context_length}; shorten the row"
+                    + (f" or lower {budget.setting}" if budget.setting else "")
+                )
+        positions = sum(lengths.values()) + longest.tokens * len(lengths)
+        if self.max_tokens is not None and positions > self.max_tokens:
+            raise UserError(
+                f"data.max_tokens_per_micro_batch: got {self.max_tokens}, but "
+                f"{prompt.origin or prompt.id} with {longest.what} {longest.tokens} has "
+                f"{positions} positions over all views; raise it, or shorten the row"
+            )
+        if recorded:
+            _check_vocabulary(self.module, prompt, recorded)
+
+    def _readings(self, prompt: Prompt, longest: Budget) -> Iterator[Reading]:
+        """Yield what the models that score the responses read, teachers' foreign tokens aside."""
+        student = self.module.student.source
+        yield Reading(student, "student", longest)
+        for ask in self.asks:
+            part = ask.teacher.responsible(prompt)
+            if not part.has_own_tokenizer:
+                yield Reading(part.source or student, ask.view, longest)
+
+    def _views(self, prompt: Prompt, ids: list[int]) -> dict[str, int]:
+        """Return the most tokens of the prompt under every view."""
+        lengths = {}
         for name, view in self.renderer.views.items():
             seen = self.renderer.view(name, prompt, _KNOWN if view.is_late else NO_FACTS) or []
             if seen == ids and not view.is_late and view.messages(prompt) != prompt.messages:
@@ -81,24 +133,8 @@ class PromptCheck:
                 )
             # A peer's response may have the maximum length; a token is about a character or more.
             length = min(self.sampling.max_new_tokens, view.late_characters or math.inf)
-            late = view.late_responses * int(length)
-            longest = max(longest, len(seen) + late)
-            positions += (len(seen) or len(ids)) + late
-        if longest + budget > self.context:
-            raise UserError(
-                f"{prompt.origin or prompt.id}: prompt of {longest} tokens + {what} {budget} "
-                f"exceeds the {self.role}'s context of {self.context}; shorten the row"
-                + (" or lower sampling.max_new_tokens" if sampled else "")
-            )
-        positions += budget * (1 + len(self.renderer.views))
-        if self.max_tokens is not None and positions > self.max_tokens:
-            raise UserError(
-                f"data.max_tokens_per_micro_batch: got {self.max_tokens}, but "
-                f"{prompt.origin or prompt.id} with {what} {budget} has {positions} positions over "
-                "all views; raise it, or shorten the row"
-            )
-        if recorded:
-            _check_vocabulary(self.module, prompt, recorded)
+            lengths[name] = len(seen) + view.late_responses * int(length)
+        return lengths
 
 
 def check_teachers(

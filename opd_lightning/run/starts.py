@@ -49,8 +49,12 @@ def note_start(run: Path, *, step: int, **about: Any) -> bool:
         "versions": versions(),
     }
     run.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(start) + "\n")
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a kill or a full disk cut the last line short
+                file.write(b"\n")
+        file.write(json.dumps(start).encode() + b"\n")
     return first
 
 

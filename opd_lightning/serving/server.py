@@ -147,10 +147,10 @@ async def _run(arguments: Any, sock: socket.socket, address_file: Path | None) -
 
 async def _until_healthy(url: str) -> None:
     # Without http_proxy and the like, as trainers ask: a proxy may not reach this machine.
-    direct = build_opener(ProxyHandler({}))
+    direct = build_opener(ProxyHandler({})).open
 
     def answers() -> bool:
-        with suppress(OSError), direct.open(f"{url}/health", timeout=5) as response:
+        with suppress(OSError), direct(f"{url}/health", timeout=5) as response:
             return bool(response.status == 200)
         return False
 

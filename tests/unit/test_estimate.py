@@ -58,7 +58,7 @@ def estimate(folder: str, capfd: pytest.CaptureFixture[str]) -> Estimate:
         demonstrator: TeacherSampler | None = None,
         **data: Any,
     ) -> Values:
-        settings = {"accelerator": "cpu", "max_steps": 100, "logger": False}
+        settings: dict[str, Any] = {"accelerator": "cpu", "max_steps": 100, "logger": False}
         lightning = Trainer(**settings, enable_progress_bar=False, **(trainer or {}))
         module = kind(
             Student(folder, **(student or {})),

@@ -326,6 +326,20 @@ def test_what_is_written_needs_an_engine(tiny_model_dir: TinyModelDir, tasks: st
     assert module.student.model is None
 
 
+def test_a_task_is_measured_whole(tiny_model_dir: TinyModelDir, tasks: str) -> None:
+    def run(**limit: Any) -> None:
+        module = SFT(Student(str(tiny_model_dir())))
+        choice = HarnessTask(task="choice", include_path=tasks, batch_size=4)
+        trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, **limit)
+        trainer.validate(module, datamodule=RolloutDataModule(tasks={"quiz": choice}))
+
+    with pytest.raises(UserError, match=r"got 2, but suite 'quiz' of 4 batches is graded as a wh"):
+        run(limit_val_batches=2)
+    with pytest.raises(UserError, match=r"got 0\.2, which is none of the 4 batches of suite"):
+        run(limit_val_batches=0.2)
+    run(limit_val_batches=4)
+
+
 def test_settings_that_make_no_sense() -> None:
     with pytest.raises(UserError, match="limit of a task: got 0, expected at least 1"):
         HarnessTask(task="choice", limit=0)

@@ -428,3 +428,17 @@ def test_teachers_by_domain_by_hand_and_over_micro_batches() -> None:
         }
     )
     assert found == pytest.approx({name: float(x) for name, x in parts.compute().items()})
+
+
+def test_prompts_that_are_not_measured_are_left_out() -> None:
+    metric, alone = SuiteScores(["x", "y", "x", "z"], 4, [2]), SuiteScores(["x", "y"], 4, [2])
+    for prompt in (0, 1):
+        metric.update(*suite_rows(prompt))
+        alone.update(*suite_rows(prompt))
+    got = metric.compute()
+    assert got.pop("measured") == 2
+    assert got == alone.compute()
+    by_domain = metric.compute_by_domain()
+    assert by_domain.keys() == {"x", "y"}
+    assert by_domain["x"].pop("measured") == 1
+    assert by_domain == alone.compute_by_domain()

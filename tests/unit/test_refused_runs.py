@@ -78,7 +78,7 @@ def test_validation_within_a_step(refusal: Refusal) -> None:
     assert "val_check_interval: got a time" in line
     for option in ("val_check_interval", "max_time"):
         with pytest.raises(UserError, match=rf"^trainer\.{option}: got \{{'steps': 1\}}, expected"):
-            Trainer(**{option: {"steps": 1}})
+            Trainer(**{option: {"steps": 1}})  # type: ignore[arg-type]
 
 
 def test_more_micro_batches_than_rollouts(refusal: Refusal) -> None:

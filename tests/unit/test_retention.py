@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from peft import LoraConfig
 
 from callbacks import CapabilityRetention
@@ -228,6 +229,23 @@ def test_only_the_front_stays_on_disk(tmp_path: Path) -> None:
     saver.global_step = 20
     folder.keep(cast(Any, saver), points[:1], {})
     assert sorted(path.name for path in folder.folder.iterdir()) == ["index.json", names[2]]
+
+
+def test_the_front_of_a_repeated_last_validation_is_kept(tmp_path: Path) -> None:
+    saved: list[str] = []
+    trainer: Any = SimpleNamespace(
+        state=SimpleNamespace(fn=TrainerFn.FITTING),
+        sanity_checking=False,
+        is_global_zero=True,
+        global_step=20,
+        log_dir=str(tmp_path),
+        save_checkpoint=lambda path, weights_only: saved.append(path.name),
+    )
+    callback = CapabilityRetention(["a"])
+    callback.points = [Point(step=20, gain=0.5, retention=0.1, scores={"a": 0.5})]
+    callback.on_validation_end(trainer, None)  # `on_train_start` is not called then
+    assert saved == ["step-000020.ckpt"]
+    assert json.loads((tmp_path / "pareto" / "index.json").read_text())["points"][0]["step"] == 20
 
 
 # Errors -------------------------------------------------------------------------------------

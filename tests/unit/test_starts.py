@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_lightning.run.starts import FILE, git_state, note_start
+from opd_lightning.run.starts import FILE, git_state, last_start, note_start
 
 
 def git(*arguments: str) -> str:
@@ -25,6 +25,14 @@ def test_a_line_for_every_start(tmp_path: Path) -> None:
     assert (two["step"], two["checkpoint"]) == (5, "last")
     assert one["versions"]["torch"] == torch.__version__
     assert one["command"]
+
+
+def test_a_line_that_was_cut_short_does_not_take_the_next(tmp_path: Path) -> None:
+    note_start(tmp_path, step=0)
+    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-20])
+    note_start(tmp_path, step=7)
+    assert last_start(tmp_path)["step"] == 7
+    assert (tmp_path / FILE).read_bytes().count(b"\n") == 2
 
 
 def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

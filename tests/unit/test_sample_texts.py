@@ -1,0 +1,47 @@
+"""`opd sample` reads and writes texts in any encoding of its streams."""
+
+import io
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from opd_lightning.commands.sample import chat, read_prompt
+from opd_lightning.errors import UserError
+from opd_lightning.terminal.output import escape_unknown_characters
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text_are_refused(errors: str) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(b"12+\xff"), encoding="utf-8", errors=errors)
+    with pytest.raises(UserError, match="prompt: got bytes on stdin that are no text in UTF-8"):
+        read_prompt(None, stdin)
+
+
+def test_a_conversation_goes_on_after_them(capsys: pytest.CaptureFixture[str]) -> None:
+    lines: Iterator[str] = iter(["\udcff", "1+1"])
+    asked = []
+
+    class Answering:
+        def answer(self, messages: Any) -> str:
+            asked.append(messages[-1]["content"])
+            return "2"
+
+    def read() -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    chat(Answering(), [], read)  # type: ignore[arg-type]
+    assert asked == ["1+1"]
+    assert "no text in UTF-8" in capsys.readouterr().err
+
+
+def test_characters_that_stdout_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    escape_unknown_characters()
+    print("é 😀", flush=True)
+    assert written.getvalue() == b"\xe9 \\U0001f600\n"
