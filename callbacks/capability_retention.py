@@ -112,8 +112,9 @@ class CapabilityRetention(RunCallback):
     def _pareto(self, trainer: Trainer) -> ParetoFolder | None:
         """Return the folder of the front if it is kept. Collective."""
         log_dir = trainer.log_dir  # a broadcast
-        keeps = self.keep_pareto and log_dir is not None
-        return ParetoFolder(Path(str(log_dir), "pareto")) if keeps else None
+        if not self.keep_pareto or log_dir is None:
+            return None
+        return ParetoFolder(Path(log_dir, "pareto"))
 
     def state_dict(self) -> dict[str, Any]:
         points = [asdict(point) for point in self.points]

@@ -61,9 +61,8 @@ def _move_later(trainer: Trainer, named: Saved) -> None:
             paths = sorted(place.glob(f"*{ModelCheckpoint.FILE_EXTENSION}"))
             left = [path for path in paths if not is_own or _step(path) > named.step]
             if left:
-                _move(
-                    left, next(to for n in count(1) if not (to := place / f"{LEFT}-{n}").exists())
-                )
+                free = (place / f"{LEFT}-{n}" for n in count(1))
+                _move(left, next(to for to in free if not to.exists()))
     except OSError as error:
         raise unreadable(error) from error
 

@@ -81,6 +81,7 @@ def compare(
         if any(tag in curves[run] for run in members)
     ]
     if json:
+        # JSON has no NaN, which alone differs from itself.
         rows = [{k: v if v == v else None for k, v in one._asdict().items()} for one in lines]
         print(json_format.dumps(rows))
     else:
