@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGINT
 from typing import TYPE_CHECKING, TextIO
 
 import torch
@@ -24,6 +25,7 @@ from opd_lightning.models.tokenization import token_texts
 from opd_lightning.rollouts import Engine, HFEngine, Sampling
 from opd_lightning.run.outputs import write_text
 from opd_lightning.run.prompt_checks import PromptCheck
+from opd_lightning.run.signals import signal_of
 from opd_lightning.seeding import SHOWN_SAMPLE, derive_seed
 from opd_lightning.terminal.token_page import TokenRow, token_page
 from opd_lightning.types import Author, Message, Prompt, Rollout
@@ -206,7 +208,7 @@ def _text(read: Callable[[], str]) -> str:
 
 
 def chat(sampler: Sampler, first: Sequence[Message], read: Callable[[], str]) -> None:
-    """Run a conversation, one turn per line, until the input ends.
+    """Run a conversation, one turn per line, until the input or Ctrl-C ends it.
 
     With several samples, the conversation continues with the first. A line that cannot be answered
     is reported and left out of the conversation.
@@ -229,5 +231,9 @@ def chat(sampler: Sampler, first: Sequence[Message], read: Callable[[], str]) ->
                 messages += [message, {"role": "assistant", "content": response}]
         except UserError as error:
             report(f"{error} ({NEW} begins anew)")
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
+        except KeyboardInterrupt as interrupt:
+            if signal_of(interrupt) == SIGINT:
+                return
+            raise

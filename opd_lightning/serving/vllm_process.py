@@ -54,18 +54,22 @@ def _set_environment() -> None:
 def launcher_variables() -> Iterator[None]:
     """Set RANK and LOCAL_RANK, from which vLLM's external launcher takes its GPU, temporarily.
 
-    SLURM has other names for them, and Lightning reads LOCAL_RANK as "processes were launched".
+    SLURM has other names for them, and Lightning's LOCAL_RANK, which it reads as "processes were
+    launched", is not the GPU with `trainer.devices: [2, 3]`.
     """
     device = torch.cuda.current_device() if torch.cuda.is_available() else 0
     rank = dist.get_rank() if dist.is_initialized() else 0
     wanted = {"RANK": str(rank), "LOCAL_RANK": str(device)}
-    added = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(added)
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        for name in added:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def destroy_vllm_groups() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +22,7 @@ from opd_lightning.types import Prompt, Rollout, RolloutBatch, TokenScores
 if TYPE_CHECKING:
     from opd_lightning.models.student import Student
 
+log = logging.getLogger(__name__)
 _END = b"\xff"  # stands for both ends of sequence: a byte that no UTF-8 text has
 
 
@@ -51,8 +53,9 @@ class CrossTokenizerTeacher(Teacher):
     student of single characters has none.) A temperature other than 1 divides
     the logits of each model's tokens, so equal distributions of text become unequal. A special
     token within the response is encoded as its name, which is a special token again if the teacher
-    has one of that name. A character that the length limit cut off is not scored; other bytes that
-    are not UTF-8 are read as U+FFFD.
+    has one of that name. A character that the length limit cut off is not scored, nor is
+    what exceeds the teacher's context, of which the first response is named in a warning. Other
+    bytes that are not UTF-8 are read as U+FFFD.
 
     Args:
         path: Model folder or hub name.
@@ -92,12 +95,18 @@ class CrossTokenizerTeacher(Teacher):
         self.source: ModelSource = self.frozen.source
         self.template_args = template_args or {}
         self._prompts: dict[str, list[int]] = {}
+        self._has_warned = False
 
     def check_model(self, student: Student) -> None:
         self.frozen.check_model(student)
 
     def check_prompt(self, prompt: Prompt) -> None:
-        self._fit(prompt, self._prompt_ids(prompt), 1)
+        length, limit = len(self._prompt_ids(prompt)), self.source.context_length
+        if length >= limit:
+            raise UserError(
+                f"{prompt.origin or prompt.id}: its {length} of the teacher's tokens leave no room "
+                f"for a response in the teacher's context of {limit}; shorten the row"
+            )
 
     def load(self, device: torch.device, student: Student) -> None:
         self.frozen.load(device, student)
@@ -154,12 +163,21 @@ class CrossTokenizerTeacher(Teacher):
         if ended:
             response_ids.append(self.source.tokenizer.eos_token_id)
             ours, theirs = [*ours, _END], [*theirs, _END]
-        groups = align(ours, theirs)
+        prompt_ids = self._prompt_ids(rollout.prompt)
+        room = self.source.context_length - len(prompt_ids)
+        groups = [group for group in align(ours, theirs) if group.teacher[-1] < room]
+        if len(response_ids) > room and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "a response to prompt %s has %d of the teacher's tokens, the first %d of which fit "
+                "in its context and are scored; lower sampling.max_new_tokens",
+                rollout.prompt.id,
+                len(response_ids),
+                room,
+            )
         columns = [group.student[-1] for group in groups for _ in group.teacher]
         ends = {group.teacher[-1] for group in groups}
         spans = self._longer_tokens.spans(theirs[: len(columns)], ends)
-        prompt_ids = self._prompt_ids(rollout.prompt)
-        self._fit(rollout.prompt, prompt_ids, len(columns))
         return _Translated(prompt_ids, response_ids[: len(columns)], columns, spans)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
@@ -167,11 +185,3 @@ class CrossTokenizerTeacher(Teacher):
             ids = render(prompt, self.source.tokenizer, self.template_args, role="teacher")
             self._prompts[prompt.id] = ids
         return self._prompts[prompt.id]
-
-    def _fit(self, prompt: Prompt, prompt_ids: list[int], response: int) -> None:
-        if len(prompt_ids) + response > self.source.context_length:
-            raise UserError(
-                f"{prompt.origin or prompt.id}: prompt of {len(prompt_ids)} + response of "
-                f"{response} of the teacher's tokens exceed its context of "
-                f"{self.source.context_length}; shorten the row or lower sampling.max_new_tokens"
-            )

@@ -1,6 +1,7 @@
 """Teachers with another tokenizer: scores and refused requests."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_lightning.errors import UserError
 from opd_lightning.lab.models import new_model
 from opd_lightning.models.chat import render
 from opd_lightning.models.student import Student
@@ -312,11 +312,36 @@ def test_prompts_fit_the_teachers_own_context(refusal: Refusal, tmp_path: Path) 
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8}))
     line = refusal(lambda: opd(teacher=foreign(folder)))
-    assert "of the teacher's tokens exceed its context of 8; shorten the row" in line
+    assert "leave no room for a response in the teacher's context of 8; shorten the row" in line
 
 
-def test_a_response_beyond_the_context_is_an_error(kinds: dict[str, Path]) -> None:
+def test_what_exceeds_the_context_is_not_scored(
+    kinds: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = json.loads((kinds["pieces"] / "config.json").read_text())
+    assert config["max_position_embeddings"] == 64
+    longer = tmp_path / "longer"
+    shutil.copytree(kinds["pieces"], longer)
+    (longer / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
     student = loaded(kinds["bytes"])
-    batch = make_batch([answered(student, "the fox " * 20)])
-    with pytest.raises(UserError, match="of the teacher's tokens exceed its context of 64"):
-        score(CrossTokenizerTeacher(str(kinds["pieces"])), student, batch)
+    fitting = answered(student, "the quick fox")
+    batch = make_batch([answered(student, "the fox " * 20), fitting])
+    expected = score(CrossTokenizerTeacher(str(longer)), student, batch)
+    assert not caplog.records
+    teacher = CrossTokenizerTeacher(str(kinds["pieces"]))
+    found = score(teacher, student, batch)
+    score(teacher, student, batch)
+    assert len(caplog.records) == 1
+    said = caplog.records[0].getMessage()
+    assert f"a response to prompt {fitting.prompt.id} has " in said
+    assert "fit in its context and are scored; lower sampling.max_new_tokens" in said
+    assert found.ends is not None
+    assert expected.ends is not None
+    assert torch.equal(found.ends[1], expected.ends[1])
+    scored = found.ends[0].nonzero().flatten()
+    assert 0 < len(scored) < expected.ends[0].sum()
+    # Of the last group, what it implies about the next is not known.
+    before = int(scored[-2]) + 1
+    torch.testing.assert_close(found.logprobs[0, :before], expected.logprobs[0, :before])
+    torch.testing.assert_close(found.logprobs[1], expected.logprobs[1])
+    assert not found.logprobs[0, int(scored[-1]) + 1 :].any()

@@ -1,6 +1,7 @@
 """`opd sample` reads and writes texts in any encoding of its streams."""
 
 import io
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from opd_lightning.commands.sample import chat, read_prompt
 from opd_lightning.errors import UserError
+from opd_lightning.run.signals import Interrupted
 from opd_lightning.terminal.output import escape_unknown_characters
 
 
@@ -37,6 +39,18 @@ def test_a_conversation_goes_on_after_them(capsys: pytest.CaptureFixture[str]) -
     chat(Answering(), [], read)  # type: ignore[arg-type]
     assert asked == ["1+1"]
     assert "no text in UTF-8" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_conversation_and_a_signal_the_program() -> None:
+    def end(interrupt: KeyboardInterrupt) -> None:
+        def read() -> str:
+            raise interrupt
+
+        chat(None, [], read)  # type: ignore[arg-type]
+
+    end(KeyboardInterrupt())
+    with pytest.raises(Interrupted):  # the program exits with 143
+        end(Interrupted(signal.SIGTERM))
 
 
 def test_characters_that_stdout_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
