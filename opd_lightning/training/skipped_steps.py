@@ -106,8 +106,10 @@ class SkippedSteps(nn.Module):
 def check_weights(step: int, student: nn.Module, ranks: Ranks) -> None:
     """Raise RunStoppedError, on all ranks, if the optimiser left a weight that is not finite."""
     trained = {name: _local_shard(p) for name, p in student.named_parameters() if p.requires_grad}
+    # With more processes than rows, as of a small LoRA, some have an empty shard.
+    held = [weight for weight in trained.values() if weight.numel()]
     # The maximum norm cannot overflow, unlike a sum of squares, and propagates NaN.
-    largest = torch.nn.utils.get_total_norm(trained.values(), norm_type=float("inf"))
+    largest = torch.nn.utils.get_total_norm(held, norm_type=float("inf"))
     if ranks.sum(int(not largest.isfinite())):
         broken = [name for name, weight in trained.items() if not weight.isfinite().all()]
         name = next(names[0] for names in ranks.gather(broken) if names)

@@ -9,14 +9,16 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from callbacks import EMATeacherUpdate
 from opd_lightning.errors import EngineMismatchError, RunStoppedError, UserError
 from opd_lightning.methods import GOPD, OPD
 from opd_lightning.models.student import Student
+from opd_lightning.processes import Ranks
 from opd_lightning.rollouts import HFEngine, Request, Sampling
 from opd_lightning.teachers import EMATeacher, FrozenTeacher
+from opd_lightning.training.skipped_steps import check_weights
 from opd_lightning.types import Completion, RolloutBatch, TokenScores
 from tests.integration.test_fit import fit, weights
 
@@ -205,3 +207,15 @@ def test_a_broken_model_is_not_pushed() -> None:
 def test_the_number_of_skips_must_be_one_at_least() -> None:
     with pytest.raises(UserError, match="stop_after_skips: got 0, expected at least 1"):
         method([], stop_after_skips=0)
+
+
+@pytest.mark.parametrize("held", [[], [torch.ones(3)]])
+def test_a_process_with_an_empty_shard_checks_the_others(held: list[Tensor]) -> None:
+    """As of a LoRA of rank 8 over 16 processes."""
+    student = nn.ParameterList([torch.empty(0, 4), *held])
+    ranks = Ranks(rank=0, world_size=1, sum=lambda x: x, gather=lambda x: [x])
+    check_weights(3, student, ranks)
+    for weight in held:
+        weight[1] = torch.inf
+        with pytest.raises(RunStoppedError, match=r"step 3: .* not finite, '1' among them"):
+            check_weights(3, student, ranks)

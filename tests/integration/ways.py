@@ -84,7 +84,10 @@ class MovedStudent(Student):
 
 def student(path: str = STUDENT, lora: Sequence[str] = (), **more: Any) -> Student:
     torch.manual_seed(0)  # of the adapters
-    config = LoraConfig(r=4, target_modules=list(lora), use_rslora=True)
+    # Of one row, some processes hold none.
+    config = LoraConfig(
+        r=4, rank_pattern={"down_proj": 1}, target_modules=list(lora), use_rslora=True
+    )
     return MovedStudent(path, lora=config if lora else None, **more)
 
 
