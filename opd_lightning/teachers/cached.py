@@ -20,7 +20,7 @@ from opd_lightning.teachers.base import (
     TopKTeacher,
     provides_top_k,
 )
-from opd_lightning.teachers.score_store import Description, ScoreStore, exists, row_key
+from opd_lightning.teachers.score_store import Description, RowScores, ScoreStore, exists, row_key
 from opd_lightning.types import Prompt, RolloutBatch, TokenScores
 
 if TYPE_CHECKING:
@@ -138,9 +138,11 @@ class CachedTeacher(TopKTeacher):
             if not rollout.dropped:
                 key = row_key(prompt_ids or rollout.prompt_ids, rollout.response_ids)
                 rows.append(self.store.read(key, top_k))
+        flat, wide = torch.zeros(0), torch.zeros(0, top_k)
+        nothing = RowScores(flat, flat, wide, wide)
         device = batch.response_ids.device
         logprobs, entropy, top_ids, top_logprobs = (
-            torch.cat(part).to(device) for part in zip(*rows, strict=True)
+            torch.cat(part).to(device) for part in zip(*(rows or [nothing]), strict=True)
         )
         known = TopLogprobs(top_ids.long(), top_logprobs)
         return TokenScores.unflatten((logprobs, entropy, known.ids, top_logprobs), batch), known

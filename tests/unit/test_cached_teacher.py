@@ -123,6 +123,20 @@ def test_u20_the_advantage_moves_with_the_student(
     torch.testing.assert_close(after - advantage, logprobs - moved, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_a_micro_batch_without_tokens_has_no_scores(
+    filled: Fill, batch: RolloutBatch, top_k: int
+) -> None:
+    """One that repeats a rollout, because another rank has more micro-batches."""
+    cached = filled(questions(batch, top_k=5))
+    nothing = make_batch([batch.rollouts[1]], temperature=TEMPERATURE)  # the dropped one
+    scores, known = cached.score_top(nothing, "student", top_k=top_k)
+    assert scores.logprobs.shape == scores.entropy.shape == nothing.response_mask.shape
+    assert scores.top_ids.shape == (*nothing.response_mask.shape, top_k)
+    assert not scores.logprobs.any()
+    assert known.ids.shape == known.logprobs.shape == (0, top_k)
+
+
 def test_a_second_filling_asks_only_what_is_new(
     filled: Fill, batch: RolloutBatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
