@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,9 @@ class FrozenTeacher(OwnModelTeacher):
         if self._reader is not None:
             return
         sharding = self._sharding = student.sharding
-        model = self._build(empty=sharding is not None and not sharding.reads)
+        # Lightning calls this where new tensors are made on the device.
+        with torch.device("cpu") if self.offload else nullcontext():
+            model = self._build(empty=sharding is not None and not sharding.reads)
         self._reader = Reader(model).eval().requires_grad_(False)
         if sharding is not None:
             sharding.shard(self._reader)

@@ -326,6 +326,14 @@ def test_an_offloaded_teacher_is_on_the_device_from_its_first_answer_to_its_rest
     assert {x.device.type for x in offloaded._reader.parameters()} == {"cpu"}
 
 
+def test_an_offloaded_teacher_is_read_to_memory(folders: list[Path]) -> None:
+    offloaded = FrozenTeacher(str(folders[0]), offload=True)
+    with torch.device("meta"):  # stands for a GPU, where Lightning has new tensors made
+        offloaded.load(CPU, Student("unused"))
+    parameters = offloaded.model().parameters()
+    assert {x.device.type for x in parameters} == {"cpu"}
+
+
 @pytest.mark.parametrize(
     ("method", "settings", "sums"),
     [
