@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
@@ -36,6 +37,7 @@ from opd_lightning.models.packing import Packing, is_packed
 from opd_lightning.models.sharding import Sharding
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.weights import full_weights
+from opd_lightning.processes import world_size
 from opd_lightning.types import RolloutBatch, TokenScores
 
 KEPT_MASS = "kept_mass"  # name of the comparison that is added for a truncated sampler
@@ -114,6 +116,12 @@ class Student(nn.Module):
         if sharding is not None:
             sharding.shard(self, compute_dtype=sharding.compute_dtype)
             register_fsdp_forward_method(self, "states")
+        elif self.lora is not None and world_size() > 1:
+            # Random generators of processes may differ. DDP broadcasts too, but only after an EMA
+            # teacher has copied the student.
+            for name, parameter in self.named_parameters():
+                if ".lora_" in name:
+                    dist.broadcast(parameter.detach(), src=0)
 
     def check(self) -> None:
         """Raise UserError, before weights load, if the model cannot be built or adapted."""

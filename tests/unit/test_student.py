@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
@@ -13,7 +14,9 @@ from opd_lightning.lab.models import new_model
 from opd_lightning.losses.divergence import ReverseKL
 from opd_lightning.models.head import Comparison
 from opd_lightning.models.student import Student
-from opd_lightning.teachers import FrozenTeacher
+from opd_lightning.processes import gather
+from opd_lightning.teachers import EMATeacher, FrozenTeacher
+from tests.processes import call_ranks
 from tests.unit.test_head import two_rows
 
 
@@ -165,3 +168,22 @@ def test_gradient_checkpointing_changes_no_gradient(
         gradients.append([p.grad for p in student.parameters() if p.requires_grad])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
+
+
+def load_with_own_seed(rank: int, rendezvous: str, folder: str) -> None:
+    """Run as one of two processes."""
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    student = Student(folder, lora=LoraConfig(r=4, target_modules=["q_proj"]))
+    student.load()
+    teacher = EMATeacher()
+    teacher.load(torch.device("cpu"), student)
+    first, second = gather({n: p.detach() for n, p in teacher.model().named_parameters()})
+    torch.testing.assert_close(second, first, atol=0, rtol=0)
+    dist.barrier()  # gloo's threads may abort a process that leaves first
+    dist.destroy_process_group()
+
+
+def test_processes_begin_with_one_adapter(folder: Path, tmp_path: Path) -> None:
+    arguments = (f"file://{tmp_path}/rendezvous", str(folder))
+    call_ranks(load_with_own_seed, *arguments, count=2, timeout=120)
