@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
@@ -106,6 +107,7 @@ class Run:
         mix: RolloutMix = RolloutMix(),  # noqa: B008 - frozen
         gather: Callable[[Any], list[Any]] = lambda value: [value],
         order: PromptOrder | None = None,
+        limit: float = math.inf,
         teacher_samples: int = 1,
         likelihoods: Callable[[Sequence[RolloutBatch]], list[float]] = lambda batches: [],
     ) -> None:
@@ -132,6 +134,7 @@ class Run:
             prepare=lambda batches: None,
             likelihoods=likelihoods,
             now=lambda: self.step,
+            limit=lambda: limit,
             engines=self.engines,
             max_staleness=staleness,
             prompts_per_step=per_step,

@@ -43,8 +43,8 @@ class TrainingStream:
     `order` is that of the prompts; `before_step(step)` is called before anything is generated for
     a step; `mix_at(step)` returns the step's mix of authors; `prepare` receives all micro-batches
     before the first is yielded; `likelihoods` returns the student's mean log-prob of each rollout,
-    nats; `now()` returns the number of optimiser steps made. Of `teacher_samples` responses of the
-    teacher to a prompt, `keep_best` keeps one.
+    nats; `now()` returns the number of optimiser steps made, `limit()` the most items of an epoch.
+    Of `teacher_samples` responses of the teacher to a prompt, `keep_best` keeps one.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class TrainingStream:
         prepare: Callable[[list[RolloutBatch]], None],
         likelihoods: Callable[[list[RolloutBatch]], list[float]],
         now: Callable[[], int],
+        limit: Callable[[], float],
         engines: Engines,
         max_staleness: int,
         prompts_per_step: int,
@@ -84,6 +85,7 @@ class TrainingStream:
         self.prepare = prepare
         self.likelihoods = likelihoods
         self.now = now
+        self.limit = limit
         self.engines = engines
         self.max_staleness = max_staleness
         self.prompts_per_step = prompts_per_step
@@ -152,8 +154,8 @@ class TrainingStream:
     def __iter__(self) -> Iterator[RolloutBatch | WholeStep]:
         """Yield the rest of the current epoch."""
         first = self.now()
-        end_of_epoch = (first // self.steps_per_epoch + 1) * self.steps_per_epoch
-        for step in range(first, end_of_epoch):
+        epoch = int(min(len(self), self.limit()) // self.micro_batches)
+        for step in range(first, (first // epoch + 1) * epoch):
             self.before_step(step)
             self.timer.next_step()
             rollouts = self.engines.prefetch.take(step, self.timer)

@@ -174,6 +174,7 @@ class RolloutDataModule(LightningDataModule):
             prepare=self.module.prepare_step,
             likelihoods=self.module.likelihoods,
             now=lambda: self.module.global_step,
+            limit=lambda: self.module.trainer.num_training_batches,
             engines=self.engines,
             max_staleness=self.max_staleness,
             prompts_per_step=self.prompts_per_step,

@@ -387,6 +387,29 @@ def test_a_step_logs_no_figure_of_an_earlier_one(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("time/step_seconds")] == [1, 2]
 
 
+class Epochs(Callback):
+    """Callback that records the epoch of every step."""
+
+    def __init__(self) -> None:
+        self.of_step: dict[int, int] = {}
+
+    def on_before_zero_grad(self, trainer: Any, *_: Any) -> None:
+        self.of_step[trainer.global_step] = trainer.current_epoch
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_epochs_that_are_cut_are_of_one_length(tmp_path: Path) -> None:
+    """Passes over the prompts take four steps."""
+    whole, resumed = Epochs(), Epochs()
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_last=True, save_top_k=0)
+    cut = {"limit_train_batches": 6}
+    fit_in_passes(method_of(), steps=7, trainer=cut, callbacks=[whole, saver])
+    last = str(tmp_path / "last.ckpt")
+    fit_in_passes(method_of(), steps=7, trainer=cut, callbacks=[resumed], ckpt_path=last)
+    assert whole.of_step == {0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2}
+    assert resumed.of_step == {step: whole.of_step[step] for step in (4, 5, 6)}
+
+
 @pytest.mark.usefixtures("in_lab")
 def test_a_step_that_would_be_cut_short_is_refused() -> None:
     with pytest.raises(UserError, match="limit_train_batches: got 3 micro-batches"):

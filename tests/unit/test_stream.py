@@ -58,6 +58,12 @@ def test_length_and_epochs() -> None:
     assert [b.totals.step for b in run] == [2, 2, 3, 3]
 
 
+def test_an_epoch_ends_where_lightning_ends_it() -> None:
+    run = Run(limit=2)
+    assert [b.totals.step for b in run] == [0, 0]
+    assert [b.totals.step for b in run] == [1, 1]
+
+
 def test_two_ranks_write_what_one_would() -> None:
     alone = sorted(rows(Run()))
     together = [row for rank in (0, 1) for row in rows(Run(rank=rank, world=2))]
