@@ -75,7 +75,7 @@ class EvaluatedModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._log_suites("val")
-        self.validation_is_over = True
+        self.validation_is_over = not self.trainer.sanity_checking
 
     def on_test_epoch_end(self) -> None:
         self._log_suites("test")
@@ -97,7 +97,8 @@ class EvaluatedModule(LightningModule):
         } | self.derived
         fits = self.trainer.state.fn == TrainerFn.FITTING
         if fits:  # log at the number of steps made; Lightning's step index is one less
-            write_validation(self.trainer, self.scores, self.tables)
+            if not self.trainer.sanity_checking:  # of a few batches
+                write_validation(self.trainer, self.scores, self.tables)
         else:
             self.scores_by_domain = {
                 name: {

@@ -146,7 +146,8 @@ class StepProgressBar(ProgressBar):
     ) -> None:
         if self._suites is not None:
             self._suites.close()
-        if self._enabled and trainer.state.fn == TrainerFn.FITTING:
+        measured = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if self._enabled and measured:
             for suite in pl_module.suites:
                 say(f"step {trainer.global_step}, {_scores(suite, pl_module.scores)}")
 

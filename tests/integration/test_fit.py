@@ -19,7 +19,9 @@ from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.errors import RunStoppedError, UserError
+from opd_lightning.evaluation import module as evaluation
 from opd_lightning.evaluation.responses import EvaluationSuite
+from opd_lightning.evaluation.texts import LikelihoodSuite
 from opd_lightning.lab.arithmetic import ANSWER_PATTERN
 from opd_lightning.methods import GOPD, OPD, SFT, DistillationModule, DivergenceOPD
 from opd_lightning.models.student import Student
@@ -408,6 +410,21 @@ def test_epochs_that_are_cut_are_of_one_length(tmp_path: Path) -> None:
     fit_in_passes(method_of(), steps=7, trainer=cut, callbacks=[resumed], ckpt_path=last)
     assert whole.of_step == {0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2}
     assert resumed.of_step == {step: whole.of_step[step] for step in (4, 5, 6)}
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_a_sanity_check_logs_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    demonstrations = "lab/arithmetic/demonstrations.jsonl"
+    logged: list[int] = []
+    monkeypatch.setattr(
+        evaluation, "write_validation", lambda trainer, *_: logged.append(trainer.global_step)
+    )
+    texts = {
+        "held_out": LikelihoodSuite(prompts=PromptSource(demonstrations, limit=4), batch_size=1)
+    }
+    checked = {"num_sanity_val_steps": 1, "val_check_interval": 1}
+    fit(method_of(), steps=1, trainer=checked, texts=texts)
+    assert logged == [1]
 
 
 @pytest.mark.usefixtures("in_lab")
