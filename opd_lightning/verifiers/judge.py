@@ -168,7 +168,7 @@ class JudgeVerifier(Verifier):
         """Return the last score in a reply; NaN if there is none on the scale."""
         (found,) = self.pattern.last([text if self._end is None else self._end.sub("", text)])
         try:
-            score = (float(str(found)) - self.zero) / (self.one - self.zero)
+            score = self._scaled(float(str(found)))
         except ValueError:  # no match, or no number
             return math.nan
         return score if 0 <= score <= 1 else math.nan
@@ -180,12 +180,16 @@ class JudgeVerifier(Verifier):
             told = [(str(one["token"]).strip(), math.exp(one["logprob"])) for one in listed]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise FailedError("its reply has no log-probs") from error
-        chosen = [(self.choices[token], p) for token, p in told if token in self.choices]
+        chosen = [
+            (self._scaled(self.choices[token]), p) for token, p in told if token in self.choices
+        ]
         total = sum(p for _, p in chosen)
-        if not total:
-            return math.nan
-        mean = sum(score * p for score, p in chosen) / total
-        return (mean - self.zero) / (self.one - self.zero)
+        # Scaled before the mean, which then is in [0, 1] despite rounding.
+        return sum(score * p for score, p in chosen) / total if total else math.nan
+
+    def _scaled(self, score: float) -> float:
+        """Map a score to [0, 1] by the scale."""
+        return (score - self.zero) / (self.one - self.zero)
 
     def _check_numbers(self) -> None:
         check_scale("JudgeVerifier", self.zero, self.one)

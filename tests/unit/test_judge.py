@@ -70,6 +70,21 @@ def test_choices_are_weighted_by_their_probabilities(serve: Serving) -> None:
     assert math.isnan(second)
 
 
+def test_a_mean_over_choices_is_in_the_scale_despite_rounding(serve: Serving) -> None:
+    """Several tokens mean the same choice, such as with a space; beyond 0 to 1 a run ends."""
+
+    def answer(asked: dict[str, Any]) -> tuple[int, Any]:
+        share = 0.01 * int(text_of(asked))
+        told = {"9": share, " 9": 1 - share}
+        listed = [{"token": token, "logprob": math.log(p)} for token, p in told.items()]
+        return reply("9", logprobs={"content": [{"top_logprobs": listed}]})
+
+    server, texts = serve(answer), [str(i) for i in range(1, 50)]
+    for scale, expected in (((0, 9), 1.0), ((9, 4), 0.0), ((3, 9), 1.0)):
+        verifier = judge(server, choices={"9": 9}, scale=scale)
+        assert set(verifier.verify([prompt()] * len(texts), texts)) == {expected}
+
+
 def test_a_rubric_is_written_once_per_prompt(serve: Serving) -> None:
     def answer(asked: dict[str, Any]) -> tuple[int, Any]:
         text = text_of(asked)
