@@ -152,7 +152,7 @@ class TopK(Divergence):
             case "per-candidate":
                 share = (student - _log_mass(student, kept)).exp().where(kept, 0.0)
                 cost = (share * log_quotient(student, teacher)).detach()
-                return (cost * (student - student.detach()).exp()).sum(dim=-1)
+                return (cost * log_quotient(student, student.detach()).exp()).sum(dim=-1)
         assert_never(self.gradient)
 
     def _inner(self) -> Divergence:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
-from opd_lightning.losses.divergence import ForwardKL, ReverseKL
+from opd_lightning.losses.divergence import ForwardKL, ReverseKL, kl
 from opd_lightning.losses.estimators import estimate_kl
 from opd_lightning.losses.schedule import Schedule, value_at
 from opd_lightning.losses.top_k import TopK
@@ -191,4 +191,4 @@ class EntropyGatedForwardKL(Term):
 
 
 def _negative_entropy(student_logprobs: Tensor, _: Tensor | None) -> Tensor:
-    return (student_logprobs.exp() * student_logprobs).sum(dim=-1)
+    return kl(student_logprobs, torch.zeros_like(student_logprobs))

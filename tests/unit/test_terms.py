@@ -13,7 +13,13 @@ from torch import Tensor
 from opd_lightning.errors import UserError
 from opd_lightning.losses.divergence import ForwardKL, ReverseKL
 from opd_lightning.models.student import Student
-from opd_lightning.rules import EntropyGatedForwardKL, Rule, Term, TrustRegion
+from opd_lightning.rules import (
+    EntropyBonus,
+    EntropyGatedForwardKL,
+    Rule,
+    Term,
+    TrustRegion,
+)
 from opd_lightning.rules.base import Compare, Scored
 from opd_lightning.teachers import Teacher
 from opd_lightning.teachers.base import Ask
@@ -129,6 +135,18 @@ def test_a_trust_region_has_a_view_and_a_direction() -> None:
         assert torch.equal(compare.function(ours, theirs), kl(ours, theirs))
     with pytest.raises(UserError, match="direction"):
         TrustRegion(OTHER, estimator="k2", direction="forward")
+
+
+def test_an_entropy_bonus_ignores_tokens_that_the_student_cannot_say() -> None:
+    """Logits of -inf, as of padded vocabularies: 0 log 0 is 0, in the gradient too."""
+    function = EntropyBonus().comparisons()["entropy_bonus"].function
+    logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    padded = torch.cat([logits, torch.full((3, 1), -torch.inf)], dim=-1)
+    (slope,) = torch.autograd.grad(function(padded.log_softmax(-1), None).sum(), logits)
+    value = -torch.distributions.Categorical(logits=logits).entropy()
+    (expected,) = torch.autograd.grad(value.sum(), logits)
+    torch.testing.assert_close(function(padded.log_softmax(-1), None), value)
+    torch.testing.assert_close(slope, expected)
 
 
 def test_a_trust_region_spares_rollouts_by_their_score() -> None:

@@ -74,6 +74,19 @@ def support_mask(support: str, k: int = K) -> Tensor:
     return choices.get(support, ours & theirs)
 
 
+@every_support
+@every_variant
+def test_a_token_neither_model_can_say(variant: tuple[Any, ...], support: str) -> None:
+    """Vocabulary entries with logit -inf on both sides are as good as absent, also in the top k."""
+    filler = torch.full((ROWS, 1), -torch.inf, dtype=torch.float64)
+    divergence = make(variant, k=VOCABULARY + 1, support=support)
+    padded = (torch.cat([logits, filler], dim=-1) for logits in (STUDENT, TEACHER))
+    value, gradient = value_and_gradient(divergence, *padded)
+    expected, slope = value_and_gradient(divergence)
+    close(value, expected)
+    close(gradient, torch.cat([slope, torch.zeros_like(filler)], dim=-1))
+
+
 def test_the_toy_has_supports_of_several_sizes() -> None:
     assert set(support_mask("intersection").sum(-1).tolist()) == {0, 1, 2}
 
