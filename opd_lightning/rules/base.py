@@ -104,6 +104,7 @@ class Rule(ABC):
     needs_groups = False  # reads rewards relative to the prompt's other samples
     needs_rewards = False  # reads rewards
     sums_tokens = False  # sums log-ratios over a response's tokens
+    reads_probabilities = False  # reads the teacher's probability of a token, not d_t alone
     shapes_advantage = False  # changes the advantage: for policy gradients only
     reads_entropy = False  # reads the entropy of the teacher's full distribution
     corrects_sampler = False  # weights by pi_theta / mu: for policy gradients only

@@ -68,6 +68,7 @@ class PowerReward(Rule):
     alpha: float = 5.0
 
     needs = ("teacher",)
+    reads_probabilities = True
     shapes_advantage = True
 
     def __post_init__(self) -> None:

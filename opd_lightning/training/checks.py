@@ -77,6 +77,7 @@ def _check_tokens(composed: ComposedMethod) -> None:
     method = type(composed).__name__
     summing = [method] if composed.sums_tokens else []
     summing += [type(rule).__name__ for rule in composed.rules if rule.sums_tokens]
+    reading = [type(rule).__name__ for rule in composed.rules if rule.reads_probabilities]
     for ask in composed.all_asks().values():
         for part in ask.teacher.parts():
             if not part.has_own_tokenizer:
@@ -92,6 +93,12 @@ def _check_tokens(composed: ComposedMethod) -> None:
                     f"{summing[0]} adds up log-ratios of single tokens, but {kind} tells those of "
                     "groups, which would count several times; leave it out (OPD: discount 0), or "
                     "use a teacher with the student's tokenizer"
+                )
+            if reading:
+                raise UserError(
+                    f"{reading[0]} reads the teacher's probability of every token, but {kind} "
+                    "tells those of groups; leave it out, or use a teacher with the student's "
+                    "tokenizer"
                 )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from opd_lightning.lab.models import new_model
 from opd_lightning.models.chat import render
 from opd_lightning.models.student import Student
-from opd_lightning.rules import PositionWeight, ScopeWeight, TrajectoryGate
+from opd_lightning.rules import PositionWeight, PowerReward, ScopeWeight, TrajectoryGate
 from opd_lightning.rules.base import Rule
 from opd_lightning.teachers import (
     Ask,
@@ -293,6 +293,12 @@ def test_groups_are_not_added_up(refusal: Refusal, rule: Rule) -> None:
 def test_groups_are_not_added_up_over_the_rest(refusal: Refusal) -> None:
     line = refusal(lambda: opd(teacher=foreign(), discount=0.5))
     assert "OPD adds up log-ratios of single tokens" in line
+
+
+def test_a_group_has_no_probability_of_single_tokens(refusal: Refusal) -> None:
+    """The log-prob of a group in the student's tokens may be above 0, and its power anything."""
+    line = refusal(lambda: opd(teacher=foreign(), rules=[PowerReward()]))
+    assert "PowerReward reads the teacher's probability of every token, but CrossTok" in line
 
 
 def test_bytes_of_tokens_must_be_known(refusal: Refusal, tmp_path: Path) -> None:
