@@ -4,7 +4,7 @@ import hashlib
 
 # Purpose of a seed, its first coordinate, so that two uses never share a random stream.
 PROMPT_ORDER, TRAINING_SAMPLE, EVALUATION_SAMPLE, AUTHOR, GUIDANCE = range(5)
-WRITTEN_SAMPLE, SHOWN_SAMPLE, TOKEN_CHOICE, STEP_ORDER = range(5, 9)
+WRITTEN_SAMPLE, SHOWN_SAMPLE, TOKEN_CHOICE, STEP_ORDER, TRUST_REGION = range(5, 10)
 
 
 def derive_seed(*coordinates: int) -> int:

@@ -10,6 +10,7 @@ from opd_lightning.losses.top_k import TopK
 from opd_lightning.models.student import Student
 from opd_lightning.rules.base import Scored, Signal
 from opd_lightning.rules.common import uniform_draws
+from opd_lightning.seeding import TRUST_REGION
 from opd_lightning.teachers.base import Teacher
 from opd_lightning.training.switched import SwitchedMethod
 
@@ -45,6 +46,7 @@ class TrOPD(SwitchedMethod):
         self.seed = seed
 
     def pushes(self, signal: Signal, scored: Scored) -> Tensor:
-        inside = uniform_draws(scored.batch, self.seed) < scored.log_ratio.exp()
+        draws = uniform_draws(scored.batch, self.seed, purpose=TRUST_REGION)
+        inside = draws < scored.log_ratio.exp()
         self.rates.update(scored.batch, {"trust/inside": inside})
         return inside

@@ -77,19 +77,21 @@ def quantile(values: Tensor, q: float) -> Tensor:
 
 
 def uniform_draws(
-    batch: RolloutBatch, seed: int, *, per: Literal["token", "rollout"] = "token"
+    batch: RolloutBatch,
+    seed: int,
+    *,
+    per: Literal["token", "rollout"] = "token",
+    purpose: int = TOKEN_CHOICE,
 ) -> Tensor:
     """Return uniform numbers in [0, 1), `[B, R]` float32; 1 at padding.
 
-    They follow from the seed, the step, the prompt's place in the run and the response, and so do
-    not depend on micro-batches, ranks or restarts.
+    They follow from the purpose (see `seeding`), the seed, the step, the prompt's place in the run
+    and the response, and so do not depend on micro-batches, ranks or restarts.
     """
     mask, ids, groups = (x.cpu() for x in (batch.response_mask, batch.response_ids, batch.groups))
     draws = torch.ones(mask.shape)
     for row, group in enumerate(groups.tolist()):
-        own = derive_seed(
-            TOKEN_CHOICE, seed, batch.totals.step, group, *ids[row][mask[row]].tolist()
-        )
+        own = derive_seed(purpose, seed, batch.totals.step, group, *ids[row][mask[row]].tolist())
         count = int(mask[row].sum()) if per == "token" else 1
         draws[row, mask[row]] = torch.rand(count, generator=torch.Generator().manual_seed(own))
     return draws.to(batch.response_mask.device)

@@ -25,7 +25,7 @@ class RandomGate(Rule):
         others: Of those not chosen: "drop" takes them out of the loss, "plain" gives them the
             advantage d_t, as `SignGate` gives it without consensus.
         per: "token" draws for each token, "rollout" once for a whole rollout.
-        seed: Seed of the choice.
+        seed: Seed of the choice; gates with the same seed choose alike.
     """
 
     share: float

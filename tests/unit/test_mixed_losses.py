@@ -16,12 +16,14 @@ from opd_lightning.losses.divergence import (
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.methods import AOPD, DistiLLM2, EntropySwitch, TrOPD
 from opd_lightning.models.student import Student
+from opd_lightning.rules import RandomGate
 from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.training.composed import ComposedMethod
 from tests.toy import (
     TOKENS,
     VISITED,
     VOCABULARY,
+    applied,
     finite_difference,
     make_scored,
     opd_signal,
@@ -112,6 +114,19 @@ def test_tropd_is_on_average_the_mixture_of_its_two_losses() -> None:
     assert (found.mean(0) - exact).norm() < 0.1 * exact.norm()
     assert not torch.equal(found[0], found[1])
     assert torch.equal(found[0], gradient(methods[0], logits, teacher))
+
+
+def test_tropd_draws_apart_from_a_random_gate() -> None:
+    """Half of the tokens that the gate chose are inside too, and not those of the lowest draws."""
+    student = torch.full((400, 5), -1.0)
+    ids = torch.arange(2000).view(400, 5)
+    groups = list(range(400))
+    scored = make_scored(student, student + torch.tensor(0.5).log(), ids=ids, groups=groups)
+    method = TrOPD(Student("nowhere"), FrozenTeacher("nowhere"))
+    signal, _ = applied(RandomGate(0.5), scored)
+    inside = method.pushes(signal, scored)
+    for chosen in (signal.mask, ~signal.mask):
+        assert abs(inside[chosen].float().mean() - 0.5) < 4 * (0.25 / 1000) ** 0.5
 
 
 def test_the_switch_is_opd_or_its_divergence() -> None:
