@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from signal import SIGINT
 from typing import TYPE_CHECKING, TextIO
@@ -56,8 +58,10 @@ class Question:
     domain: str = "default"
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
+        # Token ids of prompts are kept by their ids, and every turn has other messages.
+        digest = blake2b(json.dumps(messages).encode(), digest_size=8).hexdigest()
         return Prompt(
-            id="prompt",
+            id=f"prompt-{digest}",
             messages=tuple(messages),
             answer=self.answer,
             privileged=self.privileged,

@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 
-from opd_lightning.commands.sample import chat, read_prompt
+from opd_lightning.commands.sample import Question, chat, read_prompt
+from opd_lightning.data.views import PromptView, Renderer
 from opd_lightning.errors import UserError
+from opd_lightning.models.student import Student
+from opd_lightning.rollouts import Sampling
 from opd_lightning.run.signals import Interrupted
 from opd_lightning.terminal.output import escape_unknown_characters
+from opd_lightning.types import Message
+from tests.conftest import TinyModelDir
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
@@ -39,6 +44,27 @@ def test_a_conversation_goes_on_after_them(capsys: pytest.CaptureFixture[str]) -
     chat(Answering(), [], read)  # type: ignore[arg-type]
     assert asked == ["1+1"]
     assert "no text in UTF-8" in capsys.readouterr().err
+
+
+def test_a_teacher_is_shown_the_turn_that_was_answered(tiny_model_dir: TinyModelDir) -> None:
+    """Views that depend on the prompt alone are kept by the prompt's id."""
+    source = Student(str(tiny_model_dir())).source
+    views = {"privileged": PromptView()}
+    renderer = Renderer(source.tokenizer, {}, views, source.eos_ids)
+    question = Question(samples=1, sampling=Sampling(), privileged="1")
+    first: list[Message] = [{"role": "user", "content": "1 + 1"}]
+    longer: list[Message] = [
+        *first,
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "2 + 2"},
+    ]
+    seen = []
+    for messages in (first, longer, first):
+        view = renderer.view("privileged", question.prompt(messages))
+        assert view is not None
+        seen.append(view)
+    assert seen[0] == seen[2]
+    assert len(seen[1]) > len(seen[0])
 
 
 def test_ctrl_c_ends_a_conversation_and_a_signal_the_program() -> None:
