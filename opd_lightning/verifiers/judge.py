@@ -101,7 +101,8 @@ class JudgeVerifier(Verifier):
             "JudgeVerifier", pattern, timeout_seconds=timeout_seconds, step_seconds=step_seconds
         )
         self._end = _end_of_scale(max(scale)) if pattern == NUMBER else None
-        self._rubrics: dict[str, str] = {}  # by id of the prompt
+        # By what the model is asked: ids of prompts are unique in their file only.
+        self._rubrics: dict[str, str] = {}
         self._writing: dict[str, threading.Lock] = {}
         self._warned = False
 
@@ -122,8 +123,6 @@ class JudgeVerifier(Verifier):
                 failures.append(str(error))
                 return math.nan
 
-        for prompt in prompts:
-            self._writing.setdefault(prompt.id, threading.Lock())
         with ThreadPoolExecutor(self.chat.max_requests, "judge") as pool:
             scores = list(pool.map(score, prompts, responses))
         self.chat.note_call(len(scores), failures)
@@ -153,11 +152,11 @@ class JudgeVerifier(Verifier):
     def _score(self, prompt: Prompt, response: str, end: float) -> float:
         names = {"response": response}
         if self.rubric is not None:
-            with self._writing[prompt.id]:
-                if prompt.id not in self._rubrics:
-                    asked = self.rubric.render(prompt)
-                    self._rubrics[prompt.id] = text_of(self.chat.ask(asked, end))
-            names["rubric"] = self._rubrics[prompt.id]
+            asked = self.rubric.render(prompt)
+            with self._writing.setdefault(asked, threading.Lock()):
+                if asked not in self._rubrics:
+                    self._rubrics[asked] = text_of(self.chat.ask(asked, end))
+            names["rubric"] = self._rubrics[asked]
         asked = self.question.render(prompt, **names)
         if not self.choices:
             return self._of_text(text_of(self.chat.ask(asked, end)))

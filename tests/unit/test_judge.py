@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -100,6 +101,16 @@ def test_a_rubric_is_written_once_per_prompt(serve: Serving) -> None:
     texts = sorted(text_of(asked) for asked in server.asked)
     assert [text for text in texts if text.startswith("write")] == ["write a", "write b"]
     assert "rubric of write b | 4" in texts
+
+
+def test_prompts_of_two_files_with_one_id_have_their_own_rubrics(serve: Serving) -> None:
+    """The verifier of training also scores suites, whose rows may have the same ids."""
+    server = serve(lambda asked: reply("1"))
+    verifier = judge(server, "{{ rubric }} | {{ response }}", rubric="write {{ question }}")
+    for question in ("a", "b"):
+        assert verifier.verify([replace(prompt(question), id="1")], ["2"]) == [1]
+    asked = [text_of(one) for one in server.asked]
+    assert asked == ["write a", "1 | 2", "write b", "1 | 2"]
 
 
 def test_what_fails_is_repeated_and_then_has_no_reward(
