@@ -25,25 +25,27 @@ class RecordedTexts:
         tokenizer: A tokenizer with a chat template.
         template_args: Extra template variables.
 
-    Ids are kept by the prompt's, 4 bytes a token.
+    Ids are kept for every prompt, 4 bytes a token.
     """
 
     def __init__(self, tokenizer: Any, template_args: dict[str, Any]) -> None:
         self.tokenizer = tokenizer
         self.template_args = template_args
-        self._known: dict[str, array[int]] = {}
+        # By `id(prompt)`, since ids of prompts are unique in their file only; the prompt is held so
+        # that no other has the same.
+        self._known: dict[int, tuple[Prompt, array[int]]] = {}
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
         """Encode the responses of some prompts together, which is faster."""
         end = self.tokenizer.eos_token_id
         for prompt, ids in zip(prompts, self._encode(prompts), strict=True):
-            self._known[prompt.id] = array("i", [*ids, end])
+            self._known[id(prompt)] = prompt, array("i", [*ids, end])
 
     def ids_of(self, prompt: Prompt) -> list[int]:
         """Return the ids of a prompt's response."""
-        if prompt.id not in self._known:
+        if id(prompt) not in self._known:
             self.prepare([prompt])
-        return self._known[prompt.id].tolist()
+        return self._known[id(prompt)][1].tolist()
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the ids of the response of every prompt, without EOS."""

@@ -369,6 +369,13 @@ def test_prompts_that_are_tokenised_together(
     assert len(calls) == 5
 
 
+def test_rows_of_two_files_with_one_id_have_their_own_responses(tokenizer: Any) -> None:
+    """The rows of all suites are checked by one renderer."""
+    renderer = Renderer(tokenizer, {}, {}, (tokenizer.eos_token_id,))
+    short, long = (replace(PROMPT, id="texts:1", response=text) for text in ("1", "1+1+1"))
+    assert len(renderer.recorded(short)) < len(renderer.recorded(long))
+
+
 def test_rows_that_cannot_be_rendered_spoil_no_others(tokenizer: Any) -> None:
     good, odd = prompts_of("who", "odd")
     lacking = replace(good, id="lacking", privileged=None)
