@@ -35,11 +35,11 @@ class Sums(Metric):
 class NamedMeans(Metric):
     """Means of values whose names become known with the first batch.
 
-    All ranks must add the same names in the same order.
+    All ranks must add the same names in the same order. Of more than `MAX_NAMES` the first count.
     """
 
     full_state_update = False
-    MAX_NAMES = 64
+    MAX_NAMES = 300
     sums: Tensor  # [2, MAX_NAMES] float64: sums and counts
 
     def __init__(self) -> None:
@@ -51,6 +51,8 @@ class NamedMeans(Metric):
     def _count(self, name: str, values: Tensor) -> None:
         """Add values `[N]` to the mean of a name."""
         if name not in self.names:
+            if len(self.names) == self.MAX_NAMES:
+                return
             self.names.append(name)
         column = self.names.index(name)
         self.sums[0, column] += values.double().sum()

@@ -9,13 +9,9 @@ from torch import Tensor
 from opd_lightning.metrics.sums import NamedMeans
 from opd_lightning.types import RolloutBatch, TokenScores
 
-MOST = 100  # domains with figures
-
 
 class TeacherStatistics(NamedMeans):
     """Share of tokens and means of d_t and |d_t| for every domain's teacher."""
-
-    MAX_NAMES = 3 * MOST
 
     def update(
         self,
@@ -29,14 +25,14 @@ class TeacherStatistics(NamedMeans):
 
         Args:
             batch: The micro-batch.
-            domains: Domains with a teacher, the same in all calls; of more than 100 the first.
+            domains: Domains with a teacher, the same in all calls; the first 100 have figures.
             student: Scores of the student.
             teacher: Scores of the teachers.
             mask: `[B, R]` bool.
         """
         ratio = teacher.logprobs - student.logprobs.detach()
         of_row = [rollout.prompt.domain for rollout in batch.rollouts]
-        for domain in domains[:MOST]:
+        for domain in domains:
             rows = mask.new_tensor([name == domain for name in of_row])
             here = mask & rows[:, None]
             self._count(f"teacher/{domain}/share", here[mask])

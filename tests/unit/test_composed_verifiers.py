@@ -141,3 +141,13 @@ def test_parts_are_logged_over_the_student_s_responses_that_have_them() -> None:
     metric = RewardParts()
     metric.update(make_batch([make_rollout([5])]))
     assert metric.compute() == {}
+
+
+def test_of_very_many_parts_the_first_are_logged() -> None:
+    """Such as the domains of a collection of tasks."""
+    metric = RewardParts()
+    parts = {f"task_{i}": i / 1000 for i in range(RewardParts.MAX_NAMES + 5)}
+    metric.update(make_batch([make_rollout([5], reward_parts=parts)]))
+    values = {name: value.item() for name, value in metric.compute().items()}
+    first = list(parts)[: RewardParts.MAX_NAMES]
+    assert values == pytest.approx({f"reward/{name}": parts[name] for name in first})
