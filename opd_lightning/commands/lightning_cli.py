@@ -62,6 +62,12 @@ class _Parser(LightningArgumentParser):
     def parse_args(self, args: Any = None, *rest: Any, **more: Any) -> Any:
         return super().parse_args(args and [as_yaml(word) for word in args], *rest, **more)
 
+    def _check_value_key(self, action: Any, value: Any, *rest: Any, **more: Any) -> Any:
+        # A check changes the value in place. Where a later file names another class of method,
+        # jsonargparse checks what it keeps of the earlier ones, LoRA's settings for example.
+        kept = value.clone() if isinstance(value, Namespace) else value
+        return super()._check_value_key(action, kept, *rest, **more)
+
     # The configuration was validated when parsed; validating again costs 0.2 CPU seconds.
     def dump(self, *args: Any, **kwargs: Any) -> str:
         return str(super().dump(*args, **{"skip_validation": True, **kwargs}))

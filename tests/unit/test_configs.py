@@ -85,6 +85,24 @@ def test_a_method_may_keep_its_settings(monkeypatch: pytest.MonkeyPatch) -> None
     assert kept["path"] == student["path"]
 
 
+@pytest.mark.parametrize("words", [["--config=method.yaml"], [f"--model={__name__}.Keeping"]])
+def test_another_method_keeps_the_adapter_of_an_earlier_file(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(OPDCLI, "_run_subcommand", lambda self, subcommand: None)
+    student = {"path": "lab/arithmetic/student", "lora": {"r": 3, "target_modules": "all-linear"}}
+    model = {"class_path": "opd_lightning.methods.SFT", "init_args": {"student": student}}
+    data = {"engine": {"class_path": "opd_lightning.rollouts.HFEngine"}}
+    Path("run.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))
+    Path("method.yaml").write_text(f"model: {{class_path: {__name__}.Keeping}}")
+    cli = OPDCLI(["fit", "--config=run.yaml", *words])
+    assert type(cli.model) is Keeping
+    lora = cli.model.student.lora
+    assert lora is not None
+    assert (lora.r, lora.target_modules) == (3, "all-linear")
+
+
 def test_there_are_configs() -> None:
     assert len(CONFIGS) >= 4
 
