@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ _UNSAVED = (
     "_defer_save_until_validation",
 )
 
-
 _PATHS = (
     "best_model_path",
     "kth_best_model_path",
     "last_model_path",
     "_last_checkpoint_saved",
 )
+
+
+log = logging.getLogger(__name__)
 
 
 def drop_foreign_paths(saver: ModelCheckpoint) -> list[str]:
@@ -56,11 +59,13 @@ class RememberSavers(Callback):
     Otherwise a resumed run saves its first step again as `-v1` and counts it twice among the best.
     If a run was killed between two ModelCheckpoints of one validation, the remaining ones save on
     resumption. A save deferred to the next validation (on a training metric, in the last step of
-    an epoch) happens at the end of training if no validation follows.
+    an epoch) happens at the end of training if no validation follows. A save deferred because the
+    monitored figure is absent is warned of if there are no validations.
     """
 
     def __init__(self) -> None:
         self._resumed = False
+        self._warned: list[ModelCheckpoint] = []
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -90,6 +95,21 @@ class RememberSavers(Callback):
             for saver in _savers(trainer):  # a saver that has saved this step skips it
                 saver.on_validation_end(trainer, pl_module)
         self._resumed = False
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        for saver in _savers(trainer):
+            absent = saver.monitor not in trainer.callback_metrics
+            if not saver._defer_save_until_validation or not absent or saver in self._warned:
+                continue
+            if not any(trainer.num_val_batches):
+                self._warned.append(saver)
+                log.warning(
+                    "trainer.callbacks: %s saved nothing after step %d, since nothing has logged "
+                    "the figure that it monitors, %r; correct its monitor, or leave it out",
+                    type(saver).__name__,
+                    trainer.global_step,
+                    saver.monitor,
+                )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for saver in _savers(trainer):

@@ -29,6 +29,7 @@ from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.run.interruption import SaveOnInterruption, TermAsInterrupt
 from opd_lightning.run.lock import held
 from opd_lightning.run.log import RunLog
+from opd_lightning.run.monitors import absent_monitors_explained
 from opd_lightning.run.step_progress import FirstLine, StepProgressBar
 from opd_lightning.run.trackers import continue_tracked_run
 from opd_lightning.terminal.quiet import only_warnings
@@ -155,9 +156,10 @@ class Trainer(Commands):
                 set_aside(self)
                 if folder is not None and ckpt_path:
                     continue_tracked_run(self, folder)
-            super().fit(
-                model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
-            )
+            with absent_monitors_explained(self):
+                super().fit(
+                    model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
+                )
 
     def validate(
         self,

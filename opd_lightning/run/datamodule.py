@@ -33,6 +33,7 @@ from opd_lightning.run.configuration import (
 )
 from opd_lightning.run.engines import check_engines, plan_engines
 from opd_lightning.run.loading import load_training
+from opd_lightning.run.monitors import check_monitors
 from opd_lightning.run.partial_validation import check_limits
 from opd_lightning.run.prompt_checks import PromptCheck
 from opd_lightning.teachers.start import check_start
@@ -149,6 +150,7 @@ class RolloutDataModule(LightningDataModule):
             raise UserError(f"{name}: got no suites, so there is nothing to measure; name one")
         if stage == "fit" and self._train is None:
             check_trainer(self.trainer)
+            check_monitors(self.trainer, suites)
             check_method(self.module, self, self.trainer)
             check_step_size(self.trainer, self)
             check_optimizer(self.module)
