@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from opd_lightning.models.head import TokenStates
 from opd_lightning.models.packing import Packing
 from opd_lightning.models.source import ModelSource
 from opd_lightning.teachers.local import OwnModelTeacher
-from opd_lightning.types import RolloutBatch
+from opd_lightning.types import RolloutBatch, TokenScores
 
 if TYPE_CHECKING:
     from opd_lightning.models.student import Student
@@ -103,6 +104,15 @@ class FrozenTeacher(OwnModelTeacher):
             compile_layers(model)
         return model
 
+    def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
+        """Return scores of the response tokens; padding of a larger head than its own is -inf."""
+        size = self.source.config.get_text_config().vocab_size
+        unknown = batch.response_ids >= size
+        if not unknown.any():
+            return super().score(batch, view, top_k=top_k)
+        scores = super().score(_within(size, batch, view), view, top_k=top_k)
+        return replace(scores, logprobs=scores.logprobs.masked_fill(unknown, -torch.inf))
+
     def release(self) -> None:
         super().release()
         if self._device_copy is not None:  # frozen weights need not be copied back
@@ -119,6 +129,14 @@ class FrozenTeacher(OwnModelTeacher):
                 compile_layers(self._device_copy.model)
         states: TokenStates = self._device_copy(batch, view)
         return states
+
+
+def _within(size: int, batch: RolloutBatch, view: str) -> RolloutBatch:
+    """Return a batch of which one view has no token ids from `size` on."""
+    seen = batch.views[view]
+    within = replace(seen, input_ids=seen.input_ids.clamp(max=size - 1))
+    ids = batch.response_ids.clamp(max=size - 1)
+    return replace(batch, response_ids=ids, views={**batch.views, view: within})
 
 
 def _copy_to(device: torch.device, model: Reader) -> Reader:

@@ -155,6 +155,23 @@ def test_u19_a_frozen_teacher_does_not_move(folders: list[Path]) -> None:
     assert digest() == before
 
 
+def test_padding_of_a_larger_head_is_impossible_for_a_frozen_teacher(folders: list[Path]) -> None:
+    teacher = FrozenTeacher(str(folders[1]))
+    teacher.load(CPU, loaded(folders[0]))
+    size = teacher.source.config.vocab_size
+    known, sampled = ([7, i, 9, 1] for i in (size - 1, size + 3))
+    scored, other = (
+        teacher.score(make_batch([make_rollout(ids), make_rollout([11, 1])]), "student", top_k=2)
+        for ids in (sampled, known)
+    )
+    assert scored.logprobs[0, 1] == -torch.inf
+    expected = other.logprobs.clone()
+    expected[0, 1] = -torch.inf
+    assert torch.equal(scored.logprobs, expected)
+    assert torch.equal(scored.entropy, other.entropy)
+    assert torch.equal(scored.top_ids, other.top_ids)
+
+
 def test_adapter_off_is_the_base(folders: list[Path]) -> None:
     student, base = loaded(folders[0], lora=True), FrozenTeacher(str(folders[0]))
     teacher = AdapterOffTeacher()
