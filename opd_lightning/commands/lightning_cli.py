@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -190,6 +191,14 @@ class OPDCLI(LightningCLI):
         except UserError:
             raise
         except RuntimeError as error:
+            if twice := re.match(
+                r"Found more than one stateful callback of type `(\w+)`", str(error)
+            ):
+                raise UserError(
+                    f"trainer.callbacks: got two of {twice[1]} with the same `state_key`, under "
+                    "which a checkpoint keeps a state; leave one out, or change what the key holds "
+                    "(ModelCheckpoint's: monitor, mode and how often it saves)"
+                ) from error
             if "--ntasks" not in str(error):  # raised by Lightning's SLURM environment
                 raise
             raise UserError(

@@ -107,6 +107,12 @@ def test_tasks_of_slurm_without_their_nodes(fail: Fail, monkeypatch: pytest.Monk
     assert "use --ntasks-per-node" in fail()
 
 
+def test_two_callbacks_that_save_under_one_name(fail: Fail) -> None:
+    saver = "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"
+    line = fail(saver, "--trainer.callbacks.every_n_train_steps=50")  # as the configuration's
+    assert "trainer.callbacks: got two of ModelCheckpoint with the same `state_key`" in line
+
+
 def test_missing_checkpoint(fail: Fail) -> None:
     assert "no checkpoint at 'nowhere.ckpt'" in fail("--ckpt_path=nowhere.ckpt")
 
