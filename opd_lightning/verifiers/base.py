@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -87,12 +87,13 @@ def check_scale(owner: str, zero: float, one: float) -> None:
 
 
 def checked_rewards(
-    verifier: Verifier, prompts: Sequence[Prompt], rewards: Sequence[float]
+    verifier: Verifier, prompts: Sequence[Prompt], rewards: Iterable[float]
 ) -> list[float]:
-    """Return a verifier's rewards; raise `RunStoppedError` unless all are in [0, 1] or NaN.
+    """Return a verifier's rewards; raise `RunStoppedError` unless all are numbers in [0, 1] or NaN.
 
     Rules, thresholds and figures are defined for that range.
     """
+    rewards = list(rewards)
     name = type(verifier).__name__
     if len(rewards) != len(prompts):
         raise RunStoppedError(
@@ -100,9 +101,15 @@ def checked_rewards(
             "for each"
         )
     for prompt, reward in zip(prompts, rewards, strict=True):
+        if reward is None or isinstance(reward, str):
+            raise RunStoppedError(
+                f"{prompt.origin or prompt.id}: {name} gave a response the reward {reward!r:.40}, "
+                "expected a number from 0 to 1, or NaN if it cannot be checked; return that in "
+                "its `verify`"
+            )
         if reward < 0 or reward > 1:
             raise RunStoppedError(
                 f"{prompt.origin or prompt.id}: {name} gave a response the reward {reward:.6g}, "
                 "expected 0 to 1; scale it in its `verify`"
             )
-    return list(rewards)
+    return rewards

@@ -326,6 +326,14 @@ def test_rewards_outside_their_range(reward: float) -> None:
     assert checked_rewards(ExactMatch(), [prompt] * 3, [0, 1, nan])[:2] == [0, 1]
 
 
+@pytest.mark.parametrize("reward", [None, "1"])
+def test_rewards_that_are_no_numbers(reward: Any) -> None:
+    prompt = Prompt(id="a", messages=({"role": "user", "content": "1"},), origin="x.jsonl:1")
+    said = rf"x\.jsonl:1: ExactMatch gave a response the reward {reward!r}, expected a number"
+    with pytest.raises(RunStoppedError, match=said):
+        checked_rewards(ExactMatch(), [prompt], [reward])
+
+
 def test_a_view_that_the_template_leaves_out(tokenizer: Any) -> None:
     renderer = Renderer(tokenizer, {}, {"privileged": PromptView()}, [1])
     prompt = Prompt(id="a", messages=({"role": "user", "content": "1"},), privileged="2")
