@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ from opd_lightning.training.resumption import check_whole_steps, rewind
 from opd_lightning.training.scoring import mean_logprobs
 from opd_lightning.training.skipped_steps import SkippedSteps, check_weights
 from opd_lightning.types import RolloutBatch, TokenScores, WholeStep
+
+log = logging.getLogger(__name__)
 
 
 class DistillationModule(Contract, EvaluatedModule):
@@ -147,6 +150,14 @@ class DistillationModule(Contract, EvaluatedModule):
                 teacher.load(self.trainer.strategy.root_device, self.student)
 
     def configure_optimizers(self) -> Any:
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        if own := sorted(name for name in trained if not name.startswith("student.")):
+            log.warning(
+                "%s: the optimiser trains the student, and not the method's own %s; override "
+                "configure_optimizers to train them too, or call requires_grad_(False) on them",
+                type(self).__name__,
+                ", ".join(own[:4]) + ("..." if len(own) > 4 else ""),
+            )
         optimizer = self.optimizer([p for p in self.student.parameters() if p.requires_grad])
         if self.lr_scheduler is None:
             return optimizer

@@ -12,7 +12,9 @@ from lightning.pytorch import callbacks
 
 from opd_lightning.data.mix import TeacherSampler
 from opd_lightning.errors import UserError
+from opd_lightning.methods import SFT
 from opd_lightning.models.source import ModelSource
+from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine
 from opd_lightning.run.configuration import check_optimizer, check_trainer
 from opd_lightning.run.model_checks import check_same_tokens, check_usable
@@ -49,6 +51,19 @@ def test_wrong_optimisers(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as caught:
         check_optimizer(module(**settings))
     assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_parameters_of_a_method_that_nothing_trains(
+    trains: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    method = SFT(Student("unused"))
+    method.student.model = torch.nn.Linear(1, 1)
+    method.value = torch.nn.Linear(1, 1).requires_grad_(trains)
+    with caplog.at_level(logging.WARNING, "opd_lightning"):
+        optimizer = method.configure_optimizers()
+    assert sum(map(torch.numel, optimizer.param_groups[0]["params"])) == 2
+    assert ("not the method's own value.bias, value.weight;" in caplog.text) is trains
 
 
 def test_right_optimisers() -> None:
