@@ -103,7 +103,10 @@ def _checked(picture: Path) -> Path:
 def read(run: Path) -> dict[str, Curve]:
     """Return all scalars of a run. Of a step that a resumed run logged again, the later counts."""
     if not any(run.glob("events.out.tfevents.*")):
-        raise UserError(f"{str(run)!r} holds no TensorBoard file; name a run folder")
+        raise UserError(
+            f"{str(run)!r} holds no TensorBoard file; name the folder of a run that logs with a "
+            "TensorBoardLogger"
+        )
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     curves = {}

@@ -184,11 +184,25 @@ def _scores(suite: str, scores: Mapping[str, float]) -> str:
 
 
 class FirstLine(RunCallback):
-    """Callback that prints one line instead of Lightning's table of modules, on rank 0."""
+    """Callback that prints one line instead of Lightning's table of modules, on rank 0.
+
+    If the checkpoint that the run continues from is its last, the line says that instead.
+    """
+
+    def __init__(self) -> None:
+        self._trains = False
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not self._trains:
+            note(
+                f"nothing is left to train: the run is at step {trainer.global_step:,}; raise "
+                "trainer.max_steps to continue it"
+            )
 
     def on_train_start(  # type: ignore[override]
         self, trainer: Trainer, module: DistillationModule
     ) -> None:
+        self._trains = True
         folder = trainer.log_dir  # a broadcast, for every rank
         if trainer.is_global_zero:
             note(_line(trainer, module, folder))

@@ -127,7 +127,10 @@ def test_patterns_stay_within_a_part() -> None:
 
 @pytest.mark.parametrize(
     ("tags", "message"),
-    [([], "holds no TensorBoard file"), (["--tags", "[none]"], "no scalar matches ['none']")],
+    [
+        ([], "a run that logs with a TensorBoardLogger"),
+        (["--tags", "[none]"], "no scalar matches ['none']"),
+    ],
 )
 def test_mistakes_take_one_line(
     tags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from opd_lightning.commands.trainer import Trainer
-from opd_lightning.run.step_progress import StepProgressBar
+from opd_lightning.run import step_progress
+from opd_lightning.run.step_progress import FirstLine, StepProgressBar
 from opd_lightning.terminal import progress
-from tests.toy_run import Toy
+from tests.toy_run import Toy, train
 
 
 def lines(capsys: pytest.CaptureFixture[str], steps: int) -> list[str]:
@@ -50,3 +52,15 @@ def test_a_short_step_has_its_own_line_alone(
     monkeypatch.setattr(progress, "PAUSE", 0.0)
     found = [line.split(",")[0] for line in lines(capsys, steps=2)]
     assert found == ["step 1/2", "step 2/2"]
+
+
+def test_a_run_that_is_over_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(step_progress, "_line", lambda *_: "the first line")
+    line = "opd: nothing is left to train: the run is at step 2; raise trainer.max_steps"
+    for is_over in (False, True):
+        train(tmp_path, 2, callbacks=[FirstLine()])
+        said = capsys.readouterr().err
+        assert (line in said) is is_over
+        assert ("the first line" in said) is not is_over
