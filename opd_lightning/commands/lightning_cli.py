@@ -21,7 +21,7 @@ from opd_lightning.commands import checked_yaml  # noqa: F401, for all parsers
 from opd_lightning.commands.callback_names import explain_taken_name
 from opd_lightning.commands.command_table import TRAINER_COMMANDS
 from opd_lightning.commands.flags import with_values
-from opd_lightning.commands.parser_messages import hint, one_line
+from opd_lightning.commands.parser_messages import failed_import, hint, one_line
 from opd_lightning.commands.trainer import Trainer
 from opd_lightning.errors import UserError, note, report
 from opd_lightning.run.datamodule import RolloutDataModule
@@ -82,7 +82,7 @@ class _Parser(LightningArgumentParser):
         if (line := explain_taken_name(message)) is not None:
             report(line)
             sys.exit(2)
-        report(f"{one_line(message)}; {hint(self.prog)}")
+        report(f"{one_line(message)}; {failed_import(ex) or hint(self.prog)}")
         sys.exit(2)
 
 

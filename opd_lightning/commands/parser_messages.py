@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from traceback import extract_tb
 
 from opd_lightning.errors import shortened
 
@@ -65,6 +66,17 @@ def hint(prog: str) -> str:
     """Return a hint to the help of the parser `prog`; nested parsers point to `opd --help`."""
     command = prog.replace(" [options]", "")
     return f"`{command if command.startswith('opd') else 'opd'} --help` lists what is accepted"
+
+
+def failed_import(error: BaseException | None) -> str | None:
+    """Return the line of a module whose import raised what a parser reports, with its class."""
+    while error is not None and error.__cause__ is not None:
+        error = error.__cause__
+    frames = extract_tb(error.__traceback__) if error is not None else []
+    raised = [frame for frame in frames if frame.name == "<module>"]
+    if not raised:
+        return None
+    return f"{type(error).__name__} in {raised[-1].filename!r}, line {raised[-1].lineno}"
 
 
 def one_line(message: str) -> str:

@@ -125,6 +125,16 @@ def test_unknown_class(fail: Fail) -> None:
     assert "HFEngine" in line
 
 
+@pytest.mark.parametrize("option", ["--model", "--data.verifier", "--trainer.callbacks+"])
+def test_a_module_that_cannot_be_imported(
+    option: str, fail: Fail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text("def f():\n    return {}['key']\n\n\nf()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    line = fail(f"{option}=broken.Mine")
+    assert line.endswith(f"; KeyError in '{tmp_path / 'broken.py'}', line 5")
+
+
 def test_missing_prompt_file(fail: Fail) -> None:
     assert "nowhere.jsonl" in fail("--data.train.path=nowhere.jsonl")
 
