@@ -12,6 +12,7 @@ import numpy as np
 
 from opd_lightning.data.views import Renderer, ResponseFacts
 from opd_lightning.rollouts.base import Engine, Request, Sampling
+from opd_lightning.rollouts.checks import checked_completions
 from opd_lightning.rollouts.time_limit import TimeLimit
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Completion, Prompt, Rollout, StopReason
@@ -138,7 +139,9 @@ class RolloutWriter:
             call = f"{type(engine).__name__}.generate of {len(chosen)} responses"
             with self.timer.stage("generate"), self.limit.of(call):
                 requests = [Request(self._sampler_ids(rows[i]), rows[i].seed) for i in chosen]
-                completions = engine.generate(requests, samplings[author])
+                sampling = samplings[author]
+                completions = engine.generate(requests, sampling)
+                completions = checked_completions(engine, requests, sampling, completions)
                 found.update(zip(chosen, completions, strict=True))
         return [found[i] for i in range(len(rows))]
 

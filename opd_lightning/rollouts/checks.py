@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_lightning.errors import UserError
+from opd_lightning.errors import RunStoppedError, UserError
 from opd_lightning.models.causal_lm import empty_causal_lm
 from opd_lightning.models.folder_format import stored_tensors
 from opd_lightning.models.source import ModelSource
-from opd_lightning.rollouts.base import Request, Sampling
+from opd_lightning.rollouts.base import Engine, Request, Sampling
+from opd_lightning.types import Completion
 
 
 def parameter_shapes(source: ModelSource) -> dict[str, torch.Size]:
@@ -57,3 +58,31 @@ def check_lengths(requests: Sequence[Request], sampling: Sampling, max_length: i
             f"a prompt of {longest} tokens and sampling.max_new_tokens={sampling.max_new_tokens} "
             f"exceed the engine's {max_length} tokens; shorten one of them or raise the limit"
         )
+
+
+def checked_completions(
+    engine: Engine,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    completions: list[Completion],
+) -> list[Completion]:
+    """Return an engine's completions; raise RunStoppedError unless they fit the requests."""
+    call = f"{type(engine).__name__}.generate"
+    if len(completions) != len(requests):
+        raise RunStoppedError(
+            f"{call}: got {len(completions)} completions for {len(requests)} requests, expected "
+            "one for each, in their order"
+        )
+    for one in completions:
+        length = len(one.response_ids)
+        if length != len(one.logprobs):
+            raise RunStoppedError(
+                f"{call}: got {len(one.logprobs)} log-probs for a response of {length} tokens, "
+                "expected one for each"
+            )
+        if length > sampling.max_new_tokens:
+            raise RunStoppedError(
+                f"{call}: got a response of {length} tokens, expected at most "
+                f"{sampling.max_new_tokens} (max_new_tokens)"
+            )
+    return completions

@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import pytest
@@ -13,14 +13,14 @@ from opd_lightning.data.order import PromptOrder
 from opd_lightning.data.stream import check_versions
 from opd_lightning.data.views import Renderer
 from opd_lightning.data.writer import RolloutWriter
-from opd_lightning.errors import StaleRolloutsError, UserError
+from opd_lightning.errors import RunStoppedError, StaleRolloutsError, UserError
 from opd_lightning.evaluation.stream import EvaluationStream
 from opd_lightning.models.source import ModelSource
 from opd_lightning.processes import Ranks
-from opd_lightning.rollouts.base import Sampling
+from opd_lightning.rollouts.base import Request, Sampling
 from opd_lightning.seeding import derive_seed
 from opd_lightning.timing import StepTimer
-from opd_lightning.types import Author, RolloutBatch, WholeStep
+from opd_lightning.types import Author, Completion, RolloutBatch, WholeStep
 from tests.batches import make_rollout
 from tests.streams import IDS, PROMPTS, FakeEngine, FakeTokenizer, Run, plain, rows, written
 
@@ -166,6 +166,40 @@ def test_rollouts_of_older_weights_stop_the_step(staleness: int, step: int) -> N
     run.steps(step)
     with pytest.raises(StaleRolloutsError, match=f"step {step}: got rollouts .* of version 0"):
         run.steps(1)
+
+
+class UnfitEngine(FakeEngine):
+    """Changes what it generates by a function."""
+
+    def __init__(self, change: Callable[[list[Completion]], list[Completion]]) -> None:
+        super().__init__()
+        self.change = change
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        return self.change(super().generate(requests, sampling))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda all: all[1:], r"got \d+ completions for \d+ requests, expected one for each"),
+        (
+            lambda all: [one._replace(logprobs=[-0.5, *one.logprobs]) for one in all],
+            r"got \d log-probs for a response of \d tokens, expected one for each",
+        ),
+        (
+            lambda all: [
+                one._replace(response_ids=[7] * 2000, logprobs=[-0.5] * 2000) for one in all
+            ],
+            r"got a response of 2000 tokens, expected at most 1024 \(max_new_tokens\)",
+        ),
+    ],
+)
+def test_completions_that_do_not_fit_the_requests(
+    change: Callable[[list[Completion]], list[Completion]], said: str
+) -> None:
+    with pytest.raises(RunStoppedError, match=rf"^UnfitEngine\.generate: {said}"):
+        Run(UnfitEngine(change)).steps(1)
 
 
 def test_demonstrations_have_no_version_to_prove() -> None:
