@@ -134,7 +134,8 @@ def false_alarms(run: Path) -> dict[str, Any]:
         (track.band.figure for track in tracks), 0
     )  # largest number of consecutive steps
     for step in sorted(logged["loss"]):
-        tracks.add({name: logged[name][step] for name in outside if step in logged[name]})
+        measured = {name: logged[name][step] for name in outside if step in logged[name]}
+        tracks.add(measured, step)
         for track in tracks:
             outside[track.band.figure] = max(outside[track.band.figure], track.outside)
     ranges = {}

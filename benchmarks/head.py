@@ -107,7 +107,7 @@ class Problem:
 
     def run(self, implementation: str, n: int) -> None:
         output: Tensor = getattr(self, implementation)(n)
-        (output * self.upstream[:n]).sum().backward()  # type: ignore[no-untyped-call]
+        (output * self.upstream[:n]).sum().backward()
 
     def clear(self) -> None:
         self.student.weight.grad = self.hidden.grad = None
@@ -182,7 +182,7 @@ def environment_with_trl(folder: Path) -> Path:
     (site / "parent.pth").write_text("\n".join([*ours, root]))
     python = folder / "bin" / "python"
     # Captured: pip warns of requirements of this environment, which it does not see.
-    install = [python, "-m", "pip", "install", "-q", "trl"]
+    install = [str(python), "-m", "pip", "install", "-q", "trl"]
     subprocess.run(install, check=True, capture_output=True)
     return python
 

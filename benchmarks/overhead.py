@@ -46,7 +46,8 @@ def run(config: Path, steps: int, first: bool) -> Alternate:
                 f"--trainer.callbacks.first={first}",
             ]
         )
-    (found,) = (c for c in cli.trainer.callbacks if isinstance(c, Alternate))
+    callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
+    (found,) = (c for c in callbacks if isinstance(c, Alternate))
     return found
 
 

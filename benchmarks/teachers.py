@@ -114,7 +114,7 @@ def measure(name: str, arguments: list[str], work: Path, steps: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", nargs="*", help="kinds to measure")
     parser.add_argument("--out", type=Path)

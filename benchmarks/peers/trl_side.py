@@ -37,7 +37,7 @@ class TakeTurns(TrainerCallback):
 def counted(trainer_class: type) -> type:
     """Return a trainer whose callback `TakeTurns` learns how many response tokens it trains on."""
 
-    class Counted(trainer_class):  # type: ignore[misc]
+    class Counted(trainer_class):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             seen = inputs.get("completion_mask")  # of GKDTrainer: the labels
             count = (inputs["labels"] != -100).sum() if seen is None else seen.sum()

@@ -107,9 +107,10 @@ class FrozenTeacher(OwnModelTeacher):
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
         """Return scores of the response tokens; padding of a larger head than its own is -inf."""
         size = self.source.config.get_text_config().vocab_size
-        unknown = batch.response_ids >= size
-        if not unknown.any():
+        # Read from the lists, which needs no synchronisation with a GPU.
+        if all(max(rollout.response_ids, default=0) < size for rollout in batch.rollouts):
             return super().score(batch, view, top_k=top_k)
+        unknown = batch.response_ids >= size
         scores = super().score(_within(size, batch, view), view, top_k=top_k)
         return replace(scores, logprobs=scores.logprobs.masked_fill(unknown, -torch.inf))
 
