@@ -69,6 +69,7 @@ def load_causal_lm(
             **_settings(source, dtype, attn_implementation),
         )
     _check_complete(source, found)
+    _settle_quantization(source, model, training=training)
     with _explained(source, "cannot use it"):
         model.opd_readout = measure(model)
         set_packing(model, packing)
@@ -234,6 +235,22 @@ def _check_complete(source: ModelSource, found: Mapping[str, Any]) -> None:
                 f"{what} tensor {names[0]!r}{more}; get the whole folder again, or set the "
                 "architecture in config.json that the weights were saved from"
             )
+
+
+def _settle_quantization(source: ModelSource, model: Any, *, training: bool) -> None:
+    """Have a model that was dequantized saved as it is. Refuse to train one that was not."""
+    if getattr(source.config, "quantization_config", None) is None:
+        return
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        model._weight_conversions = None  # as read, which would quantize the weights on saving
+    elif training:
+        method = quantizer.quantization_config.quant_method
+        raise UserError(
+            f"{source.role} {source.path!r}: its weights stay quantized on this machine "
+            f"({getattr(method, 'value', method)}), expected floating-point weights to train; give "
+            "the folder of the model that is not quantized"
+        )
 
 
 class Reader(nn.Module):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -16,10 +19,13 @@ from transformers import (
 )
 
 from opd_lightning.commands.export import write_hf_folder
+from opd_lightning.errors import UserError
+from opd_lightning.models.causal_lm import load_causal_lm
 from opd_lightning.models.generation_settings import valid_settings
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.student import Student
 from tests.conftest import TinyModelDir
+from tests.families import write_family
 
 FILES = ("config.json", "generation_config.json")
 
@@ -123,3 +129,51 @@ def test_changed_settings_are_reported(start: Path, capsys: pytest.CaptureFixtur
         "opd: generation_config.json: written without early_stopping: True, which transformers "
         "does not save",
     ]
+
+
+def write_fp8(folder: Path, side: int = 32) -> None:
+    """Write a Llama whose layers are stored in FP8, with a scale for every block."""
+    weights = {}
+    for name, weight in load_file(write_family(folder, "llama") / "model.safetensors").items():
+        weights[name] = weight
+        if weight.ndim == 2 and ".layers." in name:
+            blocks = weight.unflatten(1, (-1, side)).unflatten(0, (-1, side))
+            scales = blocks.abs().amax((1, 3)) / 448
+            stored = (blocks / scales[:, None, :, None]).flatten(0, 1).flatten(1)
+            weights[name] = stored.to(torch.float8_e4m3fn)
+            weights[f"{name}_scale_inv"] = scales
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    method = {"quant_method": "fp8", "weight_block_size": [side, side]}
+    change(folder, "config.json", quantization_config=method)
+
+
+@torch.no_grad()
+def test_weights_that_were_dequantized_are_exported_as_they_are(tmp_path: Path) -> None:
+    write_fp8(tmp_path / "start")
+    student = Student(str(tmp_path / "start"))
+    student.load()
+    for weight in student.parameters():
+        weight.add_(torch.randn_like(weight), alpha=0.01)
+    write_hf_folder(student, tmp_path / "out")
+    again = load_causal_lm(ModelSource(str(tmp_path / "out")), dtype="float32")
+    expected = dict(student.model.named_parameters())
+    for name, weight in again.named_parameters():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_a_student_that_stays_quantized_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_fp8(tmp_path / "start")
+    load = AutoModelForCausalLM.from_pretrained
+
+    def on_a_gpu(*args: Any, **kwargs: Any) -> Any:
+        model, found = load(*args, **kwargs)
+        method = SimpleNamespace(quant_method="fp8")
+        model.hf_quantizer = SimpleNamespace(quantization_config=method)
+        return model, found
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", on_a_gpu)
+    with pytest.raises(UserError, match=r"stay quantized on this machine \(fp8\).*not quantized"):
+        Student(str(tmp_path / "start")).load()
+    load_causal_lm(ModelSource(str(tmp_path / "start")), dtype="float32")  # such as a teacher
