@@ -30,6 +30,8 @@ _FORMULA = re.compile(r"\$([^$]*)\$|\\\[(.*?)\\\]|\\\((.*?)\\\)", re.DOTALL)
 class MathVerifier(Verifier):
     """Verifier that scores 1 if the final answer equals the prompt's mathematically, else 0.
 
+    Of several boxes, the last alone is an answer, and so are all of them as a set.
+
     Args:
         max_workers: Number of worker processes that check answers in parallel.
         timeout_seconds: Time limit for one response. A response that takes longer, or crashes its
@@ -98,8 +100,11 @@ def is_right(answer: str, response: str) -> bool:
     if not (is_parsable(reference) and is_parsable(response)):
         return False
     gold = parse(reference, parsing_timeout=None)
-    found = parse(response, parsing_timeout=None)
-    return bool(verify(gold, found, timeout_seconds=None))
+    # The parser reads boxes outside of formulas as a set, also those of a corrected answer.
+    texts = [response, _last_formula(response)] if response.count("\\boxed") > 1 else [response]
+    return any(
+        verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None) for text in texts
+    )
 
 
 def final_answer(response: str) -> str | None:

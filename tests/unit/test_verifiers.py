@@ -125,10 +125,14 @@ RIGHT = [
     (r"$2\sqrt{3}$", r"\boxed{\sqrt{12}}"),
     (r"\boxed{7}", r"\boxed{7}"),
     (r"\text{Monday}", r"\boxed{Monday}"),
+    ("5", r"\boxed{6}. Wait, that is wrong: \boxed{5}"),
+    ("5", r"It goes into \boxed{}. So \boxed{5}."),
+    ("5, 6", r"\boxed{6} and \boxed{5}"),
 ]
 WRONG = [
     ("42", r"so \boxed{43}"),
     ("42", ""),
+    ("6", r"\boxed{6}. Wait, that is wrong: \boxed{5}"),
     ("x^2+1", "$1-x^2$"),
     ("[1,2)", r"\boxed{[1, 2]}"),
 ]
