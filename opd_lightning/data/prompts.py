@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -283,14 +284,14 @@ def _response(given: str | None, last: str | None, layout: Layout) -> str | None
 
 
 def _text(value: Any, column: str, number: bool) -> str | None:
-    """Return the text in a column, or None; a number becomes text if `number`."""
+    """Return the text in a column, or None; a number becomes one without exponent, if `number`."""
     if value is None:
         return None
     if isinstance(value, str):
         return encodable(value, column)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if number and is_number and (isinstance(value, int) or math.isfinite(value)):
-        return str(value)
+        return str(value) if isinstance(value, int) else f"{Decimal(str(value)):f}"
     expected = "a text or a finite number" if number else "a text"
     raise BadRowError(f"{column!r} must be {expected}, got {shown(value)}")
 

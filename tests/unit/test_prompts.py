@@ -2,6 +2,7 @@
 
 import json
 import logging
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,30 @@ def test_a_bad_row_is_named_and_can_be_skipped(tmp_path: Path, row: Any, problem
     source = PromptSource(path, on_bad_row="skip")
     assert [prompt.origin for prompt in source.load()] == [f"{path}:1", f"{path}:4"]
     assert source.skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (7, "7"),
+        (7.5, "7.5"),
+        (18.0, "18.0"),
+        (1e-05, "0.00001"),
+        (-2.5e-07, "-0.00000025"),
+        (1e16, "10000000000000000"),
+        (10**20, "1" + "0" * 20),
+    ],
+)
+def test_numbers_as_answers_have_no_exponent(tmp_path: Path, number: float, text: str) -> None:
+    """Verifiers of formulas read the e as the base of the natural logarithm."""
+    (prompt,) = PromptSource(write(tmp_path, {"prompt": "a", "answer": number})).load()
+    assert prompt.answer == text
+
+
+def test_decimals_of_parquet_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pa.table({"prompt": ["a"], "answer": [Decimal("0.0000001")]}), path)
+    assert PromptSource(str(path)).load()[0].answer == "0.0000001"
 
 
 def test_a_long_bad_value_is_cut(tmp_path: Path) -> None:
