@@ -336,6 +336,8 @@ def test_programs_are_found_in_responses() -> None:
     assert program_of("print(1)") == "print(1)"
     assert program_of("```\na\n```\ntext\n```Python\nb\n```\n```sh\nc\n```") == "b\n"
     assert program_of("```python\na\n``` and `x`") == "a\n"
+    assert program_of("```python\na\n```\nIt prints:\n```\n5\n```\n") == "a\n"
+    assert program_of("```\na\n```\n```sh\nc\n```") == "a\n"
 
 
 def test_outputs_are_compared_by_line() -> None:

@@ -10,7 +10,7 @@ from textwrap import dedent
 from typing import Any
 
 _FENCED = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
-_PYTHON = ("", "py", "python", "python3")
+_PYTHON = ("py", "python", "python3")
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,13 @@ def parse_tests(answer: str) -> Tests:
 def program_of(response: str) -> str:
     """Return the last fenced block of Python in a response; without one, the whole response.
 
-    A block may be indented, as in a list.
+    A block without a language counts where none is marked as Python: it may be an output. A block
+    may be indented, as in a list.
     """
-    blocks = [text for language, text in _FENCED.findall(response) if language.lower() in _PYTHON]
-    return dedent(blocks[-1]) if blocks else response
+    blocks: list[tuple[str, str]] = _FENCED.findall(response)
+    python = [text for language, text in blocks if language.lower() in _PYTHON]
+    found = python or [text for language, text in blocks if not language]
+    return dedent(found[-1]) if found else response
 
 
 def same_output(found: str, expected: str) -> bool:

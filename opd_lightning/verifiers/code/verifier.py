@@ -39,9 +39,10 @@ class Verdict:
 class CodeVerifier(Verifier):
     """Verifier that runs Python programs against the tests in `answer`.
 
-    The program is the last fenced block of the response, or the whole of it. Tests are Python
-    statements with asserts (also `check(candidate)` functions), a JSON list of asserts, or JSON
-    with inputs and expected outputs of programs that read standard input.
+    The program is the last fenced block of the response that is marked as Python, else the last
+    one without a language, else the whole response. Tests are Python statements with asserts
+    (also `check(candidate)` functions), a JSON list of asserts, or JSON with inputs and expected
+    outputs of programs that read standard input.
 
     Programs and tests run in separate sandboxed processes: a program gets the arguments of its
     functions and returns values, so it can neither read nor change its tests. Values that are not
