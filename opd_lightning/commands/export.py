@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from opd_lightning.models.student import Student
 from opd_lightning.terminal.library_bars import shown_as
 
 PREFIX = "student."  # prefix of the student's tensors in a checkpoint
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def load_student(student: Student, checkpoint: str) -> Saved:
@@ -52,7 +54,8 @@ def load_student(student: Student, checkpoint: str) -> Saved:
 def write_hf_folder(student: Student, folder: Path) -> None:
     """Write config, safetensors (LoRA merged) and tokenizer, as transformers and vLLM load them.
 
-    Both configuration files get the ids that ended the student's responses.
+    Both configuration files get the ids that ended the student's responses. A model that also reads
+    images keeps the files of its processor, without which vLLM does not load it.
     """
     model = student.model
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -60,6 +63,23 @@ def write_hf_folder(student: Student, folder: Path) -> None:
     with shown_as("write student", "shard"):
         lm.save_pretrained(folder, state_dict=dict(student.weights()))
     student.source.tokenizer.save_pretrained(folder)
+    if lm.config.get_text_config() is not lm.config:
+        _copy_processor(student.source, folder)
+
+
+def _copy_processor(source: ModelSource, folder: Path) -> None:
+    """Copy the files of a model's processor that are there."""
+    from transformers.utils import cached_file
+
+    for name in PROCESSOR:
+        file = cached_file(
+            source.path,
+            name,
+            local_files_only=source.local_files_only,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if file is not None:
+            shutil.copyfile(file, folder / name)
 
 
 def _set_ends(lm: Any, source: ModelSource) -> None:

@@ -12,8 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GenerationConfig,
     InklingTextConfig,
 )
@@ -24,8 +27,8 @@ from opd_lightning.models.causal_lm import load_causal_lm
 from opd_lightning.models.generation_settings import valid_settings
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.student import Student
-from tests.conftest import TinyModelDir
-from tests.families import write_family
+from tests.conftest import TinyModelDir, write_tokenizer
+from tests.families import family_config, write_family
 
 FILES = ("config.json", "generation_config.json")
 
@@ -129,6 +132,23 @@ def test_changed_settings_are_reported(start: Path, capsys: pytest.CaptureFixtur
         "opd: generation_config.json: written without early_stopping: True, which transformers "
         "does not save",
     ]
+
+
+def test_a_model_that_also_reads_images_keeps_its_processor(tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    eyes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    eyes |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(
+        text_config=family_config("gemma3_text").to_dict(),
+        vision_config=eyes,
+        mm_tokens_per_image=4,
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(start)
+    write_tokenizer(start)
+    processor = {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 28, "width": 7}}
+    (start / "preprocessor_config.json").write_text(json.dumps(processor))
+    size = AutoImageProcessor.from_pretrained(exported(start)).size
+    assert (size["height"], size["width"]) == (28, 7)
 
 
 def write_fp8(folder: Path, side: int = 32) -> None:
