@@ -93,6 +93,20 @@ def checked_rewards(
 
     Rules, thresholds and figures are defined for that range.
     """
+    numbers = checked_numbers(verifier, prompts, rewards, "a number from 0 to 1")
+    for prompt, reward in zip(prompts, numbers, strict=True):
+        if reward < 0 or reward > 1:
+            raise RunStoppedError(
+                f"{prompt.origin or prompt.id}: {type(verifier).__name__} gave a response the "
+                f"reward {reward:.6g}, expected 0 to 1; scale it in its `verify`"
+            )
+    return numbers
+
+
+def checked_numbers(
+    verifier: Verifier, prompts: Sequence[Prompt], rewards: Iterable[float], expected: str
+) -> list[float]:
+    """Return a verifier's rewards of any scale; raise `RunStoppedError` unless all are numbers."""
     rewards = list(rewards)
     name = type(verifier).__name__
     if len(rewards) != len(prompts):
@@ -104,12 +118,6 @@ def checked_rewards(
         if reward is None or isinstance(reward, str):
             raise RunStoppedError(
                 f"{prompt.origin or prompt.id}: {name} gave a response the reward {reward!r:.40}, "
-                "expected a number from 0 to 1, or NaN if it cannot be checked; return that in "
-                "its `verify`"
-            )
-        if reward < 0 or reward > 1:
-            raise RunStoppedError(
-                f"{prompt.origin or prompt.id}: {name} gave a response the reward {reward:.6g}, "
-                "expected 0 to 1; scale it in its `verify`"
+                f"expected {expected}, or NaN if it cannot be checked; return that in its `verify`"
             )
     return rewards

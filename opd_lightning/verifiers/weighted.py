@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from opd_lightning.errors import RunStoppedError, UserError
-from opd_lightning.verifiers.base import Rewards, Verifier, check_scale
+from opd_lightning.verifiers.base import Rewards, Verifier, check_scale, checked_numbers
 
 if TYPE_CHECKING:
     from opd_lightning.types import Prompt
@@ -37,7 +37,9 @@ class Part:
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """Return the scores, mapped to [0, 1]; NaN for a response that was not checked."""
         zero, one = self.scale
-        given = self.verifier.verify(prompts, responses)
+        given = checked_numbers(
+            self.verifier, prompts, self.verifier.verify(prompts, responses), "a number"
+        )
         scores = [(score - zero) / (one - zero) for score in given]
         for prompt, raw, score in zip(prompts, given, scores, strict=True):
             if score < 0 or score > 1:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -120,6 +121,12 @@ def test_weights_and_scales_are_checked() -> None:
             Part(verifier=Fixed(1), **wrong)
     with pytest.raises(RunStoppedError, match=r"p:1: Fixed gave .* score 4, expected 0 to 1"):
         WeightedVerifier({"a": Part(verifier=Fixed(4))}).verify([PROMPTS[0]], ["1"])
+    nothing: Any = None
+    part = Part(verifier=Fixed(nothing), scale=(-1, 1))
+    with pytest.raises(RunStoppedError, match=r"p:1: Fixed gave .* None, expected a number, or"):
+        WeightedVerifier({"a": part}).verify([PROMPTS[0]], ["1"])
+    with pytest.raises(RunStoppedError, match="got 1 rewards for 2 responses"):
+        WeightedVerifier({"a": Part(verifier=Fixed(1))}).verify([PROMPTS[0]] * 2, ["1", "2"])
 
 
 def test_length_scores_fall_linearly() -> None:
