@@ -12,7 +12,7 @@ import httpx
 from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from opd_lightning.errors import RunStoppedError, UserError
+from opd_lightning.errors import RunStoppedError, UserError, reason_of
 
 if TYPE_CHECKING:
     from opd_lightning.types import Prompt
@@ -207,9 +207,11 @@ class MessageTemplate:
         own = {name: getattr(prompt, name) for name in COLUMNS}
         try:
             return self._template.render(**{"question": asked[-1] if asked else "", **own, **names})
-        except TemplateError as error:
-            owner = self.option.partition(".")[0]
-            raise RunStoppedError(f"{owner}: a template cannot be rendered: {error}") from error
+        except Exception as error:  # whatever the template's expressions raise
+            raise RunStoppedError(
+                f"{prompt.origin or prompt.id}: {self.option}: cannot be rendered: "
+                f"{reason_of(error)}; correct the text"
+            ) from error
 
 
 def text_of(choice: Mapping[str, Any]) -> str:

@@ -40,6 +40,14 @@ def test_the_last_number_of_the_reply_is_mapped_by_the_scale(serve: Serving) -> 
     assert math.isnan(second)
 
 
+def test_a_question_that_cannot_be_rendered_ends_the_run_in_one_line(serve: Serving) -> None:
+    verifier = judge(serve(lambda asked: reply("1")), "{{ response }} {{ 10 - answer }}")
+    with pytest.raises(
+        RunStoppedError, match=r"^p\.jsonl:1: JudgeVerifier\.question: cannot be rendered: .*'int'"
+    ):
+        verifier.verify([prompt()], ["two"])
+
+
 def test_the_question_is_rendered_and_asked_at_temperature_0(
     serve: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
