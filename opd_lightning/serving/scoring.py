@@ -59,7 +59,8 @@ class ScoreRequest:
         top_k: Number of top tokens returned at each position.
         given_ids: Further ids `[n, K]` whose log-probs are returned; None for none.
         by_id: Whether the server supports requests by id.
-        vocabulary: Number of token ids.
+        vocabulary: Number of token ids; the log-prob of others in the sequence is -inf, as they
+            are padding of a larger head than the server's.
     """
 
     token_ids: list[int]
@@ -81,7 +82,8 @@ class ScoreRequest:
             parameters["prompt_logprobs"] = -1
         elif self.top_k or not self._has_matrix():
             parameters["prompt_logprobs"] = self.top_k
-        return {"model": model, "token_ids": self.token_ids, "sampling_params": parameters}
+        ids = self._known(self.token_ids)
+        return {"model": model, "token_ids": ids, "sampling_params": parameters}
 
     def read(self, answer: Any) -> Answer:
         """Return the arrays of an answer.
@@ -101,16 +103,15 @@ class ScoreRequest:
         if self._has_matrix():
             width = 1 + (0 if self.given_ids is None else self.given_ids.shape[1])
             matrix = _matrix(_text_or_none(answer, "prompt_token_id_logprobs"), (count, width))
-            return Answer(matrix[:, 0], top_ids, top, matrix[:, 1:])
+            return Answer(self._of_known(matrix[:, 0]), top_ids, top, matrix[:, 1:])
         own = [position.of(t) for position, t in zip(ranked, self._own(), strict=True)]
         given: np.ndarray = np.zeros((count, 0), dtype=np.float32)
         if self.given_ids is not None:
             rows = zip(ranked, self.given_ids.tolist(), strict=True)
             given = np.array([[position.of(t) for t in ids] for position, ids in rows], np.float32)
             given = given.reshape(self.given_ids.shape)
-        return Answer(
-            logprobs(own, "prompt_logprobs"), top_ids, top, logprobs(given, "prompt_logprobs")
-        )
+        found = self._of_known(logprobs(own, "prompt_logprobs"))
+        return Answer(found, top_ids, top, logprobs(given, "prompt_logprobs"))
 
     def _ranked(self, answer: Any) -> list[_Position]:
         """Return the positions of the scored tokens."""
@@ -123,7 +124,16 @@ class ScoreRequest:
         return [_Position(of_kind(one, "prompt_logprobs", dict)) for one in told[self.start :]]
 
     def _own(self) -> list[int]:
-        return self.token_ids[self.start :]
+        return self._known(self.token_ids[self.start :])
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """Return ids with any of the vocabulary in place of others, which servers refuse."""
+        return [min(token, self.vocabulary - 1) for token in ids]
+
+    def _of_known(self, logprobs: np.ndarray) -> np.ndarray:
+        """Return the log-probs of the scored tokens, -inf for ids beyond the vocabulary."""
+        unknown = np.array(self.token_ids[self.start :]) >= self.vocabulary
+        return np.where(unknown, np.float32(-np.inf), logprobs)
 
     def _has_matrix(self) -> bool:
         return self.by_id and (self.given_ids is not None or self.top_k == 0)

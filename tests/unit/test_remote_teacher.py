@@ -46,6 +46,8 @@ class StandIn:
 
         if body["path"] == "/v1/models":
             return 200, {"data": [{"id": self.name, "max_model_len": LENGTH}]}
+        if max(body["token_ids"]) >= 64:
+            return 400, {"error": {"message": "token_ids: got a token id that is too large"}}
         request = GenerateRequest(**{k: body[k] for k in ("model", "token_ids", "sampling_params")})
         wanted = request.sampling_params
         limits = SimpleNamespace(max_logprobs=64, get_vocab_size=lambda: 64, max_model_len=LENGTH)
@@ -132,6 +134,19 @@ def test_sampled_tokens(remote: RemoteTeacher, stand_in: StandIn, top_k: int) ->
     assert torch.equal(theirs.top_ids, ours.top_ids)
     # A matrix if it has all requested log-probs; the prompt is not returned.
     assert sorted(stand_in.sizes) == ([(3, 1), (4, 1)] if stand_in.by_id and not top_k else [])
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_padding_of_a_larger_head_is_impossible(
+    remote: RemoteTeacher, stand_in: StandIn, top_k: int
+) -> None:
+    rows = [make_rollout(ids, prompt_ids=[9]) for ids in ([7, 67, 8, 1], [11, 1])]
+    asked = make_batch(rows, temperature=1.0)
+    theirs = remote.score(asked, "student", top_k=top_k)
+    ours = stand_in.teacher.score(asked, "student", top_k=top_k)
+    assert theirs.logprobs[0, 1] == -torch.inf
+    torch.testing.assert_close(theirs.logprobs, ours.logprobs, atol=1e-5, rtol=0)
+    assert torch.equal(theirs.top_ids, ours.top_ids)
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
