@@ -64,7 +64,7 @@ _WORDS = [
 
 def hint(prog: str) -> str:
     """Return a hint to the help of the parser `prog`; nested parsers point to `opd --help`."""
-    command = prog.replace(" [options]", "")
+    command = prog.replace(" [options]", "").replace("_", "-")  # as it is typed
     return f"`{command if command.startswith('opd') else 'opd'} --help` lists what is accepted"
 
 

@@ -73,6 +73,10 @@ def test_wrong_value_inside_a_union(fail: Fail) -> None:
         (["serve", "--model=x", "--key_file=k", "--port=many"], "port: expected a whole number"),
         (["compare"], "runs: got nothing, expected a value; `opd compare --help`"),
         (["compare", "x", "--gr=true"], "not accepted: --gr=true"),
+        (
+            ["write-responses", f"--config={CONFIG}"],
+            "out: got nothing, expected a value; `opd write-",
+        ),
         (["--config", "nowhere.yaml", "fit"], "nowhere.yaml"),
     ],
 )
