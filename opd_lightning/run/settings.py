@@ -18,6 +18,10 @@ TRAINER = (
 )
 # Hardware and duration of a run, which may differ when it is resumed.
 EXPECTED_TO_CHANGE = {f"trainer.{name}" for name in TRAINER[:4]} | {"trainer.max_steps"}
+# Another value of these is refused when the stream is restored.
+REFUSED = {"seed", "data.seed", "trainer.accumulate_grad_batches"} | {
+    f"data.{name}" for name in ("prompts_per_step", "samples_per_prompt", "max_staleness")
+}
 MOST_LINES = 12  # limit of reported differences
 
 
@@ -59,7 +63,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in dict.fromkeys([*before, *now])
         if before.get(name) != now.get(name)
         and name != "method"  # reported when the checkpoint is loaded
-        and name not in EXPECTED_TO_CHANGE
+        and name not in EXPECTED_TO_CHANGE | REFUSED
         and not (ended and name.split(".")[0] == "lr_scheduler")
     ]
     lines = []

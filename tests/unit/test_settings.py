@@ -44,3 +44,10 @@ def test_what_becomes_of_a_schedule_is_said() -> None:
     assert "0.5 counts, which is saved with its state" in line
     first, _ = differences({"data.seed": 0}, before)
     assert "StepLR counts from here on" in first
+
+
+def test_what_a_resumed_run_refuses_is_not_said_to_count() -> None:
+    before = {"seed": 0, "data.seed": 0, "data.prompts_per_step": 4, "data.sampling.top_p": 1.0}
+    now = {"seed": 1, "data.seed": 1, "data.prompts_per_step": 8, "data.sampling.top_p": 0.9}
+    (line,) = differences(before, now)
+    assert line.startswith("data.sampling.top_p: ")
