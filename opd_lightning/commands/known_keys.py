@@ -121,7 +121,7 @@ class _Checker:
 
     def section(self, key: str, value: Any) -> None:
         """Check the tree of the model, the data or the trainer."""
-        if (file := self.file_of(value)) is not None:
+        if (file := self.file_of(key, value)) is not None:
             with self.reading(key, file) as value:
                 self.section(key, value)
             return
@@ -135,7 +135,7 @@ class _Checker:
             kind = "a method (class_path and init_args)" if key == "model" else "a table of options"
             self.refuse(key, f"got {shown(value)}, expected {kind}")
 
-    def file_of(self, value: Any) -> str | None:
+    def file_of(self, place: str, value: Any) -> str | None:
         """Return the path of the file that a text names in place of settings; None if it cannot."""
         if isinstance(value, str) and not is_blank(value):
             # First relative to the file that names it.
@@ -143,6 +143,8 @@ class _Checker:
                 path = os.path.join(folder, os.path.expanduser(value))
                 if os.path.exists(path) and not os.path.isdir(path):
                     return path
+            if value.endswith((".yaml", ".yml")):  # the parser would take it for a class
+                self.refuse(place, f"got {shown(value)}, but no such file exists")
         return None
 
     @contextmanager
@@ -239,7 +241,7 @@ class _Checker:
     def value(self, place: str, value: Any, parameter: Parameter) -> None:
         """Check the value of a parameter and nested trees, as far as its annotation allows."""
         self.expect_value(place, value, parameter)
-        if takes_settings(parameter) and (file := self.file_of(value)) is not None:
+        if takes_settings(parameter) and (file := self.file_of(place, value)) is not None:
             with self.reading(place, file) as value:
                 self.value(place, value, parameter)
             return

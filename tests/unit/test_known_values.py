@@ -313,3 +313,16 @@ def test_bytes_that_are_no_text_are_refused() -> None:
     )
     with pytest.raises(UserError, match="no UTF-8"):
         OneLineParser().parse_args(["--name=\udcff"])
+
+
+@pytest.mark.parametrize("option", ["model", "data", "data.engine", "data.sampling"])
+def test_a_file_of_settings_that_is_missing(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = "got 'missing.yaml', but no such file exists"
+    assert refusal(f"--{option}=missing.yaml") == f"--{option}: {said}"
+    file = in_file(tmp_path, option, "missing.yaml")
+    assert refusal(f"--config={file}") == f"{file}: {option}: {said}"
+    (tmp_path / "missing.yaml").write_text("{}")
+    check(f"--{option}=missing.yaml")
