@@ -27,7 +27,7 @@ from opd_lightning.run import outputs, signals
 from opd_lightning.run.csv_log import set_aside
 from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.run.interruption import SaveOnInterruption, TermAsInterrupt
-from opd_lightning.run.lock import held
+from opd_lightning.run.lock import FOLDER_SETTINGS, held
 from opd_lightning.run.log import RunLog
 from opd_lightning.run.monitors import absent_monitors_explained
 from opd_lightning.run.step_progress import FirstLine, StepProgressBar
@@ -141,6 +141,8 @@ class Trainer(Commands):
         folder = self.run_folder = Path(str(self.log_dir)) if self.keeps_files else None
         if folder is not None:
             outputs.check_run_files(folder, RUN_FILES)
+            option = "trainer.default_root_dir" if self._folder_is_given else FOLDER_SETTINGS
+            outputs.check_folder(option, folder)
         settle_folders(self)  # Lightning's name for one may be another at every start
         for keeper in keepers(self):
             check_place(str(keeper.dirpath))

@@ -170,3 +170,11 @@ def test_recorded_responses(refusal: Refusal) -> None:
 
 def test_no_engine(refusal: Refusal) -> None:
     assert "data.engine: got nothing" in refusal(engine=None)
+
+
+def test_a_run_folder_that_cannot_be_written(
+    refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opd_lightning.run.outputs._may_create_in", lambda folder: False)
+    line = refusal(trainer={"default_root_dir": str(tmp_path)})
+    assert line.startswith(f"trainer.default_root_dir: got '{tmp_path}', which cannot be written")
