@@ -70,6 +70,21 @@ class Question:
         )
 
 
+def unread(module: DistillationModule, data: RolloutDataModule, question: Question) -> list[str]:
+    """Return the options that give fields of a prompt which neither teacher nor verifier reads."""
+    ask = module.all_asks().get("teacher")
+    view = data.views.get(ask.view) if ask is not None else None
+    read = set(view.variables) if view is not None else set()
+    if data.verifier is not None:  # it may have a part for each domain
+        read |= {"answer"} if question.answer is None else {"answer", "domain"}
+    if any(teacher.domains for teacher in module.teachers()):
+        read.add("domain")
+    given = {"privileged": question.privileged, "answer": question.answer}
+    names = [name for name, text in given.items() if text is not None]
+    names += ["domain"] if question.domain != "default" else []
+    return [f"--{name}" for name in names if name not in read]
+
+
 class Sampler:
     """Samples responses with an engine, scores and prints them.
 
@@ -96,6 +111,8 @@ class Sampler:
         self.question = question
         self.console = console
         self.html = html
+        if names := unread(module, data, question):
+            note(f"nothing in this run reads {' and '.join(names)}; leave it out")
         self.engine: Engine = data.engine or HFEngine()
         seen = console.is_terminal or html is not None
         self.scorer = TokenScorer(module, data, question.prompt(())) if seen else None

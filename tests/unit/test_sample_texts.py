@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 
-from opd_lightning.commands.sample import Question, chat, read_prompt
+from opd_lightning.commands.sample import Question, chat, read_prompt, unread
 from opd_lightning.data.views import PromptView, Renderer
 from opd_lightning.errors import UserError
+from opd_lightning.methods import OPD, OPSDK1
 from opd_lightning.models.student import Student
 from opd_lightning.rollouts import Sampling
+from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.run.signals import Interrupted
+from opd_lightning.teachers import ByDomainTeacher, FrozenTeacher, Teacher
 from opd_lightning.terminal.output import escape_unknown_characters
 from opd_lightning.types import Message
+from opd_lightning.verifiers import ExactMatch
 from tests.conftest import TinyModelDir
 
 
@@ -65,6 +69,22 @@ def test_a_teacher_is_shown_the_turn_that_was_answered(tiny_model_dir: TinyModel
         seen.append(view)
     assert seen[0] == seen[2]
     assert len(seen[1]) > len(seen[0])
+
+
+def test_fields_that_nothing_reads_are_named() -> None:
+    student, sampling = Student("student"), Sampling()
+    one, two = FrozenTeacher("one"), FrozenTeacher("two")
+    asked = Question(samples=1, sampling=sampling, privileged="1", answer="2", domain="sums")
+
+    def names(teacher: Teacher, question: Question = asked, **data: Any) -> list[str]:
+        return unread(OPD(student, teacher), RolloutDataModule(**data), question)
+
+    assert names(one) == ["--privileged", "--answer", "--domain"]
+    assert names(ByDomainTeacher({"sums": one, "words": two})) == ["--privileged", "--answer"]
+    assert names(one, verifier=ExactMatch(".*")) == ["--privileged"]
+    assert names(one, Question(samples=1, sampling=sampling)) == []
+    module, data = OPSDK1(student, one), RolloutDataModule(views={"privileged": PromptView()})
+    assert "--privileged" not in unread(module, data, asked)
 
 
 def test_ctrl_c_ends_a_conversation_and_a_signal_the_program() -> None:
