@@ -106,8 +106,8 @@ class Commands(LightningTrainer):
         self,
         model: DistillationModule,
         datamodule: RolloutDataModule,
-        prompt_tokens: int = 512,
-        longest_prompt: int = 2048,
+        prompt_tokens: int | None = None,
+        longest_prompt: int | None = None,
         response_tokens: int | None = None,
         gpu_memory: float = 140.0,
         peak_tflops: float = 989.0,
@@ -123,8 +123,9 @@ class Commands(LightningTrainer):
         built without weights. Speeds are assumed, by default those of an H200.
 
         Args:
-            prompt_tokens: Tokens of a prompt, on average.
-            longest_prompt: Tokens of the longest prompt.
+            prompt_tokens: Tokens of a prompt, on average; None is 512, or fewer if the student's
+                context holds no more beside a response.
+            longest_prompt: Tokens of the longest prompt; None is 2048, or fewer likewise.
             response_tokens: Tokens of a response, on average; None is as many as allowed.
             gpu_memory: GiB of a GPU.
             peak_tflops: Dense bfloat16 operations a second of a GPU, in 10^12.

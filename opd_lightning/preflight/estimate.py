@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from opd_lightning.training.base import DistillationModule
 
 SERVED = 0.9  # share of a server's GPU that its engine uses
+USUAL_PROMPT, USUAL_LONGEST_PROMPT = 512, 2048  # tokens that are assumed where they fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,23 +57,28 @@ class Lengths:
     """Assumed lengths in tokens.
 
     Args:
-        prompt: Mean prompt length.
-        longest_prompt: Length of the longest prompt.
+        prompt: Mean prompt length; None is 512, or fewer where no more fit.
+        longest_prompt: Length of the longest prompt; None is 2048, or fewer where no more fit.
         response: Mean response length; None assumes the maximum.
     """
 
-    prompt: int
-    longest_prompt: int
+    prompt: int | None
+    longest_prompt: int | None
     response: int | None
 
     def __post_init__(self) -> None:
         for option, value, least in (
             ("prompt_tokens", self.prompt, 1),
-            ("longest_prompt", self.longest_prompt, self.prompt),
+            ("longest_prompt", self.longest_prompt, self.prompt or 1),
             ("response_tokens", self.response, 1),
         ):
             if value is not None and value < least:
                 raise UserError(f"--{option}: got {value}, expected at least {least}")
+
+    def prompts(self, room: int) -> tuple[int, int]:
+        """Return the mean and the longest prompt; what is not given has `room` tokens at most."""
+        longest = self.longest_prompt or max(self.prompt or 1, min(USUAL_LONGEST_PROMPT, room))
+        return self.prompt or min(USUAL_PROMPT, longest), longest
 
 
 @dataclass(frozen=True)
@@ -143,13 +149,14 @@ def _findings(
     gpu: Gpu,
 ) -> Iterator[Finding]:
     world = trainer.num_devices * trainer.num_nodes
-    shape = StepShape.of(data, world, lengths.longest_prompt)
+    prompt, longest_prompt = lengths.prompts(_room(module, data))
+    shape = StepShape.of(data, world, longest_prompt)
     own = data.mix.samples or data.mix.reads_records
     longest = data.sampling.max_new_tokens if own else shape.response
     response = min(lengths.response or longest, longest)
     student = _Model(module.student, module.student.source.config)
     engine = cost.engine_bytes(data.engine, student.widths, student.weights, shape, gpu.memory)
-    micro_batches = shape.micro_batches(lengths.prompt + response)
+    micro_batches = shape.micro_batches(prompt + response)
     written = _written(data)
     plan = cost.plan(
         module,
@@ -161,11 +168,22 @@ def _findings(
         on_gpu=True,
     )
     yield _models(module, data)
-    yield _tokens(written, lengths.prompt, response, micro_batches, longest)
+    yield _tokens(written, prompt, response, micro_batches, longest)
     yield cost.memory(plan, gpu.memory, cost.smaller_batches(shape))
     yield cost.traffic(plan, student.weights)
-    run = _TimeInputs(trainer, module, data, plan, shape, written, lengths.prompt, response, gpu)
+    run = _TimeInputs(trainer, module, data, plan, shape, written, prompt, response, gpu)
     yield run.time()
+
+
+def _room(module: DistillationModule, data: RolloutDataModule) -> int:
+    """Return the tokens that the student's context leaves for a prompt."""
+    context, most = module.student.source.context_length, data.sampling.max_new_tokens
+    if most >= context and data.mix.samples:
+        raise UserError(
+            f"data.sampling.max_new_tokens: got {most}, but the student's context of {context} has "
+            "to hold a prompt as well; lower it"
+        )
+    return max(1, context - most)
 
 
 def _written(data: RolloutDataModule) -> Mapping[str, float]:

@@ -18,6 +18,7 @@ from opd_lightning.data.mix import RolloutMix, TeacherSampler
 from opd_lightning.errors import NotReadyError, UserError
 from opd_lightning.methods import OPD, DivergenceOPD
 from opd_lightning.models.student import Student
+from opd_lightning.preflight.estimate import Lengths
 from opd_lightning.preflight.operations import forward_operations, matrix_weights
 from opd_lightning.preflight.speeds import Decoder, Gpu
 from opd_lightning.preflight.widths import Widths
@@ -286,3 +287,25 @@ def test_an_error_of_the_configuration_is_reported(
 def test_assumptions_are_checked(options: dict[str, Any], named: str, estimate: Estimate) -> None:
     with pytest.raises(UserError, match=named):
         estimate(options=options)
+
+
+def test_assumed_prompts_fit_the_context(
+    estimate: Estimate, folder: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    describe(Path(folder), TINY | {"max_position_embeddings": RESPONSE + 80})
+    unknown = {"prompt_tokens": None, "longest_prompt": None}
+    found = estimate(options=unknown)["tokens (assumed)"]
+    assert found["prompt_tokens"] == 8 * 80
+    assert estimate(options=unknown | {"longest_prompt": 20})["tokens (assumed)"] == found | {
+        "prompt_tokens": 8 * 20
+    }
+    with pytest.raises(NotReadyError):
+        estimate(options=unknown, sampling=Sampling(max_new_tokens=RESPONSE + 80))
+    (finding,) = json.loads(capfd.readouterr().out)["findings"]
+    assert "max_new_tokens: got 128, but the student's context of 128" in finding["found"]
+
+
+def test_prompts_of_usual_lengths_are_assumed_where_they_fit() -> None:
+    unknown = Lengths(prompt=None, longest_prompt=None, response=None)
+    assert unknown.prompts(40_000) == (512, 2048)
+    assert Lengths(prompt=3000, longest_prompt=None, response=None).prompts(100) == (3000, 3000)
