@@ -58,6 +58,8 @@ class Servers:
             raise UserError("servers: got none, expected addresses such as http://127.0.0.1:8000")
         if patience < 0:
             raise UserError(f"servers: patience is {patience} seconds, expected at least 0")
+        if timeout <= 0:
+            raise UserError(f"servers: timeout is {timeout} seconds, expected more than 0")
         self._addresses = [checked_address(server) for server in servers]
         self.key_file = key_file
         self.patience = patience

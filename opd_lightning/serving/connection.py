@@ -188,7 +188,10 @@ def _decoded(content: bytes) -> Any:
 def read_key(key_file: str | None) -> str | None:
     """Return the key from a file, or from the environment; None if there is neither."""
     if key_file is None:
-        return os.environ.get(KEY_VARIABLE) or None
+        key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not (key.isascii() and key.isprintable()):  # no header could hold it
+            raise UserError(f"{KEY_VARIABLE}: expected the key alone, in one line of ASCII")
+        return key or None
     path = Path(key_file).expanduser()
     try:
         key = path.read_text(encoding="utf-8").strip()

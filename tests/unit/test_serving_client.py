@@ -223,6 +223,22 @@ def test_the_key_may_come_from_the_environment(
     assert server.asked[0]["key"] == f"Bearer {KEY}"
 
 
+@pytest.mark.parametrize("key", ["\u043a\u043b\u044e\u0447", "two\nlines"])
+def test_a_bad_key_in_the_environment(
+    start: Start, client: Client, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPD_SERVER_KEY", key)
+    with pytest.raises(UserError, match="OPD_SERVER_KEY: expected the key alone") as caught:
+        client(start(echo)).get_all("/ask")
+    assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize("timeout", [0, -1])
+def test_a_time_limit_that_no_request_keeps(timeout: float) -> None:
+    with pytest.raises(UserError, match=f"timeout is {timeout} seconds, expected more than 0"):
+        Servers(["http://127.0.0.1:1"], timeout=timeout)
+
+
 @pytest.mark.parametrize(
     ("content", "mode", "told"),
     [(KEY, 0o644, "others may"), ("a b", 0o600, "the key alone"), (None, 0, "cannot read")],
