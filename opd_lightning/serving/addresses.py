@@ -20,11 +20,33 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.5  # polling interval for an address file
 
 
+def prepare_address_file(file: Path) -> None:
+    """Make the folder of an address file and delete an old one: its server is not ready yet.
+
+    Raises:
+        UserError: The file could not be written later.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+        draft = _draft(file)
+        draft.touch()
+        draft.unlink()
+    except OSError as error:
+        raise UserError(
+            f"address_file: cannot write {str(file)!r}: {reason_of(error)}; name another file"
+        ) from error
+
+
 def write_address(file: Path, url: str) -> None:
     """Write `url` to `file` atomically, so that no reader sees a partial address."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft = _draft(file)
     draft.write_text(url + "\n", encoding="utf-8")
     draft.replace(file)
+
+
+def _draft(file: Path) -> Path:
+    return file.with_name(f".{file.name}.{os.getpid()}")
 
 
 def is_every_interface(host: str) -> bool:

@@ -16,7 +16,11 @@ from urllib.request import ProxyHandler, build_opener
 
 from opd_lightning.errors import ServerAwayError, UserError, reason_of
 from opd_lightning.serving.accepted import LIMITS
-from opd_lightning.serving.addresses import is_every_interface, write_address
+from opd_lightning.serving.addresses import (
+    is_every_interface,
+    prepare_address_file,
+    write_address,
+)
 
 ENDINGS = (signal.SIGTERM, signal.SIGINT)
 HEALTH_SECONDS = 0.5  # polling interval while the server starts
@@ -67,7 +71,7 @@ def run(arguments: dict[str, Any], sock: socket.socket, address_file: Path | Non
     for number in ENDINGS:
         signal.signal(number, _abandon)  # until the server runs
     if address_file is not None:
-        address_file.unlink(missing_ok=True)  # clients must not connect before the server is ready
+        prepare_address_file(address_file)  # clients must not connect before the server is ready
     try:
         asyncio.run(_run(_parse(arguments), sock, address_file))
     except (UserError, ServerAwayError):

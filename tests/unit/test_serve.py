@@ -12,7 +12,11 @@ import pytest
 
 from opd_lightning.cli import main
 from opd_lightning.errors import ServerAwayError, UserError
-from opd_lightning.serving.addresses import resolve_addresses, write_address
+from opd_lightning.serving.addresses import (
+    prepare_address_file,
+    resolve_addresses,
+    write_address,
+)
 from opd_lightning.serving.server import _until_healthy, bind
 from tests.http_server import Server
 
@@ -62,6 +66,18 @@ def test_an_address_file_is_waited_for(tmp_path: Path) -> None:
     assert resolve_addresses(servers, patience=30) == ["http://127.0.0.1:1", "http://10.0.0.1:8000"]
     with pytest.raises(ServerAwayError, match=r"two\.address.*not there after 0 s"):
         resolve_addresses([str(tmp_path / "two.address")], patience=0)
+
+
+def test_an_address_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "servers" / "one.address"
+    prepare_address_file(file)
+    write_address(file, "http://10.0.0.1:8000")
+    prepare_address_file(file)  # of a server that was killed
+    assert not list(file.parent.iterdir())
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "one.address", tmp_path):
+        with pytest.raises(UserError, match=r"address_file: cannot write .*; name another file"):
+            prepare_address_file(path)
 
 
 def test_a_proxy_is_not_asked_whether_the_server_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
