@@ -21,7 +21,7 @@ recorded ones at most as long.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -333,13 +333,16 @@ class _TimeInputs:
 
     def _write_with(self, engine: Engine, model: _Model, responses: float, most: int) -> float:
         engines, memory, at_once = self.world, self.gpu.memory, float(self.shape.rows)
+        decoder = model.decoder
         if isinstance(engine, VLLMServerEngine):
             engines, memory, at_once = len(engine.servers), SERVED * memory, 256.0
         elif isinstance(engine, VLLMEngine):
-            memory, at_once = engine.gpu_memory_utilization * memory, float(engine.max_num_seqs)
+            decoder = replace(decoder, gpus=engine.tensor_parallel_size)
+            memory *= engine.gpu_memory_utilization * decoder.gpus
+            at_once = float(engine.max_num_seqs)
         elif isinstance(engine, HFEngine):
             at_once = float(engine.max_batch_size)
-        return model.decoder.seconds(
+        return decoder.seconds(
             self.gpu,
             responses / engines,
             prompt=self.prompt,

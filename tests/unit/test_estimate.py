@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,15 +217,17 @@ def test_engines_write_together_or_apart(estimate: Estimate, folder: str, tmp_pa
     weights = 2.0 * sum(p.numel() for p in model.parameters())
     decoder = Decoder(weights=weights, cached=2 * Widths.of(config).cache)
 
-    def seconds(rows: float, at_once: float) -> float:
+    def seconds(rows: float, at_once: float, gpus: int = 1) -> float:
         memory = Gpu().memory
-        return decoder.seconds(
+        return replace(decoder, gpus=gpus).seconds(
             Gpu(), rows, prompt=PROMPT, mean=RESPONSE, most=RESPONSE, memory=memory, at_once=at_once
         )
 
     assert write(HFEngine(max_batch_size=2))["write_seconds"] == pytest.approx(seconds(8, 2))
     alone = write(VLLMEngine(max_num_seqs=4))["write_seconds"]
     assert alone == pytest.approx(seconds(8, 4))
+    shared = write(VLLMEngine(max_num_seqs=4, tensor_parallel_size=2))["write_seconds"]
+    assert shared == pytest.approx(seconds(8, 4, gpus=2))
     servers = VLLMServerEngine(
         servers=["http://127.0.0.1:1", "http://127.0.0.1:2"],
         key_file=str(tmp_path / "key"),
