@@ -91,8 +91,9 @@ class ServedChat:
     @cached_property
     def _served(self) -> list[str]:
         """Return the names of the models that the server has."""
+        client = self._client
         try:
-            answer = self._client.get("/v1/models")
+            answer = client.get("/v1/models")
             answer.raise_for_status()
             return [str(model["id"]) for model in answer.json()["data"]]
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
@@ -103,7 +104,9 @@ class ServedChat:
 
     @cached_property
     def _client(self) -> httpx.Client:
-        key = os.environ.get(KEY_VARIABLE)
+        key = os.environ.get(KEY_VARIABLE, "").strip()
+        if key and not (key.isascii() and key.isprintable()):  # httpx's error would show it
+            raise UserError(f"{KEY_VARIABLE}: expected the key alone, in one line of ASCII")
         return httpx.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {key}"} if key else {},

@@ -66,6 +66,16 @@ def test_the_question_is_rendered_and_asked_at_temperature_0(
     assert again.verify([prompt()], ["two"]) == [1]
 
 
+@pytest.mark.parametrize("key", ["secret\nkey", "\u043a\u043b\u044e\u0447"])
+def test_a_key_that_cannot_be_sent_is_not_shown(
+    serve: Serving, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPD_JUDGE_KEY", key)
+    with pytest.raises(UserError, match="OPD_JUDGE_KEY: expected the key alone") as caught:
+        judge(serve(lambda asked: reply("1"))).check([prompt()])
+    assert "secret" not in str(caught.value)
+
+
 def test_choices_are_weighted_by_their_probabilities(serve: Serving) -> None:
     def answer(asked: dict[str, Any]) -> tuple[int, Any]:
         assert (asked["max_tokens"], asked["logprobs"], asked["top_logprobs"]) == (1, True, 20)
