@@ -42,7 +42,7 @@ read_run() {
     done
     for part in callbacks.SlurmRequeue callbacks.RngState; do
         # shellcheck disable=SC2086 # the files are words
-        grep -qF "$part" $CONFIG || settings+=("--trainer.callbacks+=$part")
+        grep -q "^[^#]*${part/./\\.}" $CONFIG || settings+=("--trainer.callbacks+=$part")
     done
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
         [ -n "${RUN:-}" ] || fail "RUN: got none; the runs of an array need it: RUN-0, RUN-1 and so on"

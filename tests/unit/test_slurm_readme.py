@@ -1,6 +1,7 @@
 """slurm/README.md lists the variables that the job scripts read, and no others."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,13 @@ def test_what_is_listed_is_read(script: str) -> None:
 def test_all_scripts_are_named() -> None:
     readme = (SLURM / "README.md").read_text()
     assert [p.name for p in SLURM.iterdir() if f"`{p.name}`" not in readme] == ["README.md"]
+
+
+def test_callbacks_that_a_config_has_in_a_comment_are_added(tmp_path: Path) -> None:
+    lines = ("# callbacks.RngState", "- class_path: callbacks.SlurmRequeue # callbacks.RngState")
+    config = tmp_path / "run.yaml"
+    config.write_text("\n".join(lines))
+    words = f'. {SLURM}/common.sh; CONFIG={config}; read_run; echo "${{settings[@]}}"'
+    told = subprocess.run(["bash", "-euc", words], capture_output=True, text=True, check=True)
+    added = [word for word in told.stdout.split() if word.startswith("--trainer.callbacks")]
+    assert added == ["--trainer.callbacks+=callbacks.RngState"]
