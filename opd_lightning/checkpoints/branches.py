@@ -33,7 +33,7 @@ def saved_since(trainer: Trainer, named: Saved) -> Saved | None:
     """
     if int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
         return None
-    saved = newest(trainer, job=os.environ.get("SLURM_JOB_ID"))
+    saved = newest(trainer, resumes=True, job=os.environ.get("SLURM_JOB_ID"))
     if saved is not None:
         rank_zero_note(
             f"--ckpt_path: this job began with {str(named.path)!r}, was requeued, and resumes "

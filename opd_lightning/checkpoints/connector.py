@@ -171,7 +171,7 @@ class CheckpointConnector(_CheckpointConnector):
 
     def _last(self, training: bool) -> Saved | None:
         """Return the newest checkpoint; None only in a run that trains."""
-        saved = newest(self.trainer) if training else needed(self.trainer)
+        saved = newest(self.trainer, resumes=True) if training else needed(self.trainer)
         if saved is None:
             rank_zero_note("no whole checkpoint is there yet, so the run starts from the beginning")
         return saved

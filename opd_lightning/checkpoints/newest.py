@@ -84,18 +84,22 @@ def named(path: Path) -> Saved:
         raise raised_by_all(refusal(path, error)) from error
 
 
-def newest(trainer: Trainer, *, job: str | None = None) -> Saved | None:
+def newest(trainer: Trainer, *, resumes: bool = False, job: str | None = None) -> Saved | None:
     """Return the newest complete checkpoint: most steps first, then latest; None if none.
 
     Args:
         trainer: The trainer of the run.
+        resumes: Whether the run resumes from it. Weights alone then come after all others.
         job: SLURM job that must have written it; None for any.
 
     Raises:
         UserError: If the run has no checkpoint folder.
         CheckpointError: If the disk cannot be read.
     """
-    for saved in broadcast(lambda: _candidates(trainer)):
+    found = broadcast(lambda: _candidates(trainer))
+    if resumes:  # sorting keeps the order otherwise
+        found.sort(key=lambda saved: not saved.resumable)
+    for saved in found:
         if job is not None and saved.written_by.get("job") != job:
             continue
         try:

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import Callback
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, StepLR
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from opd_lightning.checkpoints import save_last, whole
 from opd_lightning.checkpoints.places import commit, recover, staging_path
@@ -424,3 +425,16 @@ def test_a_run_that_keeps_none_has_no_last(tmp_path: Path) -> None:
         trainer.callbacks.remove(keeper)  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="got no ModelCheckpoint"):
         save_last(trainer)
+def test_last_passes_weights_alone_over(tmp_path: Path) -> None:
+    def weights() -> Callback:
+        often: dict[str, Any] = {"every_n_train_steps": 3, "save_top_k": -1}
+        return ModelCheckpoint(tmp_path, "weights-{step}", save_weights_only=True, **often)
+
+    saver = {"every_n_train_steps": 2, "save_last": None}
+    train(tmp_path, 3, saver=saver, callbacks=[weights()])
+    assert names(tmp_path) == ["step=2.ckpt", "weights-step=3.ckpt"]
+    module = Toy()
+    train(tmp_path, 4, saver=saver, callbacks=[weights()], module=module)
+    assert len(module.losses) == 2
+
+
