@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from opd_lightning.checkpoints.newest import (
 )
 from opd_lightning.checkpoints.places import recover
 from opd_lightning.checkpoints.reading import Saved, restoring
-from opd_lightning.checkpoints.savers import drop_foreign_paths
+from opd_lightning.checkpoints.savers import drop_foreign_paths, drop_models, missing_models
 from opd_lightning.errors import UserError, reason_of
 from opd_lightning.processes import broadcast
 
@@ -104,12 +105,11 @@ class CheckpointConnector(_CheckpointConnector):
                 fresh = {"fit_loop": self.trainer.fit_loop.state_dict()}
                 check_kinds("loops", self._loaded_checkpoint["loops"], fresh)
             super().restore_training_state()
-        if (
-            self.saved is not None
-            and not self._owned
-            and self.trainer.state.fn == TrainerFn.FITTING
-        ):
-            leave_branch(self.trainer, self.saved)
+        if self.saved is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            if not self._owned:
+                leave_branch(self.trainer, self.saved)
+            with restoring("the state of a callback"):
+                self._drop_missing_files()
 
     def restore_callbacks(self) -> None:
         with restoring("the state of a callback"):
@@ -134,6 +134,20 @@ class CheckpointConnector(_CheckpointConnector):
                     keeper.last_model_path = keeper.last_model_path or str(
                         Path(keeper.dirpath or "", name)
                     )
+
+    def _drop_missing_files(self) -> None:
+        """Drop files that are gone from those that each ModelCheckpoint counts among the best.
+
+        Going back to an earlier checkpoint loses files: later steps had replaced them.
+        """
+        for keeper in keepers(self.trainer):
+            if missing := broadcast(partial(missing_models, keeper)):
+                drop_models(keeper, missing)
+                several = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                rank_zero_note(
+                    f"the checkpoint counts {missing[0]!r}{several} among the best of the run, but "
+                    "that is gone: its score no longer counts"
+                )
 
     def restore_optimizers(self) -> None:
         if self.saved is not None:

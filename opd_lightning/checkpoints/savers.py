@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,26 @@ def drop_foreign_paths(saver: ModelCheckpoint) -> list[str]:
 
 def _is_below(path: Path, folder: Path) -> bool:
     try:
+def missing_models(saver: ModelCheckpoint) -> list[str]:
+    """Return the files that a restored ModelCheckpoint counts among the best, but are gone."""
+    return [path for path in saver.best_k_models if not os.path.lexists(path)]
+
+
+def drop_models(saver: ModelCheckpoint, paths: Collection[str]) -> None:
+    """Drop files from those that a ModelCheckpoint counts among the best.
+
+    A score whose file is gone would keep later files with lower ones from being saved.
+    """
+    scores = {p: score for p, score in saver.best_k_models.items() if p not in paths}
+    saver.best_k_models = scores
+    if saver.kth_best_model_path in paths:  # computed again when there are enough
+        saver.kth_best_model_path = ""
+    if saver.best_model_path in paths:
+        first = min if saver.mode == "min" else max
+        saver.best_model_path = first(scores, key=scores.__getitem__, default="")
+        saver.best_model_score = scores.get(saver.best_model_path)
+
+
         return folder in path.resolve().parents
     except (OSError, RuntimeError):  # a circle of links
         return False

@@ -310,6 +310,51 @@ def test_checkpoints_do_not_pile_up_over_resumes(tmp_path: Path) -> None:
 def test_a_damaged_one_that_was_named_is_refused(tmp_path: Path) -> None:
     train(tmp_path, 2)
     flip(tmp_path / "last.ckpt")
+class Scores(Callback):
+    """Logs a given score after every step."""
+
+    def __init__(self, *scores: float) -> None:
+        self.scores = scores
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        score = torch.tensor(self.scores[trainer.global_step - 1])
+        trainer.callback_metrics["score"] = score
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_best_one_that_the_branch_removed_counts_no_more(
+    keep: int, tmp_path: Path, capsys: Err
+) -> None:
+    """Going back to step 3: step 2 was the best of its time, and step 4 has replaced it."""
+
+    def run(steps: int, *scores: float, ckpt_path: str | Path = "last") -> Any:
+        best = {"filename": "best-{step}", "monitor": "score", "mode": "max", "save_last": None}
+        every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer, _ = train(
+            tmp_path,
+            steps,
+            saver=best | {"save_top_k": keep},
+            callbacks=[Scores(*scores), every],
+            ckpt_path=ckpt_path,
+        )
+        return trainer.checkpoint_callback
+
+    run(5, 0.1, 0.9, 0.8, 0.95, 0.97)
+    capsys.readouterr()
+    saver = run(5, 0.1, 0.9, 0.8, 0.6, 0.7, ckpt_path=tmp_path / "step=3.ckpt")
+    assert "best-step=2.ckpt' and 1 more among" in capsys.readouterr().err or keep == 1
+    expected = [tmp_path / f"best-step={step}.ckpt" for step in (5, 4)[:keep]]
+    assert [Path(path) for path in sorted(saver.best_k_models, reverse=True)] == expected
+    assert all(path.exists() for path in expected)
+    assert Path(saver.best_model_path) == expected[0]
+    assert float(saver.best_model_score) == pytest.approx(0.7)
+    # Back to the first branch, whose files were moved.
+    left = tmp_path / "left-1" / "step=5.ckpt"
+    saver = run(6, 0.1, 0.9, 0.8, 0.95, 0.97, 0.5, ckpt_path=left)
+    assert [*saver.best_k_models] == [saver.best_model_path] == [f"{tmp_path}/best-step=6.ckpt"]
+    assert Path(saver.best_model_path).exists()
+
+
     with pytest.raises(UserError, match=r"'.*last\.ckpt' is damaged .* has other bytes"):
         train(tmp_path, 3, ckpt_path=tmp_path / "last.ckpt")
 
