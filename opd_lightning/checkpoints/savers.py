@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from opd_lightning.checkpoints.states import check_states
+
 _UNSAVED = (
     "current_score",
     "_last_global_step_saved",
@@ -48,8 +50,6 @@ def drop_foreign_paths(saver: ModelCheckpoint) -> list[str]:
     return foreign
 
 
-def _is_below(path: Path, folder: Path) -> bool:
-    try:
 def missing_models(saver: ModelCheckpoint) -> list[str]:
     """Return the files that a restored ModelCheckpoint counts among the best, but are gone."""
     return [path for path in saver.best_k_models if not os.path.lexists(path)]
@@ -70,6 +70,8 @@ def drop_models(saver: ModelCheckpoint, paths: Collection[str]) -> None:
         saver.best_model_score = scores.get(saver.best_model_path)
 
 
+def _is_below(path: Path, folder: Path) -> bool:
+    try:
         return folder in path.resolve().parents
     except (OSError, RuntimeError):  # a circle of links
         return False
@@ -83,11 +85,20 @@ class RememberSavers(Callback):
     resumption. A save deferred to the next validation (on a training metric, in the last step of
     an epoch) happens at the end of training if no validation follows. A save deferred because the
     monitored figure is absent is warned of if there are no validations.
+
+    States of callbacks that could not be saved end the run before weights load, or after the first
+    step.
     """
 
     def __init__(self) -> None:
+        self._began_at = 0  # optimiser steps when this process started
+        self._tried = False  # states, after a step
         self._resumed = False
         self._warned: list[ModelCheckpoint] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and _savers(trainer):
+            check_states(trainer)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -113,6 +124,7 @@ class RememberSavers(Callback):
                 saver._last_global_step_saved = checkpoint["global_step"]
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._began_at = trainer.global_step
         if self._resumed and pl_module.validation_is_over:
             for saver in _savers(trainer):  # a saver that has saved this step skips it
                 saver.on_validation_end(trainer, pl_module)
@@ -132,6 +144,11 @@ class RememberSavers(Callback):
                     trainer.global_step,
                     saver.monitor,
                 )
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if not self._tried and trainer.global_step > self._began_at and _savers(trainer):
+            self._tried = True
+            check_states(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for saver in _savers(trainer):

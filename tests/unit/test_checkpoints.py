@@ -7,18 +7,20 @@ import shutil
 import struct
 import subprocess
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, StepLR
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from opd_lightning.checkpoints import save_last, whole
 from opd_lightning.checkpoints.places import commit, recover, staging_path
@@ -156,13 +158,13 @@ def test_what_a_link_names_is_not_written_through(tmp_path: Path) -> None:
 
 
 class Puts(Callback):
-    """Callback with state."""
+    """Callback that adds to the checkpoint."""
 
     def __init__(self, what: Any) -> None:
         self.what = what
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"what": self.what}
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["what"] = self.what
 
 
 def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
@@ -171,6 +173,31 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
     ):
         train(tmp_path, 2, callbacks=[Puts(Toy)])
     assert not names(tmp_path)
+
+
+class Holds(Callback):
+    """Callback with a state, which the first step replaces."""
+
+    def __init__(self, first: Any, then: Any = 0.0) -> None:
+        self.state, self.then = first, then
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self.state}
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.state = self.then
+
+
+def test_a_state_that_cannot_be_saved_is_refused_before_it_costs_anything(tmp_path: Path) -> None:
+    late = {"every_n_train_steps": 100}
+    module = Toy()
+    with pytest.raises(UserError, match=r"callbacks: Holds\.state_dict: .*deque.*; return tensors"):
+        train(tmp_path, 3, module=module, saver=late, callbacks=[Holds(deque())])
+    assert not hasattr(module, "layers")  # weights are not loaded
+    with pytest.raises(UserError, match=r"Holds\.state_dict: .*numpy.*; return tensors"):
+        train(tmp_path, 3, module=module, saver=late, callbacks=[Holds(0.0, np.float64(1))])
+    assert len(module.losses) == 1
+    train(tmp_path, 3, callbacks=[Holds({"a": [torch.ones(2), "b", None]}, (1, True))])
 
 
 def stop_at(folder: Path, reason: str) -> None:
@@ -283,33 +310,6 @@ def test_a_requeued_job_goes_on_from_what_it_saved_since(
         assert ("was requeued, and resumes" in capsys.readouterr().err) == (restarts > 0)
 
 
-class KillsAtOnce(Callback):
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        raise Kill
-
-
-def test_a_run_without_a_whole_one_starts_from_the_beginning(tmp_path: Path, capsys: Err) -> None:
-    (tmp_path / ".last.ckpt.writing").write_text("of a run that was killed")
-    module = Toy()
-    train(tmp_path, 1, module=module)
-    assert len(module.losses) == 1
-    assert capsys.readouterr().err.count("opd: no whole checkpoint is there yet") == 1
-    assert names(tmp_path) == ["last.ckpt", "step=1.ckpt"]
-
-
-def test_checkpoints_do_not_pile_up_over_resumes(tmp_path: Path) -> None:
-    for steps in range(1, 5):
-        train(tmp_path, steps, saver={"save_last": None})
-        assert names(tmp_path) == [f"step={steps}.ckpt"]
-    for steps in range(5, 8):
-        monitored = {"monitor": "loss", "save_top_k": 2, "mode": "min"}
-        train(tmp_path / "best", steps, saver=monitored, ckpt_path="last")
-    assert len(names(tmp_path / "best")) == 3
-
-
-def test_a_damaged_one_that_was_named_is_refused(tmp_path: Path) -> None:
-    train(tmp_path, 2)
-    flip(tmp_path / "last.ckpt")
 class Scores(Callback):
     """Logs a given score after every step."""
 
@@ -355,6 +355,33 @@ def test_a_best_one_that_the_branch_removed_counts_no_more(
     assert Path(saver.best_model_path).exists()
 
 
+class KillsAtOnce(Callback):
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        raise Kill
+
+
+def test_a_run_without_a_whole_one_starts_from_the_beginning(tmp_path: Path, capsys: Err) -> None:
+    (tmp_path / ".last.ckpt.writing").write_text("of a run that was killed")
+    module = Toy()
+    train(tmp_path, 1, module=module)
+    assert len(module.losses) == 1
+    assert capsys.readouterr().err.count("opd: no whole checkpoint is there yet") == 1
+    assert names(tmp_path) == ["last.ckpt", "step=1.ckpt"]
+
+
+def test_checkpoints_do_not_pile_up_over_resumes(tmp_path: Path) -> None:
+    for steps in range(1, 5):
+        train(tmp_path, steps, saver={"save_last": None})
+        assert names(tmp_path) == [f"step={steps}.ckpt"]
+    for steps in range(5, 8):
+        monitored = {"monitor": "loss", "save_top_k": 2, "mode": "min"}
+        train(tmp_path / "best", steps, saver=monitored, ckpt_path="last")
+    assert len(names(tmp_path / "best")) == 3
+
+
+def test_a_damaged_one_that_was_named_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, 2)
+    flip(tmp_path / "last.ckpt")
     with pytest.raises(UserError, match=r"'.*last\.ckpt' is damaged .* has other bytes"):
         train(tmp_path, 3, ckpt_path=tmp_path / "last.ckpt")
 
@@ -447,6 +474,19 @@ def test_weights_alone_are_no_state_to_go_on_from(tmp_path: Path) -> None:
         train(tmp_path, 2)
 
 
+def test_last_passes_weights_alone_over(tmp_path: Path) -> None:
+    def weights() -> Callback:
+        often: dict[str, Any] = {"every_n_train_steps": 3, "save_top_k": -1}
+        return ModelCheckpoint(tmp_path, "weights-{step}", save_weights_only=True, **often)
+
+    saver = {"every_n_train_steps": 2, "save_last": None}
+    train(tmp_path, 3, saver=saver, callbacks=[weights()])
+    assert names(tmp_path) == ["step=2.ckpt", "weights-step=3.ckpt"]
+    module = Toy()
+    train(tmp_path, 4, saver=saver, callbacks=[weights()], module=module)
+    assert len(module.losses) == 2
+
+
 def test_a_state_without_loops_is_none_to_go_on_from(tmp_path: Path) -> None:
     """It would begin again at step 0, with later weights."""
     train(tmp_path, 1)
@@ -470,16 +510,3 @@ def test_a_run_that_keeps_none_has_no_last(tmp_path: Path) -> None:
         trainer.callbacks.remove(keeper)  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="got no ModelCheckpoint"):
         save_last(trainer)
-def test_last_passes_weights_alone_over(tmp_path: Path) -> None:
-    def weights() -> Callback:
-        often: dict[str, Any] = {"every_n_train_steps": 3, "save_top_k": -1}
-        return ModelCheckpoint(tmp_path, "weights-{step}", save_weights_only=True, **often)
-
-    saver = {"every_n_train_steps": 2, "save_last": None}
-    train(tmp_path, 3, saver=saver, callbacks=[weights()])
-    assert names(tmp_path) == ["step=2.ckpt", "weights-step=3.ckpt"]
-    module = Toy()
-    train(tmp_path, 4, saver=saver, callbacks=[weights()], module=module)
-    assert len(module.losses) == 2
-
-

@@ -1,0 +1,52 @@
+"""Check, before a run depends on it, that checkpoints can hold the states of its callbacks."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from opd_lightning.checkpoints.plain import load
+from opd_lightning.errors import UserError, reason_of
+
+
+def check_states(trainer: Trainer) -> None:
+    """Refuse callbacks whose state has more than tensors and plain data, such as a NumPy number.
+
+    Otherwise the first checkpoint fails, after hours of training perhaps.
+
+    Raises:
+        UserError: At the first such callback.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        try:
+            state: Any = callback.state_dict()
+        except Exception:  # it may need what training sets
+            continue
+        if not state:
+            continue
+        try:
+            file = io.BytesIO()
+            torch.save(_without_tensors(state), file)
+            file.seek(0)
+            load(file)
+        except Exception as error:  # of any type: the state may hold anything
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__}.state_dict: "
+                f"{reason_of(error, 150)}, so that no checkpoint could be read again; return "
+                "tensors, numbers, texts, lists and dicts of them"
+            ) from error
+
+
+def _without_tensors(state: Any) -> Any:
+    """Return a state with empty tensors in place of those in its dicts, lists and tuples."""
+    if isinstance(state, Tensor):
+        return torch.empty(0)
+    if type(state) is dict:
+        return {key: _without_tensors(value) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(map(_without_tensors, state))
+    return state
