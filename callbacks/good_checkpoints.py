@@ -77,7 +77,9 @@ class GoodCheckpoints:
         """Save the start of a new run; drop missing checkpoints of a resumed one."""
         self.steps = broadcast(lambda: [s for s in self.steps if _path(trainer, s).exists()])
         # Saving a sharded optimiser without state would first make an empty optimiser step.
-        if trainer.global_step == 0 and not isinstance(trainer.strategy, ModelParallelStrategy):
+        is_sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+        # A run that is resumed from its start has that checkpoint.
+        if trainer.global_step == 0 and not self.steps and not is_sharded:
             self._save(trainer)
 
     def note(self, trainer: Trainer, *, healthy: bool) -> None:

@@ -309,6 +309,19 @@ def test_two_checkpoints_of_calm_stretches_are_kept(tmp_path: Path) -> None:
     assert run.watch.good.steps == [16]
 
 
+def test_a_run_that_is_resumed_from_its_start_keeps_that(tmp_path: Path) -> None:
+    run = Run(CollapseWatch("step_back", step_back=StepBack(every_n_steps=4)), tmp_path)
+    again = CollapseWatch("step_back", step_back=StepBack(every_n_steps=4))
+    again.load_state_dict(run.watch.state_dict())  # the newest checkpoint is that of step 0
+    run.watch = again
+    run.begin()
+    run.steps(4)
+    assert run.saved == [0, 4]
+    assert again.good is not None
+    assert again.good.steps == [0, 4]
+    assert (tmp_path / "good-step=0.ckpt").exists()
+
+
 def test_a_run_without_checkpoints_cannot_step_back() -> None:
     trainer = SimpleNamespace(checkpoint_callback=None)
     with pytest.raises(UserError, match=r"enable_checkpointing on, or choose 'stop'"):
