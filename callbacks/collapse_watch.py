@@ -99,11 +99,11 @@ class CollapseWatch(RunCallback):
                     _note(trainer, f"step {self._seen - 1}: {track}; {_LOOK}")
         elif lost:
             self._act(trainer, module, lost[0])
-        elif self.good is not None:
-            self.good.note(trainer, healthy=not any(track.outside for track in self.tracks))
         if self.good is not None:
             figures["collapse/step_backs"] = float(self.step_backs)
-        write_step(trainer, figures, self._seen - 1)
+        write_step(trainer, figures, self._seen - 1)  # before the step's checkpoint
+        if self.good is not None and not lost:
+            self.good.note(trainer, healthy=not any(track.outside for track in self.tracks))
 
     def _act(self, trainer: Trainer, module: DistillationModule, track: Track) -> None:
         what, limit = f"step {self._seen - 1}: {track}", self.settings.at_most

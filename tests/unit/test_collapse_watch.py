@@ -322,6 +322,19 @@ def test_a_run_that_is_resumed_from_its_start_keeps_that(tmp_path: Path) -> None
     assert (tmp_path / "good-step=0.ckpt").exists()
 
 
+def test_a_good_checkpoint_comes_after_the_figures_of_its_steps(tmp_path: Path) -> None:
+    """A run that is killed right after it goes on behind these steps."""
+    run = Run(CollapseWatch("step_back", step_back=StepBack(every_n_steps=4)), tmp_path)
+    logged: list[int] = []
+
+    def save(path: Path, weights_only: bool) -> None:
+        logged.append(sum("collapse/out_of_band" in figures for figures in run.logged))
+
+    run.trainer.save_checkpoint = save
+    run.steps(8)
+    assert logged == [4, 8]
+
+
 def test_a_run_without_checkpoints_cannot_step_back() -> None:
     trainer = SimpleNamespace(checkpoint_callback=None)
     with pytest.raises(UserError, match=r"enable_checkpointing on, or choose 'stop'"):
