@@ -49,6 +49,9 @@ class EMATeacherUpdate(RunCallback):
     def on_save_checkpoint(  # type: ignore[override]
         self, trainer: Trainer, module: DistillationModule, checkpoint: dict[str, Any]
     ) -> None:
+        if self._resumed is not None:  # a finished run that repeats its last validation
+            checkpoint["ema_teachers"] = self._resumed
+            return
         checkpoint["ema_teachers"] = [
             {"rates": _pace(t), "parameters": t.state_dict(module.student)}
             for t in _ema_teachers(module)

@@ -60,7 +60,10 @@ class RngState(RunCallback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["rng_states"] = Ranks.of(trainer).gather(self._begin)
+        if self._begin:
+            checkpoint["rng_states"] = Ranks.of(trainer).gather(self._begin)
+        elif self._resumed is not None:  # a finished run that repeats its last validation
+            checkpoint["rng_states"] = self._resumed
 
 
 def current(device: torch.device) -> State:

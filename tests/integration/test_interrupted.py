@@ -14,13 +14,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from callbacks import EMATeacherUpdate, RngState
 from opd_lightning.cli import main
 from opd_lightning.data.prompts import PromptSource
+from opd_lightning.evaluation.responses import EvaluationSuite
 from opd_lightning.methods import OPD, DistillationModule
 from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine, Request, Sampling
 from opd_lightning.rules import TruncatedImportance
-from opd_lightning.teachers import FrozenTeacher
+from opd_lightning.teachers import EMATeacher, FrozenTeacher
 from opd_lightning.types import Completion, RolloutBatch, TokenScores
 from tests.integration.test_fit import CONFIG, MicroBatches, fit, weights
 
@@ -258,6 +260,38 @@ def test_a_link_is_replaced_and_not_written_through(tmp_path: Path) -> None:
         fit(method(), steps=STEPS, micro_batches=PARTS, callbacks=[saver, stop])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step=2.ckpt"]
     assert not (tmp_path / "last.ckpt").is_symlink()
+
+
+@pytest.mark.usefixtures("in_lab")
+def test_a_last_validation_that_is_repeated_saves_all_of_the_run(tmp_path: Path) -> None:
+    """Training does not begin again, so what callbacks restore then is not restored."""
+
+    def run(call: int) -> None:
+        prompts = PromptSource("lab/arithmetic/held_out.jsonl", limit=2)
+        best = ModelCheckpoint(tmp_path, "best-{step}", monitor="val/sums/score", mode="max")
+        last = ModelCheckpoint(tmp_path, every_n_train_steps=100, save_last=True, save_top_k=0)
+        fit(
+            OPD(
+                Student("lab/arithmetic/student"),
+                EMATeacher(rate=0.5),
+                optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
+            ),
+            steps=2,
+            engine=FailingEngine(call),
+            validation={"sums": EvaluationSuite(prompts=prompts)},
+            callbacks=[last, best, EMATeacherUpdate(), RngState()],
+            trainer={"val_check_interval": 2, "num_sanity_val_steps": 0},
+            ckpt_path="last",
+        )
+
+    with pytest.raises(ConnectionError):
+        run(3)  # the engine's calls: two steps and the validation
+    run(-1)
+    names = ("last.ckpt", "best-step=2.ckpt")
+    before, after = (torch.load(tmp_path / name, weights_only=True) for name in names)
+    teachers = [content["ema_teachers"][0]["parameters"] for content in (before, after)]
+    torch.testing.assert_close(*teachers, atol=0, rtol=0)
+    assert str(after["rng_states"]) == str(before["rng_states"])
 
 
 FAST = [
