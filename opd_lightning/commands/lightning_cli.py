@@ -89,17 +89,22 @@ class _Parser(LightningArgumentParser):
 class SaveRunConfig(SaveConfigCallback):
     """Writes config.yaml to the run folder, for all commands to read.
 
-    The file has no `ckpt_path`, which is a setting of one command, not of the run.
+    The file has no `ckpt_path`, which is a setting of one command, not of the run. A resumed run
+    replaces it when training goes on: a start that is refused leaves it as it was.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
         config = config.clone()
-        config.pop("ckpt_path", None)
+        self._resumes = config.pop("ckpt_path", None) is not None
         super().__init__(parser, config, **kwargs)
 
     def setup(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":  # evaluation does not replace the config of the run
+        # Evaluation does not replace the config of the run.
+        if stage == "fit" and not self._resumes:
             super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
 
 
 class OPDCLI(LightningCLI):

@@ -52,6 +52,11 @@ def test_the_same_command_starts_and_continues(in_lab: Path, tmp_path: Path, cap
             assert "optimizer.lr: " in rate
             assert "counts, which is saved with its state" in rate
             assert "0.9" in temperature
+    config = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(SystemExit):
+        main(command(tmp_path, "--model.student.path=lab/arithmetic/teacher"))
+    assert "is not of this run's model: " in capsys.readouterr().err
+    assert (tmp_path / "config.yaml").read_text() == config
     flip(last)
     for words, message in (
         (["validate", "--config", f"{tmp_path}/config.yaml"], "other bytes"),
