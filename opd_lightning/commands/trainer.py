@@ -24,7 +24,7 @@ from opd_lightning.errors import UserError
 from opd_lightning.evaluation import report
 from opd_lightning.models.sharding import check_strategy
 from opd_lightning.run import outputs, signals
-from opd_lightning.run.csv_log import set_aside
+from opd_lightning.run.csv_log import set_aside, take_back
 from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.run.interruption import SaveOnInterruption, TermAsInterrupt
 from opd_lightning.run.lock import FOLDER_SETTINGS, held
@@ -158,10 +158,19 @@ class Trainer(Commands):
                 set_aside(self)
                 if folder is not None and ckpt_path:
                     continue_tracked_run(self, folder)
-            with absent_monitors_explained(self):
-                super().fit(
-                    model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
-                )
+            try:
+                with absent_monitors_explained(self):
+                    super().fit(
+                        model,
+                        train_dataloaders,
+                        val_dataloaders,
+                        datamodule,
+                        ckpt_path,
+                        weights_only,
+                    )
+            finally:
+                if self.is_global_zero:
+                    take_back(self)
 
     def validate(
         self,

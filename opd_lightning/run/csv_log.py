@@ -43,6 +43,14 @@ def put_back(trainer: Trainer, step: int) -> None:
         aside.unlink()
 
 
+def take_back(trainer: Trainer) -> None:
+    """Undo `set_aside` where the run ended before `put_back` was done."""
+    for logger in _csv_loggers(trainer):
+        file = _file(logger)
+        if _aside(file).exists():
+            _aside(file).replace(file)
+
+
 def _csv_loggers(trainer: Trainer) -> list[CSVLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
 

@@ -95,6 +95,14 @@ def test_a_csv_file_keeps_its_earlier_steps(tmp_path: Path) -> None:
     for old, new in zip(first, found, strict=False):
         assert {name: new[name] for name in old} == old
     assert not list(tmp_path.glob("metrics.csv.*"))
+    # A run that is over, and a start that is refused, leave it as it is.
+    go_on(tmp_path, 4, kind, name="", version="")
+    assert rows(tmp_path) == found
+    place = f"{{class_path: {kind}, init_args: {{save_dir: {tmp_path}, name: '', version: ''}}}}"
+    with pytest.raises(SystemExit):
+        fit(5, f"--trainer.logger={place}", "--model.student.path=lab/arithmetic/teacher")
+    assert rows(tmp_path) == found
+    assert not list(tmp_path.glob("metrics.csv.*"))
     assert "| prompt | author |" in (tmp_path / "tables/rollouts/000000.md").read_text()
     picture = (tmp_path / "pictures/signal/by_depth/000000.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
