@@ -85,6 +85,8 @@ class CapabilityRetention(RunCallback):
                 again: bool = trainer.continues  # type: ignore[attr-defined]
                 broadcast(lambda: folder.begin(again=again))
             _validate(trainer)
+        elif folder is not None:
+            self.points = broadcast(lambda: folder.present(self.points))
 
     def on_validation_epoch_end(self, trainer: Trainer, module: DistillationModule) -> None:  # type: ignore[override]
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:

@@ -79,6 +79,17 @@ class ParetoFolder:
         if found:
             note(f"{str(self.folder)!r}: removed {len(found)} students from before the restart")
 
+    def present(self, points: list[Point]) -> list[Point]:
+        """Return the points without those whose students are gone, and note these.
+
+        Going back to an earlier checkpoint loses students: later ones had replaced them.
+        """
+        gone = [point for point in points if point.step and not self.file_of(point.step).exists()]
+        if gone:
+            steps = ", ".join(str(point.step) for point in gone)
+            note(f"{str(self.folder)!r}: the students of steps {steps} are gone: no longer counted")
+        return [point for point in points if point not in gone]
+
     def keep(self, trainer: Trainer, points: list[Point], about: dict[str, Any]) -> None:
         """Save the student if it is the newest point, and delete files of former points.
 

@@ -248,6 +248,22 @@ def test_the_front_of_a_repeated_last_validation_is_kept(tmp_path: Path) -> None
     assert json.loads((tmp_path / "pareto" / "index.json").read_text())["points"][0]["step"] == 20
 
 
+def test_students_that_a_branch_removed_count_no_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After going back to a checkpoint, the front has later students instead."""
+    (tmp_path / "pareto").mkdir()
+    (tmp_path / "pareto" / "step-000020.ckpt").touch()
+    data = SimpleNamespace(suites_of=lambda stage: {"a": None, "b": None})
+    trainer: Any = SimpleNamespace(log_dir=str(tmp_path), datamodule=data)
+    callback = CapabilityRetention(["a"])
+    callback.baseline = {"a": 0.0, "b": 0.0}
+    callback.points = [point(0, 0.0, 0.0), point(10, 0.9, -0.2), point(20, 0.5, -0.1)]
+    callback.on_train_start(trainer, cast(Any, None))
+    assert [one.step for one in callback.points] == [0, 20]
+    assert "the students of steps 10 are gone" in capsys.readouterr().err
+
+
 # Errors -------------------------------------------------------------------------------------
 
 
