@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -81,13 +82,17 @@ def compare(
         if any(tag in curves[run] for run in members)
     ]
     if json:
-        # JSON has no NaN, which alone differs from itself.
-        rows = [{k: v if v == v else None for k, v in one._asdict().items()} for one in lines]
-        print(json_format.dumps(rows))
+        # JSON has neither NaN nor infinity, such as the loss of a step that was skipped.
+        rows = [{k: _plain(v) for k, v in one._asdict().items()} for one in lines]
+        print(json_format.dumps(rows, allow_nan=False))
     else:
         Console().print(as_table(lines))
     if picture is not None:
         draw(found, groups, curves, picture)
+
+
+def _plain(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _checked(picture: Path) -> Path:

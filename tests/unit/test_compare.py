@@ -141,3 +141,11 @@ def test_mistakes_take_one_line(
         main(["compare", str(tmp_path), *tags])
     (said,) = capsys.readouterr().err.splitlines()
     assert message in said
+
+
+def test_a_step_that_was_skipped_is_null_in_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path, [0.5], [3.0, float("inf")])
+    rows = {row["tag"]: row for row in told(capsys, str(tmp_path))}
+    assert (rows["loss"]["last"], rows["loss"]["best"]) == (None, 3.0)
