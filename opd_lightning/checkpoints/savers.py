@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from opd_lightning.checkpoints.states import check_states
+from opd_lightning.checkpoints.newest import keepers
 
 _UNSAVED = (
     "current_score",
@@ -26,9 +25,6 @@ _PATHS = (
     "last_model_path",
     "_last_checkpoint_saved",
 )
-
-
-log = logging.getLogger(__name__)
 
 
 def drop_foreign_paths(saver: ModelCheckpoint) -> list[str]:
@@ -83,29 +79,18 @@ class RememberSavers(Callback):
     Otherwise a resumed run saves its first step again as `-v1` and counts it twice among the best.
     If a run was killed between two ModelCheckpoints of one validation, the remaining ones save on
     resumption. A save deferred to the next validation (on a training metric, in the last step of
-    an epoch) happens at the end of training if no validation follows. A save deferred because the
-    monitored figure is absent is warned of if there are no validations.
-
-    States of callbacks that could not be saved end the run before weights load, or after the first
-    step.
+    an epoch) happens at the end of training if no validation follows.
     """
 
     def __init__(self) -> None:
-        self._began_at = 0  # optimiser steps when this process started
-        self._tried = False  # states, after a step
         self._resumed = False
-        self._warned: list[ModelCheckpoint] = []
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and _savers(trainer):
-            check_states(trainer)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         saving = getattr(trainer, "saving", None)
         checkpoint["savers"] = {}
-        for saver in _savers(trainer):
+        for saver in keepers(trainer):
             state = {name: getattr(saver, name) for name in _UNSAVED}
             written = {*saver.best_k_models, saver.best_model_path, saver.last_model_path}
             if saving in written:  # recorded by the saver only once it is written
@@ -116,7 +101,7 @@ class RememberSavers(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._resumed = True
-        for saver in _savers(trainer):
+        for saver in keepers(trainer):
             for name, value in checkpoint.get("savers", {}).get(saver.state_key, {}).items():
                 if name in _UNSAVED:
                     setattr(saver, name, value)
@@ -124,37 +109,12 @@ class RememberSavers(Callback):
                 saver._last_global_step_saved = checkpoint["global_step"]
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._began_at = trainer.global_step
         if self._resumed and pl_module.validation_is_over:
-            for saver in _savers(trainer):  # a saver that has saved this step skips it
+            for saver in keepers(trainer):  # a saver that has saved this step skips it
                 saver.on_validation_end(trainer, pl_module)
         self._resumed = False
 
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        for saver in _savers(trainer):
-            absent = saver.monitor not in trainer.callback_metrics
-            if not saver._defer_save_until_validation or not absent or saver in self._warned:
-                continue
-            if not any(trainer.num_val_batches):
-                self._warned.append(saver)
-                log.warning(
-                    "trainer.callbacks: %s saved nothing after step %d, since nothing has logged "
-                    "the figure that it monitors, %r; correct its monitor, or leave it out",
-                    type(saver).__name__,
-                    trainer.global_step,
-                    saver.monitor,
-                )
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if not self._tried and trainer.global_step > self._began_at and _savers(trainer):
-            self._tried = True
-            check_states(trainer)
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for saver in _savers(trainer):
+        for saver in keepers(trainer):
             if saver._defer_save_until_validation and saver.monitor in trainer.callback_metrics:
                 saver.on_validation_end(trainer, pl_module)
-
-
-def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
-    return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]

@@ -6,11 +6,30 @@ import io
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from opd_lightning.checkpoints.plain import load
 from opd_lightning.errors import UserError, reason_of
+
+
+class CheckStates(Callback):
+    """Callback that calls `check_states` before weights load, and again after the first step."""
+
+    def __init__(self) -> None:
+        self._first = -1  # step after which states are checked again
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.checkpoint_callbacks:
+            check_states(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first = trainer.global_step + 1
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self._first and trainer.checkpoint_callbacks:
+            self._first = -1  # once, not for each micro-batch of the next step
+            check_states(trainer)
 
 
 def check_states(trainer: Trainer) -> None:

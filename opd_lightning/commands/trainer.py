@@ -17,6 +17,7 @@ from rich.console import Console
 from opd_lightning.checkpoints import LAST, CheckpointConnector, settle_folders, write
 from opd_lightning.checkpoints.newest import check_found_again, keepers
 from opd_lightning.checkpoints.savers import RememberSavers
+from opd_lightning.checkpoints.states import CheckStates
 from opd_lightning.checkpoints.writing import check_place
 from opd_lightning.commands.trainer_commands import Commands
 from opd_lightning.data.prompt_files import PromptFiles
@@ -29,7 +30,7 @@ from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.run.interruption import SaveOnInterruption, TermAsInterrupt
 from opd_lightning.run.lock import FOLDER_SETTINGS, held
 from opd_lightning.run.log import RunLog
-from opd_lightning.run.monitors import absent_monitors_explained
+from opd_lightning.run.monitors import WarnOfDeferredSaves, absent_monitors_explained
 from opd_lightning.run.step_progress import FirstLine, StepProgressBar
 from opd_lightning.run.trackers import continue_tracked_run
 from opd_lightning.terminal.quiet import only_warnings
@@ -72,7 +73,8 @@ class Trainer(Commands):
             _check_time(name, kwargs.get(name))
         given = kwargs.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        ours: list[Callback] = [RememberSavers(), SaveOnInterruption()]
+        ours: list[Callback] = [RememberSavers(), CheckStates(), WarnOfDeferredSaves()]
+        ours.append(SaveOnInterruption())
         has_bar = any(isinstance(callback, ProgressBar) for callback in given)
         if kwargs.get("enable_progress_bar") is not False and not has_bar:
             ours += [FirstLine(), StepProgressBar()]

@@ -6,14 +6,17 @@ import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from opd_lightning.checkpoints.newest import keepers
 from opd_lightning.errors import UserError, raised_by_all
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
 
 VALIDATION = "val/"
 
@@ -36,6 +39,31 @@ def check_monitors(trainer: Trainer, suites: Collection[str]) -> None:
                 monitor,
                 ", ".join(suites) or "none",
             )
+
+
+class WarnOfDeferredSaves(Callback):
+    """Callback that warns of saves that are deferred to a validation in a run without any.
+
+    ModelCheckpoint defers a save if nothing has logged the figure that it monitors.
+    """
+
+    def __init__(self) -> None:
+        self._warned: list[ModelCheckpoint] = []
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        for saver in keepers(trainer):
+            absent = saver.monitor not in trainer.callback_metrics
+            if not saver._defer_save_until_validation or not absent or saver in self._warned:
+                continue
+            if not any(trainer.num_val_batches):
+                self._warned.append(saver)
+                log.warning(
+                    "trainer.callbacks: %s saved nothing after step %d, since nothing has logged "
+                    "the figure that it monitors, %r; correct its monitor, or leave it out",
+                    type(saver).__name__,
+                    trainer.global_step,
+                    saver.monitor,
+                )
 
 
 @contextmanager
