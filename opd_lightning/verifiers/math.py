@@ -24,6 +24,9 @@ MOST_ITEMS = 2_000  # in the final answer, as are the next two
 MOST_OPEN = 150  # brackets inside of one another
 MOST_OPENED = 15  # brackets, one directly after the other
 
+# Thousands as LaTeX separates them, which math-verify would read as a product: 1\,000, 1~000.
+_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\\[,:; ]|~)\d{3})+(?!\d)")
+_SPACED = re.compile(r"(?<=\\boxed\{)-?\d{1,3}(?: \d{3})+(?=[.}])")  # LaTeX ignores the spaces
 _FORMULA = re.compile(r"\$([^$]*)\$|\\\[(.*?)\\\]|\\\((.*?)\\\)", re.DOTALL)
 
 
@@ -96,7 +99,8 @@ def is_right(answer: str, response: str) -> bool:
     """Return whether the final answer in the response equals the reference; runs in a worker."""
     from math_verify import parse, verify
 
-    reference = f"\\boxed{{{answer}}}"
+    reference = _join_thousands(f"\\boxed{{{answer}}}")
+    response = _join_thousands(response)
     if not (is_parsable(reference) and is_parsable(response)):
         return False
     gold = parse(reference, parsing_timeout=None)
@@ -111,6 +115,7 @@ def final_answer(response: str) -> str | None:
     """Return the final answer in the response, as sympy prints it; runs in a worker."""
     from math_verify import parse
 
+    response = _join_thousands(response)
     if not is_parsable(response):
         return None
     found = parse(response, parsing_timeout=None)
@@ -131,6 +136,13 @@ def is_parsable(response: str) -> bool:
         depth = depth + 1 if bracket in "({[" else max(0, depth - 1)
         deepest = max(deepest, depth)
     return deepest <= MOST_OPEN
+
+
+def _join_thousands(text: str) -> str:
+    """Return a text whose numbers have no spaces."""
+    for numbers in (_THOUSANDS, _SPACED):
+        text = numbers.sub(lambda found: re.sub(r"[^-\d]", "", found[0]), text)
+    return text
 
 
 def _last_formula(response: str) -> str:
