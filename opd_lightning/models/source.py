@@ -96,42 +96,34 @@ class ModelSource:
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end a response: `eos_tokens`, or EOS of tokenizer and generation config."""
+        """Ids that end a response: `eos_tokens`, or EOS of tokenizer and generation config.
+
+        Without a generation_config.json those of config.json count, as for `generate` and vLLM.
+        """
         from transformers import GenerationConfig
 
         if self.eos_tokens is not None:
             return tuple(sorted(self.tokenizer.convert_tokens_to_ids([*self.eos_tokens])))
         if folder := self.folder:
             check_texts(folder, ("generation_config.json",), self.role)
+        file = "generation_config.json"
         try:
             listed = GenerationConfig.from_pretrained(
                 self.path, local_files_only=self.local_files_only
             ).eos_token_id
         except OSError:  # the model has no generation_config.json
-            listed = None
+            file = "config.json"
+            listed = getattr(self.config.get_text_config(), "eos_token_id", None)
         except Exception as error:  # its own checks of the values
             raise UserError(
                 f"{self.role} model: cannot read {self.path!r}: generation_config.json: "
                 f"{reason_of(error)}"
             ) from error
-        # generate() reads the list of config.json where there is no generation_config.json.
-        configured = getattr(self.config.get_text_config(), "eos_token_id", None)
-        for file, value in (("generation_config", listed), ("config", configured)):
-            if isinstance(value, list | tuple) and not value:
-                raise UserError(
-                    f"{self.role} {self.path!r}: eos_token_id in {file}.json: got an empty list, "
-                    "expected a token id or a list of them; remove the line if there is none"
-                )
-        ids = listed if isinstance(listed, list | tuple) else [] if listed is None else [listed]
-        largest = self.config.get_text_config().vocab_size - 1 if ids else 0
-        for i in ids:
-            if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i <= largest:
-                raise UserError(
-                    f"{self.role} {self.path!r}: eos_token_id in generation_config.json: got "
-                    f"{listed!r}, expected a token id or a list of them, 0 to {largest}"
-                )
         own = self.tokenizer.eos_token_id
-        return tuple(sorted({*ids, *([] if own is None else [own])}))
+        ids = [] if own is None else [own]
+        if listed is not None:
+            ids += self._checked_eos_ids(listed, file)
+        return tuple(sorted({*ids}))
 
     @cached_property
     def identity(self) -> str:
@@ -199,6 +191,17 @@ class ModelSource:
                 f"{self.role}.eos_tokens: got {got} of {self.path!r}, expected tokens that end a "
                 "response, such as the chat template's end of a turn"
             )
+
+    def _checked_eos_ids(self, listed: Any, file: str) -> Sequence[int]:
+        """Return the ids of `file`, a list of them or a single one."""
+        ids = listed if isinstance(listed, list | tuple) else [listed]
+        size = self.config.get_text_config().vocab_size
+        if not ids or not all(type(i) is int and 0 <= i < size for i in ids):
+            raise UserError(
+                f"{self.role} {self.path!r}: eos_token_id in {file}: got {listed!r}, expected a "
+                f"token id or a list of them, 0 to {size - 1}; remove the line if there is none"
+            )
+        return ids
 
     def _load(self, auto_class: Any, files: tuple[str, ...]) -> Any:
         """Read what `auto_class` reads, from `files` if the model is a local folder."""

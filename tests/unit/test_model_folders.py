@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -229,8 +230,23 @@ def test_a_pad_id_outside_of_the_vocabulary_is_not_used(folder: Path) -> None:
     assert source.pad_id < source.config.vocab_size
 
 
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_ends_are_those_that_generate_reads(folder: Path, file: str) -> None:
+    """Without a generation_config.json, `generate` and vLLM read config.json."""
+    if file == "config.json":
+        (folder / "generation_config.json").unlink()
+    change(folder, file, eos_token_id=[5, 7])
+    source = ModelSource(str(folder), role="student")
+    assert source.eos_ids == (source.tokenizer.eos_token_id, 5, 7)
+    for wrong in ([], [5, 64]):
+        change(folder, file, eos_token_id=wrong)
+        with pytest.raises(UserError, match=re.escape(f"{file}: got {wrong}")):
+            _ = ModelSource(str(folder), role="student").eos_ids
+
+
 def test_an_end_outside_of_the_vocabulary_is_refused(folder: Path) -> None:
     (folder / "generation_config.json").unlink()
+    change(folder, "config.json", eos_token_id=None)
     source = ModelSource(str(folder), role="student")
     source.tokenizer.add_special_tokens({"eos_token": "<another>"})
     with pytest.raises(UserError, match="EOS token is id 64"):
