@@ -233,7 +233,14 @@ class DistillationModule(Contract, EvaluatedModule):
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
             loss = self.loss_sum.compute() * self._factor
-            skipped = self.skipped.skip(self.trainer.global_step, loss, norm, parameters)
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of 16-mixed
+            skipped = self.skipped.skip(
+                self.trainer.global_step,
+                loss,
+                norm,
+                parameters,
+                loss_scale=1.0 if scaler is None else scaler.get_scale(),
+            )
             if skipped is not None and self.trainer.is_global_zero:
                 note(skipped)
             self._log_step(loss, norm, skipped=skipped is not None)

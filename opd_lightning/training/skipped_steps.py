@@ -53,9 +53,18 @@ class SkippedSteps(nn.Module):
         self.faulty.reset()
 
     def skip(
-        self, step: int, loss: Tensor, gradient_norm: Tensor, parameters: Iterable[nn.Parameter]
+        self,
+        step: int,
+        loss: Tensor,
+        gradient_norm: Tensor,
+        parameters: Iterable[nn.Parameter],
+        *,
+        loss_scale: float = 1.0,
     ) -> str | None:
         """Skip the step if needed; return a message for the user then, else None. Collective.
+
+        Under float16, steps that a loss scale above 1 makes overflow are not faults: the scaler
+        starts high and halves it until they fit. They are skipped, but not counted as in a row.
 
         Raises RunStoppedError at `stop_after` consecutive steps, and EngineMismatchError if
         log-probs of the engine are not finite: its next rollouts would not be better.
@@ -72,6 +81,13 @@ class SkippedSteps(nn.Module):
         if loss.isfinite() and gradient_norm.isfinite():
             self.in_a_row = 0
             return None
+        if loss.isfinite() and loss_scale > 1:
+            _discard_gradients(parameters)
+            self.total += 1
+            return (
+                f"step {step} skipped: its gradient overflows float16 at a loss scale of "
+                f"{loss_scale:g}, which is lowered ({self.total} in this run)"
+            )
         found = f"its loss is {float(loss):g} and its gradient's norm {float(gradient_norm):g}"
         for name, share in faulty.items():
             found += f", log-probs of the {name} are not finite on {share:.2%} of the tokens"
@@ -82,8 +98,7 @@ class SkippedSteps(nn.Module):
                 "lower the learning rate, or check which model returns non-finite log-probs"
             )
             raise raised_by_all(too_many)
-        for parameter in parameters:
-            parameter.grad = None
+        _discard_gradients(parameters)
         self.total += 1
         self.in_a_row += 1
         return (
@@ -101,6 +116,11 @@ class SkippedSteps(nn.Module):
             if not 0 <= count < 2**53:  # what a logged figure holds
                 raise ValueError(f"skipped_steps.{name}: got {count!r:.30}, expected a count")
         self.total, self.in_a_row = int(counts.get("total", 0)), int(counts.get("in_a_row", 0))
+
+
+def _discard_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def check_weights(step: int, student: nn.Module, ranks: Ranks) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from callbacks import EMATeacherUpdate
@@ -131,6 +132,29 @@ def test_a_gradient_alone_is_enough() -> None:
     moved = Moved()
     fit(method([]), callbacks=[moved, Spoil()])
     assert moved.of_step == {0: True, 1: False, 2: True}
+
+
+def test_a_loss_scale_that_overflows_does_not_end_the_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Under float16 the first scale may be too large by many halvings."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**110, backoff_factor=2.0**-25)
+    moved = Moved()
+    fit(
+        method([5], max_logprob_gap=1.0),
+        steps=6,
+        callbacks=[moved],
+        trainer={"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]},
+    )
+    assert moved.of_step == {step: step == 4 for step in range(6)}
+    assert scaler.get_scale() == 2.0 ** (110 - 5 * 25)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert lines[0] == (
+        "opd: step 0 skipped: its gradient overflows float16 at a loss scale of 1.29807e+33, "
+        "which is lowered (1 in this run)"
+    )
+    assert lines[-1].startswith("opd: step 5 skipped: its loss is nan")
+    assert "(1 in a row, 3 end the run; 5 in this run)" in lines[-1]
 
 
 def test_too_many_in_a_row_end_the_run_and_a_resumed_one_keeps_the_count(tmp_path: Path) -> None:
