@@ -33,7 +33,7 @@ class RowChecks:
         self.tokenizer = renderer.tokenizer
         self.verifier = verifier
         self.fits = fits
-        self.ids: dict[str, list[int]] = {}  # by id of the prompt
+        self._passed: dict[str, tuple[Prompt, list[int]]] = {}  # with token ids, by the prompt's id
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
         """Tokenise prompts together that are checked next."""
@@ -45,7 +45,7 @@ class RowChecks:
             verifier = self.verifier
             yield "the verifier cannot use", lambda prompt: verifier.check([prompt])
         yield "the chat template refuses", self._render
-        yield "do not fit the models", lambda prompt: self.fits(prompt, self.ids[prompt.id])
+        yield "do not fit the models", lambda prompt: self.fits(prompt, self._passed[prompt.id][1])
 
     def run(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Check prompts that come from no file, and return their token ids.
@@ -57,15 +57,22 @@ class RowChecks:
         for prompt in prompts:
             for _, check in self.steps():
                 check(prompt)
-            ids.append(self.ids[prompt.id])
+            ids.append(self._passed[prompt.id][1])
         return ids
 
     def ids_of(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Return the token ids of prompts that have passed while their file was read."""
-        return [self.ids[prompt.id] for prompt in prompts]
+        """Return the token ids of a source's prompts, which have passed while they were read.
+
+        Those that the source has changed since, or added, are checked now.
+        """
+        ids = []
+        for prompt in prompts:
+            passed, tokens = self._passed.get(prompt.id, (None, []))
+            ids += [tokens] if passed == prompt else self.run([prompt])
+        return ids
 
     def _render(self, prompt: Prompt) -> None:
-        self.ids[prompt.id] = self.renderer.plain(prompt)
+        self._passed[prompt.id] = prompt, self.renderer.plain(prompt)
 
     # Texts ----------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import logging
 import re
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Literal, NamedTuple
@@ -191,7 +192,8 @@ class Renderer:
         self.reads_records = reads_records
         # Ids from `prepare`, by `id(prompt)`; the prompt is held so that no other has the same id.
         self._ahead: dict[int, tuple[Prompt, list[int]]] = {}
-        self._early: dict[tuple[str, str], array[int]] = {}
+        # By view and the prompt's id; the prompt is held, as a source may change what it has read.
+        self._early: dict[tuple[str, str], tuple[Prompt, array[int]]] = {}
         self._recorded = RecordedTexts(tokenizer, template_args)
         # Index and role of messages that the template leaves out, by the roles of a chat.
         self._dropped: dict[tuple[str, ...], list[tuple[int, str]]] = {}
@@ -213,14 +215,15 @@ class Renderer:
             if ids is not None
         }
         for name, view in self.views.items():
-            chats: dict[str, Sequence[Message]] = {}
+            seen: list[Prompt] = []
+            chats: list[Sequence[Message]] = []
             for prompt in prompts if not view.is_late else ():
-                try:
-                    chats[prompt.id] = view.messages(prompt) or ()
-                except UserError:
-                    continue
-            seen = zip(chats, self._render_all([*chats.values()]), strict=True)
-            self._early |= {(name, key): array("i", ids) for key, ids in seen if ids is not None}
+                with suppress(UserError):
+                    chats.append(view.messages(prompt) or ())
+                    seen.append(prompt)
+            for prompt, ids in zip(seen, self._render_all(chats), strict=True):
+                if ids is not None:
+                    self._early[name, prompt.id] = prompt, array("i", ids)
         texts = [p for p in prompts if p.response_ids is None and p.response]
         if self.reads_records:
             self._recorded.prepare(texts)
@@ -258,14 +261,16 @@ class Renderer:
     def view(self, name: str, prompt: Prompt, late: ResponseFacts = NO_FACTS) -> list[int] | None:
         """Return the ids under a named view; None where the prompt has no such view."""
         view = self.views[name]
-        if not view.is_late and (name, prompt.id) in self._early:
-            return self._early[name, prompt.id].tolist()
+        if not view.is_late:
+            held, kept = self._early.get((name, prompt.id), (None, None))
+            if kept is not None and held == prompt:
+                return kept.tolist()
         messages = view.messages(prompt, late)
         if messages is None:
             return None
         ids = render(prompt, self.tokenizer, self.template_args, messages)
         if not view.is_late:
-            self._early[name, prompt.id] = array("i", ids)
+            self._early[name, prompt.id] = prompt, array("i", ids)
         return ids
 
     def recorded(self, prompt: Prompt) -> list[int]:

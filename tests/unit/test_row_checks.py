@@ -3,6 +3,7 @@
 import json
 import logging
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from opd_lightning.data.prompts import PromptSource
 from opd_lightning.data.row_checks import RowChecks
 from opd_lightning.data.views import PromptView, Renderer
 from opd_lightning.errors import RunStoppedError, UserError
+from opd_lightning.models.chat import render
 from opd_lightning.types import Prompt
 from opd_lightning.verifiers import ExactMatch
 from opd_lightning.verifiers.base import checked_rewards
@@ -85,6 +87,33 @@ def test_bad_rows_are_skipped_by_reason(
     for reason in ("the verifier cannot use", "the chat template refuses", "cannot be read"):
         assert f"1 {reason}" in line
     assert "1 do not fit the models" in line
+
+
+def test_what_a_source_changes_after_reading_is_rendered_and_checked(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    class Changed(PromptSource):
+        def load(self, sizes: Any = None, checks: RowChecks | None = None) -> list[Prompt]:
+            one, two = super().load(sizes, checks)
+            return [
+                one,
+                replace(two, messages=({"role": "user", "content": "34"},), privileged="56"),
+                replace(two, id="added"),
+            ]
+
+    row = {"answer": "1", "privileged": "9"}
+    path = write(tmp_path, {"prompt": "1", "id": "one", **row}, {"prompt": "2", "id": "two", **row})
+    view = PromptView()
+    renderer = Renderer(tokenizer, {}, {"teacher": view}, [1])
+    checked: list[Prompt] = []
+    checks = RowChecks(renderer, ExactMatch(), lambda prompt, ids: checked.append(prompt))
+    prompts = Changed(path).load(checks=checks)
+    ids = checks.ids_of(prompts)
+    assert ids == [render(prompt, tokenizer, {}) for prompt in prompts]
+    assert checked[2:] == prompts[1:]
+    for prompt in prompts:
+        shown = renderer.view("teacher", prompt)
+        assert shown == render(prompt, tokenizer, {}, view.messages(prompt))
 
 
 def test_a_limit_counts_usable_rows(tokenizer: Any, tmp_path: Path) -> None:
