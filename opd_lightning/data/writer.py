@@ -16,7 +16,7 @@ from opd_lightning.rollouts.checks import checked_completions
 from opd_lightning.rollouts.time_limit import TimeLimit
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Completion, Prompt, Rollout, StopReason
-from opd_lightning.verifiers.base import Verifier, checked_rewards
+from opd_lightning.verifiers.base import Verifier, checked_rewards, checked_score
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,8 @@ class RolloutWriter:
             feedback: Sequence[str | None] = [None] * len(rows)
             parts: Mapping[str, list[float]] = {}
             if self.verifier is not None:
-                scores = self.verifier.score(prompts, texts)
+                answer = self.verifier.score(prompts, texts)
+                scores = checked_score(self.verifier, answer, len(texts))
                 rewards = checked_rewards(self.verifier, prompts, scores.totals)
                 parts = scores.parts
                 if self.renderer.reads_feedback:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd_lightning.errors import UserError
+from opd_lightning.errors import RunStoppedError, UserError
 
 
 class Divergence(ABC):
@@ -322,3 +323,21 @@ def _check_skew(divergence: SkewedForwardKL | SkewedReverseKL) -> None:
     if not 0 <= divergence.alpha < 1:
         name = type(divergence).__name__
         raise UserError(f"{name}: alpha is {divergence.alpha}, expected a number in [0, 1)")
+
+
+def checked_values(function: object, values: Any, count: int) -> Tensor:
+    """Return the values `[n, ...]` of a function of distributions of n tokens.
+
+    One number for all would be taken for the value of each.
+
+    Raises:
+        RunStoppedError: They are no tensor, or not one for each token.
+    """
+    if isinstance(values, Tensor) and values.dim() and len(values) == count:
+        return values
+    name = getattr(function, "__name__", type(function).__name__)
+    got = f"the shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+    raise RunStoppedError(
+        f"{name}: got {got} for {count} tokens, expected [{count}]; sum over the vocabulary alone, "
+        "the last dimension"
+    )

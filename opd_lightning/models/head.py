@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from opd_lightning.losses.divergence import checked_values
+
 # Logits of one chunk: 2**25 float32 values are 128 MiB (220 tokens at a vocabulary of 152,064).
 MAX_CHUNK_ELEMENTS = 2**25
 MAX_BLOCK_ELEMENTS = 2**21  # logits turned into log-probs at a time, 8 MiB: fits a cache
@@ -176,7 +178,8 @@ class _Reader:
                     found.append(found[0].detach())
                     continue
                 given = (x[rows] for x in one.given)
-                found.append(one.function(ours, others.get(id(one.teacher)), *given))
+                value = one.function(ours, others.get(id(one.teacher)), *given)
+                found.append(checked_values(one.function, value, len(ours)))
             for x in (ours, *others.values()) if describe else ():
                 found += _describe(x, targets, self.top_k)
             return found

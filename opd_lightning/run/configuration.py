@@ -20,6 +20,7 @@ from opd_lightning.errors import UserError
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.tokenization import check_spelling
 from opd_lightning.run.model_checks import check_same_tokens, check_usable
+from opd_lightning.run.part_checks import check_held_teachers
 from opd_lightning.teachers.frozen import FrozenTeacher
 from opd_lightning.teachers.of_student import EMATeacher
 from opd_lightning.training.callback import run_callbacks
@@ -53,6 +54,8 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 def check_models(module: DistillationModule) -> None:
     """Check that models can be read and that teachers use the student's token ids."""
     student = module.student.source
+    for teacher in module.teachers():
+        check_held_teachers(teacher)
     check_usable(student)
     for source in teacher_sources(module):
         check_usable(source)

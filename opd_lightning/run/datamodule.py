@@ -34,6 +34,7 @@ from opd_lightning.run.configuration import (
 from opd_lightning.run.engines import check_engines, plan_engines
 from opd_lightning.run.loading import load_training
 from opd_lightning.run.monitors import check_monitors
+from opd_lightning.run.part_checks import check_part_classes
 from opd_lightning.run.partial_validation import check_limits
 from opd_lightning.run.prompt_checks import PromptCheck
 from opd_lightning.teachers.start import check_start
@@ -141,6 +142,7 @@ class RolloutDataModule(LightningDataModule):
         assert self.trainer is not None
         self.sampling.check_temperature()
         self.module.check()
+        check_part_classes(self.module, self, self.trainer)
         check_models(self.module)
         if self.compares_with_start(stage):
             check_start(self.module.student)

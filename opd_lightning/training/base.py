@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric, SumMetric
 
-from opd_lightning.errors import EngineMismatchError, UserError, note
+from opd_lightning.errors import EngineMismatchError, RunStoppedError, UserError, note
 from opd_lightning.evaluation.module import EvaluatedModule
 from opd_lightning.losses.reduction import Aggregation
 from opd_lightning.metrics.depth import DepthStatistics
@@ -195,6 +195,11 @@ class DistillationModule(Contract, EvaluatedModule):
             batch = batch[0]
         assert batch.totals.step == self.trainer.global_step
         loss = self.loss(batch)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise RunStoppedError(
+                f"{type(self).__name__}: its loss has no gradient; compute it from the log-probs "
+                "of `student`, or from `values`: those in `scored` are detached"
+            )
         self.loss_sum.update(loss.detach())
         if not batch.is_filler:
             self.responses.update(batch)

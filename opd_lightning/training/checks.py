@@ -9,11 +9,11 @@ from opd_lightning.errors import UserError
 from opd_lightning.losses.surrogate import Surrogate
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.models.student import KEPT_MASS
-from opd_lightning.teachers.base import Teacher, provides_distributions, provides_top_k
+from opd_lightning.rules.base import Rule
+from opd_lightning.teachers.base import Ask, Teacher, provides_distributions, provides_top_k
 from opd_lightning.training.scoring import LOSS
 
 if TYPE_CHECKING:
-    from opd_lightning.rules.base import Rule
     from opd_lightning.rules.terms import Term
     from opd_lightning.training.composed import ComposedMethod
 
@@ -22,12 +22,18 @@ STUDENT = "student"  # the student's scores, beside those of the models that are
 
 def check_parts(composed: ComposedMethod) -> None:
     """Raise UserError, before any weight is loaded, if an input of a part is not provided."""
+    _check_asks(composed)
     method, asks = type(composed).__name__, composed.all_asks()
     is_divergence = not composed.has_advantage
     _check_names(composed)
     _check_tokens(composed)
     for rule in composed.rules:
         name = type(rule).__name__
+        if rule.step_wide and type(rule).observe is Rule.observe:
+            raise UserError(
+                f"rules: {name} is step_wide, but has no `observe`, from which the step's values "
+                "come; define it, or leave step_wide out"
+            )
         for need in rule.needs:
             if need not in asks:
                 raise UserError(
@@ -72,6 +78,23 @@ def check_parts(composed: ComposedMethod) -> None:
             )
 
 
+def _check_asks(composed: ComposedMethod) -> None:
+    """Raise UserError unless the method and its terms ask by name, for what they read."""
+    asking: list[ComposedMethod | Term] = [composed, *composed.terms]
+    for part in asking:
+        name, asks = type(part).__name__, part.asks()
+        if not isinstance(asks, Mapping) or not all(isinstance(a, Ask) for a in asks.values()):
+            raise UserError(
+                f"{name}.asks: expected a table of Ask by name, such as "
+                "{'teacher': Ask(self.teacher, 'student')}, got " + f"{asks!r:.80}"
+            )
+    for term in composed.terms:
+        if not isinstance(getattr(term, "name", None), str):
+            raise UserError(
+                f"terms: {type(term).__name__} has no `name`, under which it is logged; set it"
+            )
+
+
 def _check_tokens(composed: ComposedMethod) -> None:
     """Raise UserError unless cross-tokenizer teachers score groups of tokens of plain prompts."""
     method = type(composed).__name__
@@ -112,7 +135,8 @@ def _check_known(method: str, teacher: Teacher, function: Any) -> None:
     """Raise UserError if a teacher cannot provide the log-probs that a comparison reads."""
     if provides_distributions(teacher):
         return
-    kind = type(min(teacher.parts(), key=lambda part: part.provides)).__name__
+    weakest = min(teacher.parts(), key=lambda part: part.provides)
+    kind = type(teacher if teacher.provides < weakest.provides else weakest).__name__
     if not (provides_top_k(teacher) and isinstance(function, TopK)):
         raise UserError(
             f"{method} reads whole distributions, which {kind} cannot give; use a teacher in this "

@@ -20,6 +20,7 @@ from opd_lightning.teachers.base import Ask, Teacher
 from opd_lightning.terminal.progress import Progress
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.checks import check_parts, corrects_sampler
+from opd_lightning.training.outputs import checked_signal, checked_tokens
 from opd_lightning.training.scoring import LOSS, BatchScores, prefetch_scores, score_batch
 from opd_lightning.training.step_divisors import StepDivisors, divide_the_loss
 from opd_lightning.types import RolloutBatch, TokenScores, Totals
@@ -156,13 +157,14 @@ class ComposedMethod(DistillationModule):
                     rows = rule.observe(signal, scored)
                     assert rows is not None
                     self._divisors.add(f"rule {place}", rows)
-                signal, more = rule.apply(signal, scored)
+                signal, more = checked_signal(rule, rule.apply(signal, scored), signal)
                 add_rates(rates, more)
         else:
             signal, rates = prepared.signal, prepared.rates
         self.note_rules(scored, signal, rates)
 
-        token_loss = self.token_loss(student, signal, scored, values)
+        found = self.token_loss(student, signal, scored, values)
+        token_loss = checked_tokens(self, "token_loss", found, batch.response_mask)
         totals = batch.totals.all if self.imitation is None else batch.totals.written
         selected = totals
         if self.aggregation == "mask-mean" and self._divisors is not None:
@@ -185,7 +187,8 @@ class ComposedMethod(DistillationModule):
         mode = "token-mean" if self.aggregation == "mask-mean" else self.aggregation
         loss = student.logprobs.new_zeros(())
         for term in self.terms:
-            token_loss = term.token_loss(student, scored, values)
+            found = term.token_loss(student, scored, values)
+            token_loss = checked_tokens(term, "token_loss", found, batch.response_mask)
             mask = self._loss_mask(batch) & self._has_views(batch, term.names_read())
             loss = loss + aggregate(token_loss, mask, totals, mode)
             self.rates.update(batch, {f"term/{term.name}": torch.where(mask, token_loss, 0.0)})
@@ -244,7 +247,8 @@ class ComposedMethod(DistillationModule):
             is_wide = rule.observes(scored[0].batch.totals.step)
             observed = self._observe(rule, signals, scored) if is_wide else None
             for i, one in enumerate(scored):
-                signals[i], more = rule.apply(signals[i], one, observed)
+                result = rule.apply(signals[i], one, observed)
+                signals[i], more = checked_signal(rule, result, signals[i])
                 add_rates(rates[i], more)
         counts = torch.stack([signal.mask.sum() for signal in signals]).sum()
         selected = int(concatenate_ranks(counts[None, None]).sum())
@@ -262,7 +266,9 @@ class ComposedMethod(DistillationModule):
         return concatenate_ranks(torch.cat(rows)) if rows else None
 
     def _first_signal(self, scored: Scored) -> Signal:
-        advantage = self.advantage(scored).detach()
+        found = self.advantage(scored)
+        mask = scored.batch.response_mask
+        advantage = checked_tokens(self, "advantage", found, mask).detach()
         return Signal(
             advantage=advantage,
             weight=torch.ones_like(advantage),

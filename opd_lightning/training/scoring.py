@@ -17,6 +17,7 @@ from opd_lightning.models.student import LateComparison, Student, token_scores
 from opd_lightning.rules.base import Compare, Scored
 from opd_lightning.teachers.base import Ask, provides_distributions, provides_top_k
 from opd_lightning.timing import StepTimer
+from opd_lightning.training.outputs import checked_scores
 from opd_lightning.training.top_k_query import TopKQuery, prefetch_top_k
 from opd_lightning.types import RolloutBatch, TokenScores
 
@@ -73,7 +74,8 @@ def score_batch(
             elif name not in compared and name not in others:
                 if ask not in by_ask:
                     wanted = _overlap(ask, asks, top_k)
-                    by_ask[ask] = ask.teacher.score(batch, ask.view, top_k=wanted)
+                    found = ask.teacher.score(batch, ask.view, top_k=wanted)
+                    by_ask[ask] = checked_scores(ask.teacher, "score", found, batch)
                 others[name] = by_ask[ask]
         for name, compare in comparisons.items():
             if compare.other is None or compare.other in states:

@@ -107,17 +107,52 @@ def checked_numbers(
     verifier: Verifier, prompts: Sequence[Prompt], rewards: Iterable[float], expected: str
 ) -> list[float]:
     """Return a verifier's rewards of any scale; raise `RunStoppedError` unless all are numbers."""
-    rewards = list(rewards)
     name = type(verifier).__name__
+    if isinstance(rewards, str) or not isinstance(rewards, Iterable):
+        raise RunStoppedError(
+            f"{name}.verify: got {rewards!r:.40} for {len(prompts)} responses, expected a list "
+            "with a number for each"
+        )
+    rewards = list(rewards)
     if len(rewards) != len(prompts):
         raise RunStoppedError(
             f"{name}.verify: got {len(rewards)} rewards for {len(prompts)} responses, expected one "
             "for each"
         )
     for prompt, reward in zip(prompts, rewards, strict=True):
-        if reward is None or isinstance(reward, str):
+        if not _is_number(reward):
             raise RunStoppedError(
                 f"{prompt.origin or prompt.id}: {name} gave a response the reward {reward!r:.40}, "
                 f"expected {expected}, or NaN if it cannot be checked; return that in its `verify`"
             )
     return rewards
+
+
+def checked_score(verifier: Verifier, scores: object, count: int) -> Rewards:
+    """Return what a verifier's `score` returned for `count` responses.
+
+    Raises:
+        RunStoppedError: It is no `Rewards`, or a part has not one number for each response.
+    """
+    call = f"{type(verifier).__name__}.score"
+    if not isinstance(scores, Rewards):
+        raise RunStoppedError(
+            f"{call}: got {type(scores).__name__}, expected Rewards; return `Rewards(numbers)`, or "
+            "override `verify`, which returns the numbers"
+        )
+    for name, values in scores.parts.items():
+        if len(values) != count or not all(map(_is_number, values)):
+            raise RunStoppedError(
+                f"{call}: got {values!r:.40} as part {name!r}, expected {count} numbers, one for "
+                "each response, NaN where the part does not apply"
+            )
+    return scores
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value converts to a float: numbers of any library, not texts."""
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        return False
+    return not isinstance(value, str | bytes)

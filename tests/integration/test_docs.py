@@ -172,6 +172,13 @@ def test_a_teacher(fit: Fit) -> None:
     assert watch.logged[0]["signal/log_ratio_mean"] > -2.0
 
 
+def test_a_teacher_of_two(fit: Fit) -> None:
+    """Of the teacher and the student: its d_t is half of the teacher's."""
+    half, whole = (fit(*names).logged[0] for names in (("two_teachers",), ()))
+    name = "signal/log_ratio_mean"
+    assert half[name] == pytest.approx(whole[name] / 2, rel=1e-4)
+
+
 def test_a_callback(fit: Fit) -> None:
     more = (
         "--data.mix.recorded=0.5",
