@@ -1,4 +1,4 @@
-"""Check, before a run depends on it, that checkpoints can hold the states of its callbacks."""
+"""Check, before a run depends on it, that checkpoints can hold states of its parts."""
 
 from __future__ import annotations
 
@@ -33,16 +33,19 @@ class CheckStates(Callback):
 
 
 def check_states(trainer: Trainer) -> None:
-    """Refuse callbacks whose state has more than tensors and plain data, such as a NumPy number.
+    """Refuse callbacks and rules whose state has more than tensors and plain data.
 
-    Otherwise the first checkpoint fails, after hours of training perhaps.
+    With a NumPy number, for example, the first checkpoint fails, after hours of training perhaps.
 
     Raises:
-        UserError: At the first such callback.
+        UserError: At the first such callback or rule.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    parts = [("trainer.callbacks", callback) for callback in callbacks]
+    parts += [("rules", rule) for rule in getattr(trainer.lightning_module, "rules", ())]
+    for place, part in parts:
         try:
-            state: Any = callback.state_dict()
+            state: Any = part.state_dict()
         except Exception:  # it may need what training sets
             continue
         if not state:
@@ -54,7 +57,7 @@ def check_states(trainer: Trainer) -> None:
             load(file)
         except Exception as error:  # of any type: the state may hold anything
             raise UserError(
-                f"trainer.callbacks: {type(callback).__name__}.state_dict: "
+                f"{place}: {type(part).__name__}.state_dict: "
                 f"{reason_of(error, 150)}, so that no checkpoint could be read again; return "
                 "tensors, numbers, texts, lists and dicts of them"
             ) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -63,8 +63,9 @@ class Scored:
     def teacher(self) -> TokenScores:
         if "teacher" not in self.others:
             raise UserError(
-                f"a rule or term reads the teacher's scores, but only {', '.join(self.others)} "
-                "were asked; declare `needs` in the rule"
+                "the method, a rule or a term reads the teacher's scores, but `asks` of the method "
+                f"names {', '.join(self.others) or 'none'}; name a model 'teacher' there, and "
+                "declare `needs` in the rule"
             )
         return self.others["teacher"]
 
@@ -143,6 +144,17 @@ class Rule(ABC):
         but the first; none if the rule `divides` and those after it ignore weights.
         """
         return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a resumed run needs: tensors and plain data; by default none.
+
+        Saved by the first process, so it must be the same in all. A checkpoint from within a step
+        repeats the step: `apply` must not change the state twice for one step.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have none
+        """Restore what `state_dict` returned; called before the first step."""
 
     @abstractmethod
     def apply(

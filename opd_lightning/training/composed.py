@@ -21,6 +21,7 @@ from opd_lightning.terminal.progress import Progress
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.checks import check_parts, corrects_sampler
 from opd_lightning.training.outputs import checked_signal, checked_tokens
+from opd_lightning.training.rule_states import restore_states, states_of
 from opd_lightning.training.scoring import LOSS, BatchScores, prefetch_scores, score_batch
 from opd_lightning.training.step_divisors import StepDivisors, divide_the_loss
 from opd_lightning.types import RolloutBatch, TokenScores, Totals
@@ -373,6 +374,15 @@ class ComposedMethod(DistillationModule):
     @property
     def corrects_staleness(self) -> bool:
         return not self.has_advantage or corrects_sampler(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if states := states_of(self.rules):
+            checkpoint["rules"] = states
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        restore_states(self.rules, checkpoint.get("rules", {}))
 
     def check(self) -> None:
         check_parts(self)

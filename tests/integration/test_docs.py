@@ -172,6 +172,15 @@ def test_a_teacher(fit: Fit) -> None:
     assert watch.logged[0]["signal/log_ratio_mean"] > -2.0
 
 
+def test_a_rule_with_state(fit: Fit) -> None:
+    more = ("--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=2")
+    watch = fit("running_clip", more=more)
+    rule = watch.trainer.lightning_module.rules[0]
+    assert rule.state_dict() == {"bound": rule.bound, "step": 0}
+    # Of eight tenths of the tokens |d_t| is below the bound.
+    assert 0.1 < watch.logged[-1]["rule/running_clip/clipped"] < 0.3
+
+
 def test_a_teacher_of_two(fit: Fit) -> None:
     """Of the teacher and the student: its d_t is half of the teacher's."""
     half, whole = (fit(*names).logged[0] for names in (("two_teachers",), ()))
