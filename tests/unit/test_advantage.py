@@ -79,13 +79,15 @@ def test_nothing_flows_through_an_advantage() -> None:
 
 
 def test_group_advantage_by_hand() -> None:
-    rewards = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.3])
-    mean = torch.tensor([0.5, 0.5, 1.0, 0.75, torch.nan])
-    std = torch.tensor([0.5, 0.5, 0.0, 0.4, torch.nan])
+    # The last two: a group of one, and a rollout without a score in a group that has a spread.
+    rewards = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.3, torch.nan])
+    mean = torch.tensor([0.5, 0.5, 1.0, 0.75, torch.nan, 0.5])
+    std = torch.tensor([0.5, 0.5, 0.0, 0.4, torch.nan, 0.5])
     plain = group_advantage(rewards, mean, std, normalise=False)
-    assert plain.tolist() == [[0.5], [-0.5], [0.0], [0.25], [0.0]]
+    assert plain.tolist() == [[0.5], [-0.5], [0.0], [0.25], [0.0], [0.0]]
     whitened = group_advantage(rewards, mean, std, epsilon=0.1)
-    torch.testing.assert_close(whitened, torch.tensor([[0.5 / 0.6], [-0.5 / 0.6], [0], [0.5], [0]]))
+    expected = torch.tensor([[0.5 / 0.6], [-0.5 / 0.6], [0], [0.5], [0], [0]])
+    torch.testing.assert_close(whitened, expected)
 
 
 def test_a_group_of_equals_gives_exactly_nothing_whatever_rounding_says() -> None:

@@ -153,6 +153,13 @@ def test_skew_by_its_definition() -> None:
     close(of_logits(SkewedReverseKL(0.1))(STUDENT), reverse)
 
 
+def test_mixed_kl_gives_beta_to_the_reverse_kl() -> None:
+    forward, reverse = of_logits(ForwardKL())(STUDENT), of_logits(ReverseKL())(STUDENT)
+    for beta in (0.0, 0.3, 1.0):
+        close(of_logits(MixedKL(beta))(STUDENT), (1 - beta) * forward + beta * reverse)
+    assert MixedKL() == MixedKL(0.5)  # NeMo-RL's
+
+
 def test_total_variation_by_hand() -> None:
     ours = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
     theirs = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
@@ -170,6 +177,18 @@ def test_akl_weighs_both_kls_by_where_the_gap_is() -> None:
         reverse, other = value_and_gradient(of_logits(ReverseKL(), teacher), student)
         close(value, weight * forward + (1 - weight) * reverse)
         close(gradient, weight * slope + (1 - weight) * other)
+
+
+def test_the_head_of_akl_has_at_most_its_mass() -> None:
+    """The teacher's two likeliest of 1/2, 1/4, 1/8, 1/8 have exactly 3/4: a head of 3/4."""
+    theirs = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=torch.float64)
+    ours = torch.tensor([[0.25, 0.25, 0.375, 0.125]], dtype=torch.float64)
+    student, teacher = ours.log(), theirs.log()
+    gaps = [0.25, 0.0, 0.25, 0.0]
+    assert gaps == (ours - theirs).abs()[0].tolist()
+    forward, reverse = ForwardKL()(student, teacher), ReverseKL()(student, teacher)
+    close(AdaptiveKL(0.875)(student, teacher), forward)
+    close(AdaptiveKL(0.75)(student, teacher), (forward + reverse) / 2)
 
 
 def test_todi_weighs_both_kls_token_by_token() -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from opd_lightning.losses.advantage import log_ratio, return_to_go
 from opd_lightning.losses.divergence import reverse_kl
-from opd_lightning.losses.reduction import aggregate
+from opd_lightning.losses.reduction import Aggregation, aggregate
 from opd_lightning.types import Totals
 from tests.toy import (
     ALL,
@@ -119,6 +119,8 @@ def test_return_to_go_by_hand() -> None:
     mask = torch.tensor([[True, True, True], [True, True, False]])
     assert return_to_go(signal, mask, 0.0).tolist() == [[1, 2, 4], [1, 2, 0]]
     assert return_to_go(signal, mask, 0.5).tolist() == [[3, 4, 4], [2, 2, 0]]
+    gap = torch.tensor([[True, False, True]])  # as where a tool's answer stands
+    assert return_to_go(torch.tensor([[1.0, 9.0, 4.0]]), gap, 0.5).tolist() == [[2, 0, 4]]
 
 
 def test_sign_a_token_the_teacher_prefers_becomes_likelier() -> None:
@@ -156,9 +158,12 @@ def test_u5_shares_of_micro_batches_add_up(mode: str) -> None:
     torch.testing.assert_close(torch.stack(shares).sum(), whole, atol=1e-12, rtol=0)
 
 
-def test_a_fully_masked_batch_has_loss_zero_and_a_graph() -> None:
+@pytest.mark.parametrize(
+    "mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "mask-mean"]
+)
+def test_a_fully_masked_step_has_loss_zero_and_a_graph(mode: Aggregation) -> None:
     losses = torch.ones(2, 3, requires_grad=True)
-    loss = aggregate(losses, torch.zeros(2, 3, dtype=torch.bool), Totals(0, 2), "token-mean")
+    loss = aggregate(losses, torch.zeros(2, 3, dtype=torch.bool), Totals(0, 0), mode)
     loss.backward()
     assert loss.item() == 0
     assert losses.grad is not None

@@ -10,7 +10,14 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from opd_lightning.errors import UserError
-from opd_lightning.losses.divergence import JSD, Divergence, ForwardKL, ReverseKL, reverse_kl
+from opd_lightning.losses.divergence import (
+    JSD,
+    Divergence,
+    ForwardKL,
+    MixedKL,
+    ReverseKL,
+    reverse_kl,
+)
 from opd_lightning.losses.top_k import TopK
 from tests.toy import finite_difference
 
@@ -23,6 +30,7 @@ VARIANTS: list[tuple[str, str, str, float | None]] = [
     ("none", "reverse", "per-candidate", None),
     *product(("none", "renormalise", "teacher", "tail"), ("forward",), ("plain",), (None,)),
     *product(("none", "renormalise", "tail"), ("jsd",), ("plain",), (0.0, 0.3, 1.0)),
+    *product(("none", "renormalise", "tail"), ("mixed",), ("plain",), (0.3,)),
 ]
 FULL = {"reverse": ReverseKL(), "forward": ForwardKL()}
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -96,7 +104,7 @@ def test_the_toy_has_supports_of_several_sizes() -> None:
 def test_u12_all_of_the_vocabulary_is_the_full_divergence(
     support: str, variant: tuple[Any, ...]
 ) -> None:
-    full = FULL.get(variant[1]) or JSD(variant[3])
+    full = FULL.get(variant[1]) or {"jsd": JSD, "mixed": MixedKL}[variant[1]](variant[3])
     value, gradient = value_and_gradient(make(variant, k=VOCABULARY, support=support))
     expected, slope = value_and_gradient(full)
     close(value, expected)
@@ -167,7 +175,8 @@ def test_u3_equal_models(support: str, variant: tuple[Any, ...]) -> None:
         return
     close(value, torch.zeros(ROWS, dtype=torch.float64))
     # T3: without normalisation a plain KL has a slope where nothing is to be learnt.
-    unnormalised_kl = variant[0] == "none" and variant[3] in (None, 0.0, 1.0)
+    is_kl = variant[1] != "jsd" or variant[3] in (0.0, 1.0)
+    unnormalised_kl = variant[0] == "none" and is_kl
     if unnormalised_kl and variant[2] == "plain":
         assert gradient.abs().max() > 0.01
     else:
@@ -297,6 +306,12 @@ def test_a_teacher_without_mass_outside_its_top_k() -> None:
         value, gradient = value_and_gradient(jsd, STUDENT, theirs)
         assert (value > 0).all()
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "mixed"])
+def test_without_a_beta_both_sides_count_alike(divergence: Any) -> None:
+    bare, half = (plain(K, "union", divergence=divergence, beta=beta) for beta in (None, 0.5))
+    assert torch.equal(value_and_gradient(bare)[0], value_and_gradient(half)[0])
 
 
 def test_more_than_the_vocabulary_is_all_of_it() -> None:
