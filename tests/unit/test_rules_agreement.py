@@ -46,6 +46,7 @@ def test_what_agrees_gets_more() -> None:
     signal, rates = applied(AlignedReweighting(1.0), scored)
     agrees = torch.tensor([[True, False, True, False], [False, True, False, True]])
     assert torch.equal(rates["aligned_reweighting/agreeing"] > 0, agrees)
+    assert torch.equal(rates["aligned_reweighting/size"], signal.advantage.abs())
     factor = signal.advantage / scored.log_ratio
     for row in range(2):
         assert factor[row][agrees[row]].min() > factor[row][~agrees[row]].max()
@@ -62,6 +63,9 @@ def test_who_is_not_reweighted() -> None:
     assert found[3] == pytest.approx(ROW)  # a score that is neither
     assert advantages(AlignedReweighting(0.0), scored)[0] == pytest.approx(ROW)
     assert advantages(rule, of_ratio([0.0] * 4, rewards=[1.0])) == [[0.0] * 4]
+    # A median of 0: what agrees has all of the weight, and nothing is infinite.
+    sparse = of_ratio([0.0, 0.0, 0.0, 3.0, -2.0], rewards=[1.0])
+    assert advantages(rule, sparse)[0] == pytest.approx([0.0, 0.0, 0.0, 5.0, 0.0])
 
 
 def test_only_tokens_that_take_part_are_weighed() -> None:
@@ -97,6 +101,7 @@ def test_margins_by_hand(settings: dict[str, Any], up: float, down: float) -> No
     moved = (signal.advantage - scored.log_ratio)[:, 0].tolist()
     assert moved == pytest.approx([up, up, -down, -down, 0, 0, 0])
     assert rates["margin_shift/shifted"][:, 0].tolist() == [1, 1, 1, 1, 0, 0, 0]
+    assert rates["margin_shift/shift"][:4, 0].tolist() == pytest.approx([up + down] * 4)
 
 
 def test_after_it_the_margin_holds() -> None:
@@ -104,6 +109,19 @@ def test_after_it_the_margin_holds() -> None:
     after = applied(rule, of_ratio(*ROWS, rewards=REWARDS, groups=GROUPS))[0]
     means = after.advantage.mean(dim=1)
     assert float(means[:2].mean() - means[2:4].mean()) == pytest.approx(0.4)
+
+
+def test_a_mean_is_over_what_takes_part() -> None:
+    scored = of_ratio([1.0, 9.0], [2.0, 2.0], rewards=[1.0, 0.0])
+    signal = opd_signal(scored, torch.tensor([[True, False], [True, True]]))
+    found = applied(MarginShift(0.5), scored, signal)[0].advantage
+    assert found.tolist() == [[1.75, 0.0], [1.25, 1.25]]  # 0.5 - (1 - 2), halved
+
+
+def test_partial_scores_have_a_threshold() -> None:
+    scored = of_ratio([1.0], [2.0], rewards=[0.5, 0.4])
+    assert advantages(MarginShift(0.0), scored) == [[1.5], [1.5]]
+    assert advantages(MarginShift(0.0, threshold=0.6), scored) == [[1.0], [2.0]]
 
 
 def test_a_rollout_without_a_score_neither_counts_nor_moves() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from opd_lightning.errors import UserError
+from opd_lightning.losses.schedule import Linear
 from opd_lightning.rules import (
     AddOutcome,
     EntropyWeight,
@@ -34,11 +35,21 @@ def test_the_outcome_is_added_once_per_token() -> None:
     assert rates["add_outcome/size"].unique().tolist() == [0.25]
     plain, _ = applied(AddOutcome(0.0), scored)
     assert torch.equal(plain.advantage, opd_signal(scored).advantage)
+    falling = Linear(start=1.0, end=0.0, steps=4)
+    later = make_scored(STUDENT[:2], TEACHER[:2], rewards=[1.0, 0.0], step=3)
+    added = applied(AddOutcome(falling), later)[0].advantage - later.log_ratio
+    torch.testing.assert_close(  # whitened: (R - mean) / std is 1 and -1
+        added[:, 0], torch.tensor([0.25, -0.25], dtype=torch.float64), atol=1e-5, rtol=0
+    )
 
 
 def test_rollouts_are_kept_by_their_score() -> None:
     scored = make_scored(STUDENT, TEACHER, rewards=[1.0, 0.0, torch.nan])
     assert applied(OnlyCorrect(), scored)[0].mask[:, 0].tolist() == [True, False, False]
+    partial = make_scored(STUDENT, TEACHER, rewards=[0.5, 0.4, 0.9])
+    assert applied(OnlyCorrect(), partial)[0].mask[:, 0].tolist() == [True, False, True]
+    strict = applied(OnlyCorrect(threshold=0.9), partial)[0]
+    assert strict.mask[:, 0].tolist() == [False, False, True]
     wrong, rates = applied(OnlyCorrect(keep="wrong"), scored)
     assert wrong.mask[:, 0].tolist() == [False, True, False]
     assert rates["only_correct/kept"][:, 0].tolist() == [0, 1, 0]
@@ -83,6 +94,11 @@ def test_idft_weighs_by_the_centred_log_likelihood() -> None:
     assert (probs * centred).sum().item() == pytest.approx(0.0, abs=1e-12)
     torch.testing.assert_close(rates["in_distribution_weight/centred"], centred[None])
     torch.testing.assert_close(signal.weight, (probs ** (-centred).exp())[None])
+    cooler, _ = applied(InDistributionWeight(temperature=2.0, high=9.0), scored)
+    torch.testing.assert_close(cooler.weight, (probs ** (-centred / 2).exp())[None])
+    published, _ = applied(InDistributionWeight(), scored)
+    exponent = (-centred).exp().clamp(0.1, 2.0)
+    torch.testing.assert_close(published.weight, (probs**exponent)[None])
     bounded, _ = applied(InDistributionWeight(low=1.0, high=1.0), scored)
     torch.testing.assert_close(bounded.weight, probs[None])  # DFT
 
@@ -102,6 +118,8 @@ def test_likely_tokens_are_kept() -> None:
     p = STUDENT.exp()
     assert torch.equal(applied(LikelihoodMask(least=0.3), scored)[0].mask, p >= 0.3)
     assert torch.equal(applied(LikelihoodMask(most=0.3), scored)[0].mask, p <= 0.3)
+    certain = make_scored(torch.zeros(1, 1), torch.zeros(1, 1))
+    assert applied(LikelihoodMask(least=1.0, most=1.0), certain)[0].mask.all()  # both included
     with pytest.raises(UserError, match="least"):
         LikelihoodMask(least=0.5, most=0.4)
 
@@ -153,6 +171,21 @@ def test_its_choice_depends_on_nothing_but_its_coordinates() -> None:
     assert not torch.equal(chosen(slice(0, 6), seed=1), whole)
     assert not torch.equal(chosen(slice(0, 6), step=1), whole)
     assert not torch.equal(whole[0], whole[1])
+
+
+def test_it_draws_alike_behind_padding_and_anew_for_each_prompt() -> None:
+    student, teacher, ids = big(1)
+    ids = ids.expand(3, -1).clone()  # one response to the prompts 0, 1 and 0
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 15:] = False
+    ids[2, 15:] = 0  # other padding
+    twice, again = student.expand(3, -1), teacher.expand(3, -1)
+    whole = make_scored(twice, again, ids=ids, mask=mask, groups=[0, 1, 0])
+    narrow = make_scored(twice[:, :15], again[:, :15], ids=ids[:, :15], groups=[0, 1, 0])
+    one, other = (applied(RandomGate(0.5), scored)[0].mask[:, :15] for scored in (whole, narrow))
+    assert torch.equal(one, other)
+    assert torch.equal(one[0], one[2])
+    assert not torch.equal(one[0], one[1])
 
 
 def test_with_plain_others_it_is_a_sign_gate_that_does_not_look() -> None:
@@ -213,6 +246,10 @@ def test_extrapolation_goes_where_both_models_agree() -> None:
     torch.testing.assert_close(extrapolated, 0.8 * (STUDENT - reference))
     plain = applied(ReliableExtrapolation(gamma=0.0), scored)[0].advantage
     assert torch.equal(plain, d)
+    rising = Linear(start=0.0, end=0.8, steps=4)
+    later = make_scored(STUDENT, TEACHER, reference=reference, step=4)
+    scheduled = applied(ReliableExtrapolation(rising, tau=0.5), later)[0].advantage
+    assert torch.equal(scheduled, signal.advantage)
 
 
 def test_late_weights_rise_over_a_response_of_any_length() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 import opd_lightning.rules
 from opd_lightning.losses.schedule import Linear
 from opd_lightning.rules.agreement import AlignedReweighting, MarginShift
-from opd_lightning.rules.base import Rule, Scored, Signal
+from opd_lightning.rules.base import Rule, Scored, Signal, add_rates
 from opd_lightning.rules.change_point import ChangePointMask
 from opd_lightning.rules.controls import RandomGate
 from opd_lightning.rules.evidence import EvidenceMask, EvidenceMultiplier, EvidenceWeight
@@ -287,6 +287,15 @@ def test_a_rule_that_ignores_weights_leaves_a_factor_on_them_alone(rule: Rule) -
         assert torch.equal(scaled.weight, 4 * after.weight)
         assert torch.equal(scaled.advantage, after.advantage)
         assert torch.equal(scaled.mask, after.mask)
+
+
+def test_rates_of_several_rules_of_a_kind_are_kept_apart() -> None:
+    rates: dict[str, Tensor] = {}
+    for share in (0.25, 0.5, 0.75):
+        add_rates(rates, {"gate/kept": torch.tensor(share), f"only/{share}": torch.tensor(1.0)})
+    found = {name: rate.item() for name, rate in rates.items() if name.startswith("gate")}
+    assert found == {"gate/kept": 0.25, "gate/kept#2": 0.5, "gate/kept#3": 0.75}
+    assert len(rates) == 6
 
 
 def test_a_clip_behind_a_mean_of_the_step_costs_no_pass() -> None:

@@ -77,6 +77,12 @@ def test_threshold_and_width_move_the_borders() -> None:
         for rule in (EvidenceMask(threshold=0.1), EvidenceMask("near-zero", width=0.01))
     ]
     assert kept == [[[False, True, False, False]], [[False, False, False, True]]]
+    teacher = row([-2.0] * 4)
+    scored = make_scored(teacher, teacher, plain=teacher - row([0.25, -0.25, 0.5, 0.0]))
+    on_the_border = applied(EvidenceMask("near-zero", width=0.25), scored)[0]
+    assert on_the_border.mask.tolist() == [[True, True, False, True]]
+    above = applied(EvidenceMask(threshold=0.25), scored)[0]
+    assert above.mask.tolist() == [[False, False, True, False]]
 
 
 def test_diagnostics_by_hand() -> None:

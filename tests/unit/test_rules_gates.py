@@ -109,9 +109,9 @@ def test_fallbacks(fallback: str, expected: float) -> None:
 
 def test_flips_are_consensus_tokens_that_end_up_pushed_the_other_way() -> None:
     # The reference likes all tokens more than the teacher does, by 1 nat.
-    scored = of_ratio(column(0.5, 0.5, 2.0, -1.0), MIXED, reward_over_reference=-1.0)
+    scored = of_ratio(column(0.5, 0.5, 1.0, -1.0), MIXED, reward_over_reference=-1.0)
     signal, rates = applied(SignGate(scale=2.0), scored)
-    assert signal.advantage.flatten().tolist() == [-0.5, 0.5, 1.0, -2.0]
+    assert signal.advantage.flatten().tolist() == [-0.5, 0.5, 0.0, -2.0]
     assert rates["sign_gate/flip"].flatten().tolist() == [1, 0, 0, 0]
 
 

@@ -68,6 +68,8 @@ def test_u14_token_level_by_hand() -> None:
     assert rates["importance/truncated"][0, [0, 2]].tolist() == [1, 0]
     close(rates["importance/weight"], [[5.0, 5.0, 0.01]])
     close(weights(TruncatedImportance(cap=2.0), of_ratios([10.0, 0.5])), [[2.0, 0.5]])
+    _, rates = applied(TruncatedImportance(cap=1.0), of_ratios([1.0]))
+    assert rates["importance/truncated"].item() == 0
 
 
 def test_u14_sequence_level_is_the_product() -> None:
@@ -92,6 +94,7 @@ def test_ice_pop_by_hand() -> None:
     close(signal.weight, [[0.0, 0.6, 1.0, 4.9, 0.0]])
     assert signal.mask.all()  # they still count in the normaliser
     assert rates["ice_pop/dropped"].tolist() == [[1, 0, 0, 0, 1]]
+    assert weights(IcePop(low=1.0, high=1.0), of_ratios([1.0])).item() == 1  # both included
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
@@ -116,6 +119,8 @@ def test_enormous_ratios_are_finite() -> None:
     )
     assert weights(TruncatedImportance(cap=1e30), scored).item() == pytest.approx(4.85e8, rel=1e-2)
     assert weights(IcePop(), scored).item() == 0
+    rare = make_scored(torch.full((1, 1), -1000.0), torch.zeros(1, 1), behaviour=torch.zeros(1, 1))
+    assert weights(TruncatedImportance(), rare).item() == pytest.approx(math.exp(-20))
 
 
 def test_u14_no_gradient_through_the_weight() -> None:
@@ -204,6 +209,8 @@ def test_a_drift_gate_weighs_blocks_by_their_mean_drift() -> None:
     found = weights(DriftGate(2.0, block=2), scored)[0, [0, 1, 2, 4]]
     torch.testing.assert_close(found, raw / raw.mean())
     assert found.mean().item() == pytest.approx(1.0)
+    (short,) = weights(DriftGate(1.0, block=2), of_ratios([1.0, 1.0, e]))  # a block of one token
+    assert (short[2] / short[0]).item() == pytest.approx(math.exp(-1))
 
 
 def test_a_drift_gate_without_drift_does_nothing() -> None:

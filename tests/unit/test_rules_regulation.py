@@ -105,7 +105,9 @@ def test_u16_exploration_keeps_a_token_on_the_floor() -> None:
     signal = opd_signal(scored)
     rule = PhasedFloor(mixing=0.3, switch_step=5)
     signal.advantage[0, 0] = rule.value
-    assert applied(rule, scored, signal)[0].mask.tolist() == [[True, True]]
+    after, rates = applied(rule, scored, signal)
+    assert after.mask.tolist() == [[True, True]]
+    assert rates["floor/clipped"].tolist() == [[0, 0]]
 
 
 ENTROPY = [0.1, 0.9, 0.5, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6, 1.0]

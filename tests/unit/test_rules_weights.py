@@ -155,6 +155,15 @@ def test_u18_infinite_temperature_is_uniform(temperature: float) -> None:
     torch.testing.assert_close(weight, torch.ones_like(weight))
 
 
+def test_partial_scores_have_a_threshold() -> None:
+    scored = scope_fixture(rewards=[0.5, 0.4, 0.9, 0.0, 0.0])
+    for rule, correct in (
+        (ScopeWeight(), [1, 0, 1, 0, 0]),
+        (ScopeWeight(threshold=0.6), [0, 0, 1, 0, 0]),
+    ):
+        assert applied(rule, scored)[1]["scope/correct"][:, 0].tolist() == correct
+
+
 def test_u18_equal_perplexities_are_uniform() -> None:
     ours = [[-1.0, -3.0], [-2.0, -2.0], [-3.0, -1.0], *OURS[3:]]
     weight = factors(ScopeWeight(), scope_fixture(ours=ours))
