@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from opd_lightning.methods import DistilledRL
+from opd_lightning.methods import GRPO, RLSD, DistilledRL
 from opd_lightning.models.student import Student
 from opd_lightning.rules import CompetenceWeight, RewardWeight, Signal, TeacherRatio
 from opd_lightning.rules.base import Scored
@@ -34,6 +34,30 @@ def test_rewards_are_weighed_by_a_softmax_over_the_step() -> None:
     assert found[3] == 0
     equal = applied(RewardWeight(1e9), scored)[0].weight[:3]
     torch.testing.assert_close(equal, torch.ones_like(equal))
+
+
+def test_a_rollout_that_takes_no_part_is_not_in_the_mean_of_reward_weights() -> None:
+    scored = make_scored(ZERO[:3], ZERO[:3], rewards=[1.0, 0.0, 0.5])
+    signal = opd_signal(scored, torch.tensor([[True, True], [False, False], [False, True]]))
+    found = applied(RewardWeight(0.5), scored, signal)[0].weight
+    share = torch.softmax(torch.tensor([1.0, 0.5], dtype=torch.float64) / 0.5, dim=0)
+    torch.testing.assert_close(found[[0, 2], [0, 1]], 2 * share)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_outcomes_are_divided_by_their_spread_unless_told_not_to(normalise: bool) -> None:
+    """GRPO and Dr. GRPO: scores of 1 and 0.5 have the mean 0.75 and the deviation 0.25."""
+    scored = make_scored(ZERO[:2], ZERO[:2], rewards=[1.0, 0.5])
+    student, teacher = Student("nowhere"), FrozenTeacher("nowhere")
+    for method in (
+        GRPO(student, normalise_std=normalise),
+        DistilledRL(student, teacher, normalise_std=normalise),
+    ):
+        size = 1.0 if normalise else 0.25
+        expected = torch.tensor([[size], [-size]], dtype=torch.float64).expand(2, 2)
+        torch.testing.assert_close(method.advantage(scored), expected, atol=1e-5, rtol=0)
+    for default in (GRPO(student), DistilledRL(student, teacher), RLSD(student, teacher)):
+        assert default.advantage(scored)[0, 0].item() == pytest.approx(1.0, abs=1e-5)
 
 
 def spread(scored: Scored) -> torch.Tensor:

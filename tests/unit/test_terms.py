@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from opd_lightning.errors import UserError
 from opd_lightning.losses.divergence import ForwardKL, ReverseKL
+from opd_lightning.losses.reduction import Aggregation
+from opd_lightning.losses.schedule import Linear
 from opd_lightning.models.student import Student
 from opd_lightning.rules import (
     EntropyBonus,
@@ -25,7 +28,7 @@ from opd_lightning.teachers import Teacher
 from opd_lightning.teachers.base import Ask
 from opd_lightning.training.composed import ComposedMethod
 from opd_lightning.training.scoring import BatchScores
-from opd_lightning.types import RolloutBatch, TokenScores
+from opd_lightning.types import Author, RolloutBatch, TokenScores
 from tests.batches import make_batch, make_rollout
 from tests.toy import make_scored, score_of
 
@@ -152,9 +155,85 @@ def test_an_entropy_bonus_ignores_tokens_that_the_student_cannot_say() -> None:
 def test_a_trust_region_spares_rollouts_by_their_score() -> None:
     """KDRL's variant penalises wrong rollouts only; the normaliser still counts all."""
     student, teacher = torch.full((3, 2), -1.0), torch.full((3, 2), -3.0)
-    scored = make_scored(student, teacher, rewards=[1.0, 0.0, torch.nan])
+    scored = make_scored(student, teacher, rewards=[0.5, 0.4, torch.nan])
     scored.others["kd"] = scored.teacher  # type: ignore[index]
     for rollouts, rows in (("all", [2, 2, 2]), ("wrong", [0, 2, 0]), ("correct", [2, 0, 0])):
         term = TrustRegion(TEACHER, 1.0, "k2", name="kd", rollouts=rollouts)  # type: ignore[arg-type]
         assert term.token_loss(scored.student, scored, {})[:, 0].tolist() == rows
         assert Given(student, terms=[term]).needs_rewards is (rollouts != "all")
+
+
+def scored_by_hand(step: int = 0) -> Scored:
+    """Log-ratios 1, -0.5 and 0, and entropies of which the teacher's and the student's differ."""
+    student = torch.tensor([[-1.0, -2.0, -3.0]], dtype=torch.float64)
+    ratio = torch.tensor([[1.0, -0.5, 0.0]], dtype=torch.float64)
+    low, high = (torch.tensor([x], dtype=torch.float64) for x in ([0.5, 0.8, 0.9], [0.9, 0.9, 0.1]))
+    scored = make_scored(student, student + ratio, entropy=high, step=step)
+    teacher = replace(scored.teacher, entropy=low)
+    return replace(scored, others={"teacher": teacher, "trust_region": teacher})
+
+
+VALUES = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("term", "step", "expected"),
+    [
+        (EntropyGatedForwardKL(), 0, [0.0, 0.0, 4.0]),  # the teacher's entropy, above 0.8
+        (EntropyGatedForwardKL(threshold=0.4), 0, [1.0, 2.0, 4.0]),
+        (EntropyBonus(0.5), 0, [0.5, 1.0, 2.0]),  # the value is minus the entropy
+        (TrustRegion(OTHER, 0.5, "full"), 0, [0.5, 1.0, 2.0]),
+        (TrustRegion(OTHER, 0.5, "k2"), 0, [0.25, 0.0625, 0.0]),
+        (TrustRegion(OTHER, 0.5, "k3"), 0, [(math.e - 2) / 2, (math.exp(-0.5) - 0.5) / 2, 0.0]),
+        (TrustRegion(OTHER, Linear(start=1.0, end=0.0, steps=4), "k2"), 3, [0.125, 0.03125, 0.0]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_terms_by_hand(term: Term, step: int, expected: list[float]) -> None:
+    scored = scored_by_hand(step)
+    found = term.token_loss(scored.student, scored, {term.name: VALUES})
+    torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float64))
+
+
+class Plain(Term):
+    """Adds every token's log-prob."""
+
+    name = "plain"
+
+    def token_loss(
+        self, student: TokenScores, scored: Scored, values: Mapping[str, Tensor]
+    ) -> Tensor:
+        return student.logprobs
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "own", "given"),
+    [
+        ("token-mean", 2, [4, 4]),
+        ("seq-mean-token-mean", 2, [6, 2]),
+        ("seq-mean-token-sum", 1, [2, 2]),
+    ],
+)
+def test_imitated_responses_have_a_loss_and_a_normaliser_of_their_own(
+    aggregation: Aggregation, own: int, given: list[int]
+) -> None:
+    """The student's two tokens have d = 2; of others' responses one of 3 and one of 1 token."""
+    rows = [
+        make_rollout([5, 6]),
+        make_rollout([5, 6, 7], author=Author.TEACHER),
+        make_rollout([5], author=Author.RECORDED),
+        make_rollout([5, 6, 7], author=Author.TEACHER, dropped=True),
+    ]
+    batch = make_batch(rows)
+    batch = replace(batch, totals=replace(batch.totals, step=3))
+    logprobs = torch.full((4, 3), -2.0, requires_grad=True)
+    weight = Linear(start=1.0, end=0.0, steps=4)
+    method = Given(logprobs, imitation=weight, aggregation=aggregation, terms=[Plain()])
+    method.loss(batch).backward()
+    # -d from the policy gradient and 1 from the term, which leaves out what is imitated.
+    expected = torch.zeros(4, 3)
+    expected[0, :2] = (-2 + 1) / own
+    for row, (number, divisor) in enumerate(zip((3, 1), given, strict=True), 1):
+        expected[row, :number] = -0.25 / divisor
+    assert logprobs.grad is not None
+    torch.testing.assert_close(logprobs.grad, expected)
