@@ -15,14 +15,15 @@ from opd_lightning.data.prompts import PromptSource
 from opd_lightning.errors import UserError
 from opd_lightning.evaluation.base import Loaded
 from opd_lightning.evaluation.responses import EvaluationSuite
-from opd_lightning.evaluation.scores import SuiteScores
-from opd_lightning.evaluation.statistics import interval
+from opd_lightning.evaluation.scores import SuiteScores, likelihoods_of
+from opd_lightning.evaluation.statistics import interval, wilson
 from opd_lightning.losses.advantage import group_advantage
 from opd_lightning.metrics.depth import DepthStatistics
 from opd_lightning.metrics.overlap import OverlapStatistics
 from opd_lightning.metrics.repetition import is_repetitive, repeated_trigrams
 from opd_lightning.metrics.signal import SignalStatistics
 from opd_lightning.metrics.step import EngineStatistics, ResponseStatistics
+from opd_lightning.metrics.sums import Means
 from opd_lightning.metrics.teachers import TeacherStatistics
 from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Rollout, TokenScores
@@ -57,9 +58,31 @@ def test_signal_by_hand() -> None:
     assert got["signal/positive"] == pytest.approx(1 / 3)
     assert got["signal/log_ratio_q01"] == pytest.approx(-2.98)
     assert got["signal/log_ratio_q99"] == pytest.approx(0.45)
+    assert got["signal/log_ratio_q05"] == pytest.approx(-2.9)
+    assert got["signal/log_ratio_q95"] == pytest.approx(0.25)
+    assert got["entropy/student"] == pytest.approx(0.5)
+    assert got["entropy/teacher"] == pytest.approx(0.2)
     assert got["entropy/gap"] == pytest.approx(0.3)
     assert got["signal/agree_with_reward"] == pytest.approx(2 / 3)
     assert got["signal/disagree_with_reward"] == pytest.approx(1 / 3)
+    alone = make_batch([make_rollout([5, 6], group_mean=float("nan"))])  # no reward to agree with
+    one, other = (replace(x, logprobs=x.logprobs[:1], entropy=x.entropy[:1], top_ids=x.top_ids[:1])
+                  for x in (student, teacher))  # fmt: skip
+    metric.update(alone, one, other, alone.response_mask)
+    assert metric.compute()["signal/agree_with_reward"].item() == pytest.approx(2 / 3)
+
+
+def test_entropies_are_means_over_the_tokens_where_they_are_known() -> None:
+    """A teacher on a server, of one domain of two, does not report its entropy."""
+    batch = make_batch([make_rollout([5, 6]), make_rollout([5])])
+    student = scores([[-1.0, -2.0], [-1.0, 0.0]], entropy=0.5, top=[])
+    known = torch.tensor([[torch.nan, torch.nan], [2.0, torch.nan]])
+    metric = SignalStatistics()
+    metric.update(batch, student, replace(student, entropy=known), batch.response_mask)
+    got = {name: value.item() for name, value in metric.compute().items()}
+    assert got["entropy/student"] == 0.5
+    assert (got["entropy/teacher"], got["entropy/gap"]) == (2.0, 1.5)
+    assert got["signal/positive"] == 0  # all d are 0
 
 
 def test_tokens_per_group_of_a_teacher_with_other_tokens() -> None:
@@ -141,8 +164,14 @@ def test_the_signal_by_depth() -> None:
     assert got["depth_log_ratio/0"] == 0  # positions 0 and 1, with both signs
     assert got["depth_log_ratio_abs/0"] == 0.5
     assert got["depth_log_ratio/3"] == pytest.approx((6 + 7 - 6) / 3)  # the short one ends in it
+    assert got["depth_log_ratio_abs/3"] == pytest.approx((6 + 7 + 6) / 3)
     assert got["depth_log_ratio/9"] == 18.5
     metric.reset()
+    metric.limit = 10  # shorter than what others wrote
+    metric.update(student, scores(ratio.tolist(), 0.0, []), batch.response_mask)
+    assert metric.compute()["depth_log_ratio/9"] == sum(range(9, 20)) / 11
+    metric.reset()
+    metric.limit = 20
     metric.update(student, student, batch.response_mask & (torch.arange(20) < 4))
     assert sorted(metric.compute()) == [
         f"depth_log_ratio{kind}/{decile}" for kind in ("", "_abs") for decile in (0, 1)
@@ -220,7 +249,10 @@ def test_the_gap_is_that_of_the_newest_weights_alone() -> None:
     metric.update(behaviour, student, torch.tensor([True, False]))
     got = {k: v.item() for k, v in metric.compute().items()}
     assert got["engine/logprob_gap_mean"] == got["engine/logprob_gap_max"] == 0.5
-    assert got["engine/importance_mean"] == pytest.approx((0.60653 + 0.04979) / 2, abs=1e-4)
+    weights = math.exp(-0.5), math.exp(-3)
+    assert got["engine/importance_mean"] == pytest.approx(sum(weights) / 2)
+    ess = sum(weights) ** 2 / (2 * sum(weight**2 for weight in weights))
+    assert got["engine/importance_ess"] == pytest.approx(ess)
     assert got["engine/compared"] == 0.5
     metric.reset()
     metric.update(behaviour, student, torch.tensor([False, False]))
@@ -233,6 +265,13 @@ def test_repetition_fixtures() -> None:
     assert is_repetitive("ab" * 10_000)
     assert not is_repetitive("".join(noise.choices(string.printable, k=20_000)))
     assert not is_repetitive("ab" * 100)  # too short to judge
+    assert [is_repetitive(("ab" * 5_000)[start:]) for start in (0, 1)] == [True, False]
+    # Zeros and ones in random order compress less than eightfold.
+    assert not is_repetitive("".join(noise.choices("01", k=10_000)))
+    # The end decides.
+    mixed = "".join(noise.choices(string.printable, k=10_000))
+    assert is_repetitive(mixed + "ab" * 5_000)
+    assert not is_repetitive("ab" * 5_000 + mixed)
 
 
 def test_repeated_trigrams_by_hand() -> None:
@@ -240,6 +279,23 @@ def test_repeated_trigrams_by_hand() -> None:
     assert repeated_trigrams(range(100)) == 0
     assert repeated_trigrams([7, 7]) == 0
     assert repeated_trigrams([2**21 - 1, 0, 0, 0, 0, 2**21 - 1]) == 1 / 4
+
+
+def test_votes_are_counted_where_answers_are_extracted() -> None:
+    metric = SuiteScores(["a", "a"], 2)
+    for group, answers in ((0, ["7", "7"]), (1, None)):
+        rows = [make_rollout([5], reward=1.0, group=group) for _ in range(2)]
+        metric.update(rows, answers)
+    assert metric.compute()["majority"] == 1
+
+
+def test_a_text_is_greedy_if_all_of_its_own_tokens_are_the_likeliest() -> None:
+    batch = make_batch([make_rollout([5, 6, 7]), make_rollout([5]), make_rollout([5, 6])])
+    told = scores([[-1.0, -2.0, -3.0], [-0.5, 0.0, 0.0], [-1.0, -1.0, 0.0]], 0.0, [5, 9])
+    likeliest = torch.tensor([[5, 6, 7], [5, 9, 9], [5, 8, 9]])
+    top_ids = torch.stack([likeliest, torch.full_like(likeliest, 6)], dim=-1)
+    found = likelihoods_of(batch, replace(told, top_ids=top_ids))
+    assert found.tolist() == [[-6.0, 1.0], [-0.5, 1.0], [-2.0, 0.0]]
 
 
 def test_suite_scores_are_means_by_domain() -> None:
@@ -349,8 +405,13 @@ def test_an_interval_knows_what_samples_say() -> None:
     assert interval(single.expand(4, 5)) == interval(single)
     assert interval(torch.ones(4, 5)) == interval(torch.ones(4, 1))
     assert interval(torch.ones(1, 1))[0] < 0.3
-    low, high = interval(torch.tensor([[0.4], [0.5], [0.6], [0.5]]))
-    assert 0.38 < low < 0.5 < high < 0.62
+    # Variance 0.02 / 3, so that 0.25 / (0.02 / 3 / 4) = 150 responses say as much.
+    found = interval(torch.tensor([[0.4], [0.5], [0.6], [0.5]], dtype=torch.float64))
+    expected = wilson(torch.tensor(0.5, dtype=torch.float64), 150)
+    assert [x.item() for x in found] == pytest.approx([x.item() for x in expected])
+    # Averages 1/2, 1/2, 1/2, 1 vary less than by chance: eight responses say no more than eight.
+    alike = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    assert interval(alike) == wilson(torch.tensor(0.625, dtype=torch.float64), 8)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 6])
@@ -375,6 +436,25 @@ def test_timer_counts_stages_and_leaves_pauses_out(monkeypatch: pytest.MonkeyPat
     timer.resume()  # 15
     timer.next_step()  # 16
     assert timer.last == {"generate": 3.0, "step": 6.0, "overhead": 0.5}
+    assert timer.figures(12.0) == {
+        "tokens_per_second": 2.0,
+        "time/overhead": 0.5,
+        "time/generate_seconds": 3.0,
+        "time/step_seconds": 6.0,
+        "cost/generate_us_per_token": 250_000.0,
+        "cost/step_us_per_token": 500_000.0,
+    }
+
+
+def test_what_every_trainer_does_is_no_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0])
+    monkeypatch.setattr("opd_lightning.timing.perf_counter", lambda: next(clock))
+    timer = StepTimer()
+    timer.next_step()
+    for stage in ("generate", "student", "teacher", "backward", "optimizer", "verify", "push"):
+        timer.add(stage, 1.0)
+    timer.next_step()
+    assert timer.last["overhead"] == 0.5
 
 
 def test_what_others_wrote_is_counted_apart() -> None:
@@ -384,14 +464,26 @@ def test_what_others_wrote_is_counted_apart() -> None:
         make_rollout([5, 6, 7], reward=0.0),
         make_rollout([5] * 9, reward=1.0, **given),  # type: ignore[arg-type]
         make_rollout([5], reward=0.0, dropped=True, **given),  # type: ignore[arg-type]
+        make_rollout([5] * 2, reward=float("nan"), **given),  # type: ignore[arg-type]
     ]
     metric.update(make_batch(rows))
     got = {name: value.item() for name, value in metric.compute().items()}
     assert got["reward"] == 0
     assert got["response/length"] == 3
-    assert got["response/tokens_per_step"] == 12
-    assert got["demonstration/length"] == 5
-    assert got["demonstration/kept"] == got["demonstration/reward"] == 0.5
+    assert got["response/tokens_per_step"] == 14
+    assert got["demonstration/length"] == 4
+    assert got["demonstration/kept"] == pytest.approx(2 / 3)
+    assert got["demonstration/reward"] == pytest.approx(1 / 3)
+    metric.update(make_batch([replace(rows[1], long_views=("peer",))]))
+    assert metric.compute()["response/views_too_long"].item() == pytest.approx(1 / 5)
+
+
+def test_of_too_many_names_the_first_have_means() -> None:
+    batch, means = make_batch([make_rollout([5, 6])]), Means()
+    for _ in range(2):
+        means.update(batch, {f"{i}": torch.full((1, 2), float(i)) for i in range(302)})
+    got = {name: value.item() for name, value in means.compute().items()}
+    assert got == {f"{i}": i for i in range(Means.MAX_NAMES)}
 
 
 def test_teachers_by_domain_by_hand_and_over_micro_batches() -> None:
