@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from experiments.results import (
     BEGIN,
     END,
     SUMMARY,
+    T,
     bars,
     interval,
     number,
@@ -250,6 +253,10 @@ def test_a_run_costs_what_it_took_to_reach_a_score(
     asked: dict[str, Any] = {"run": "one", "figure": "reward", "window": 2, "samples": 8}
     found = reached(**asked, level=0.5, passes=4, seed=0)
     assert found == {"samples": 24, "tokens": 72, "flops": 2 * 4 * 72 * 100, "reached": 1.0}
+    assert reached(**asked, level=0.8, passes=4, seed=0)["samples"] == 32  # with the last value
+    assert reached(**asked | {"window": 1}, level=0.75, passes=4, seed=0)["samples"] == 24
+    at_once = reached(**asked | {"window": 1}, level=0.0, passes=4, seed=0)
+    assert at_once["samples"] == 8  # one step is the least
     assert reached(**asked, level=0.95, passes=4, seed=0)["samples"] == 40  # of the whole run
     assert reached(**asked, level=0.95, passes=4, seed=0)["reached"] == 0.0
 
@@ -294,11 +301,31 @@ def test_verdicts() -> None:
     assert verdict(LEARNS, [-2.0, -2.1, -2.2]) == "contradicted"
     assert verdict(replace(LEARNS, expects="lower"), [-2.0, -2.1, -2.2]) == "shown"
     assert verdict(LEARNS, [5.0]) == "not shown"
+    assert verdict(LEARNS, [0.0, 0.0]) == "not shown"  # no difference is none
     assert verdict(LEARNS, []) == "not measured"
     same = replace(LEARNS, expects="equal", margin=0.1)
     assert verdict(same, [0.01, 0.02, 0.03]) == "shown"  # though its interval may leave out 0
     assert verdict(same, [0.2, 0.0, -0.2]) == "not shown"
     assert verdict(same, [-2.0, -2.1, -2.2]) == "contradicted"
+    assert verdict(same, [2.0, 2.1, 2.2]) == "contradicted"
+
+
+@pytest.mark.parametrize("freedom", range(1, len(T) + 1))
+def test_points_of_students_t(freedom: int) -> None:
+    """Simpson's rule over the density gives 97.5 % below each of them."""
+    half = (freedom + 1) / 2
+    scale = math.gamma(half) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+    width = T[freedom - 1] / 2000
+    heights = [scale * (1 + (i * width) ** 2 / freedom) ** -half for i in range(2001)]
+    ends, odd, even = heights[0] + heights[-1], sum(heights[1::2]), sum(heights[2:-1:2])
+    below = 0.5 + width / 3 * (ends + 4 * odd + 2 * even)
+    assert below == pytest.approx(0.975, abs=5e-5)
+
+
+def test_more_seeds_than_points_have_the_widest_interval() -> None:
+    differences = [float(i % 2) for i in range(20)]
+    low, high = interval(differences)
+    assert high - low == pytest.approx(2 * T[-1] * stdev(differences) / 20**0.5)
 
 
 def test_a_teacher_finishes_what_another_began(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd_lightning.errors import UserError
 from opd_lightning.lab.models import new_model
 from opd_lightning.models.chat import render
 from opd_lightning.models.student import Student
@@ -353,3 +354,30 @@ def test_what_exceeds_the_context_is_not_scored(
     torch.testing.assert_close(found.logprobs[0, :before], expected.logprobs[0, :before])
     torch.testing.assert_close(found.logprobs[1], expected.logprobs[1])
     assert not found.logprobs[0, int(scored[-1]) + 1 :].any()
+
+
+def test_the_teachers_context_is_used_to_its_last_token(
+    kinds: dict[str, Path], tmp_path: Path
+) -> None:
+    student = loaded(kinds["bytes"])
+    batch = make_batch([answered(student, "the quick fox")])
+    tokenizer = loaded(kinds["pieces"]).source.tokenizer
+    prompt = len(render(PROMPT, tokenizer, {}))
+    written = len(tokenizer.encode("the quick fox", add_special_tokens=False)) + 1
+    config = json.loads((kinds["pieces"] / "config.json").read_text())
+
+    def teacher_of(context: int) -> CrossTokenizerTeacher:
+        folder = tmp_path / f"{context}"
+        shutil.copytree(kinds["pieces"], folder)
+        limit = {"max_position_embeddings": context}
+        (folder / "config.json").write_text(json.dumps({**config, **limit}))
+        return CrossTokenizerTeacher(str(folder))
+
+    whole, cut = (score(teacher_of(prompt + n), student, batch) for n in (written, written - 1))
+    assert whole.ends is not None
+    assert cut.ends is not None
+    assert whole.ends[0, -1]
+    assert cut.ends[0].sum() == whole.ends[0].sum() - 1
+    teacher_of(prompt + 1).check_prompt(PROMPT)
+    with pytest.raises(UserError, match="leave no room for a response"):
+        teacher_of(prompt).check_prompt(PROMPT)

@@ -101,6 +101,11 @@ def test_a_rollout_beyond_the_budget_is_alone() -> None:
     assert micro_batches_within(rollouts, 9) == 3  # 21; 2 x 4; 3
 
 
+def test_a_view_that_a_row_lacks_costs_what_the_students_prompt_does() -> None:
+    row = make_rollout([7], prompt_ids=[5] * 10, views={"other": None})
+    assert [micro_batches_within([row, row], budget) for budget in (43, 44)] == [2, 1]
+
+
 DRAWS = {
     "lognormal": lambda draw: np.minimum(draw.lognormal(7.1, 0.7, 512), 4096),
     "heavy": lambda draw: np.minimum(draw.lognormal(7.8, 1.0, 512), 16384),

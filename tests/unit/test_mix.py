@@ -65,6 +65,11 @@ def test_added_records_come_once_per_prompt() -> None:
     for written in RolloutMix(add_recorded=True, recorded=0.5).authors(0, 0, 8, 3):
         assert written.count(Author.RECORDED) == 1
         assert len(written) in (1, 4)
+    # Of the teacher's prompts too, in steps of records and in others.
+    mix = RolloutMix(add_recorded=True, teacher=0.5, recorded=0.5, whole_steps=True)
+    steps = [mix.authors(0, step, 8, 3) for step in range(20)]
+    assert all(written.count(Author.RECORDED) == 1 for step in steps for written in step)
+    assert len({max(map(len, step)) for step in steps}) == 2
 
 
 @pytest.mark.parametrize("shares", [{"guided": 1.1}, {"teacher": -0.1}])

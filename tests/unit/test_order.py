@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from random import Random
 
 import pytest
 
-from opd_lightning.data.order import SharedOrder
+from opd_lightning.data.order import SharedOrder, shares_at
 from opd_lightning.errors import UserError
 from opd_lightning.losses.schedule import Linear, Schedule
 from tests.streams import PROMPTS, Run, plain, rows, written
@@ -36,6 +37,24 @@ def test_no_label_is_a_prompt_ahead_of_its_share() -> None:
             assert abs(seen[label] - 4 * (step + 1) * share) < 1 + 1e-9
     relative = order(a=61, b=29, c=10)
     assert [relative.take(0, 99)] == [mixed.take(0, 99)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_many_labels_get_their_shares_and_none_where_they_have_none(seed: int) -> None:
+    random, names = Random(seed), "abcdefgh"
+    shares: Mapping[str, float | Schedule] = {
+        name: Linear(start=random.random(), end=random.choice([0.0, 1.0]), steps=20)
+        for name in names[1:]
+    } | {"a": 0.5}
+    mixed = SharedOrder(list(names), shares, 5, seed)
+    owed = dict.fromkeys(names, 0.0)
+    for step in range(40):
+        taken = Counter(names[i] for i in mixed.take(5 * step, 5))
+        for name, share in shares_at(shares, step).items():
+            owed[name] += 5 * share - taken[name]
+            assert owed[name] > -1
+            assert share or not taken[name]
+        assert sum(owed.values()) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_label_is_taken_in_passes_and_places_are_shuffled() -> None:

@@ -170,6 +170,24 @@ def test_the_worst_ability_and_the_mean_gain() -> None:
     assert (still.gain, still.retention) == (0, 0)
 
 
+def test_a_bound_is_passed_and_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    worst = iter([0.5, 0.25, 0.125])
+    monkeypatch.setattr(
+        "callbacks.capability_retention.measured_scores", lambda *_: {"a": 0.5, "b": next(worst)}
+    )
+    callback = CapabilityRetention(["a"], lower_past=0.25, lower_to=0.5, stop_past=0.25)
+    state = SimpleNamespace(fn=TrainerFn.FITTING)
+    trainer: Any = SimpleNamespace(
+        state=state, sanity_checking=False, datamodule=None, global_step=0, should_stop=False
+    )
+    module: Any = SimpleNamespace(derived={}, tables={}, rate_scales={})
+    seen = []
+    for trainer.global_step in range(3):
+        callback.on_validation_epoch_end(trainer, module)
+        seen.append((dict(module.rate_scales), trainer.should_stop))
+    assert seen == [({}, False), ({}, False), ({"retention": 0.5}, True)]
+
+
 def point(step: int, gain: float, retention: float) -> Point:
     return Point(step=step, gain=gain, retention=retention, scores={})
 

@@ -3,6 +3,7 @@
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -54,6 +55,7 @@ def test_a_step_is_generated_once_with_current_weights() -> None:
 def test_length_and_epochs() -> None:
     run = Run()
     assert len(run.stream) == 2 * 2  # 10 prompts, 4 a step, 2 micro-batches
+    assert len(Run(per_step=12).stream) == 2  # fewer prompts than a step takes
     assert [b.totals.step for b in run] == [0, 0, 1, 1]
     assert [b.totals.step for b in run] == [2, 2, 3, 3]
 
@@ -208,6 +210,9 @@ def test_demonstrations_have_no_version_to_prove() -> None:
     for author in (Author.STUDENT, Author.GUIDED):
         with pytest.raises(StaleRolloutsError, match="version 0, expected version 5 or 4"):
             check_versions([*given, make_rollout([7], author=author)], step=5, max_staleness=1)
+    newer = replace(make_rollout([7]), policy_version=6)
+    with pytest.raises(StaleRolloutsError, match="version 6"):
+        check_versions([newer], step=5, max_staleness=1)
 
 
 def test_an_engine_sleeps_while_the_trainer_works() -> None:

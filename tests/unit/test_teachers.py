@@ -122,6 +122,19 @@ def test_ema_warms_up_as_a_plain_mean(folders: list[Path], every: int) -> None:
         torch.testing.assert_close(value, expected, atol=1e-6, rtol=0)
 
 
+def test_a_warm_up_never_slows_an_average_down(folders: list[Path]) -> None:
+    student = loaded(folders[0])
+    plain, warm = EMATeacher(rate=0.5), EMATeacher(rate=0.5, warmup=4)
+    for teacher in (plain, warm):
+        teacher.load(CPU, student)
+    for step in range(1, 4):
+        nudge(student)
+        for teacher in (plain, warm):
+            teacher.follow(student, step)
+    for name, value in plain.state_dict(student).items():
+        assert torch.equal(warm.state_dict(student)[name], value)
+
+
 def test_what_never_moves_has_no_warm_up() -> None:
     with pytest.raises(UserError, match="got 3 updates for rate 0"):
         EMATeacher(rate=0, warmup=3)

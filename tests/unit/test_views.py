@@ -123,7 +123,9 @@ class Lengths(Verifier):
         return [float(len(text) > 2) for text in responses]
 
 
-def written(tokenizer: Any, authors: list[Author], **more: Any) -> list[Rollout]:
+def written(
+    tokenizer: Any, authors: list[Author], verifier: Verifier | None = None, **more: Any
+) -> list[Rollout]:
     views = {
         "privileged": PromptView(),
         "peer": PromptView(template="see {{ peer }}"),
@@ -133,7 +135,7 @@ def written(tokenizer: Any, authors: list[Author], **more: Any) -> list[Rollout]
     engine = FakeEngine()
     writer = RolloutWriter(
         dict.fromkeys(Author, engine),
-        Lengths(),
+        verifier or Lengths(),
         renderer,
         StepTimer(),
         **more,
@@ -197,9 +199,14 @@ def test_recorded_ids_are_taken_as_they_are(tokenizer: Any) -> None:
 
 
 def test_peers_are_other_successes_of_the_students(tokenizer: Any) -> None:
-    rollouts = written(tokenizer, [Author.STUDENT] * 6 + [Author.TEACHER])
-    wins = [i for i, r in enumerate(rollouts[:6]) if r.reward >= 0.5]
+    rollouts = written(tokenizer, [Author.TEACHER, *[Author.STUDENT] * 6])
+    own = rollouts[1:]
+    wins = [i for i, r in enumerate(rollouts) if r in own and r.reward >= 0.5]
     assert len(wins) > 1
+    # Nor is the teacher's response, a failure, one of the group that rewards are relative to.
+    mean = sum(r.reward for r in own) / 6
+    assert [r.group_mean for r in rollouts] == pytest.approx([mean] * 7)
+    assert rollouts[0].reward == 0
     for i, rollout in enumerate(rollouts):
         peer = next(j for j in wins if j != i)
         ids = tokenizer.apply_chat_template(
@@ -208,13 +215,24 @@ def test_peers_are_other_successes_of_the_students(tokenizer: Any) -> None:
             return_dict=False,
         )
         assert rollout.views["peer"] == ids
-        fails = (r.text for j, r in enumerate(rollouts[:6]) if r.reward < 0.5 and j != i)
+        fails = (r.text for j, r in enumerate(rollouts) if j and r.reward < 0.5 and j != i)
         text = f"{next(fails, None)}/{rollout.text}/{rollout.reward}"
         assert rollout.views["both"] == tokenizer.apply_chat_template(
             [{"role": "system", "content": text}, *PROMPT.messages],
             add_generation_prompt=True,
             return_dict=False,
         )
+
+
+def test_half_of_the_score_makes_a_peer_and_no_demonstration(tokenizer: Any) -> None:
+    class Half(Verifier):
+        def verify(self, prompts: Any, responses: Any) -> list[float]:
+            return [0.5] * len(responses)
+
+    authors = [Author.STUDENT, Author.STUDENT, Author.TEACHER]
+    rollouts = written(tokenizer, authors, Half(), only_correct=True)
+    assert all(rollout.views["peer"] for rollout in rollouts)
+    assert [rollout.dropped for rollout in rollouts] == [False, False, True]
 
 
 class Verbose(Lengths):
