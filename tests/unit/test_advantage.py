@@ -88,6 +88,8 @@ def test_group_advantage_by_hand() -> None:
     whitened = group_advantage(rewards, mean, std, epsilon=0.1)
     expected = torch.tensor([[0.5 / 0.6], [-0.5 / 0.6], [0], [0.5], [0], [0]])
     torch.testing.assert_close(whitened, expected)
+    small = torch.tensor([1e-6], dtype=torch.float64)  # verl's epsilon
+    assert group_advantage(small, 0 * small, small).item() == pytest.approx(0.5)
 
 
 def test_a_group_of_equals_gives_exactly_nothing_whatever_rounding_says() -> None:

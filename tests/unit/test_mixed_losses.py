@@ -90,6 +90,13 @@ def test_aopd_has_the_gradient_of_its_formula() -> None:
     torch.testing.assert_close(gradient(aopd(default), logits, teacher), found)
 
 
+def test_aopd_compares_where_the_teacher_has_no_preference() -> None:
+    student = torch.full((1, 3), -1.0)
+    scored = make_scored(student, student + torch.tensor([[1.0, 0.0, -1.0]]))
+    method = AOPD(Student("nowhere"), FrozenTeacher("nowhere"))
+    assert method.pushes(opd_signal(scored), scored).tolist() == [[True, False, False]]
+
+
 def test_tropd_is_on_average_the_mixture_of_its_two_losses() -> None:
     """Per prefix: -sum_v S min(1, T/S) d grad log S + sum_v (S - min(S, T)) grad KL(T || S)."""
     logits, teacher = random_logits(0), random_logits(1)

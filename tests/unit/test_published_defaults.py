@@ -8,6 +8,7 @@ import pytest
 
 from opd_lightning.losses.divergence import (
     JSD,
+    AdaptiveKL,
     ReverseKL,
     SkewedForwardKL,
     SkewedReverseKL,
@@ -73,6 +74,7 @@ STUDENT, TEACHER, START = Student("student"), FrozenTeacher("teacher"), FrozenTe
         (JSD(), JSD(beta=0.5, clip=None)),  # GKD
         (SkewedForwardKL(), SkewedForwardKL(alpha=0.1)),  # DistiLLM
         (SkewedReverseKL(), SkewedReverseKL(alpha=0.1)),
+        (AdaptiveKL(), AdaptiveKL(head=0.5)),
         (AlignedReweighting(), AlignedReweighting(sharpness=1e-3)),
         (MarginShift(), MarginShift(margin=0.4, statistic="mean", moves="both")),
         (CompetenceWeight(), CompetenceWeight(alpha=1.0, beta=1.0)),
