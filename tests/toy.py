@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from opd_lightning.losses.divergence import reverse_kl
+from opd_lightning.losses.divergence import kl
 from opd_lightning.losses.surrogate import Surrogate
 from opd_lightning.rules.base import Rates, Rule, Scored, Signal
 from opd_lightning.types import RolloutBatch, TokenScores
@@ -64,7 +64,7 @@ def expected_gradient(logits: Tensor, losses: Callable[[Tensor], Tensor]) -> Ten
 
 def local_reverse_kl(at: Tensor, teacher: Tensor, visits: Tensor) -> Tensor:
     """Return the sum over prefixes of (fixed) visit probability x KL(student || teacher)."""
-    return (visits * reverse_kl(at.log_softmax(-1), teacher.log_softmax(-1))).sum()
+    return (visits * kl(at.log_softmax(-1), teacher.log_softmax(-1))).sum()
 
 
 def visit_probabilities(logits: Tensor) -> Tensor:

@@ -31,10 +31,13 @@ class Divergence(ABC):
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """`KL(S || T)`: mode-seeking; infinite where T is 0 and S is not."""
+    """`KL(S || T)`: mode-seeking; infinite where T is 0 and S is not.
+
+    Its gradient is `sum_v S (log S - log T) grad log S`.
+    """
 
     def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-        return reverse_kl(student_logprobs, teacher_logprobs)
+        return kl(student_logprobs, teacher_logprobs)
 
 
 @dataclass(frozen=True)
@@ -263,15 +266,6 @@ class AdaptiveKL(Divergence):
         in_head[..., 0] = True
         total = gap.sum(dim=-1)
         return torch.where(total > 0, (gap * in_head).sum(dim=-1) / total, 0.5)
-
-
-def reverse_kl(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-    """Compute `KL(S || T) = sum_v S(v) (log S(v) - log T(v))`, `[..., V] -> [...]`, nats.
-
-    Both arguments are log-softmaxes over the whole vocabulary. The gradient flows through both
-    factors of S; it is `sum_v S (log S - log T) grad log S`.
-    """
-    return kl(student_logprobs, teacher_logprobs)
 
 
 def kl(p_logprobs: Tensor, q_logprobs: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opd_lightning.errors import UserError
 from opd_lightning.losses.divergence import ForwardKL, ReverseKL, kl
-from opd_lightning.losses.estimators import estimate_kl
+from opd_lightning.losses.estimators import k2, k3
 from opd_lightning.losses.schedule import Schedule, value_at
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.rules.base import Compare, Scored, names_compared
@@ -76,8 +76,6 @@ class TrustRegion(Term):
             KDRL has a variant that spares correct ones. The normaliser counts all of them.
     """
 
-    name = "trust_region"
-
     def __init__(
         self,
         reference: Teacher,
@@ -125,8 +123,8 @@ class TrustRegion(Term):
         if self.estimator == "full":
             loss = coefficient * values[self.name]
         else:
-            reference = scored.others[self.name].logprobs
-            loss = coefficient * estimate_kl(student.logprobs, reference, self.estimator)
+            estimate = k2 if self.estimator == "k2" else k3
+            loss = coefficient * estimate(student.logprobs, scored.others[self.name].logprobs)
         if self.rollouts == "all":
             return loss
         chosen = is_correct if self.rollouts == "correct" else is_wrong

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from opd_lightning.cli import main
 from opd_lightning.data.views import PromptView
-from opd_lightning.losses.divergence import reverse_kl
+from opd_lightning.losses.divergence import ReverseKL
 from opd_lightning.models.student import Student
 from opd_lightning.teachers import FrozenTeacher
 from opd_lightning.verifiers import ExactMatch, JudgeVerifier, Reflector
@@ -255,7 +255,7 @@ def test_asymmetric_opd_has_the_gradient_of_its_formula(module: ModuleType) -> N
 
     def objective(at: Tensor) -> Tensor:
         pushed = (pull * at.log_softmax(-1)).sum(-1)
-        local = rest[:, 0] * reverse_kl(at.log_softmax(-1), teacher.log_softmax(-1))
+        local = rest[:, 0] * ReverseKL()(at.log_softmax(-1), teacher.log_softmax(-1))
         return (visits[:, 0] * (pushed + local)).sum()
 
     found = expected(module, logits, teacher)

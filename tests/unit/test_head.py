@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from opd_lightning.losses.divergence import reverse_kl
+from opd_lightning.losses.divergence import ReverseKL
 from opd_lightning.models import head as head_module
 from opd_lightning.models.causal_lm import response_states
 from opd_lightning.models.head import (
@@ -46,7 +46,7 @@ def forward_kl(student: Tensor, teacher: Tensor | None) -> Tensor:
 
 def kl(student: Tensor, teacher: Tensor | None) -> Tensor:
     assert teacher is not None
-    return reverse_kl(student, teacher)
+    return ReverseKL()(student, teacher)
 
 
 def sharpness(student: Tensor, teacher: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.losses.advantage import log_ratio, return_to_go
-from opd_lightning.losses.divergence import reverse_kl
+from opd_lightning.losses.divergence import kl
 from opd_lightning.losses.reduction import Aggregation, aggregate
 from opd_lightning.types import Totals
 from tests.toy import (
@@ -32,9 +32,7 @@ def teacher() -> Tensor:
     return random_logits(1)
 
 
-def test_u1_sampled_loss_has_the_gradient_of_the_local_reverse_kl(
-    student: Tensor, teacher: Tensor
-) -> None:
+def test_u1_sampled_loss_has_the_gradient_of_the_local_reverse_kl(student: Tensor, teacher: Tensor) -> None:
     theirs = token_logprobs(teacher)
     sampled = expected_gradient(
         student, lambda ours: policy_gradient(ours, log_ratio(theirs, ours))
@@ -90,13 +88,13 @@ def test_u3_identical_models_give_no_loss_and_no_gradient(student: Tensor) -> No
     assert losses.abs().max() == 0
     assert gradient.abs().max() == 0
     at = student.clone().requires_grad_()
-    divergence = reverse_kl(at.log_softmax(-1), student.log_softmax(-1))
+    divergence = kl(at.log_softmax(-1), student.log_softmax(-1))
     (gradient,) = torch.autograd.grad(divergence.sum(), at)
     assert divergence.abs().max() < 1e-12
     assert gradient.abs().max() < 1e-12
 
 
-def test_return_to_go_1_has_the_gradient_of_the_sequence_reverse_kl(
+def test_return_to_go_1_has_the_gradient_of_the_sequence_kl(
     student: Tensor, teacher: Tensor
 ) -> None:
     theirs = token_logprobs(teacher)

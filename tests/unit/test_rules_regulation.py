@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.errors import UserError
-from opd_lightning.losses.divergence import reverse_kl
+from opd_lightning.losses.divergence import kl
 from opd_lightning.losses.reduction import aggregate
 from opd_lightning.rules.base import Rule, Scored
 from opd_lightning.rules.regulation import (
@@ -158,7 +158,7 @@ STUDENT, TEACHER = random_logits(0), random_logits(1)
 
 def baseline() -> Tensor:
     """KL(student || teacher) of the prefix of every token, [S, T]."""
-    return reverse_kl(STUDENT.log_softmax(-1), TEACHER.log_softmax(-1))[VISITED]
+    return kl(STUDENT.log_softmax(-1), TEACHER.log_softmax(-1))[VISITED]
 
 
 def test_vopd_leaves_the_expected_gradient() -> None:
