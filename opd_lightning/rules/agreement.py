@@ -99,7 +99,7 @@ class MarginShift(Rule):
         """Return `[M, 3]` float64: group, 1 if correct, mean advantage, of scored rollouts."""
         correct = is_correct(scored, self.threshold)
         tokens = signal.mask.sum(dim=1)
-        present = (correct | is_wrong(scored, self.threshold))[:, 0] & (tokens > 0)
+        present = ~scored.batch.rewards.isnan() & (tokens > 0)
         total = torch.where(signal.mask, signal.advantage, 0.0).double().sum(dim=1)
         mean = total / tokens.clamp(min=1)
         # float64 holds group numbers exactly up to 2**53.

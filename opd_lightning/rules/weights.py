@@ -9,7 +9,6 @@ from opd_lightning.rules.base import Rates, Rule, Scored, Signal
 from opd_lightning.rules.common import (
     check,
     is_correct,
-    is_wrong,
     rate,
     step_mean,
     weighed,
@@ -166,7 +165,6 @@ class ScopeWeight(Rule):
     def _rows(self, signal: Signal, scored: Scored) -> tuple[Tensor, Tensor]:
         """Return (`[B, 3]` of group, correctness and logit; `[B]` bool, selected rows)."""
         correct = is_correct(scored, self.threshold)
-        scored_rows = (correct | is_wrong(scored, self.threshold))[:, 0]
         tokens = signal.mask.sum(dim=1)
         # log PPL is minus the mean log-prob: up with the student's, down with the teacher's.
         logprobs = torch.where(correct, -scored.student.logprobs, scored.teacher.logprobs)
@@ -174,7 +172,7 @@ class ScopeWeight(Rule):
         logit = logprobs.sum(dim=1) / tokens.clamp(min=1) / self.temperature
         # float64 holds group numbers exactly up to 2**53.
         columns = [scored.batch.groups.double(), correct[:, 0].double(), logit]
-        return torch.stack(columns, dim=1), scored_rows & (tokens > 0)
+        return torch.stack(columns, dim=1), ~scored.batch.rewards.isnan() & (tokens > 0)
 
     def observe(self, signal: Signal, scored: Scored) -> Tensor:
         """Return `[M, 3]` float64: group, 1 if correct, logit, of selected rollouts."""

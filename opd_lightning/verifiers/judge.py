@@ -88,7 +88,7 @@ class JudgeVerifier(Verifier):
         self.question = MessageTemplate(
             "JudgeVerifier.question", question, {"question", "response", "rubric"}
         )
-        self.question.need(["response"])
+        self.question.need("response")
         self.rubric = (
             None
             if rubric is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from opd_lightning.errors import UserError
 from opd_lightning.verifiers.base import Verifier
-from opd_lightning.verifiers.workers import Unfinished, Workers
+from opd_lightning.verifiers.workers import Workers, as_score
 
 if TYPE_CHECKING:
     # Not at run time: the workers import this module and need neither torch nor its memory.
@@ -52,7 +51,7 @@ class ReasoningGymVerifier(Verifier):
         """Return the scorers' values; NaN if not checked."""
         pairs = zip(prompts, responses, strict=True)
         items = [(prompt.answer or "", text) for prompt, text in pairs]
-        return [_as_reward(found) for found in self.workers.map(score, items)]
+        return [as_score(found) for found in self.workers.map(score, items)]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError, before training, unless every prompt is of `ReasoningGymPrompts`."""
@@ -94,9 +93,3 @@ def _task(name: str, settings: str) -> Any:
     import reasoning_gym
 
     return reasoning_gym.create_dataset(name, size=1, seed=0, **json.loads(settings))
-
-
-def _as_reward(found: float | Unfinished) -> float:
-    if isinstance(found, Unfinished):
-        return math.nan if found is Unfinished.NOT_CALLED else 0.0
-    return found

@@ -67,12 +67,10 @@ class Reflector(Verifier):
             timeout_seconds=timeout_seconds,
         )
         self.question = MessageTemplate("Reflector.question", question, NAMES)
-        self.question.need(["response"])
+        self.question.need("response")
         self.timeout_seconds = timeout_seconds
         self.step_seconds = step_seconds
-        self._rewards: dict[
-            tuple[str, str], float
-        ] = {}  # rewards of the last responses, by prompt id
+        self._rewards: dict[tuple[str, str], float] = {}  # by prompt id and response, of a call
         self._warned = False
 
     def verify(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
@@ -198,11 +198,10 @@ class MessageTemplate:
                         "add the column or change the text"
                     )
 
-    def need(self, names: Iterable[str]) -> None:
-        """Raise `UserError` unless it reads all of some names."""
-        for name in names:
-            if name not in self.variables:
-                raise UserError(f"{self.option}: does not read the `{name}`; add it")
+    def need(self, name: str) -> None:
+        """Raise `UserError` unless it reads a name."""
+        if name not in self.variables:
+            raise UserError(f"{self.option}: does not read the `{name}`; add it")
 
     def render(self, prompt: Prompt, **names: Any) -> str:
         """Return the message about a prompt, whose last user message is `question`."""

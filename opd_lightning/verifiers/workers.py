@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from enum import Enum
+from functools import partial
 from multiprocessing import get_context
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,9 +41,11 @@ class Unfinished(Enum):
     NOT_CALLED = "the time of all calls passed, or no worker could be started"
 
 
-def as_score(result: bool | Unfinished) -> float:
+def as_score(result: float | Unfinished) -> float:
     """Return the score of a response: 0 if it took too long, NaN if it was not checked."""
-    return math.nan if result is Unfinished.NOT_CALLED else float(result is True)
+    if isinstance(result, Unfinished):
+        return math.nan if result is Unfinished.NOT_CALLED else 0.0
+    return float(result)
 
 
 class Workers:
@@ -88,12 +91,15 @@ class Workers:
         self._has_worked = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        settings = {
-            "count": self.count,
-            "timeout_seconds": self.timeout_seconds,
-            "step_seconds": self.step_seconds,
-        }
-        return _rebuild, (type(self), self.owner, self.prepare, settings)
+        made = partial(
+            type(self),
+            self.owner,
+            self.prepare,
+            count=self.count,
+            timeout_seconds=self.timeout_seconds,
+            step_seconds=self.step_seconds,
+        )
+        return made, ()
 
     def map(
         self, function: Callable[..., Result], items: Sequence[tuple[Any, ...]]
@@ -231,9 +237,3 @@ def _prepare_worker(prepare: Callable[[], None]) -> None:
     # delay the other workers.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     prepare()
-
-
-def _rebuild(
-    kind: type[Workers], owner: str, prepare: Callable[[], None], settings: dict[str, Any]
-) -> Workers:
-    return kind(owner, prepare, **settings)

@@ -161,7 +161,7 @@ class CodeVerifier(Verifier):
         return Verdict(0, count, f"no answer within {self.limits.seconds:g} s")
 
     def _score(self, verdict: Verdict) -> float:
-        passed = 0.0 if verdict.total == 0 else verdict.passed / verdict.total
+        passed = verdict.passed / verdict.total
         return passed if self.partial else float(verdict.failure is None and passed == 1)
 
     def _run_cases(
