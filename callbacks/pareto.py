@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from lightning.pytorch import Trainer
 
 from opd_lightning.checkpoints.places import remove
 from opd_lightning.errors import UserError, note
+from opd_lightning.models.strict_json import dumps
 from opd_lightning.run.lock import FOLDER_SETTINGS
 
 from .measurement import Measurement
@@ -112,7 +112,7 @@ class ParetoFolder:
             for point in points
         ]
         new = self.folder / f".{INDEX}"
-        new.write_text(json.dumps({**about, "points": rows}, indent=2) + "\n", encoding="utf-8")
+        new.write_text(dumps({**about, "points": rows}, indent=2) + "\n", encoding="utf-8")
         new.replace(self.folder / INDEX)
         steps = {point.step for point in points}
         for file in self.folder.glob("step-*.ckpt"):

@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 
 from opd_lightning.errors import UserError
 from opd_lightning.metrics.trackers import write_table
+from opd_lightning.models.strict_json import dumps
 from opd_lightning.models.tokenization import token_texts
 from opd_lightning.terminal.token_page import TokenRow, token_page
 from opd_lightning.training.base import DistillationModule
@@ -95,7 +96,7 @@ class RolloutLog(RunCallback):
                 path, maxBytes=size, backupCount=OLD_FILES, encoding="utf-8"
             )
         for rollout in rollouts:
-            line = json.dumps({"step": step, **_plain(rollout)}, ensure_ascii=False)
+            line = dumps({"step": step, **_plain(rollout)}, ensure_ascii=False)
             self._lines.emit(logging.makeLogRecord({"msg": line}))
 
 
@@ -142,9 +143,8 @@ def _plain(rollout: Rollout) -> dict[str, Any]:
         "author": str(rollout.author),
         "response": rollout.text,
         "stop_reason": str(rollout.stop_reason),
-        # JSON has no NaN.
-        "reward": None if rollout.reward != rollout.reward else rollout.reward,
-        "logprobs": [None if x != x else round(x, 5) for x in rollout.behaviour_logprobs],
+        "reward": rollout.reward,
+        "logprobs": [round(x, 5) for x in rollout.behaviour_logprobs],
     }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
-import math
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from opd_lightning.commands.parsers import OneLineParser
 from opd_lightning.errors import UserError
 from opd_lightning.metrics.directions import direction
+from opd_lightning.models.strict_json import dumps
 from opd_lightning.run.outputs import check_file
 
 DEFAULT_TAGS = ("val/*/score", "loss", "response/length", "response/truncated")
@@ -82,17 +81,11 @@ def compare(
         if any(tag in curves[run] for run in members)
     ]
     if json:
-        # JSON has neither NaN nor infinity, such as the loss of a step that was skipped.
-        rows = [{k: _plain(v) for k, v in one._asdict().items()} for one in lines]
-        print(json_format.dumps(rows, allow_nan=False))
+        print(dumps([one._asdict() for one in lines]))
     else:
         Console().print(as_table(lines))
     if picture is not None:
         draw(found, groups, curves, picture)
-
-
-def _plain(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _checked(picture: Path) -> Path:

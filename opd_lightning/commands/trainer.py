@@ -24,6 +24,7 @@ from opd_lightning.data.prompt_files import PromptFiles
 from opd_lightning.errors import UserError
 from opd_lightning.evaluation import report
 from opd_lightning.models.sharding import check_strategy
+from opd_lightning.models.strict_json import dumps
 from opd_lightning.run import outputs, signals
 from opd_lightning.run.csv_log import set_aside, take_back
 from opd_lightning.run.datamodule import RolloutDataModule
@@ -247,11 +248,11 @@ class Trainer(Commands):
         suites = data.suites_of(stage)
         found = report.measured(module, suites, data.loaded, data.bench, stage, saved)
         if json:
-            print(report.as_json(found))
+            print(dumps(found))
         elif verbose:
             report.as_table(found, suites, Console())
         if out is not None:  # last, for it may fail
-            outputs.write_text("--out", Path(out), report.as_json(found) + "\n")
+            outputs.write_text("--out", Path(out), dumps(found) + "\n")
 
 
 def _check_time(name: str, value: object) -> None:

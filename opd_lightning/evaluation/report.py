@@ -1,9 +1,7 @@
-"""The figures of `opd validate` and `opd test`, as a table and as JSON."""
+"""The figures of `opd validate` and `opd test`, and their table."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,17 +56,6 @@ def measured(
 def _figures(scores: Mapping[str, float], prefix: str) -> dict[str, float]:
     own = {k.removeprefix(prefix): v for k, v in scores.items() if k.startswith(prefix)}
     return {name: value for name, value in own.items() if "/" not in name}
-
-
-def as_json(found: Mapping[str, Any]) -> str:
-    """Serialise to JSON, with null for NaN and infinity, which JSON cannot represent."""
-    return json.dumps(_plain(found), allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_table(found: Mapping[str, Any], suites: Mapping[str, Suite], console: Console) -> None:

@@ -1,8 +1,10 @@
-"""Parsing of JSON that refuses what `json` accepts without a word: a key that is set twice."""
+"""JSON without what `json` accepts silently: keys that are set twice, NaN and infinity."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -18,6 +20,24 @@ def loads(text: str | bytes, **options: Any) -> Any:
         RecursionError: Values are nested too deeply.
     """
     return json.loads(text, object_pairs_hook=_object, **options)
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """Serialise to JSON, with null for NaN and infinity, which JSON cannot represent.
+
+    Args:
+        value: Plain data.
+        options: Further arguments of `json.dumps`.
+    """
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from opd_lightning.models.strict_json import dumps
 from opd_lightning.preflight.finding import Finding
 
 COLOURS = {"ok": "green", "info": "blue", "warning": "yellow", "error": "bold red"}
@@ -57,14 +56,12 @@ def as_json(findings: Sequence[Finding], ready: str = READY) -> str:
     whole = {
         "verdict": verdict(findings, ready),
         "ready": not any(finding.level == "error" for finding in findings),
-        "findings": [asdict(finding) | {"values": _numbers(finding)} for finding in findings],
+        "findings": [
+            asdict(finding) | {"values": {k: float(v) for k, v in finding.values.items()}}
+            for finding in findings
+        ],
     }
-    return json.dumps(whole, allow_nan=False)
-
-
-def _numbers(finding: Finding) -> dict[str, float | None]:
-    """Replace NaN and infinity, which JSON cannot represent, by None."""
-    return {k: float(v) if math.isfinite(v) else None for k, v in finding.values.items()}
+    return dumps(whole)
 
 
 def _count(number: int, what: str) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 from typing import Any
 
 from rich.console import Console
 
 from opd_lightning.data.prompts import PromptSource
 from opd_lightning.evaluation.base import Suite
-from opd_lightning.evaluation.report import as_json, as_table
+from opd_lightning.evaluation.report import as_table
 from opd_lightning.evaluation.responses import EvaluationSuite
 from opd_lightning.evaluation.texts import LikelihoodSuite
 
@@ -62,8 +61,3 @@ def test_what_no_suite_has_takes_no_column() -> None:
     shown = table(FOUND | {"suites": {"chat": FOUND["suites"]["chat"]}})
     assert "score" not in shown
     assert "perplexity" not in shown
-
-
-def test_json_has_no_nan() -> None:
-    printed = as_json({"suites": {"texts": {"perplexity": float("inf"), "prompts": 3}}})
-    assert json.loads(printed) == {"suites": {"texts": {"perplexity": None, "prompts": 3}}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import locale
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -59,9 +60,12 @@ def ascii_locale() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("ascii_locale")
-def test_a_response_may_have_any_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rollout_may_have_any_character_and_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rollout_log, "token_texts", lambda *_: ["\N{SNOWMAN}"])
-    rollout = replace(make_rollout([5]), text="\N{SNOWMAN}")
+    rollout = make_rollout([5], reward=math.nan)
+    rollout = replace(rollout, text="\N{SNOWMAN}", behaviour_logprobs=[-math.inf])
     trainer: Any = SimpleNamespace(
         log_dir=str(tmp_path), is_global_zero=True, global_step=0, loggers=[]
     )
@@ -72,7 +76,10 @@ def test_a_response_may_have_any_character(tmp_path: Path, monkeypatch: pytest.M
     log.on_train_start(trainer, module)
     log.after_loss(trainer, module, make_batch([rollout]))
     log.teardown(trainer, module, "fit")
-    assert "\N{SNOWMAN}" in (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8")
+    line = (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8")
+    assert "\N{SNOWMAN}" in line
+    found = json.loads(line, parse_constant=pytest.fail)  # NaN and infinity are no JSON
+    assert (found["reward"], found["logprobs"]) == (None, [None])
     assert r"\u2603" in (tmp_path / "rollouts" / "000000.html").read_text(encoding="utf-8")
 
 
