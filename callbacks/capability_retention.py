@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from opd_lightning.errors import UserError, note
-from opd_lightning.processes import broadcast
+from opd_lightning.errors import UserError
+from opd_lightning.processes import broadcast, rank_zero_note
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.callback import Layout, RunCallback
 
@@ -132,10 +131,12 @@ class CapabilityRetention(RunCallback):
         if self.lower_past is not None and drop > self.lower_past and not self.lowered:
             self.lowered = True
             module.rate_scales["retention"] = self.lower_to
-            _say(f"{prefix} {self.lower_past}: learning rate times {self.lower_to} from now")
+            rank_zero_note(
+                f"{prefix} {self.lower_past}: learning rate times {self.lower_to} from now"
+            )
         if self.stop_past is not None and drop > self.stop_past:
             trainer.should_stop = True
-            _say(f"{prefix} {self.stop_past}: the run ends")
+            rank_zero_note(f"{prefix} {self.stop_past}: the run ends")
 
 
 def _validate(trainer: Trainer) -> None:
@@ -143,6 +144,3 @@ def _validate(trainer: Trainer) -> None:
     trainer.validating = True
     trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True
-
-
-_say = rank_zero_only(note)

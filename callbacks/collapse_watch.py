@@ -6,8 +6,9 @@ from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Trainer
 
-from opd_lightning.errors import CollapseError, UserError, note, raised_by_all
+from opd_lightning.errors import CollapseError, UserError, raised_by_all
 from opd_lightning.metrics.log import write_step
+from opd_lightning.processes import rank_zero_note
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.callback import Layout, RunCallback
 
@@ -89,14 +90,14 @@ class CollapseWatch(RunCallback):
         # All ranks have the same figures, hence the same result.
         self.tracks.add(module.step_figures, self._seen - 1)
         for reason in self.tracks.why_idle():
-            _note(trainer, reason)
+            rank_zero_note(reason)
         outside = [track for track in self.tracks.measured if track.outside]
         lost = [track for track in outside if track.is_out_of_patience]
         figures = {"collapse/out_of_band": float(len(outside))}
         if self.action == "warn":
             for track in lost:
                 if track.outside == track.band.patience:  # once per departure from the band
-                    _note(trainer, f"step {self._seen - 1}: {track}; {_LOOK}")
+                    rank_zero_note(f"step {self._seen - 1}: {track}; {_LOOK}")
         elif lost:
             self._act(trainer, module, lost[0])
         if self.good is not None:
@@ -118,10 +119,9 @@ class CollapseWatch(RunCallback):
         self._slow_down(module)
         step = self.good.step_back(trainer, module)
         self.tracks.reset_outside()
-        _note(
-            trainer,
+        rank_zero_note(
             f"{what}; back to the weights after {step} steps ({self.step_backs} of {limit}), the "
-            f"learning rate times {module.rate_scales['collapse']:.3g} from here on",
+            f"learning rate times {module.rate_scales['collapse']:.3g} from here on"
         )
 
     def _slow_down(self, module: DistillationModule) -> None:
@@ -140,8 +140,3 @@ class CollapseWatch(RunCallback):
 
 _CHANGE = "lower the learning rate or the method's scale, or add TrustRegion to model.terms"
 _LOOK = f"look at rollouts, and if they are bad, {_CHANGE}"
-
-
-def _note(trainer: Trainer, message: str) -> None:
-    if trainer.is_global_zero:
-        note(message)

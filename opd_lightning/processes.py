@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_lightning.errors import raised_by_all
+from opd_lightning.errors import note, raised_by_all
 
 T = TypeVar("T")
 
@@ -47,6 +47,12 @@ def world_size() -> int:
 def is_first() -> bool:
     """Return whether this is rank 0. Not collective."""
     return rank() == 0
+
+
+def rank_zero_note(message: str) -> None:
+    """Print one line of information on rank 0. Not collective."""
+    if is_first():
+        note(message)
 
 
 def gather(mine: T) -> list[T]:

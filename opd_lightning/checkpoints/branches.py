@@ -14,9 +14,9 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from opd_lightning.checkpoints.newest import folders, newest, rank_zero_note, unreadable
+from opd_lightning.checkpoints.newest import folders, newest, unreadable
 from opd_lightning.checkpoints.reading import DamagedError, Saved, describe
-from opd_lightning.processes import broadcast
+from opd_lightning.processes import broadcast, rank_zero_note
 
 LEFT = "left"  # prefix of folders with the checkpoints of a branch that was left
 

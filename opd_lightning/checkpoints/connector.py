@@ -25,14 +25,13 @@ from opd_lightning.checkpoints.newest import (
     named,
     needed,
     newest,
-    rank_zero_note,
     unreadable,
 )
 from opd_lightning.checkpoints.places import recover
 from opd_lightning.checkpoints.reading import Saved, restoring
 from opd_lightning.checkpoints.savers import drop_foreign_paths, drop_models, missing_models
 from opd_lightning.errors import UserError, reason_of
-from opd_lightning.processes import broadcast
+from opd_lightning.processes import broadcast, rank_zero_note
 
 # Settings of torch's optimisers that choose an implementation; they may not fit this device.
 IMPLEMENTATION_OPTIONS = {"capturable", "differentiable", "foreach", "fused"}

@@ -15,8 +15,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from opd_lightning.checkpoints.reading import DamagedError, Saved, check_sums, describe, refusal
-from opd_lightning.errors import CheckpointError, UserError, note, raised_by_all
-from opd_lightning.processes import broadcast, gather, rank, world_size
+from opd_lightning.errors import CheckpointError, UserError, raised_by_all
+from opd_lightning.processes import broadcast, gather, rank, rank_zero_note, world_size
 
 # Errors of a path rather than of the disk.
 _MISTAKES = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM}
@@ -134,11 +134,6 @@ def unreadable(error: OSError) -> CheckpointError:
         f"checkpoints: could not read {place}{error.strerror or error}; start again when the disk "
         "answers"
     )
-
-
-def rank_zero_note(message: str) -> None:
-    if rank() == 0:
-        note(message)
 
 
 def _candidates(trainer: Trainer) -> list[Saved]:

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
-from opd_lightning.errors import note
+from opd_lightning.processes import rank_zero_note
 from opd_lightning.terminal.progress import Progress, say
 from opd_lightning.training.callback import RunCallback
 from opd_lightning.types import WholeStep
@@ -193,8 +193,8 @@ class FirstLine(RunCallback):
         self._trains = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and not self._trains:
-            note(
+        if not self._trains:
+            rank_zero_note(
                 f"nothing is left to train: the run is at step {trainer.global_step:,}; raise "
                 "trainer.max_steps to continue it"
             )
@@ -204,8 +204,7 @@ class FirstLine(RunCallback):
     ) -> None:
         self._trains = True
         folder = trainer.log_dir  # a broadcast, for every rank
-        if trainer.is_global_zero:
-            note(_line(trainer, module, folder))
+        rank_zero_note(_line(trainer, module, folder))
 
 
 def _line(trainer: Trainer, module: DistillationModule, folder: str | None) -> str:

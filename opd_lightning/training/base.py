@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric, SumMetric
 
-from opd_lightning.errors import EngineMismatchError, RunStoppedError, UserError, note
+from opd_lightning.errors import EngineMismatchError, RunStoppedError, UserError
 from opd_lightning.evaluation.module import EvaluatedModule
 from opd_lightning.losses.reduction import Aggregation
 from opd_lightning.metrics.depth import DepthStatistics
@@ -26,7 +26,7 @@ from opd_lightning.metrics.sums import Means
 from opd_lightning.metrics.teachers import TeacherStatistics
 from opd_lightning.models.sharding import Sharding, full_tensor
 from opd_lightning.models.student import Student
-from opd_lightning.processes import Ranks
+from opd_lightning.processes import Ranks, rank_zero_note
 from opd_lightning.rules.base import Rates, Scored, Signal
 from opd_lightning.timing import StepTimer
 from opd_lightning.training.accumulation import accumulating
@@ -246,8 +246,8 @@ class DistillationModule(Contract, EvaluatedModule):
                 parameters,
                 loss_scale=1.0 if scaler is None else scaler.get_scale(),
             )
-            if skipped is not None and self.trainer.is_global_zero:
-                note(skipped)
+            if skipped is not None:
+                rank_zero_note(skipped)
             self._log_step(loss, norm, skipped=skipped is not None)
         for teacher in self.teachers():
             teacher.release()
