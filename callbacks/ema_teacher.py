@@ -70,8 +70,7 @@ class EMATeacherUpdate(RunCallback):
 
 
 def _ema_teachers(module: DistillationModule) -> list[EMATeacher]:
-    parts = [part for teacher in module.teachers() for part in teacher.parts()]
-    return [part for part in dict.fromkeys(parts) if isinstance(part, EMATeacher)]
+    return [part for part in module.teacher_parts() if isinstance(part, EMATeacher)]
 
 
 def _pace(teacher: EMATeacher) -> list[float]:

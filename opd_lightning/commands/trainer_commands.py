@@ -242,8 +242,7 @@ class Commands(LightningTrainer):
             batch_tokens: Largest number of tokens of a batch, prompts and padding included.
             datamodule: Data module with the responses.
         """
-        parts = [part for teacher in model.teachers() for part in teacher.parts()]
-        cached = [part for part in parts if isinstance(part, CachedTeacher)]
+        cached = [part for part in model.teacher_parts() if isinstance(part, CachedTeacher)]
         if not cached:
             raise UserError(
                 "model: it asks no CachedTeacher, so there is nothing to cache; put one around the "

@@ -107,15 +107,14 @@ def _numbers(probe: Probe, compare_teachers: bool) -> Iterator[Finding]:
         return
     own = probe.own if probe.engine is not None else []
     # The models also score responses that the verifier drops.
-    given = [replace(rollout, dropped=False) for rollout in probe.given]
-    learnt = [*(own if probe.data.mix.samples else []), *given]
+    trained = [replace(rollout, dropped=False) for rollout in probe.trained]
     yield from check_rewards(probe)
-    yield agreement.check_alignment(probe, learnt)
+    yield agreement.check_alignment(probe, trained)
     if own:
         yield agreement.check_engine(probe)
         yield agreement.check_seeds(probe)
-    yield agreement.check_self_distillation(probe, learnt)
-    yield from teacher_scores.check_teachers(probe, learnt, compare=compare_teachers)
+    yield agreement.check_self_distillation(probe, trained)
+    yield from teacher_scores.check_teachers(probe, trained, compare=compare_teachers)
     if own:
         yield from gather("weight push", weight_push.check_push(probe))
     tokens = cost.step_tokens(probe)

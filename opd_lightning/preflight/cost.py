@@ -45,8 +45,7 @@ def step_tokens(probe: Probe) -> dict[str, float]:
     for step in range(COUNTED_STEPS):
         for several in stream.authors(stream.mix_at(step), step):
             authors.update(several)
-    seen = [*(probe.own if probe.data.mix.samples else []), *probe.given]
-    lengths = {a: _length([r for r in seen if r.author is a]) for a in Author}
+    lengths = {a: _length([r for r in probe.trained if r.author is a]) for a in Author}
     lengths[Author.GUIDED] = lengths[Author.STUDENT]
     share = {author: n / COUNTED_STEPS for author, n in authors.items()}
     rollouts = sum(share.values())
@@ -99,7 +98,6 @@ def plan(
         on_gpu: Whether the run is on GPUs.
     """
     student, trainer = module.student, module.trainer
-    parts = [part for teacher in module.teachers() for part in teacher.parts()]
     made = module.configure_optimizers()
     return Plan(
         student=student,
@@ -122,15 +120,15 @@ def plan(
         engine_sleeps=data.engine is not None and data.engine.sleep_while_training,
         pushed=data.engine.weights_dtype if data.engine is not None else None,
         compares_with_start=reads_folder(student) and data.compares_with_start("validate"),
-        readings=sum(isinstance(p, AdapterOffTeacher) for p in dict.fromkeys(parts)),
+        readings=sum(isinstance(part, AdapterOffTeacher) for part in module.teacher_parts()),
     )
 
 
 def own_models(module: DistillationModule) -> list[OwnModelTeacher]:
     """Return the teachers that have a model in this process besides the student."""
-    parts = [part for teacher in module.teachers() for part in teacher.parts()]
+    parts = module.teacher_parts()
     inner = [p.frozen if isinstance(p, CrossTokenizerTeacher) else p for p in parts]
-    return [p for p in dict.fromkeys(inner) if isinstance(p, OwnModelTeacher)]
+    return [p for p in inner if isinstance(p, OwnModelTeacher)]
 
 
 def engine_bytes(
@@ -250,8 +248,7 @@ def time(probe: Probe, counts: dict[str, float]) -> Finding:
     of decoding steps is that of the probe's longest response. A push takes what one took.
     """
     world = probe.stream.ranks.world_size
-    seen = [*(probe.own if probe.data.mix.samples else []), *probe.given]
-    per_token = 1 / sum(len(r.prompt_ids) + len(r.response_ids) for r in seen)
+    per_token = 1 / sum(len(r.prompt_ids) + len(r.response_ids) for r in probe.trained)
     passes = (counts["prompt_tokens"] + counts["response_tokens"]) / world
     own = isinstance(probe.engine, VLLMEngine | HFEngine)  # servers write for all processes
     parts = {"generate": _generate_seconds(probe, counts["sampled"] / (world if own else 1))} | {

@@ -102,6 +102,11 @@ class Probe:
         return rollouts + (self._write(Author.TEACHER) if mix.teacher else [])
 
     @property
+    def trained(self) -> list[Rollout]:
+        """Responses of all authors that the run trains on."""
+        return [*(self.own if self.data.mix.samples else []), *self.given]
+
+    @property
     def requests(self) -> list[Request]:
         """Requests that `own` was written for."""
         return [Request(row.prompt_ids, row.seed) for row in self._rows(Author.STUDENT)]
@@ -121,8 +126,7 @@ class Probe:
         """Micro-batches of a step; with `max_tokens`, of one with the probe's responses."""
         if self.stream.max_tokens is None:
             return self.stream.micro_batches
-        seen = [*(self.own if self.data.mix.samples else []), *self.given]
-        rollouts = list(islice(cycle(seen), self.shape.rows))
+        rollouts = list(islice(cycle(self.trained), self.shape.rows))
         return micro_batches_within(rollouts, self.stream.max_tokens, packed=self.stream.packed())
 
     def generate(self, requests: list[Request], at_most: int | None = None) -> list[Completion]:

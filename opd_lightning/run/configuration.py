@@ -74,9 +74,8 @@ def check_models(module: DistillationModule) -> None:
                 "token by token; use a method, rules and terms of sampled tokens only"
             )
     module.student.check()
-    for teacher in module.teachers():
-        for part in teacher.parts():
-            part.check_model(module.student)
+    for part in module.teacher_parts():
+        part.check_model(module.student)
 
 
 def check_method(module: DistillationModule, data: RolloutDataModule, trainer: Trainer) -> None:
@@ -102,7 +101,7 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
             "and before there are responses"
         )
     _check_late_views(data, sorted(module.views()))
-    parts = [part for teacher in module.teachers() for part in teacher.parts()]
+    parts = module.teacher_parts()
     offloaded = [part for part in parts if isinstance(part, FrozenTeacher) and part.offload]
     if offloaded and _shards(trainer):
         raise UserError(
@@ -264,8 +263,7 @@ def check_step_size(trainer: Trainer, data: RolloutDataModule) -> None:
 
 def teacher_sources(module: DistillationModule, *, foreign: bool = False) -> list[ModelSource]:
     """Return sources of teachers with the student's tokenizer or, if `foreign`, with another."""
-    parts = [part for teacher in module.teachers() for part in teacher.parts()]
-    parts = [part for part in parts if part.has_own_tokenizer is foreign]
+    parts = [part for part in module.teacher_parts() if part.has_own_tokenizer is foreign]
     return [part.source for part in parts if part.source is not None]
 
 

@@ -95,6 +95,10 @@ class Contract(ABC):
         """Return the teachers of the method, without duplicates."""
         return list(dict.fromkeys(ask.teacher for ask in self.all_asks().values()))
 
+    def teacher_parts(self) -> list[Teacher]:
+        """Return the parts of all teachers, without duplicates."""
+        return list(dict.fromkeys(part for one in self.teachers() for part in one.parts()))
+
     def compared_teachers(self) -> list[Teacher]:
         """Return the teachers whose distribution over the vocabulary is compared."""
         return []

@@ -103,7 +103,7 @@ class Record(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if trainer.global_step > len(self.logged):
             self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
-            parts = [part for teacher in pl_module.teachers() for part in teacher.parts()]
+            parts = pl_module.teacher_parts()
             own = [part.model() for part in parts if isinstance(part, OwnModelTeacher)]
             parameters = [p for model in (pl_module.student, *own) for p in model.parameters()]
             here = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
