@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -64,9 +65,9 @@ def compare(
         plot: Picture to write (.png, .svg or .pdf), with one panel per scalar.
         json: Print a JSON list, of an object for each run and scalar, instead of a table.
     """
-    picture = None if plot is None else _checked(Path(plot).expanduser())
+    picture = None if plot is None else _checked(Path(os.path.expanduser(plot)))
     wanted = tags or list(DEFAULT_TAGS)
-    curves = {run: read(Path(run).expanduser()) for run in dict.fromkeys(runs)}
+    curves = {run: read(Path(os.path.expanduser(run))) for run in dict.fromkeys(runs)}
     found = sorted({t for one in curves.values() for t in one if matches(t, wanted)})
     if not found:
         known = sorted({t for one in curves.values() for t in one})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -101,7 +102,8 @@ def copy(name: str, destination: str | None = None) -> None:
     files = _files(name)
     folder = shipped_folder() / name
     base = files[0] if files[0].parent == folder.parent else folder
-    to = Path(destination or Path("configs", base.relative_to(shipped_folder()))).expanduser()
+    default = Path("configs", base.relative_to(shipped_folder()))
+    to = Path(os.path.expanduser(destination or default))
     if base.is_file() and (to.is_dir() or (destination or "").endswith("/")):
         to = to / base.name
     copies = {path: to / path.relative_to(base) for path in files}

@@ -55,7 +55,7 @@ class Commands(LightningTrainer):
             card: Also write README.md, a model card with models, settings and scores of the run.
             datamodule: Not needed; all commands are called with one.
         """
-        folder = Path(out).expanduser()
+        folder = Path(os.path.expanduser(out))
         outputs.check_folder("--out", folder)
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"--out: {out!r} is not empty; name a new folder")
@@ -289,7 +289,7 @@ class Commands(LightningTrainer):
         write_responses(
             model,
             datamodule,
-            Path(out).expanduser(),
+            Path(os.path.expanduser(out)),
             kind=Author(author),
             samples=samples,
             batch_size=batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -66,7 +67,7 @@ def build(
                 f"lab build: got --{option}, of the {other} world, with --world {world}; set "
                 f"--world {other}, or {instead}"
             )
-    print(build_lab(recipes[world], Path(link or f"lab/{world}").expanduser()))
+    print(build_lab(recipes[world], Path(os.path.expanduser(link or f"lab/{world}"))))
 
 
 def demo(run: str = "runs/demo", require: float = 0.8, engine: Engine = "hf") -> None:
@@ -77,7 +78,7 @@ def demo(run: str = "runs/demo", require: float = 0.8, engine: Engine = "hf") ->
         require: Fail if the student's final held-out accuracy is lower.
         engine: Sampler of the rollouts: hf (Hugging Face generate) or vllm.
     """
-    demonstrate(Path(run).expanduser(), require, engine)
+    demonstrate(Path(os.path.expanduser(run)), require, engine)
 
 
 def main(args: list[str]) -> None:

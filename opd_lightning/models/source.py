@@ -169,7 +169,7 @@ class ModelSource:
         """Return the text of a chat template that is given as text or as a file."""
         if "{" in given:
             return given
-        file = Path(given).expanduser()
+        file = Path(os.path.expanduser(given))
         try:
             size = file.stat().st_size
             if file.is_file() and size <= _TEMPLATE_BYTES:

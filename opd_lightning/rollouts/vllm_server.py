@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -189,7 +190,7 @@ class VLLMServerEngine(Engine):
             if self.push_host is not None:
                 raise UserError("engine.push_host: got one with push: folder; leave it out")
             folder = self.push_folder
-            return PushFolder(Path(folder).expanduser()) if folder else None
+            return PushFolder(Path(os.path.expanduser(folder))) if folder else None
         if self.push_folder is not None:
             raise UserError(f"engine.push_folder: got one with push: {self.push}; leave it out")
         if self.push_host is not None and is_every_interface(self.push_host):

@@ -106,7 +106,7 @@ def resolve_addresses(servers: Sequence[str], *, patience: float) -> list[str]:
 
 def address_file(server: str) -> Path | None:
     """Return the path of the address file; None if `server` is an address."""
-    return None if "://" in server else Path(server).expanduser()
+    return None if "://" in server else Path(os.path.expanduser(server))
 
 
 def read_address(file: Path) -> str | None:

@@ -192,7 +192,7 @@ def read_key(key_file: str | None) -> str | None:
         if not (key.isascii() and key.isprintable()):  # no header could hold it
             raise UserError(f"{KEY_VARIABLE}: expected the key alone, in one line of ASCII")
         return key or None
-    path = Path(key_file).expanduser()
+    path = Path(os.path.expanduser(key_file))
     try:
         key = path.read_text(encoding="utf-8").strip()
         mode = path.stat().st_mode

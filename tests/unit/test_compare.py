@@ -7,7 +7,8 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from opd_lightning.cli import main
-from opd_lightning.commands.compare import line, matches, read
+from opd_lightning.commands.compare import compare, line, matches, read
+from opd_lightning.errors import UserError
 
 
 def write_run(folder: Path, scores: list[float], losses: list[float]) -> None:
@@ -149,3 +150,8 @@ def test_a_step_that_was_skipped_is_null_in_json(
     write_run(tmp_path, [0.5], [3.0, float("inf")])
     rows = {row["tag"]: row for row in told(capsys, str(tmp_path))}
     assert (rows["loss"]["last"], rows["loss"]["best"]) == (None, 3.0)
+
+
+def test_a_home_that_no_user_has_is_a_name_like_any_other() -> None:
+    with pytest.raises(UserError, match="~nobody-of-this-name/run"):
+        compare(["~nobody-of-this-name/run"])
