@@ -111,9 +111,9 @@ class GoodCheckpoints:
 
 
 def _path(trainer: Trainer, step: int) -> Path:
-    keeper = trainer.checkpoint_callback
-    assert isinstance(keeper, ModelCheckpoint)
-    return Path(keeper.dirpath or ".", f"good-step={step}{keeper.FILE_EXTENSION}")
+    saver = trainer.checkpoint_callback
+    assert isinstance(saver, ModelCheckpoint)
+    return Path(saver.dirpath or ".", f"good-step={step}{saver.FILE_EXTENSION}")
 
 
 def _remove(trainer: Trainer, steps: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ from opd_lightning.checkpoints.matching import (
 from opd_lightning.checkpoints.newest import (
     LAST,
     folders,
-    keepers,
+    model_checkpoints,
     named,
     needed,
     newest,
@@ -122,16 +122,16 @@ class CheckpointConnector(_CheckpointConnector):
     def _keep_to_own_files(self) -> None:
         """Drop paths outside of the run from what each ModelCheckpoint may remove."""
         if self._loaded_checkpoint:
-            for keeper in keepers(self.trainer):
-                if foreign := drop_foreign_paths(keeper):
+            for saver in model_checkpoints(self.trainer):
+                if foreign := drop_foreign_paths(saver):
                     rank_zero_note(
                         f"the checkpoint names {foreign[0]!r} as a file of this run, but it is "
-                        f"outside of {str(keeper.dirpath)!r}; left alone, and no longer counted"
+                        f"outside of {str(saver.dirpath)!r}; left alone, and no longer counted"
                     )
-                if keeper.save_last:  # else a resumed run would write last-v1
-                    name = keeper.CHECKPOINT_NAME_LAST + keeper.FILE_EXTENSION
-                    keeper.last_model_path = keeper.last_model_path or str(
-                        Path(keeper.dirpath or "", name)
+                if saver.save_last:  # else a resumed run would write last-v1
+                    name = saver.CHECKPOINT_NAME_LAST + saver.FILE_EXTENSION
+                    saver.last_model_path = saver.last_model_path or str(
+                        Path(saver.dirpath or "", name)
                     )
 
     def _drop_missing_files(self) -> None:
@@ -139,9 +139,9 @@ class CheckpointConnector(_CheckpointConnector):
 
         Going back to an earlier checkpoint loses files: later steps had replaced them.
         """
-        for keeper in keepers(self.trainer):
-            if missing := broadcast(partial(missing_models, keeper)):
-                drop_models(keeper, missing)
+        for saver in model_checkpoints(self.trainer):
+            if missing := broadcast(partial(missing_models, saver)):
+                drop_models(saver, missing)
                 several = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
                 rank_zero_note(
                     f"the checkpoint counts {missing[0]!r}{several} among the best of the run, but "

@@ -23,15 +23,15 @@ _MISTAKES = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno
 LAST = "last"  # value of --ckpt_path for the newest complete checkpoint of the run
 
 
-def keepers(trainer: Trainer) -> Iterator[ModelCheckpoint]:
+def model_checkpoints(trainer: Trainer) -> Iterator[ModelCheckpoint]:
     """Return the callbacks that write a run's checkpoints."""
     return (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
 
 
 def settle_folders(trainer: Trainer) -> None:
     """Fix the callbacks' folders, which would otherwise depend on the logger."""
-    for keeper in keepers(trainer):
-        keeper.dirpath = keeper.dirpath or str(Path(trainer.log_dir or ".", "checkpoints"))
+    for saver in model_checkpoints(trainer):
+        saver.dirpath = saver.dirpath or str(Path(trainer.log_dir or ".", "checkpoints"))
 
 
 def check_found_again(run: Path, former: Path | None = None, kept: Sequence[Path] = ()) -> None:
@@ -67,7 +67,7 @@ def _has_checkpoints(folder: Path) -> bool:
 
 def folders(trainer: Trainer) -> list[Path]:
     """Return the existing folders of the run's checkpoints, after `settle_folders`."""
-    places = (Path(keeper.dirpath or ".") for keeper in keepers(trainer))
+    places = (Path(saver.dirpath or ".") for saver in model_checkpoints(trainer))
     return [place for place in dict.fromkeys(places) if place.is_dir()]
 
 
@@ -118,7 +118,7 @@ def needed(trainer: Trainer) -> Saved:
     """
     saved = newest(trainer)
     if saved is None:
-        places = ", ".join(repr(str(keeper.dirpath)) for keeper in keepers(trainer))
+        places = ", ".join(repr(str(saver.dirpath)) for saver in model_checkpoints(trainer))
         raise raised_by_all(
             UserError(
                 f"--ckpt_path: got {LAST!r}, but no whole checkpoint is in {places}; give the "
@@ -138,7 +138,7 @@ def unreadable(error: OSError) -> CheckpointError:
 
 def _candidates(trainer: Trainer) -> list[Saved]:
     """List possible checkpoints, newest first; print a note for each damaged one."""
-    if not list(keepers(trainer)):
+    if not list(model_checkpoints(trainer)):
         raise UserError(
             f"--ckpt_path: got {LAST!r} in a run without a ModelCheckpoint, which has no folder "
             "to look in; name a file"

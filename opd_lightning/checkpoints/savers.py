@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from opd_lightning.checkpoints.newest import keepers
+from opd_lightning.checkpoints.newest import model_checkpoints
 
 _UNSAVED = (
     "current_score",
@@ -90,7 +90,7 @@ class RememberSavers(Callback):
     ) -> None:
         saving = getattr(trainer, "saving", None)
         checkpoint["savers"] = {}
-        for saver in keepers(trainer):
+        for saver in model_checkpoints(trainer):
             state = {name: getattr(saver, name) for name in _UNSAVED}
             written = {*saver.best_k_models, saver.best_model_path, saver.last_model_path}
             if saving in written:  # recorded by the saver only once it is written
@@ -101,7 +101,7 @@ class RememberSavers(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._resumed = True
-        for saver in keepers(trainer):
+        for saver in model_checkpoints(trainer):
             for name, value in checkpoint.get("savers", {}).get(saver.state_key, {}).items():
                 if name in _UNSAVED:
                     setattr(saver, name, value)
@@ -110,11 +110,11 @@ class RememberSavers(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if self._resumed and pl_module.validation_is_over:
-            for saver in keepers(trainer):  # a saver that has saved this step skips it
+            for saver in model_checkpoints(trainer):  # a saver that has saved this step skips it
                 saver.on_validation_end(trainer, pl_module)
         self._resumed = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for saver in keepers(trainer):
+        for saver in model_checkpoints(trainer):
             if saver._defer_save_until_validation and saver.monitor in trainer.callback_metrics:
                 saver.on_validation_end(trainer, pl_module)

@@ -43,14 +43,14 @@ def save_last(trainer: Trainer) -> Path:
     Raises:
         CheckpointError: If it could not be written; previous checkpoints are unchanged.
     """
-    keeper = trainer.checkpoint_callback
-    if not isinstance(keeper, ModelCheckpoint):
+    saver = trainer.checkpoint_callback
+    if not isinstance(saver, ModelCheckpoint):
         raise UserError(
             "trainer.callbacks: got no ModelCheckpoint, so there is no folder to save in; leave "
             "trainer.enable_checkpointing on"
         )
-    path = Path(keeper.dirpath or ".", keeper.CHECKPOINT_NAME_LAST + keeper.FILE_EXTENSION)
-    keeper.last_model_path = str(path)  # else the resumed run would write last-v1
+    path = Path(saver.dirpath or ".", saver.CHECKPOINT_NAME_LAST + saver.FILE_EXTENSION)
+    saver.last_model_path = str(path)  # else the resumed run would write last-v1
     trainer.save_checkpoint(path, weights_only=False)
     return path
 

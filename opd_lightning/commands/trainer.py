@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 
 from opd_lightning.checkpoints import LAST, CheckpointConnector, settle_folders, write
-from opd_lightning.checkpoints.newest import check_found_again, keepers
+from opd_lightning.checkpoints.newest import check_found_again, model_checkpoints
 from opd_lightning.checkpoints.savers import RememberSavers
 from opd_lightning.checkpoints.states import CheckStates
 from opd_lightning.checkpoints.writing import check_place
@@ -142,18 +142,8 @@ class Trainer(Commands):
             weights_only: Not needed; only tensors and plain data are ever read.
         """
         folder = self.run_folder = Path(str(self.log_dir)) if self.keeps_files else None
-        if folder is not None:
-            outputs.check_run_files(folder, RUN_FILES)
-            option = "trainer.default_root_dir" if self._folder_is_given else FOLDER_SETTINGS
-            outputs.check_folder(option, folder)
-        settle_folders(self)  # Lightning's name for one may be another at every start
-        for keeper in keepers(self):
-            check_place(str(keeper.dirpath))
-            outputs.check_folder("ModelCheckpoint.dirpath", Path(str(keeper.dirpath)))
         self.continues = ckpt_path == LAST
-        if self.continues and folder is not None:
-            former = Path(self._folder_of_logger())
-            check_found_again(folder, former, [Path(str(k.dirpath)) for k in keepers(self)])
+        self._check_folders(folder)
         if isinstance(datamodule, RolloutDataModule):
             datamodule.prompt_files = PromptFiles(folder, resumes=bool(ckpt_path))
         with held(folder) if folder is not None and self.is_global_zero else nullcontext():
@@ -174,6 +164,20 @@ class Trainer(Commands):
             finally:
                 if self.is_global_zero:
                     take_back(self)
+
+    def _check_folders(self, folder: Path | None) -> None:
+        """Raise UserError if the run folder, or a checkpoint's, cannot be written or continued."""
+        if folder is not None:
+            outputs.check_run_files(folder, RUN_FILES)
+            option = "trainer.default_root_dir" if self._folder_is_given else FOLDER_SETTINGS
+            outputs.check_folder(option, folder)
+        settle_folders(self)  # Lightning's name for one may be another at every start
+        saved_in = [str(saver.dirpath) for saver in model_checkpoints(self)]
+        for place in saved_in:
+            check_place(place)
+            outputs.check_folder("ModelCheckpoint.dirpath", Path(place))
+        if self.continues and folder is not None:
+            check_found_again(folder, Path(self._folder_of_logger()), [*map(Path, saved_in)])
 
     def validate(
         self,
@@ -232,9 +236,9 @@ class Trainer(Commands):
     @contextmanager
     def _reported(self, stage: str, verbose: bool, json: bool, out: str | None) -> Iterator[None]:
         """Print and write the scores that are measured inside the context."""
-        out = None if out is None else os.path.expanduser(out)
-        if out is not None:
-            outputs.check_file("--out", Path(out))
+        file = None if out is None else Path(os.path.expanduser(out))
+        if file is not None:
+            outputs.check_file("--out", file)
         if json:
             only_warnings()
         # Libraries may print to stdout.
@@ -251,8 +255,8 @@ class Trainer(Commands):
             print(dumps(found))
         elif verbose:
             report.as_table(found, suites, Console())
-        if out is not None:  # last, for it may fail
-            outputs.write_text("--out", Path(out), dumps(found) + "\n")
+        if file is not None:  # last, for it may fail
+            outputs.write_text("--out", file, dumps(found) + "\n")
 
 
 def _check_time(name: str, value: object) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from opd_lightning.checkpoints.newest import keepers
+from opd_lightning.checkpoints.newest import model_checkpoints
 from opd_lightning.errors import UserError, raised_by_all
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class WarnOfDeferredSaves(Callback):
         self._warned: list[ModelCheckpoint] = []
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        for saver in keepers(trainer):
+        for saver in model_checkpoints(trainer):
             absent = saver.monitor not in trainer.callback_metrics
             if not saver._defer_save_until_validation or not absent or saver in self._warned:
                 continue
