@@ -47,11 +47,8 @@ def page(command: str) -> str:
     found = trainer.method(command.replace("-", "_"))
     assert found is not None
     node, owner = found
-    own = {
-        f"--{name} {_kind(option)}".rstrip(): _described(option)
-        for name, option in parameters(node, owner).items()
-        if name not in NOT_OPTIONS
-    }
+    given = parameters(node, owner)
+    own = _options("", {name: given[name] for name in given if name not in NOT_OPTIONS})
     lines = [f"usage: opd {command} --config FILE [--config FILE ...] [--OPTION VALUE ...]", ""]
     lines += _wrapped(_description(node))
     lines += _section("options", own | {f"--{name}": text for name, text in SHARED.items()})
@@ -76,17 +73,16 @@ def _run_sections() -> list[str]:
     assert methods is not None
     names = [name for name in methods.imported if name != "annotations"]
     model = {"--model CLASS": f"Method, in opd_lightning.methods: {', '.join(names)}."}
-    model |= _options("model", _class(MODEL).options())
+    model |= _options("model.", _class(MODEL).options())
     model.pop("--model.student Student")  # its own options follow
-    model |= _options("model.student", _class("opd_lightning.student.Student").options())
+    model |= _options("model.student.", _class("opd_lightning.student.Student").options())
     data: dict[str, str] = {}
     for name, option in (_class(DATA).options() or {}).items():
         if name == "sampling":
-            data |= _options(
-                "data.sampling", _class("opd_lightning.rollouts.base.Sampling").options()
-            )
+            sampling = _class("opd_lightning.rollouts.base.Sampling")
+            data |= _options("data.sampling.", sampling.options())
         elif name != "seed":  # it is seed_everything
-            data |= _options("data", {name: option})
+            data |= _options("data.", {name: option})
     trainer = {f"--trainer.{name}": text for name, text in TRAINER_OPTIONS.items()}
     return [
         *_section("model", model),
@@ -109,7 +105,7 @@ def _callbacks() -> Iterator[tuple[str, str]]:
 def _options(prefix: str, options: dict[str, Parameter] | None) -> dict[str, str]:
     assert options is not None
     return {
-        f"--{prefix}.{name} {_kind(option)}".rstrip(): _described(option)
+        f"--{prefix}{name} {_kind(option)}".rstrip(): _described(option)
         for name, option in options.items()
     }
 

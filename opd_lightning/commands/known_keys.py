@@ -10,7 +10,7 @@ import ast
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -18,7 +18,7 @@ import yaml
 
 from opd_lightning.commands.callback_names import INSTALLED, SHORT, is_our_package
 from opd_lightning.commands.config_files import check_words, is_blank, parse, read_config, read_yaml
-from opd_lightning.commands.known_values import Word, kinds_of, problem, shown, words_of
+from opd_lightning.commands.known_values import Word, kinds_of, members, problem, shown, words_of
 from opd_lightning.commands.signatures import Class, Parameter, find, load, parameters
 from opd_lightning.errors import UserError
 
@@ -327,30 +327,16 @@ def takes_settings(parameter: Parameter) -> bool:
 
 def _class_of(parameter: Parameter) -> tuple[Class | None, bool]:
     """Return the class that an annotation allows (None if unclear), and whether a dict of it."""
-    annotation = parameter.annotation
-    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
-        annotation = ast.parse(annotation.value, mode="eval").body
-    parts = list(_union(annotation))
+    parts = [pair for pair in members(parameter) if not isinstance(pair[0], ast.Constant)]
     if len(parts) != 1:
         return None, False
-    part, by_name = parts[0], False
+    ((part, home),) = parts
     if isinstance(part, ast.Subscript) and ast.unparse(part.value) == "dict":
-        by_name = True
         if not isinstance(part.slice, ast.Tuple):
             return None, True
-        inner = list(_union(part.slice.elts[-1]))
-        if len(inner) != 1:
-            return None, True
-        part = inner[0]
+        inner = replace(parameter, annotation=part.slice.elts[-1], home=home)
+        kind, by_name = _class_of(inner)
+        return (None if by_name else kind), True
     if not isinstance(part, ast.Name | ast.Attribute):
-        return None, by_name
-    return parameter.home.resolve(ast.unparse(part)), by_name
-
-
-def _union(node: ast.expr | None) -> Iterator[ast.expr]:
-    """Yield the members of a union except None."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        yield from _union(node.left)
-        yield from _union(node.right)
-    elif node is not None and not (isinstance(node, ast.Constant) and node.value is None):
-        yield node
+        return None, False
+    return home.resolve(ast.unparse(part)), False

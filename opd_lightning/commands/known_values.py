@@ -105,7 +105,7 @@ def kinds_of(parameter: Parameter) -> Kinds | None:
     literals: list[Any] = []
     items = None
     callable_ = False
-    for part, home in _members(parameter):
+    for part, home in members(parameter):
         name = ast.unparse(part.value if isinstance(part, ast.Subscript) else part)
         name = name.rpartition(".")[2]
         inner = part.slice if isinstance(part, ast.Subscript) else None
@@ -146,7 +146,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _members(parameter: Parameter) -> Iterator[tuple[ast.expr, Module]]:
+def members(parameter: Parameter) -> Iterator[tuple[ast.expr, Module]]:
     """Yield the members of a union with the module they are written in; aliases are followed."""
     waiting: list[tuple[ast.expr | None, Module]] = [(parameter.annotation, parameter.home)]
     while waiting:

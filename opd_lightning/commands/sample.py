@@ -116,14 +116,12 @@ class Sampler:
         self.engine: Engine = data.engine or HFEngine()
         seen = console.is_terminal or html is not None
         self.scorer = TokenScorer(module, data, question.prompt(())) if seen else None
-        source = module.student.source
         self.renderer = self.scorer.renderer() if self.scorer else data.renderer(training=False)
         verifier = data.verifier if question.answer is not None else None
         engines = {Author.STUDENT: self.engine}
         self.writer = RolloutWriter(engines, verifier, self.renderer, module.timer)
         self._turns = 0
         self._rows: list[TokenRow] = []
-        self._context = source.context_length
 
     def check(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the prompt. Raise UserError if it cannot be answered."""

@@ -39,6 +39,12 @@ from opd_lightning.types import Author, Message
 class Commands(LightningTrainer):
     """Lightning's Trainer with additional commands."""
 
+    def _connect(self, model: DistillationModule, datamodule: RolloutDataModule) -> None:
+        """Connect the trainer to a method and its data, as Lightning's commands do."""
+        self.strategy.connect(model)
+        self.datamodule = datamodule
+        model.trainer = datamodule.trainer = self
+
     def export(
         self,
         model: DistillationModule,
@@ -89,9 +95,7 @@ class Commands(LightningTrainer):
         if samples < 1:
             raise UserError(f"--samples: got {samples}, expected at least 1")
         only_warnings()
-        self.strategy.connect(model)
-        self.datamodule = datamodule
-        model.trainer = datamodule.trainer = self
+        self._connect(model, datamodule)
         try:
             with redirect_stdout(sys.stderr):  # libraries may print to stdout
                 findings = run_checks(
@@ -147,9 +151,7 @@ class Commands(LightningTrainer):
             decoding=decoding_share,
         )
         only_warnings()
-        self.strategy.connect(model)
-        self.datamodule = datamodule
-        model.trainer = datamodule.trainer = self
+        self._connect(model, datamodule)
         with redirect_stdout(sys.stderr):  # libraries may print to stdout
             findings = estimate(self, model, datamodule, lengths, gpu)
         _report(findings, as_json=json, ready=report.ESTIMATED)
@@ -197,9 +199,9 @@ class Commands(LightningTrainer):
         changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         if samples < 1:
             raise UserError(f"--samples: got {samples}, expected at least 1")
-        html = None if html is None else os.path.expanduser(html)
-        if html is not None:
-            outputs.check_file("--html", Path(html))
+        page = None if html is None else Path(os.path.expanduser(html))
+        if page is not None:
+            outputs.check_file("--html", page)
         question = Question(
             samples=samples,
             sampling=replace(datamodule.sampling, **changes),
@@ -209,10 +211,8 @@ class Commands(LightningTrainer):
         )
         text = read_prompt(prompt, sys.stdin)
         only_warnings()
-        self.strategy.connect(model)
-        model.trainer = datamodule.trainer = self
+        self._connect(model, datamodule)
         check_models(model)
-        page = None if html is None else Path(html)
         sampler = Sampler(model, datamodule, question, Console(file=sys.stdout), page)
         first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         longest = max_length or model.student.source.context_length
@@ -251,8 +251,7 @@ class Commands(LightningTrainer):
         assert datamodule is not None
         for teacher in cached:
             teacher.collect_unknown()
-        self.strategy.connect(model)
-        model.trainer = datamodule.trainer = self
+        self._connect(model, datamodule)
         datamodule.setup("fit")
         for teacher in cached:
             fill(
