@@ -23,10 +23,17 @@ STUDENT = "student"  # the student's scores, beside those of the models that are
 def check_parts(composed: ComposedMethod) -> None:
     """Raise UserError, before any weight is loaded, if an input of a part is not provided."""
     _check_asks(composed)
-    method, asks = type(composed).__name__, composed.all_asks()
-    is_divergence = not composed.has_advantage
     _check_names(composed)
     _check_tokens(composed)
+    _check_rules(composed)
+    _check_surrogate(composed)
+    _check_comparisons(composed)
+    _check_entropy(composed)
+
+
+def _check_rules(composed: ComposedMethod) -> None:
+    """Raise UserError if a rule reads scores, or an advantage, that the method lacks."""
+    method, asks = type(composed).__name__, composed.all_asks()
     for rule in composed.rules:
         name = type(rule).__name__
         if rule.step_wide and type(rule).observe is Rule.observe:
@@ -40,12 +47,17 @@ def check_parts(composed: ComposedMethod) -> None:
                     f"rules: {name} reads the scores called {need!r}, but {method} asks for "
                     f"{', '.join(asks) or 'none'}; choose a method that has them"
                 )
-        if rule.shapes_advantage and is_divergence:
+        if rule.shapes_advantage and not composed.has_advantage:
             raise UserError(
                 f"rules: {name} changes the advantage, but {method}'s loss is a divergence, "
                 "which has none; use a rule that weighs or masks, or a sampled method"
             )
-    if is_divergence and composed.surrogate != Surrogate():
+
+
+def _check_surrogate(composed: ComposedMethod) -> None:
+    """Raise UserError if an importance ratio has no meaning, or corrects what a rule corrects."""
+    method = type(composed).__name__
+    if not composed.has_advantage and composed.surrogate != Surrogate():
         raise UserError(
             f"surrogate: got {composed.surrogate}, but {method}'s loss is a divergence, which has "
             "no importance ratio; leave it out"
@@ -57,6 +69,11 @@ def check_parts(composed: ComposedMethod) -> None:
             f"{method} has a rule that does so too; set importance_cap to null, or ratio_to to "
             "'trainer'"
         )
+
+
+def _check_comparisons(composed: ComposedMethod) -> None:
+    """Raise UserError if a teacher cannot provide the log-probs that a comparison reads."""
+    method, asks = type(composed).__name__, composed.all_asks()
     for name, compare in composed.all_comparisons().items():
         if compare.other is None:
             continue
@@ -66,16 +83,26 @@ def check_parts(composed: ComposedMethod) -> None:
                 f"for {', '.join(asks) or 'none'}; choose a method that has it"
             )
         _check_known(method, asks[compare.other].teacher, compare.function)
+
+
+def _check_entropy(composed: ComposedMethod) -> None:
+    """Raise UserError if a part reads the entropy of a teacher that does not provide it."""
     parts: list[ComposedMethod | Rule | Term] = [composed, *composed.rules, *composed.terms]
-    for part in parts:
-        teacher = asks["teacher"].teacher if part.reads_entropy else None
-        if teacher is not None and not teacher.provides_entropy:
-            silent = next(one for one in teacher.parts() if not one.provides_entropy)
-            raise UserError(
-                f"{type(part).__name__} reads the teacher's entropy, which "
-                f"{type(silent).__name__} cannot tell; leave it out, or use a teacher in this "
-                "process (or its cached answers)"
-            )
+    reading = [type(part).__name__ for part in parts if part.reads_entropy]
+    if not reading:
+        return
+    ask = composed.all_asks().get("teacher")
+    if ask is None:
+        raise UserError(
+            f"{reading[0]} reads the teacher's entropy, but {type(composed).__name__} has no "
+            "teacher; choose a method that has one"
+        )
+    if not ask.teacher.provides_entropy:
+        silent = next(one for one in ask.teacher.parts() if not one.provides_entropy)
+        raise UserError(
+            f"{reading[0]} reads the teacher's entropy, which {type(silent).__name__} cannot tell; "
+            "leave it out, or use a teacher in this process (or its cached answers)"
+        )
 
 
 def _check_asks(composed: ComposedMethod) -> None:

@@ -47,6 +47,14 @@ def edge(**more: Any) -> EDGEOPD:
     return EDGEOPD(Student(STUDENT), FrozenTeacher(TEACHER), **more)
 
 
+def test_entropy_needs_a_teacher() -> None:
+    class Unsure(EntropyBonus):
+        reads_entropy = True
+
+    with pytest.raises(UserError, match="Unsure reads the teacher's entropy, but GRPO has no"):
+        grpo(terms=[Unsure()]).check()
+
+
 def test_views_must_exist(refusal: Refusal) -> None:
     line = refusal(lambda: opsd(view="secret"))
     assert "data.views: got privileged, but OPSDK1 reads the view 'secret'" in line
