@@ -147,9 +147,8 @@ class View(_Movable):
 
     input_ids: Tensor  # [B, L] int64, pad id where attention_mask is 0
     attention_mask: Tensor  # [B, L] int64, 1 on prompt and response
-    prompt_lengths: (
-        Tensor  # [B] int64; response token t of row b is input_ids[b, prompt_lengths[b] + t]
-    )
+    # [B] int64; response token t of row b is input_ids[b, prompt_lengths[b] + t]
+    prompt_lengths: Tensor
     available: Tensor  # [B] bool; False where the row has no such prompt and holds the student's
 
     def predicting_positions(self, response_mask: Tensor, starts: Tensor | None = None) -> Tensor:

@@ -68,16 +68,14 @@ def check_sums(saved: Saved, part: int = 0, parts: int = 1) -> None:
         DamagedError: If contents differ.
         OSError: If the disk cannot be read, or files of another node do not appear on this one.
     """
-    if not saved.is_folder:
-        wait_for(saved.path, saved.sizes)
-        if part == 0:
-            with _as_damaged_error(saved.path), zipfile.ZipFile(saved.path) as archive:
-                if (bad := archive.testzip()) is not None:
-                    raise _checksum_error(bad)
-        return
     wait_for(saved.path, saved.sizes)
-    for name, expected in sorted(_manifest(saved.path).items())[part::parts]:
-        _check_sum(saved.path / name, expected)
+    if saved.is_folder:
+        for name, expected in sorted(_manifest(saved.path).items())[part::parts]:
+            _check_sum(saved.path / name, expected)
+    elif part == 0:
+        with _as_damaged_error(saved.path), zipfile.ZipFile(saved.path) as archive:
+            if (bad := archive.testzip()) is not None:
+                raise _checksum_error(bad)
 
 
 def whole(path: str | Path) -> Saved:

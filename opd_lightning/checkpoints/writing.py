@@ -143,12 +143,7 @@ def _write_file(checkpoint: dict[str, Any], path: Path) -> None:
         seal(file)
         file.flush()
         os.fsync(file.fileno())
-    _check_plain(path)
-
-
-def _check_plain(path: Path) -> None:
-    """Check that entries added by callbacks can be loaded later; tensors are not read here."""
-    load(path, mmap=True)
+    load(path, mmap=True)  # entries of callbacks must be loadable; tensors are not read here
 
 
 def _sums(folder: Path) -> dict[str, list[int]]:
@@ -158,7 +153,7 @@ def _sums(folder: Path) -> dict[str, list[int]]:
 
 def _finish_folder(folder: Path, sums: list[dict[str, list[int]]]) -> None:
     """Write the manifest; it is written last, and completes the folder."""
-    _check_plain(folder / META)
+    load(folder / META, mmap=True)  # entries of callbacks must be loadable
     sync(folder / META)
     files = {name: value for part in sums for name, value in part.items()}
     for name in (META, INDEX):

@@ -104,32 +104,30 @@ class EvaluationSuite(Suite):
 
     @classmethod
     def report_table(cls, rows: Rows) -> Table:
-        """Make a table with a row for every suite and, below it, for each of its domains."""
-        return _table(rows)
+        """Make a table with a row for every suite and, below it, for each of its domains.
+
+        Columns that no suite has are left out.
+        """
+        lines = [line for row in rows.values() for line in (row, *_domains(row).values())]
+        keys = {key for line in lines for key in line}
+        passes = sorted((key for key in keys if key.startswith("pass_at_")), key=_k)
+        figures = ("score", *passes, "majority", "unverified", "length", "truncated")
+        shown = [key for key in figures if key in keys]
+        titles = {"score": ["score", "95 %"], **{key: [f"pass@{_k(key)}"] for key in passes}}
+        table = new_table("prompts", *(title for key in shown for title in titles.get(key, [key])))
+        for name, row in rows.items():
+            table.add_section()
+            several = f", n={row['samples']}" if row["samples"] > 1 else ""
+            table.add_row(f"[bold]{name}[/]{several}", *_cells(row, shown))
+            for domain, its in _domains(row).items():
+                table.add_row(f"  {domain}", *_cells(its, shown))
+        return table
 
 
 def _counted(figures: Mapping[str, float], prompts: int) -> dict[str, Any]:
     """Return the figures with the number of prompts that they are means over, `prompts` or less."""
     known = {name: value for name, value in figures.items() if name != "measured"}
     return {"prompts": int(figures.get("measured", prompts)), **known}
-
-
-def _table(suites: Rows) -> Table:
-    """Make the table, without columns that no suite has."""
-    rows = [row for suite in suites.values() for row in (suite, *_domains(suite).values())]
-    keys = {key for row in rows for key in row}
-    passes = sorted((key for key in keys if key.startswith("pass_at_")), key=_k)
-    figures = ("score", *passes, "majority", "unverified", "length", "truncated")
-    shown = [key for key in figures if key in keys]
-    titles = {"score": ["score", "95 %"], **{key: [f"pass@{_k(key)}"] for key in passes}}
-    table = new_table("prompts", *(title for key in shown for title in titles.get(key, [key])))
-    for name, suite in suites.items():
-        table.add_section()
-        several = f", n={suite['samples']}" if suite["samples"] > 1 else ""
-        table.add_row(f"[bold]{name}[/]{several}", *_cells(suite, shown))
-        for domain, row in _domains(suite).items():
-            table.add_row(f"  {domain}", *_cells(row, shown))
-    return table
 
 
 def _cells(row: Mapping[str, Any], shown: list[str]) -> list[str]:

@@ -73,9 +73,8 @@ class ComposedMethod(DistillationModule):
         # first, then the signals of the micro-batches that remain to be trained on.
         self._scored: list[BatchScores] | None = None
         self._prepared: deque[_Prepared] = deque()
-        self._divisors: StepDivisors | None = (
-            None  # for steps whose gradients are divided at the end
-        )
+        # Only for steps whose gradients are divided after the last micro-batch.
+        self._divisors: StepDivisors | None = None
 
     # Hooks of a subclass ------------------------------------------------------------------
 
@@ -146,20 +145,12 @@ class ComposedMethod(DistillationModule):
         prepared = self._prepared.popleft() if self._prepared else None
         scored, student, values = results.scored, results.student, results.values
         self.compare_with_engine(batch, student)
-        mask = self._loss_mask(batch) & self._has_views(batch, self._names_read())
+        mask = self._loss_mask(batch, self._names_read())
         self.skipped.record(batch, mask, student=student, **scored.others)
         if "teacher" in scored.others:
             self.note_signal(batch, student, scored.teacher, mask)
         if prepared is None:
-            signal = self._first_signal(scored)
-            rates: Rates = {}
-            for place, rule in enumerate(self.rules):
-                if self._divisors is not None and rule.observes(batch.totals.step):
-                    rows = rule.observe(signal, scored)
-                    assert rows is not None
-                    self._divisors.add(f"rule {place}", rows)
-                signal, more = checked_signal(rule, rule.apply(signal, scored), signal)
-                add_rates(rates, more)
+            signal, rates = self._signal(scored)
         else:
             signal, rates = prepared.signal, prepared.rates
         self.note_rules(scored, signal, rates)
@@ -177,6 +168,19 @@ class ComposedMethod(DistillationModule):
         loss = aggregate(signal.weight * token_loss, signal.mask, selected, self.aggregation)
         return loss + self._terms(batch, student, scored, values, totals)
 
+    def _signal(self, scored: Scored) -> tuple[Signal, Rates]:
+        """Return the signal of a micro-batch after all rules, and their rates."""
+        signal = self._first_signal(scored)
+        rates: Rates = {}
+        for place, rule in enumerate(self.rules):
+            if self._divisors is not None and rule.observes(scored.batch.totals.step):
+                rows = rule.observe(signal, scored)
+                assert rows is not None
+                self._divisors.add(f"rule {place}", rows)
+            signal, more = checked_signal(rule, rule.apply(signal, scored), signal)
+            add_rates(rates, more)
+        return signal, rates
+
     def _terms(
         self,
         batch: RolloutBatch,
@@ -190,7 +194,7 @@ class ComposedMethod(DistillationModule):
         for term in self.terms:
             found = term.token_loss(student, scored, values)
             token_loss = checked_tokens(term, "token_loss", found, batch.response_mask)
-            mask = self._loss_mask(batch) & self._has_views(batch, term.names_read())
+            mask = self._loss_mask(batch, term.names_read())
             loss = loss + aggregate(token_loss, mask, totals, mode)
             self.rates.update(batch, {f"term/{term.name}": torch.where(mask, token_loss, 0.0)})
         if self.imitation is not None:
@@ -273,14 +277,16 @@ class ComposedMethod(DistillationModule):
         return Signal(
             advantage=advantage,
             weight=torch.ones_like(advantage),
-            mask=self._loss_mask(scored.batch) & self._has_views(scored.batch, self._names_read()),
+            mask=self._loss_mask(scored.batch, self._names_read()),
         )
 
-    def _loss_mask(self, batch: RolloutBatch) -> Tensor:
-        """Return the mask `[B, R]` of the method's loss: all tokens but the imitated ones."""
-        if self.imitation is None:
-            return batch.response_mask
-        return batch.response_mask & ~batch.demonstrated[:, None]
+    def _loss_mask(self, batch: RolloutBatch, names: Set[str]) -> Tensor:
+        """Return the mask `[B, R]` of a loss that reads the asks called `names`.
+
+        It has all tokens but the imitated ones, in rows with the views of these asks.
+        """
+        mask = batch.response_mask & self._has_views(batch, names)
+        return mask if self.imitation is None else mask & ~batch.demonstrated[:, None]
 
     def _names_read(self) -> set[str]:
         """Return the names in `all_asks` that the method's own loss and its rules read."""

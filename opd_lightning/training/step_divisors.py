@@ -23,9 +23,6 @@ class StepDivisors:
     def __init__(self) -> None:
         self._rows: defaultdict[str, list[Tensor]] = defaultdict(list)
 
-    def clear(self) -> None:
-        self._rows.clear()
-
     def add(self, name: str, rows: Tensor) -> None:
         """Add a micro-batch's rows of (sum, count), `[M, 2]`, to those of a mean."""
         self._rows[name].append(rows.double())
@@ -33,7 +30,7 @@ class StepDivisors:
     def factor(self) -> float:
         """Return the factor of the step's loss, and begin a new step. Collective."""
         means = [step_mean(concatenate_ranks(torch.cat(rows))) for rows in self._rows.values()]
-        self.clear()
+        self._rows.clear()
         return 1 / float(torch.stack(means).prod()) if means else 1.0
 
 

@@ -15,18 +15,18 @@ from opd_lightning.timing import StepTimer
 from opd_lightning.types import RolloutBatch, TokenScores
 
 
-def prefetch_top_k(question: Ask, batch: RolloutBatch, function: Any, overlap_top_k: int) -> None:
+def prefetch_top_k(ask: Ask, batch: RolloutBatch, function: Any, overlap_top_k: int) -> None:
     """Prefetch what `TopKQuery` will request, unless it depends on the student's scores."""
     if function.support != "student":
         width = max(function.k, overlap_top_k)
-        question.teacher.prefetch(batch, question.view, top_k=width)
+        ask.teacher.prefetch(batch, ask.view, top_k=width)
 
 
 class TopKQuery(NamedTuple):
     """Requests of one comparison to a teacher of top-k tokens."""
 
     name: str
-    question: Ask
+    ask: Ask
     batch: RolloutBatch
     overlap_top_k: int
     others: dict[str, TokenScores]  # receives the scores that come with the log-probs
@@ -54,9 +54,9 @@ class TopKQuery(NamedTuple):
         return TopLogprobs(known.ids[:, :k], known.logprobs[:, :k])
 
     def _query(self, top_k: int, ids: Tensor | None) -> TopLogprobs:
-        teacher = self.question.teacher
+        teacher = self.ask.teacher
         assert provides_top_k(teacher)  # checked at set-up
-        scores, known = teacher.score_top(self.batch, self.question.view, top_k=top_k, ids=ids)
+        scores, known = teacher.score_top(self.batch, self.ask.view, top_k=top_k, ids=ids)
         self.others.setdefault(
             self.name,
             replace(
