@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from opd_lightning.checkpoints import step_back
-from opd_lightning.checkpoints.places import remove
+from opd_lightning.checkpoints.staging import remove
 from opd_lightning.errors import UserError
 from opd_lightning.processes import broadcast
 from opd_lightning.training.base import DistillationModule

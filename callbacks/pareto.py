@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from opd_lightning.checkpoints.places import remove
+from opd_lightning.checkpoints.staging import remove
 from opd_lightning.errors import UserError, note
 from opd_lightning.models.strict_json import dumps
 from opd_lightning.run.lock import FOLDER_SETTINGS

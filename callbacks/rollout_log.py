@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from opd_lightning.errors import UserError
-from opd_lightning.metrics.trackers import write_table
+from opd_lightning.metrics.media import write_table
 from opd_lightning.models.strict_json import dumps
 from opd_lightning.models.tokenization import token_texts
 from opd_lightning.terminal.token_page import TokenRow, token_page

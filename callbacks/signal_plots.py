@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from opd_lightning.errors import UserError
 from opd_lightning.metrics.depth import DECILES
-from opd_lightning.metrics.trackers import run_folder_of, write_picture
+from opd_lightning.metrics.media import run_folder_of, write_picture
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.callback import RunCallback
 

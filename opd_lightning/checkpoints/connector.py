@@ -27,9 +27,9 @@ from opd_lightning.checkpoints.newest import (
     newest,
     unreadable,
 )
-from opd_lightning.checkpoints.places import recover
 from opd_lightning.checkpoints.reading import Saved, restoring
 from opd_lightning.checkpoints.savers import drop_foreign_paths, drop_models, missing_models
+from opd_lightning.checkpoints.staging import recover
 from opd_lightning.errors import UserError, reason_of
 from opd_lightning.processes import broadcast, rank_zero_note
 

@@ -22,9 +22,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from opd_lightning.checkpoints.places import commit, remove, staging_path, sync
 from opd_lightning.checkpoints.plain import load
 from opd_lightning.checkpoints.seal import seal
+from opd_lightning.checkpoints.staging import commit, remove, staging_path, sync
 from opd_lightning.errors import CheckpointError, UserError, raised_by_all, reason_of
 from opd_lightning.processes import gather, rank
 

@@ -18,7 +18,6 @@ from rich.console import Console
 
 from opd_lightning.commands.export import load_student
 from opd_lightning.commands.token_scores import TokenScorer
-from opd_lightning.commands.token_text import coloured, plain
 from opd_lightning.data.engines import push
 from opd_lightning.data.mix import RolloutMix
 from opd_lightning.data.writer import RolloutWriter, Row
@@ -30,6 +29,7 @@ from opd_lightning.run.prompt_checks import PromptCheck
 from opd_lightning.run.signals import signal_of
 from opd_lightning.seeding import SHOWN_SAMPLE, derive_seed
 from opd_lightning.terminal.token_page import TokenRow, token_page
+from opd_lightning.terminal.token_text import coloured, plain
 from opd_lightning.types import Author, Message, Prompt, Rollout
 
 if TYPE_CHECKING:

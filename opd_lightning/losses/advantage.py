@@ -7,15 +7,6 @@ from torch import Tensor
 RESOLUTION = 1e-7
 
 
-def log_ratio(teacher_logprobs: Tensor, student_logprobs: Tensor) -> Tensor:
-    """Return d_t, `[B, R]` nats, detached; positive where the teacher's log-prob is higher.
-
-    As an advantage it gives the sampled-token reverse KL of Thinking Machines' recipe and of G-OPD
-    at scale 1: `E[-d grad log pi_theta]` is the gradient of `KL(pi_theta || pi_T)` per prefix.
-    """
-    return (teacher_logprobs - student_logprobs).detach()
-
-
 def extrapolated(
     teacher_logprobs: Tensor,
     student_logprobs: Tensor,
@@ -26,14 +17,14 @@ def extrapolated(
 
     The advantage of G-OPD (2602.12125). Its expected gradient per prefix is that of the reverse KL
     to a target proportional to `pi_T^scale pi_ref^(1 - scale)`: the reference at 0, the teacher at
-    1, beyond the teacher above 1 (ExOPD; the authors use 1.25). At 1 it is exactly d_t and the
-    reference, not read, may be None.
+    1, beyond the teacher above 1 (ExOPD; the authors use 1.25). At 1 it is exactly d_t, the
+    sampled-token reverse KL of Thinking Machines' recipe, and the reference, not read, may be None.
     """
-    signal = log_ratio(teacher_logprobs, student_logprobs)
-    if scale == 1:
-        return signal
-    assert reference_logprobs is not None, f"scale {scale} reads the reference"
-    return signal + (scale - 1) * log_ratio(teacher_logprobs, reference_logprobs)
+    signal = teacher_logprobs - student_logprobs
+    if scale != 1:
+        assert reference_logprobs is not None, f"scale {scale} reads the reference"
+        signal = signal + (scale - 1) * (teacher_logprobs - reference_logprobs)
+    return signal.detach()
 
 
 def group_advantage(

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from opd_lightning.metrics.trackers import write_text
+from opd_lightning.metrics.media import write_text
 
 
 def write_figures(trainer: Trainer, figures: Mapping[str, float], step: int) -> None:

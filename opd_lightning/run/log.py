@@ -16,7 +16,7 @@ from torch import Tensor
 from opd_lightning.checkpoints import restoring
 from opd_lightning.errors import note
 from opd_lightning.metrics.log import write_validation
-from opd_lightning.metrics.trackers import run_folder_of
+from opd_lightning.metrics.media import run_folder_of
 from opd_lightning.run.csv_log import put_back
 from opd_lightning.run.dashboard import write_dashboard
 from opd_lightning.run.settings import differences

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, StepLR
 
 from opd_lightning.checkpoints import save_last, whole
-from opd_lightning.checkpoints.places import commit, recover, staging_path
+from opd_lightning.checkpoints.staging import commit, recover, staging_path
 from opd_lightning.errors import CheckpointError, UserError
 from tests.toy_run import Toy, train
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_lightning.losses.advantage import log_ratio, return_to_go
+from opd_lightning.losses.advantage import extrapolated, return_to_go
 from opd_lightning.losses.divergence import kl
 from opd_lightning.losses.reduction import Aggregation, aggregate
 from opd_lightning.types import Totals
@@ -20,6 +20,10 @@ from tests.toy import (
     token_logprobs,
     visit_probabilities,
 )
+
+
+def log_ratio(theirs: Tensor, ours: Tensor) -> Tensor:
+    return extrapolated(theirs, ours, None, 1.0)
 
 
 @pytest.fixture

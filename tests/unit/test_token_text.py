@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from opd_lightning.commands.token_text import coloured, plain
+from opd_lightning.terminal.token_text import coloured, plain
 
 RED, BLUE = "rgb(214,69,65)", "rgb(38,133,196)"
 
