@@ -101,6 +101,11 @@ def shortened(text: str, limit: int = 400) -> str:
     return line
 
 
+def cut(text: str, limit: int = 80) -> str:
+    """Return a text, or its beginning and "...", of at most `limit` characters."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def reason_of(error: BaseException, length: int = 200) -> str:
     """Return the message of a library's error in one line, cut to `length` characters.
 

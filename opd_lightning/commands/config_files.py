@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from opd_lightning.errors import UserError, reason_of
+from opd_lightning.errors import UserError, cut, reason_of
 
 MAX_BYTES = 2**22  # limit of a file; configurations have about 2**12
 MAX_DEPTH = 100  # limit of nesting; configurations have about ten levels
@@ -44,10 +44,9 @@ def read_config(given: str) -> tuple[str, dict[str, Any]]:
     except (OSError, ValueError) as error:
         if ":" in given:
             return "--config", _settings("--config", parse("--config", given))
-        name = given if len(given) <= 100 else f"{given[:97]}..."
         too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
         why = "its name is too long for a file" if too_long else "no such file exists"
-        raise UserError(f"--config: got {name!r}, but {why}") from error
+        raise UserError(f"--config: got {cut(given, 100)!r}, but {why}") from error
     return given, _settings(given, read_yaml("--config", given))
 
 

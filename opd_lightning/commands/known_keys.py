@@ -20,7 +20,7 @@ from opd_lightning.commands.callback_names import INSTALLED, SHORT, is_our_packa
 from opd_lightning.commands.config_files import check_words, is_blank, parse, read_config, read_yaml
 from opd_lightning.commands.known_values import Word, kinds_of, members, problem, shown, words_of
 from opd_lightning.commands.signatures import Class, Parameter, find, load, parameters
-from opd_lightning.errors import UserError
+from opd_lightning.errors import UserError, cut
 
 TRAINER = "opd_lightning.commands.trainer.Trainer"
 DATA = "opd_lightning.run.datamodule.RolloutDataModule"
@@ -170,11 +170,11 @@ class _Checker:
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
         if len(hint) > 200:
             hint = f"{hint[:200]} ..."
-        cut = name if len(name) <= 60 else f"{name[:57]}..."
-        full = f"{place}.{cut}" if place else cut
+        name = cut(name, 60)
+        full = f"{place}.{name}" if place else name
         self.refuse(
             full,
-            f"{cut!r} is not accepted; {hint} (`opd {self.command} --help` shows what is)",
+            f"{name!r} is not accepted; {hint} (`opd {self.command} --help` shows what is)",
         )
 
     def expect_value(self, place: str, value: Any, parameter: Parameter) -> None:
@@ -287,9 +287,10 @@ def unknown_class(path: str) -> str | None:
         near = get_close_matches(name, [one.rpartition(".")[2] for one in candidates], n=1)
         if near:
             full = next(one for one in candidates if one.endswith(f".{near[0]}"))
-            return f"there is no class {_cut(path)!r}; did you mean {full!r}?"
+            return f"there is no class {cut(path, 100)!r}; did you mean {full!r}?"
     what = "module" if module is None else "class"
-    return f"there is no {what} {_cut(owner if module is None else path)!r}; correct the name"
+    missing = owner if module is None else path
+    return f"there is no {what} {cut(missing, 100)!r}; correct the name"
 
 
 def _names(name: str) -> list[str]:
@@ -297,10 +298,6 @@ def _names(name: str) -> list[str]:
     module = load(name)
     known = {**module.imported, **module.definitions} if module else {}
     return [word for word in known if word[:1].isupper()]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def is_name(text: str) -> bool:

@@ -17,6 +17,7 @@ import yaml
 
 from opd_lightning.commands.config_files import is_blank
 from opd_lightning.commands.signatures import Module, Parameter
+from opd_lightning.errors import cut
 
 CONTAINERS = {"list", "tuple", "set", "Sequence", "Iterable", "List", "Tuple"}
 TABLES = {"dict", "Mapping", "Dict"}
@@ -142,8 +143,7 @@ def shown(value: object) -> str:
         return "a text that holds nothing"
     is_number = isinstance(value, Word) and _number(value) is not None
     text = repr(str(value) if isinstance(value, str) else value)
-    text = text.strip("'") if is_number else text
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return cut(text.strip("'") if is_number else text, 60)
 
 
 def members(parameter: Parameter) -> Iterator[tuple[ast.expr, Module]]:

@@ -6,12 +6,12 @@ import inspect
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
+from opd_lightning import __version__
 from opd_lightning.checkpoints.reading import Saved
 from opd_lightning.training.base import DistillationModule
 
@@ -41,7 +41,7 @@ def model_card(
         f"---\n{yaml.safe_dump(_front(start, method), sort_keys=False)}---",
         f"# {name}",
         f"{_shown(start)} after {saved.step:,} optimiser steps of {method} with OPD Lightning"
-        f"{_version()}, a program for on-policy distillation.",
+        f" {__version__}, a program for on-policy distillation.",
     ]
     if method == type(module).__name__:
         parts.append(_first_sentence(module))
@@ -117,10 +117,3 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
-
-
-def _version() -> str:
-    try:
-        return f" {version('opd-lightning')}"
-    except PackageNotFoundError:  # run from source, not installed
-        return ""

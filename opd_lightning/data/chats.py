@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from opd_lightning.data.layouts import has_column
-from opd_lightning.data.rows import BadRowError, cut, shown
+from opd_lightning.data.rows import BadRowError, shown
+from opd_lightning.errors import cut
 from opd_lightning.types import Message
 
 _ROLES = {

@@ -17,8 +17,8 @@ from opd_lightning.data.layouts import FIELDS, Layout, has_column, layout_of
 from opd_lightning.data.order import PromptOrder
 from opd_lightning.data.row_checks import RowChecks
 from opd_lightning.data.row_report import Problems, Texts
-from opd_lightning.data.rows import BadRowError, Row, cut, read_rows, shown
-from opd_lightning.errors import UserError
+from opd_lightning.data.rows import BadRowError, Row, read_rows, shown
+from opd_lightning.errors import UserError, cut
 from opd_lightning.models import strict_json
 from opd_lightning.types import Message, Prompt
 

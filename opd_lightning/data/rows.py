@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from opd_lightning.errors import UserError
+from opd_lightning.errors import UserError, cut
 
 READABLE = "a .jsonl or .parquet file or a folder written by Dataset.save_to_disk"
 
@@ -181,8 +181,3 @@ def _unreadable(path: Path | str, kind: str, error: Exception, row: int = 0) -> 
 def shown(value: Any) -> str:
     """Return a value of a row as errors show it."""
     return "nothing" if value is None else cut(repr(value))
-
-
-def cut(text: str, length: int = 80) -> str:
-    """Return a text of at most `length` characters."""
-    return text if len(text) <= length else f"{text[: length - 3]}..."

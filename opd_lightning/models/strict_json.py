@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from opd_lightning.errors import cut
+
 
 def loads(text: str | bytes, **options: Any) -> Any:
     """Parse JSON text to plain data.
@@ -45,6 +47,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-        shown = twice if len(twice) <= 40 else f"{twice[:37]}..."
-        raise ValueError(f"the key {shown!r} is set twice")
+        raise ValueError(f"the key {cut(twice, 40)!r} is set twice")
     return made

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from opd_lightning.errors import cut
+
 # Trainer settings that change what is computed; the others concern display and storage.
 TRAINER = (
     "accelerator",
@@ -90,8 +92,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(settings: Mapping[str, Any], name: str) -> str:
-    value = str(settings.get(name, "its default"))
-    return value if len(value) <= 80 else f"{value[:77]}..."
+    return cut(str(settings.get(name, "its default")))
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, float | str]]:

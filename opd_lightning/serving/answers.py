@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from opd_lightning.errors import cut
+
 Kind = TypeVar("Kind", bool, int, str, list[Any], dict[str, Any])
 
 KINDS = {
@@ -72,5 +74,4 @@ def shown(value: Any) -> str:
         return f"a list of {len(value)}"
     if isinstance(value, int) and abs(value) >= 10**20:
         return f"a number of {value.bit_length()} bits"  # Python refuses to print a long one
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return cut("null" if value is None else repr(value), 60)
