@@ -197,8 +197,9 @@ class Commands(LightningTrainer):
         """
         given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
         changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        if samples < 1:
-            raise UserError(f"--samples: got {samples}, expected at least 1")
+        for name, value in (("samples", samples), ("max_length", max_length)):
+            if value is not None and value < 1:
+                raise UserError(f"--{name}: got {value}, expected at least 1")
         page = None if html is None else Path(os.path.expanduser(html))
         if page is not None:
             outputs.check_file("--html", page)
@@ -219,6 +220,11 @@ class Commands(LightningTrainer):
         if text is not None:
             first.append({"role": "user", "content": text})
             longest = len(sampler.check(first)) + question.sampling.max_new_tokens
+            if max_length is not None and longest > max_length:
+                raise UserError(
+                    f"--max_length: got {max_length}, but the prompt and its response may have "
+                    f"{longest} tokens; raise it, or lower --max_new_tokens"
+                )
         try:
             sampler.start(ckpt_path, longest, self.strategy.root_device)
             if text is not None:

@@ -99,7 +99,7 @@ class ServedChat:
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.owner}.url: {self.url}/v1/models gives no list of models "
-                f"({str(error)[:120] or type(error).__name__}); start the server, or correct it"
+                f"({reason_of(error, 120)}); start the server, or correct it"
             ) from error
 
     @cached_property
@@ -154,7 +154,7 @@ class ServedChat:
                 text = " ".join(error.response.text.split())[:150]
                 raise FailedError(f"status {error.response.status_code}: {text}") from error
             except httpx.HTTPError as error:
-                reason = str(error)[:150] or type(error).__name__
+                reason = reason_of(error, 150)
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 raise FailedError("its reply is no chat completion") from error
             sleep(max(0.0, min(pause, end - monotonic())))

@@ -173,6 +173,8 @@ def test_vllm_answers_what_transformers_do(sample: Sample) -> None:
         ({"prompt": ""}, "prompt: got an empty one with --prompt"),
         ({"prompt": "1+" * 150}, r"prompt of 303 tokens \+ max_new_tokens 8 exceeds"),
         ({"samples": 0}, "--samples: got 0, expected at least 1"),
+        ({"max_length": 0}, "--max_length: got 0, expected at least 1"),
+        ({"max_length": 8}, "--max_length: got 8, but the prompt and its response may have 12"),
         ({"top_p": 2.0}, "sampling.top_p: got 2.0"),
         ({"html": "nowhere/p.html"}, "--html: got 'nowhere/p.html', expected a file"),
         ({"student": "./nowhere"}, "student model: "),
