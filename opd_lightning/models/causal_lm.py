@@ -283,8 +283,11 @@ def response_states(model: Any, batch: RolloutBatch, view: str) -> TokenStates:
         with uncompiled(lm):
             return TokenStates(shared.read(backbone, batch.response_mask), head)
     if is_packed(lm, seen.input_ids.device):
-        row = PackedRow.of(seen, batch.response_mask)
-        return TokenStates(row.read(backbone)[row.predicting], head)
+        real = seen.attention_mask.bool()
+        positions = torch.arange(real.shape[1], device=real.device)
+        row = PackedRow.of(seen.input_ids, real, positions)
+        predicting = seen.predicting_positions(batch.response_mask, row.bounds[:-1])
+        return TokenStates(row.read(backbone)[predicting], head)
     hidden = backbone(
         input_ids=seen.input_ids, attention_mask=seen.attention_mask, use_cache=False
     ).last_hidden_state

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from opd_lightning.errors import UserError
-from opd_lightning.models.readout import readout_of, runs_on_cpu
-from opd_lightning.types import View
+from opd_lightning.models.readout import probe_tokens, readout_of, runs_on_cpu
 
 Packing = Literal["auto", "on", "off"]
 
-KEEPS_APART = frozenset({"full_attention", "sliding_attention"})  # kinds of layers
+ROUNDING = 16  # multiples of a dtype's resolution by which equal states may differ
+_KEEPS_APART = frozenset({"full_attention", "sliding_attention"})  # kinds of layers
 _LENGTHS = (4, 2, 3)  # tokens of the sequences that are compared
-_ROUNDING = 16  # multiples of a dtype's resolution by which equal states may differ
 
 
 class PackedRow(NamedTuple):
@@ -31,29 +30,15 @@ class PackedRow(NamedTuple):
     position_ids: Tensor  # [1, T] int64, from 0 in every sequence
     bounds: Tensor  # [B + 1] int32, where sequences begin, and T
     longest: int  # tokens of the longest sequence
-    predicting: Tensor  # [N] int64, positions in the row that predict response tokens
 
     @classmethod
-    def of(cls, view: View, response_mask: Tensor) -> PackedRow:
-        """Pack the rows of a view; `predicting` is in the order of `response_mask [B, R]`."""
-        real = view.attention_mask.bool()
-        ends = real.sum(dim=1).cumsum(dim=0)
-        positions = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    def of(cls, ids: Tensor, real: Tensor, positions: Tensor) -> PackedRow:
+        """Pack rows `[B, L]` of ids and their positions, without padding: where `real` is True."""
         return cls(
-            input_ids=view.input_ids[real][None],
-            position_ids=positions[real][None],
-            bounds=nn.functional.pad(ends, (1, 0)).int(),
+            input_ids=ids[real][None],
+            position_ids=positions.expand_as(real)[real][None],
+            bounds=nn.functional.pad(real.sum(dim=1).cumsum(dim=0), (1, 0)).int(),
             longest=real.shape[1],
-            predicting=view.predicting_positions(response_mask, ends - real.sum(dim=1)),
-        )
-
-    def to(self, device: torch.device) -> PackedRow:
-        """Return the row on `device`."""
-        return self._replace(
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            bounds=self.bounds.to(device),
-            predicting=self.predicting.to(device),
         )
 
     def read(self, backbone: nn.Module) -> Tensor:
@@ -96,17 +81,24 @@ def set_packing(lm: Any, packing: Packing) -> None:
 
 def why_not(lm: Any) -> str | None:
     """Return why an architecture cannot read packed rows, or None if nothing is known."""
-    kind, text = type(lm).__name__, lm.config.get_text_config()
-    backbone = lm.get_submodule(readout_of(lm).backbone)
-    others = set(getattr(text, "layer_types", None) or ()) - KEEPS_APART
-    if getattr(lm, "_is_stateful", False):
-        return f"layers of {kind} have a state that runs from one packed sequence into the next"
-    if others:
-        return f"{kind} has layers of {min(others)!r}, which run over the ends of packed sequences"
+    if reason := other_states(lm):
+        return reason
+    kind, backbone = type(lm).__name__, lm.get_submodule(readout_of(lm).backbone)
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return f"{kind} takes no position_ids, by which packed sequences are kept apart"
     if is_varlen(lm.config) and not _passes_sequence_bounds(lm, backbone):
         return f"{kind} passes no bounds of packed sequences to its attention kernel"
+    return None
+
+
+def other_states(lm: Any) -> str | None:
+    """Return which layers keep more of a sequence than keys and values; None if none does."""
+    kind = type(lm).__name__
+    layers = getattr(lm.config.get_text_config(), "layer_types", None)
+    if getattr(lm, "_is_stateful", False):
+        return f"layers of {kind} have a state that runs from one packed sequence into the next"
+    if others := set(layers or ()) - _KEEPS_APART:
+        return f"{kind} has layers of {min(others)!r}, which run over the ends of packed sequences"
     return None
 
 
@@ -116,7 +108,8 @@ def _passes_sequence_bounds(lm: Any, backbone: nn.Module) -> bool:
     from opd_lightning.models.varlen import BOUNDS, ReachedError
 
     own, first = lm.config._attn_implementation, next(lm.parameters())
-    row = _probe([3]).to(first.device)
+    with first.device:
+        row = _probe([3])
     hidden = lm.config.get_text_config().hidden_size
     # Some models read token values, which do not exist on the meta device; others require ids.
     inputs = {
@@ -150,10 +143,8 @@ def check_packing(lm: Any, *, attention: str | None) -> None:
     from opd_lightning.models.varlen import VARLEN
 
     kind = type(lm).__name__
-    text = lm.config.get_text_config()
     backbone = lm.get_submodule(readout_of(lm).backbone)
-    known = [i for i in range(3, min(text.vocab_size, 1000)) if i != text.pad_token_id]
-    row = _probe([known[7 * i % len(known)] for i in range(sum(_LENGTHS))])
+    row = _probe(probe_tokens(lm.config.get_text_config(), sum(_LENGTHS)))
     rows = row.input_ids[0].split(_LENGTHS)
     with runs_on_cpu(lm, attention) as result:
         alone = [backbone(input_ids=x[None], use_cache=False).last_hidden_state[0] for x in rows]
@@ -167,7 +158,7 @@ def check_packing(lm: Any, *, attention: str | None) -> None:
         return
     expected, found = result[0].float(), packed[0].float()
     gap, size = float((found - expected).abs().max()), float(expected.abs().max())
-    if not gap <= _ROUNDING * torch.finfo(result[0].dtype).eps * size:
+    if not gap <= ROUNDING * torch.finfo(result[0].dtype).eps * size:
         raise UserError(
             f"packing: {kind} mixes packed sequences (states differ by {gap / size:.2g} of the "
             "largest); set it to off"
@@ -182,7 +173,6 @@ def _probe(tokens: list[int]) -> PackedRow:
         position_ids=torch.cat([torch.arange(n) for n in _LENGTHS])[None],
         bounds=torch.tensor([0, *_LENGTHS]).cumsum(0).int(),
         longest=max(_LENGTHS),
-        predicting=torch.arange(0),
     )
 
 

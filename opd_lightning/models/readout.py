@@ -258,13 +258,17 @@ _LENGTH, _SHARED = 4, 2  # tokens of a row, and first tokens that both rows shar
 
 def _probe(config: Any) -> tuple[Tensor, Tensor]:
     """Return ids and mask `[2, 4]` of rows that begin alike; the second is padded."""
-    known = [i for i in range(3, min(config.vocab_size, 1000)) if i != config.pad_token_id]
-    chosen = torch.tensor([known[7 * i % len(known)] for i in range(2 * _LENGTH)])
-    ids = chosen.view(2, _LENGTH)
+    ids = torch.tensor(probe_tokens(config, 2 * _LENGTH)).view(2, _LENGTH)
     ids[1, :_SHARED] = ids[0, :_SHARED]
     mask = torch.ones_like(ids)
     mask[1, _SHARED + 1 :] = 0
     return ids, mask
+
+
+def probe_tokens(config: Any, count: int) -> list[int]:
+    """Return ids of ordinary tokens, in no order, for comparisons of short sequences."""
+    known = [i for i in range(3, min(config.vocab_size, 1000)) if i != config.pad_token_id]
+    return [known[7 * i % len(known)] for i in range(count)]
 
 
 def _distance(one: Tensor, other: Tensor) -> float:

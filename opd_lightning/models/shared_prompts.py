@@ -18,9 +18,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from opd_lightning.models.packing import KEEPS_APART, PackedRow, is_packed, is_varlen
+from opd_lightning.models.packing import (
+    ROUNDING,
+    PackedRow,
+    is_packed,
+    is_varlen,
+    other_states,
+)
 from opd_lightning.models.padding import make_view, pad
-from opd_lightning.models.readout import readout_of, runs_on_cpu
+from opd_lightning.models.readout import probe_tokens, readout_of, runs_on_cpu
 from opd_lightning.models.varlen import VARLEN
 from opd_lightning.types import View
 
@@ -28,7 +34,6 @@ from opd_lightning.types import View
 MIN_SAVED = 1024
 MIN_SHARE = 0.25
 _BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that depend on a pass's longest sequence
-_ROUNDING = 16  # multiples of a dtype's resolution by which equal states may differ
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +106,13 @@ class SharedPrompts:
         """As `_read_padded`, for kernels that take bounds of sequences."""
         places = torch.arange(self.prompts.shape[1], device=self.rows.device)
         known = places < self.lengths[:, None]
-        prompts = _packed(self.prompts, known, places.expand_as(known))
+        prompts = PackedRow.of(self.prompts, known, places)
         own = prompts.arguments(backbone) | {"past_key_values": cache, "use_cache": True}
         states = backbone(input_ids=prompts.input_ids, **own).last_hidden_state[0]
         states = states[prompts.bounds[1:] - 1]
         columns = torch.arange(self.real.shape[1], device=self.rows.device)
-        responses = _packed(self.responses, self.real, self.lengths[self.rows, None] + columns)
+        after = self.lengths[self.rows, None] + columns
+        responses = PackedRow.of(self.responses, self.real, after)
         begins = responses.bounds[:-1].long()
         if not responses.input_ids.numel():
             return states, len(states) + begins
@@ -161,21 +167,12 @@ def _call(
 ) -> Tensor:
     """Return the last hidden states of rows `[rows, tokens]`, after what the cache holds."""
     arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-    if _takes_positions(backbone):  # others count them in the mask
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        # Others count them in the mask.
         arguments["position_ids"] = places
     output = backbone(input_ids=ids, attention_mask=mask.long(), **arguments)
     states: Tensor = output.last_hidden_state
     return states
-
-
-def _packed(ids: Tensor, real: Tensor, places: Tensor) -> PackedRow:
-    return PackedRow(
-        input_ids=ids[real][None],
-        position_ids=places[real][None],
-        bounds=nn.functional.pad(real.sum(dim=1).cumsum(dim=0), (1, 0)).int(),
-        longest=real.shape[1],
-        predicting=torch.arange(0),
-    )
 
 
 def shared_prompts(lm: Any, view: View, response_mask: Tensor) -> SharedPrompts | None:
@@ -210,14 +207,12 @@ def check_sharing(lm: Any, *, attention: str | None) -> None:
     are those of whole rows, on the CPU, within rounding.
     """
     lm.opd_shares_prompts = False
-    if _keeps_more(lm):
+    if other_states(lm) or _embeds_by_length(lm):
         return
     backbone = lm.get_submodule(readout_of(lm).backbone)
-    text = lm.config.get_text_config()
-    known = [i for i in range(3, min(text.vocab_size, 1000)) if i != text.pad_token_id]
-    tokens = [known[7 * i % len(known)] for i in range(9)]
+    tokens = probe_tokens(lm.config.get_text_config(), 9)
     responses = [tokens[5:8], tokens[7:], tokens[:1]]
-    view = make_view([tokens[:3], tokens[:3], tokens[3:5]], responses, known[0])
+    view = make_view([tokens[:3], tokens[:3], tokens[3:5]], responses, tokens[0])
     mask, given = pad(responses, 0)[1], {"attention_mask": view.attention_mask, "use_cache": False}
     # Code that takes another kind of cache, or none, ends in errors of many kinds.
     with runs_on_cpu(lm, attention) as whole, suppress(Exception):
@@ -227,18 +222,12 @@ def check_sharing(lm: Any, *, attention: str | None) -> None:
     with runs_on_cpu(lm, attention, stand_in) as shared, suppress(Exception):
         shared.append(SharedPrompts.of(view, mask.shape[1]).read(backbone, mask))
     if whole and shared:
-        rounding = _ROUNDING * torch.finfo(whole[0].dtype).eps * float(whole[0].abs().max())
+        rounding = ROUNDING * torch.finfo(whole[0].dtype).eps * float(whole[0].abs().max())
         lm.opd_shares_prompts = float((shared[0] - whole[0]).abs().max()) <= rounding
 
 
-def _keeps_more(lm: Any) -> bool:
-    """Return whether layers have other states than keys and values, or embed places by length."""
-    text = lm.config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
+def _embeds_by_length(lm: Any) -> bool:
+    """Return whether a token's embedded position depends on the longest sequence of a pass."""
+    rope = getattr(lm.config.get_text_config(), "rope_parameters", None) or {}
     kinds = {one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, dict)}
-    others = set(getattr(text, "layer_types", None) or ()) - KEEPS_APART
-    return getattr(lm, "_is_stateful", False) or bool(others) or not kinds.isdisjoint(_BY_LENGTH)
-
-
-def _takes_positions(backbone: nn.Module) -> bool:
-    return "position_ids" in inspect.signature(backbone.forward).parameters
+    return not kinds.isdisjoint(_BY_LENGTH)

@@ -145,7 +145,9 @@ def test_bounds_are_found_without_weights(name: str) -> None:
 
 
 def test_a_row_by_hand() -> None:
-    row = PackedRow.of(BATCH.views["student"], BATCH.response_mask)
+    view = BATCH.views["student"]
+    positions = torch.arange(view.input_ids.shape[1])
+    row = PackedRow.of(view.input_ids, view.attention_mask.bool(), positions)
     tokens = [t for p, r in zip(PROMPTS, RESPONSES, strict=True) for t in p + r]
     lengths = [len(p) + len(r) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     assert row.input_ids.tolist() == [tokens]
@@ -153,7 +155,8 @@ def test_a_row_by_hand() -> None:
     assert row.bounds.tolist() == [0, 8, 17, 32]
     assert row.bounds.dtype == torch.int32
     assert row.longest == 15
-    assert [tokens[i + 1] for i in row.predicting.tolist()] == [t for r in RESPONSES for t in r]
+    predicting = view.predicting_positions(BATCH.response_mask, row.bounds[:-1]).tolist()
+    assert [tokens[i + 1] for i in predicting] == [t for r in RESPONSES for t in r]
 
 
 class Forgetful(nn.Module):
