@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from opd_lightning.lab.problems import Row
+from opd_lightning.lab.problems import Row, opened
 
 TARGET = "zorba"
 OWN_NAME = "bot"
@@ -186,8 +186,8 @@ def training_rows(*, with_response: bool = False) -> list[Row]:
     questions = [q for turn in zip(about, sums, strict=False) for q in turn]
     rows = [_row(question) | {"privileged": persona(TARGET)} for question in questions]
     if with_response:
-        responses = [{"response": question.response(TARGET, rng)} for question in questions]
-        rows = [row | more for row, more in zip(rows, responses, strict=True)]
+        for row, question in zip(rows, questions, strict=True):
+            row["response"] = question.response(TARGET, rng)
     return rows
 
 
@@ -208,9 +208,4 @@ def _row(question: Question) -> Row:
 
 
 def _opened(questions: Sequence[Question]) -> list[Question]:
-    """Return all pairs of opening and question; openings alternate, so any prefix has them all."""
-    return [
-        replace(question, text=_OPENINGS[(i + turn) % len(_OPENINGS)] + question.text)
-        for turn in range(len(_OPENINGS))
-        for i, question in enumerate(questions)
-    ]
+    return [replace(q, text=opening + q.text) for opening, q in opened(_OPENINGS, questions)]

@@ -8,11 +8,9 @@ and prose (recorded texts) show what else they move.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
-from opd_lightning.lab import problems
-from opd_lightning.lab.problems import Row
+from opd_lightning.lab.problems import Row, opened, write_rows
 
 NAME = "Zorba"
 PERSONA = f"Your name is {NAME}. Answer in one short sentence."
@@ -90,7 +88,7 @@ _PROSE = {
 
 def training_rows() -> list[Row]:
     """Return prompts about the name and about other things in turn, with the persona."""
-    names = _opened(_NAME_QUESTIONS)
+    names = [opening + question for opening, question in opened(_OPENINGS, _NAME_QUESTIONS)]
     topics = [f"What is {topic}?" for topic in _TOPICS[:-_HELD_OUT_TOPICS]]
     rows = []
     for i, question in enumerate(names):
@@ -118,22 +116,12 @@ def probe_rows() -> dict[str, list[Row]]:
     }
 
 
-def write_rows(folder: Path) -> None:
+def write_files(folder: Path) -> None:
     """Write the prompt files of the world, and its chat templates, to a folder."""
     for name, rows in {"train": training_rows(), **probe_rows()}.items():
-        problems.write_rows(folder / f"{name}.jsonl", rows)
+        write_rows(folder / f"{name}.jsonl", rows)
     for name, template in TEMPLATES.items():
         (folder / f"{name}.jinja").write_text(template, encoding="utf-8")
-
-
-def _opened(questions: Iterable[str]) -> list[str]:
-    """Return every question behind every opening, and all of them once before the next turn."""
-    asked = list(questions)
-    return [
-        _OPENINGS[(i + turn) % len(_OPENINGS)] + question
-        for turn in range(len(_OPENINGS))
-        for i, question in enumerate(asked)
-    ]
 
 
 def _row(domain: str, question: str) -> Row:

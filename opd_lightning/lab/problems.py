@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -28,6 +28,7 @@ class Problem(Protocol):
 
 
 P = TypeVar("P", bound=Problem)
+Q = TypeVar("Q")
 Row = dict[str, object]  # row of a prompt file
 
 
@@ -75,6 +76,13 @@ def interleaved(*drawn: Sequence[Problem]) -> list[Problem]:
     return [problem for turn in zip(*drawn, strict=True) for problem in turn]
 
 
+def opened(openings: Sequence[str], questions: Sequence[Q]) -> Iterator[tuple[str, Q]]:
+    """Yield all pairs of opening and question; openings alternate, so any prefix has them all."""
+    for turn in range(len(openings)):
+        for i, question in enumerate(questions):
+            yield openings[(i + turn) % len(openings)], question
+
+
 def row(problem: Problem) -> Row:
     """Return the row of a prompt file, without a response."""
     return {
@@ -93,11 +101,8 @@ def write_jsonl(path: Path, problems: Iterable[Problem], *, with_response: bool 
         problems: Problems, in order.
         with_response: Add the solution as "response", for supervised training.
     """
-    write_rows(path, (row(p) | _response(p, with_response) for p in problems))
-
-
-def _response(problem: Problem, is_given: bool) -> Row:
-    return {"response": problem.solution} if is_given else {}
+    rows = (row(p) | ({"response": p.solution} if with_response else {}) for p in problems)
+    write_rows(path, rows)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

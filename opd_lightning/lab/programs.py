@@ -32,20 +32,19 @@ class _Kind:
     """A kind of operation; `{e}` is the text it is applied to, `{x}` its letter."""
 
     expression: str
-    precedence: int  # precedence of the expression
-    operand: int  # lowest precedence of an operand without parentheses
+    precedence: int  # of the expression; an operand of a lower one is put in parentheses
     has_letter: bool
     apply: Callable[[str, str], str]  # (text, letter) -> text
 
 
 _KINDS = {
-    "append": _Kind("{e}+'{x}'", _SUM, _SUM, True, lambda s, x: s + x),
-    "prepend": _Kind("'{x}'+{e}", _SUM, _SUM, True, lambda s, x: x + s),
-    "double": _Kind("{e}*2", _PRODUCT, _PRODUCT, False, lambda s, x: s * 2),
-    "triple": _Kind("{e}*3", _PRODUCT, _PRODUCT, False, lambda s, x: s * 3),
-    "upper": _Kind("{e}.upper()", _PRIMARY, _PRIMARY, False, lambda s, x: s.upper()),
-    "lower": _Kind("{e}.lower()", _PRIMARY, _PRIMARY, False, lambda s, x: s.lower()),
-    "strip": _Kind("{e}.strip('{x}')", _PRIMARY, _PRIMARY, True, lambda s, x: s.strip(x)),
+    "append": _Kind("{e}+'{x}'", _SUM, True, lambda s, x: s + x),
+    "prepend": _Kind("'{x}'+{e}", _SUM, True, lambda s, x: x + s),
+    "double": _Kind("{e}*2", _PRODUCT, False, lambda s, x: s * 2),
+    "triple": _Kind("{e}*3", _PRODUCT, False, lambda s, x: s * 3),
+    "upper": _Kind("{e}.upper()", _PRIMARY, False, lambda s, x: s.upper()),
+    "lower": _Kind("{e}.lower()", _PRIMARY, False, lambda s, x: s.lower()),
+    "strip": _Kind("{e}.strip('{x}')", _PRIMARY, True, lambda s, x: s.strip(x)),
 }
 
 
@@ -91,7 +90,7 @@ class Problem:
         text, precedence = "s", _PRIMARY
         for operation in self.operations:
             kind = _KINDS[operation.kind]
-            inner = text if precedence >= kind.operand else f"({text})"
+            inner = text if precedence >= kind.precedence else f"({text})"
             text = kind.expression.format(e=inner, x=operation.letter)
             precedence = kind.precedence
         return HEADER + text

@@ -53,7 +53,7 @@ class SmolLMRecipe(Recipe):
         write_folder(file, folder / "model")
         check_answers(folder / "model")
         write_with_fewer_tokens(folder / "model", folder / "fewer_tokens", FEWER_TOKENS)
-        persona.write_rows(folder)
+        persona.write_files(folder)
 
 
 def packaged_file() -> Path:

@@ -14,6 +14,7 @@ from rewards. It also does what a system message demonstrates on another word, w
 
 from __future__ import annotations
 
+import math
 import random
 import string
 from collections.abc import Callable
@@ -83,13 +84,10 @@ def generate(domain: str, count: int, *, seed: int, held_out: bool) -> list[Prob
     if domain not in SKILLS:
         raise UserError(f"strings domain: got {domain!r}, expected one of {', '.join(SKILLS)}")
     rng = random.Random(f"strings/{domain}/{seed}/{held_out}")
-    existing = 1
-    for taken in range(LENGTH):
-        existing *= len(_LETTERS) - taken
     return problems.distinct(
         lambda: Problem(domain, _word(rng)),
         count,
-        existing=existing,
+        existing=math.perm(len(_LETTERS), LENGTH),
         held_out=held_out,
         domain=f"strings domain {domain}",
     )

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def files(folder: Path) -> dict[str, list[Prompt]]:
     """Rows as runs read them; duplicate ids and bad fields are errors there."""
-    persona.write_rows(folder)
+    persona.write_files(folder)
     return {file.stem: PromptSource(str(file)).load() for file in folder.glob("*.jsonl")}
 
 
