@@ -77,29 +77,26 @@ class RowChecks:
     # Texts ----------------------------------------------------------------------------------
 
     @cached_property
-    def _control(self) -> re.Pattern[str] | None:
+    def _control(self) -> re.Pattern[str]:
         """Pattern of the texts of control tokens, such as the end of a turn."""
         added = self.tokenizer.added_tokens_decoder.values()
         texts = {token.content for token in added if token.special}
         texts |= {*self.tokenizer.all_special_tokens}
-        longest_first = sorted((text for text in texts if text), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        longest_first = sorted(filter(None, texts), key=len, reverse=True)
+        # Without control tokens, a pattern that no text has.
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def control_token(self, prompt: Prompt) -> str | None:
         """Return a control token that a text of the row contains; None without one."""
-        if self._control is None:
-            return None
         found = (self._control.search(text) for text in texts_of(prompt))
         return next((match[0] for match in found if match), None)
 
     def without_control(self, text: str) -> str:
         """Return the text with control tokens removed."""
-        return text if self._control is None else self._control.sub("", text)
+        return self._control.sub("", text)
 
     def escaped(self, text: str) -> str:
         """Return the text with a space inside each control token, which makes it plain text."""
-        if self._control is None:
-            return text
         return self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
     def unreadable(self, characters: set[str]) -> set[str]:

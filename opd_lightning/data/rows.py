@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -149,21 +148,16 @@ def _rows_of(batch: Any) -> Iterator[Row]:
     try:
         rows = batch.to_pylist()
     except (ValueError, OverflowError, RecursionError):
-        parts = (batch.slice(i, 1) for i in range(batch.num_rows))
-        yield from (_values(partial(_only_row, part)) for part in parts)
+        yield from (_only_row(batch.slice(i, 1)) for i in range(batch.num_rows))
     else:
         yield from rows
 
 
-def _only_row(batch: Any) -> Mapping[str, Any]:
-    row: Mapping[str, Any] = batch.to_pylist()[0]
-    return row
-
-
-def _values(read: Callable[[], Mapping[str, Any]]) -> Row:
-    """Return the values of a row, or what is wrong with it."""
+def _only_row(batch: Any) -> Row:
+    """Return the row of a batch of one, or what is wrong with it."""
     try:
-        return read()
+        row: Mapping[str, Any] = batch.to_pylist()[0]
+        return row
     except UnicodeDecodeError as error:
         return BadRowError(f"must be UTF-8, got a bad byte at position {error.start}")
     except RecursionError:

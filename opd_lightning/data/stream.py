@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from opd_lightning.checkpoints import restoring
@@ -23,6 +23,7 @@ from opd_lightning.timing import StepTimer
 from opd_lightning.types import Author, Prompt, Rollout, RolloutBatch, StepTotals, Totals, WholeStep
 
 
+@dataclass(eq=False, repr=False)
 class TrainingStream:
     """Micro-batches of rollouts, `micro_batches` per optimiser step.
 
@@ -39,72 +40,39 @@ class TrainingStream:
     A step's prompts and seeds depend on (seed, step) alone, and the step is the optimiser's: the
     stream stores no position. A checkpoint taken anywhere in a step resumes at its beginning.
     It contains what cannot be generated again: rollouts by weights that no longer exist.
-
-    `order` is that of the prompts; `before_step(step)` is called before anything is generated for
-    a step; `mix_at(step)` returns the step's mix of authors; `prepare` receives all micro-batches
-    before the first is yielded; `likelihoods` returns the student's mean log-prob of each rollout,
-    nats; `now()` returns the number of optimiser steps made, `limit()` the most items of an epoch.
-    Of `teacher_samples` responses of the teacher to a prompt, `keep_best` keeps one.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[list[int]],
-        *,
-        order: PromptOrder,
-        writer: RolloutWriter,
-        samplings: Mapping[Author, Sampling],
-        before_step: Callable[[int], None],
-        mix_at: Callable[[int], RolloutMix],
-        prepare: Callable[[list[RolloutBatch]], None],
-        likelihoods: Callable[[list[RolloutBatch]], list[float]],
-        now: Callable[[], int],
-        limit: Callable[[], float],
-        engines: Engines,
-        max_staleness: int,
-        prompts_per_step: int,
-        samples_per_prompt: int,
-        teacher_samples: int,
-        keep_best: bool,
-        micro_batches: int,
-        max_tokens: int | None,
-        packed: Callable[[], bool],
-        seed: int,
-        ranks: Ranks,
-        pad_id: int,
-        timer: StepTimer,
-    ) -> None:
-        self.prompts = prompts
-        self.prompt_ids = prompt_ids
-        self.order = order
-        self.writer = writer
-        self.samplings = samplings
-        self.before_step = before_step
-        self.mix_at = mix_at
-        self.prepare = prepare
-        self.likelihoods = likelihoods
-        self.now = now
-        self.limit = limit
-        self.engines = engines
-        self.max_staleness = max_staleness
-        self.prompts_per_step = prompts_per_step
-        self.samples_per_prompt = samples_per_prompt
-        self.teacher_samples = teacher_samples
-        self.keep_best = keep_best
-        self.micro_batches = micro_batches
-        self.max_tokens = max_tokens
-        self.packed = packed
-        self.seed = seed
-        self.ranks = ranks
-        self.pad_id = pad_id
-        self.timer = timer
-        self.steps_per_epoch = max(1, len(prompts) // prompts_per_step)
-        self._in_training: tuple[int, list[Rollout]] = (-1, [])  # a step and its rollouts
+    prompts: Sequence[Prompt]
+    prompt_ids: Sequence[list[int]]
+    _: KW_ONLY
+    order: PromptOrder
+    writer: RolloutWriter
+    samplings: Mapping[Author, Sampling]
+    before_step: Callable[[int], None]  # called before anything is generated for a step
+    mix_at: Callable[[int], RolloutMix]  # a step's mix of authors
+    prepare: Callable[[list[RolloutBatch]], None]  # gets all of a step before the first is yielded
+    likelihoods: Callable[[list[RolloutBatch]], list[float]]  # the student's mean log-probs, nats
+    now: Callable[[], int]  # number of optimiser steps made
+    limit: Callable[[], float]  # most items of an epoch
+    engines: Engines
+    max_staleness: int
+    prompts_per_step: int
+    samples_per_prompt: int
+    teacher_samples: int  # the teacher's responses to a prompt
+    keep_best: bool  # whether one of them is kept
+    micro_batches: int
+    max_tokens: int | None
+    packed: Callable[[], bool]
+    seed: int
+    ranks: Ranks
+    pad_id: int
+    timer: StepTimer
+    # A step and its rollouts.
+    _in_training: tuple[int, list[Rollout]] = field(default=(-1, []), init=False)
 
     def __len__(self) -> int:
         """Return the number of items in an epoch (about one pass over the prompts)."""
-        return self.steps_per_epoch * self.micro_batches
+        return max(1, len(self.prompts) // self.prompts_per_step) * self.micro_batches
 
     def state_dict(self) -> dict[str, Any]:
         """Return the layout of a step, and the rollouts of the next step on all ranks.
