@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from opd_lightning.errors import UserError, cut
+from opd_lightning.errors import UserError, cut, reason_of
 
 READABLE = "a .jsonl or .parquet file or a folder written by Dataset.save_to_disk"
 
@@ -163,13 +163,13 @@ def _only_row(batch: Any) -> Row:
     except RecursionError:
         return BadRowError("is nested too deeply to be read")
     except (ValueError, OverflowError) as error:
-        return BadRowError(f"cannot be read: {cut(' '.join(str(error).split()), 150)}")
+        return BadRowError(f"cannot be read: {reason_of(error, 150)}")
 
 
 def _unreadable(path: Path | str, kind: str, error: Exception, row: int = 0) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = reason_of(error, 150)
     where = f" behind row {row}" if row else ""
-    return UserError(f"cannot read '{path}' as {kind}{where}: {cut(reason, 150)}; give {READABLE}")
+    return UserError(f"cannot read '{path}' as {kind}{where}: {reason}; give {READABLE}")
 
 
 def shown(value: Any) -> str:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from opd_lightning.errors import RunStoppedError, UserError
+from opd_lightning.errors import RunStoppedError, UserError, cut
 
 
 @contextmanager
@@ -82,5 +82,4 @@ def _one_line(error: Exception) -> str:
     messages = [str(error)]
     if isinstance(error, ValidationError):
         messages = [one["msg"] for one in error.errors()]
-    text = " ".join("; ".join(messages).split())
-    return text if len(text) <= 400 else text[:397] + "..."
+    return cut(" ".join("; ".join(messages).split()), 400)
