@@ -13,6 +13,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from opd_lightning.errors import UserError
+from opd_lightning.models.causal_lm import empty_causal_lm
+from opd_lightning.models.folder_format import stored_tensors
 from opd_lightning.preflight import agreement, cost, teacher_scores, weight_push
 from opd_lightning.preflight.finding import Finding, attempt, gather
 from opd_lightning.preflight.probe import Probe
@@ -20,7 +22,6 @@ from opd_lightning.preflight.rewards import check_rewards
 from opd_lightning.preflight.settings import check_settings
 from opd_lightning.preflight.tokens import check_tokens
 from opd_lightning.preflight.widths import Widths
-from opd_lightning.rollouts.checks import parameter_shapes
 from opd_lightning.run import configuration
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ def _cost(probe: Probe) -> Iterator[Finding]:
     on_gpu = device.type == "cuda"
     available = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
     try:
-        weights = sum(shape.numel() for shape in parameter_shapes(source).values())
+        lm = empty_causal_lm(source, dtype="float32")
+        weights = sum(tensor.numel() for _, tensor in stored_tensors(lm))
         widths = Widths.of(source.config)
         plan = cost.plan(
             probe.module,

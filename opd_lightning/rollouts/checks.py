@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from opd_lightning.errors import RunStoppedError, UserError
-from opd_lightning.models.causal_lm import empty_causal_lm
-from opd_lightning.models.folder_format import stored_tensors
-from opd_lightning.models.source import ModelSource
 from opd_lightning.rollouts.base import Engine, Request, Sampling
 from opd_lightning.types import Completion
-
-
-def parameter_shapes(source: ModelSource) -> dict[str, torch.Size]:
-    """Return the shapes of all weights by name, as they are pushed; allocates no memory."""
-    return shapes(empty_causal_lm(source, dtype="float32"))
-
-
-def shapes(model: Any) -> dict[str, torch.Size]:
-    """Return the shapes of a model's weights by name, as they are pushed."""
-    return {name: tensor.shape for name, tensor in stored_tensors(model)}
 
 
 def checked_weights(

@@ -17,7 +17,7 @@ from opd_lightning.models.folder_format import stored_tensors
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.weight_sums import EngineSum, engine_sums
 from opd_lightning.rollouts.base import Engine, Request, Sampling
-from opd_lightning.rollouts.checks import check_lengths, checked_weights, shapes
+from opd_lightning.rollouts.checks import check_lengths, checked_weights
 from opd_lightning.terminal.progress import Progress
 from opd_lightning.types import Completion, StopReason
 
@@ -44,7 +44,6 @@ class HFEngine(Engine):
         self.dtype = dtype
         self.device = device
         self.max_batch_size = max_batch_size
-        self.version = -1
         self._model: Any = None
 
     def start(self, source: ModelSource, *, max_length: int) -> None:
@@ -83,7 +82,8 @@ class HFEngine(Engine):
         A name or shape that does not fit raises `UserError` and leaves the copy partly updated.
         """
         own = dict(stored_tensors(self._model))
-        for name, tensor in checked_weights(weights, shapes(self._model)):
+        shapes = {name: tensor.shape for name, tensor in own.items()}
+        for name, tensor in checked_weights(weights, shapes):
             own[name].copy_(tensor)
             del tensor  # before the next is gathered
         self.version = version
@@ -148,7 +148,7 @@ class HFEngine(Engine):
             input_ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             attention_mask[row, width - len(request.prompt_ids) :] = 1
         seeds = [request.seed for request in batch] if sampling.temperature > 0 else None
-        draw = _make_draw(seeds, self._device, on_step)
+        draw = _Draw(seeds, self._device, on_step)
         output = self._model.generate(
             input_ids.to(self._device),
             attention_mask=attention_mask.to(self._device),
@@ -186,9 +186,11 @@ class _Draw:
     """
 
     def __init__(
-        self, generators: list[torch.Generator] | None, on_step: Callable[[], None]
+        self, seeds: list[int] | None, device: torch.device, on_step: Callable[[], None]
     ) -> None:
-        self._generators = generators  # one per row; None is greedy
+        self._generators: list[torch.Generator] | None = None  # one per row; None is greedy
+        if seeds is not None:
+            self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self._on_step = on_step
         self._noise: Tensor | None = None  # [B, V], reused by every step
         self.logprobs: list[Tensor] = []  # one [B] per step, float32 nats
@@ -213,12 +215,6 @@ class _Draw:
         for row, generator in zip(self._noise.unbind(), self._generators, strict=True):
             row.uniform_(generator=generator)
         return self._noise.log_().neg_().log_().float()
-
-
-def _make_draw(seeds: list[int] | None, device: torch.device, on_step: Callable[[], None]) -> _Draw:
-    if seeds is None:
-        return _Draw(None, on_step)
-    return _Draw([torch.Generator(device).manual_seed(seed) for seed in seeds], on_step)
 
 
 def _make_warpers(sampling: Sampling) -> list[Any]:

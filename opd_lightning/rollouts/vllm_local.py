@@ -73,7 +73,6 @@ class VLLMEngine(Engine):
         self.cpu_kv_cache_gib = cpu_kv_cache_gib
         self.sleep_while_training = sleep_while_training
         self.engine_args = dict(engine_args or {})
-        self.version = -1
         self._llm: Any = None
 
     def check(self, source: ModelSource, *, max_length: int) -> None:

@@ -81,7 +81,6 @@ class VLLMServerEngine(Engine):
         self.push_host = push_host
         self.dtype: Dtype = dtype
         self.weights_dtype = getattr(torch, dtype)
-        self.version = -1
         self._label = FIRST_WEIGHTS
         self._push_method = self._make_push_method(timeout)
 
@@ -98,7 +97,7 @@ class VLLMServerEngine(Engine):
                 f"engine.servers: got a context of {served.max_model_len} tokens, "
                 f"expected at least {max_length}; start them with --max_length {max_length}"
             )
-        self._model = served.name
+        self._model = served.identity
         versions = set(self.servers.get_all("/version", partial(field, name="version", kind=str)))
         if len(versions) > 1:
             raise UserError(f"engine.servers: got vLLM {sorted(versions)}, expected one version")

@@ -173,12 +173,12 @@ def text(name: str, value: Any) -> None:
         )
 
 
-def items(of: Check, least: int = 0) -> Check:
-    """Return a check of a list."""
+def items(of: Check, count: int | None = None) -> Check:
+    """Return a check of a list, of `count` values if it is given."""
 
     def check(name: str, value: Any) -> None:
-        if not isinstance(value, list) or len(value) < least:
-            expected = f"a list of at least {least}" if least else "a list"
+        if not isinstance(value, list) or count not in (None, len(value)):
+            expected = "a list" if count is None else f"a list of {count}"
             raise RefusedError(f"{name}: got {shown(value)}, expected {expected}")
         for inner in value:
             of(name, inner)
@@ -238,18 +238,9 @@ GENERATE = fields(
 def _call(name: str, value: Any) -> None:
     """Check a call of a method of the workers."""
     method = value.get("method") if isinstance(value, Mapping) else None
-    args = CALLS.get(method, items(anything)) if isinstance(method, str) else anything
-    needs = ("method", "args") if method in WITH_ARGUMENTS else ("method",)
+    args = CALLS.get(method, anything) if isinstance(method, str) else anything
+    needs = ("method",) if args is _none else ("method", "args")
     fields(needs=needs, method=one_of(*CALLS), args=args)(name, value)
-
-
-def _exactly_one(of: Check) -> Check:
-    def check(name: str, value: Any) -> None:
-        items(of, 1)(name, value)
-        if len(value) != 1:
-            raise RefusedError(f"{name}: got {shown(value)}, expected a list of 1")
-
-    return check
 
 
 def _none(name: str, value: Any) -> None:
@@ -259,12 +250,11 @@ def _none(name: str, value: Any) -> None:
 
 # Methods of `PushWorker`, with their arguments.
 CALLS: dict[str, Check] = {
-    "load_pushed": _exactly_one(text),
-    "pushed_sums": _exactly_one(items(text)),
+    "load_pushed": items(text, 1),
+    "pushed_sums": items(items(text), 1),
     "transfer_state": _none,
     "leave_transfer": _none,
 }
-WITH_ARGUMENTS = ("load_pushed", "pushed_sums")
 JOIN = fields(
     needs=(
         "master_address",

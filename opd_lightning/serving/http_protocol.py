@@ -87,6 +87,5 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def uvicorn_options() -> dict[str, Any]:
-    """Return the options of uvicorn's server; a request for a WebSocket is one like any other."""
-    return {"http": BoundedProtocol, "backlog": BACKLOG, "ws": "none"}
+# Options of uvicorn's server; a request for a WebSocket is one like any other.
+UVICORN_OPTIONS: dict[str, Any] = {"http": BoundedProtocol, "backlog": BACKLOG, "ws": "none"}

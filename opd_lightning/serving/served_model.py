@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 from opd_lightning.errors import UserError
-from opd_lightning.models.identity import model_identity
 from opd_lightning.models.source import ModelSource
 from opd_lightning.serving.answers import field, of_kind
 from opd_lightning.serving.client import Servers
@@ -49,14 +48,9 @@ class ServedModel(ModelSource):
         self._name = name
 
     @cached_property
-    def name(self) -> str:
-        """Model name that every request carries, so that a server of another model refuses it."""
-        return self._name or model_identity(self.path)
-
-    @property
     def identity(self) -> str:
-        """Name of the model at the servers: the weights may not be on this machine."""
-        return self.name
+        """Model name that every request carries, so that a server of another model refuses it."""
+        return self._name or super().identity
 
     @property
     def context_length(self) -> int:
@@ -69,13 +63,13 @@ class ServedModel(ModelSource):
         lengths = []
         answers = self.servers.get_all("/v1/models", _context_lengths)
         for url, served in zip(self.servers.urls, answers, strict=True):
-            if self.name not in served:
+            if self.identity not in served:
                 raise UserError(
                     f"{self.role}: {url} serves {' and '.join(served) or 'nothing'}, expected "
-                    f"{self.name} ({self.path!r}); start it with that model, or give the folder "
-                    "of the model that it serves"
+                    f"{self.identity} ({self.path!r}); start it with that model, or give the "
+                    "folder of the model that it serves"
                 )
-            lengths.append(served[self.name] or super().context_length)
+            lengths.append(served[self.identity] or super().context_length)
         return min(lengths)
 
 

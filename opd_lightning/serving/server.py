@@ -39,7 +39,6 @@ def check_address(host: str, port: int) -> None:
 
 def bind(host: str, port: int) -> socket.socket:
     """Bind the server's socket before anything is loaded, which reserves its port."""
-    check_address(host, port)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM
@@ -77,9 +76,9 @@ def run(arguments: dict[str, Any], sock: socket.socket, address_file: Path | Non
     except (UserError, ServerAwayError):
         raise
     except (ValueError, TypeError) as error:
-        raise UserError(f"opd serve: vLLM says: {_one_line(error)}") from error
+        raise UserError(f"opd serve: vLLM says: {reason_of(error, 300)}") from error
     except RuntimeError as error:
-        raise ServerAwayError(f"vLLM's server did not start: {_one_line(error)}") from error
+        raise ServerAwayError(f"vLLM's server did not start: {reason_of(error, 300)}") from error
     finally:
         if address_file is not None:
             address_file.unlink(missing_ok=True)
@@ -119,14 +118,14 @@ async def _run(arguments: Any, sock: socket.socket, address_file: Path | None) -
     host, port = sock.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     asked = asyncio.Event()
-    from opd_lightning.serving.http_protocol import raise_file_limit, uvicorn_options
+    from opd_lightning.serving.http_protocol import UVICORN_OPTIONS, raise_file_limit
 
     raise_file_limit()
     async with build_async_engine_client(arguments) as engine:
         # Without a tokenizer vLLM does not look at token ids, and ends at its embedding.
         LIMITS.vocabulary = engine.model_config.get_vocab_size()
         server = asyncio.ensure_future(
-            build_and_serve(engine, url, sock, arguments, **uvicorn_options())
+            build_and_serve(engine, url, sock, arguments, **UVICORN_OPTIONS)
         )
         healthy = asyncio.ensure_future(_until_healthy(url))
         await asyncio.wait([server, healthy], return_when=asyncio.FIRST_COMPLETED)
@@ -167,7 +166,3 @@ def _abandon(number: int, frame: Any) -> None:
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(128 + number)
-
-
-def _one_line(error: Exception) -> str:
-    return reason_of(error, 300)

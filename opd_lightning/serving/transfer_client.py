@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -74,6 +75,6 @@ class TransferClient:
             raise error
 
 
-def rank_offsets(sizes: Sequence[int], *, first: int = 1) -> list[int]:
+def rank_offsets(sizes: Sequence[int], *, first: int) -> list[int]:
     """Return the lowest rank of each server; the sender's is 0."""
-    return [first + sum(sizes[:i]) for i in range(len(sizes))]
+    return [*accumulate(sizes[:-1], initial=first)]

@@ -160,13 +160,13 @@ class RemoteTeacher(TopKTeacher):
         )
 
     def _send(self, requests: Sequence[ScoreRequest]) -> list[Future[Answer]]:
-        bodies = [request.body(self.source.name) for request in requests]
+        bodies = [request.body(self.source.identity) for request in requests]
         return self.servers.submit(PATH, bodies, [request.read for request in requests])
 
     def _post_all(self, *, by_id: bool) -> None:
         """Ask each server once for the log-prob of a token, and check its answer."""
         request = ScoreRequest([0, 0], 1, 0, None, by_id, self._vocabulary)
-        self.servers.post_all(PATH, request.body(self.source.name), request.read)
+        self.servers.post_all(PATH, request.body(self.source.identity), request.read)
 
     def _width(self, top_k: int) -> int:
         return min(top_k, self._vocabulary)

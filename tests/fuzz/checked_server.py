@@ -91,7 +91,7 @@ def main(model: str, folder: str) -> None:
             lifespan="off",
             log_level="warning",
             access_log=False,
-            **http_protocol.uvicorn_options(),
+            **http_protocol.UVICORN_OPTIONS,
         )
         uvicorn.Server(config).run(sockets=[sock])
 

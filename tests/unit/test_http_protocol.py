@@ -38,7 +38,7 @@ sock.bind(("127.0.0.1", 0))
 sock.listen()  # who connects before uvicorn runs waits for it
 print(sock.getsockname()[1], flush=True)
 config = uvicorn.Config(
-    KeyMiddleware(app), lifespan="off", log_level="error", **http_protocol.uvicorn_options()
+    KeyMiddleware(app), lifespan="off", log_level="error", **http_protocol.UVICORN_OPTIONS
 )
 uvicorn.Server(config).run(sockets=[sock])
 """
