@@ -10,7 +10,7 @@ import torch
 from opd_lightning.data.collate import collate
 from opd_lightning.data.views import Renderer
 from opd_lightning.errors import UserError, note
-from opd_lightning.run.configuration import context_of
+from opd_lightning.run.model_checks import context_of
 from opd_lightning.teachers.base import Ask
 from opd_lightning.teachers.cached import CachedTeacher
 from opd_lightning.training.scoring import prefetch_scores, score_batch

@@ -27,9 +27,8 @@ from opd_lightning.preflight.estimate import Lengths, estimate
 from opd_lightning.preflight.finding import Finding
 from opd_lightning.preflight.speeds import Gpu
 from opd_lightning.run import outputs
-from opd_lightning.run.configuration import check_models
 from opd_lightning.run.datamodule import RolloutDataModule
-from opd_lightning.run.model_checks import check_usable
+from opd_lightning.run.model_checks import check_models, check_usable
 from opd_lightning.teachers.cached import CachedTeacher
 from opd_lightning.terminal.quiet import only_warnings
 from opd_lightning.training.base import DistillationModule

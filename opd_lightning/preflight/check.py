@@ -22,7 +22,9 @@ from opd_lightning.preflight.rewards import check_rewards
 from opd_lightning.preflight.settings import check_settings
 from opd_lightning.preflight.tokens import check_tokens
 from opd_lightning.preflight.widths import Widths
-from opd_lightning.run import configuration
+from opd_lightning.run.method_checks import check_method
+from opd_lightning.run.model_checks import check_models
+from opd_lightning.run.trainer_checks import check_step_size, check_trainer
 
 if TYPE_CHECKING:
     from opd_lightning.run.datamodule import RolloutDataModule
@@ -71,11 +73,11 @@ def _configuration(
 ) -> list[Finding]:
     """Run the checks of `opd fit` that need no weights; independent ones run despite errors."""
     parts = attempt("method", module.check)
-    models = attempt("models", lambda: configuration.check_models(module))
-    errors = [*parts, *models, *attempt("trainer", lambda: configuration.check_trainer(trainer))]
+    models = attempt("models", lambda: check_models(module))
+    errors = [*parts, *models, *attempt("trainer", lambda: check_trainer(trainer))]
     if not parts and not models:
-        errors += attempt("data", lambda: configuration.check_method(module, data, trainer))
-    errors += attempt("step", lambda: configuration.check_step_size(trainer, data))
+        errors += attempt("data", lambda: check_method(module, data, trainer))
+    errors += attempt("step", lambda: check_step_size(trainer, data))
     return errors or attempt("set-up", lambda: _set_up(trainer, module, data))
 
 

@@ -37,7 +37,8 @@ from opd_lightning.preflight.step_shape import StepShape
 from opd_lightning.preflight.widths import Widths
 from opd_lightning.rollouts import HFEngine, VLLMEngine, VLLMServerEngine
 from opd_lightning.rollouts.base import Engine
-from opd_lightning.run import configuration
+from opd_lightning.run.method_checks import check_truncation
+from opd_lightning.run.trainer_checks import check_step_size, check_trainer
 from opd_lightning.teachers import AdapterOffTeacher, CrossTokenizerTeacher
 from opd_lightning.teachers.base import Teacher
 from opd_lightning.teachers.local import OwnModelTeacher
@@ -126,9 +127,9 @@ def estimate(
     """
     errors = [
         *attempt("method", module.check),
-        *attempt("trainer", lambda: configuration.check_trainer(trainer)),
-        *attempt("data", lambda: configuration.check_truncation(module, data)),
-        *attempt("step", lambda: configuration.check_step_size(trainer, data)),
+        *attempt("trainer", lambda: check_trainer(trainer)),
+        *attempt("data", lambda: check_truncation(module, data)),
+        *attempt("step", lambda: check_step_size(trainer, data)),
         *attempt("models", lambda: _describe(module)),
     ]
     return errors or gather("estimate", _findings(trainer, module, data, lengths, gpu))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from opd_lightning.data.stream import TrainingStream
 from opd_lightning.preflight.finding import Finding
-from opd_lightning.run.configuration import teacher_sources
+from opd_lightning.run.model_checks import teacher_sources
 
 if TYPE_CHECKING:
     from opd_lightning.run.datamodule import RolloutDataModule

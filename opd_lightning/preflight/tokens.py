@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from opd_lightning.models.chat import ChatTemplateError, render, template_ids, template_text
 from opd_lightning.models.source import ModelSource
 from opd_lightning.preflight.finding import Finding
-from opd_lightning.run.configuration import teacher_sources
+from opd_lightning.run.model_checks import teacher_sources
 from opd_lightning.types import Message, Prompt
 
 if TYPE_CHECKING:

@@ -23,20 +23,15 @@ from opd_lightning.evaluation.texts import LikelihoodSuite
 from opd_lightning.processes import Ranks
 from opd_lightning.rollouts.base import Engine, Sampling
 from opd_lightning.rollouts.time_limit import TimeLimit
-from opd_lightning.run.configuration import (
-    check_method,
-    check_models,
-    check_optimizer,
-    check_step_size,
-    check_trainer,
-    context_of,
-)
 from opd_lightning.run.engines import check_engines, plan_engines
 from opd_lightning.run.loading import load_training
+from opd_lightning.run.method_checks import check_method
+from opd_lightning.run.model_checks import check_models, context_of
 from opd_lightning.run.monitors import check_monitors
 from opd_lightning.run.part_checks import check_part_classes
 from opd_lightning.run.partial_validation import check_limits
 from opd_lightning.run.prompt_checks import PromptCheck
+from opd_lightning.run.trainer_checks import check_optimizer, check_step_size, check_trainer
 from opd_lightning.teachers.start import check_start
 from opd_lightning.training.callback import run_callbacks
 from opd_lightning.verifiers.base import Verifier

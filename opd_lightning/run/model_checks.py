@@ -3,13 +3,61 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from opd_lightning.errors import UserError
 from opd_lightning.models.chat import render
 from opd_lightning.models.source import ModelSource
+from opd_lightning.models.tokenization import check_spelling
+from opd_lightning.run.part_checks import check_held_teachers
 from opd_lightning.types import Message, Prompt
 
+if TYPE_CHECKING:
+    from opd_lightning.training.base import DistillationModule
+
 log = logging.getLogger(__name__)
+
+
+def check_models(module: DistillationModule) -> None:
+    """Check that models can be read and that teachers use the student's token ids."""
+    student = module.student.source
+    for teacher in module.teachers():
+        check_held_teachers(teacher)
+    check_usable(student)
+    for source in teacher_sources(module):
+        check_usable(source)
+        check_same_tokens(student, source)
+    for source in teacher_sources(module, foreign=True):
+        check_usable(source)
+        check_spelling(student)
+        check_spelling(source)
+    for part in (part for teacher in module.compared_teachers() for part in teacher.parts()):
+        source = part.source or student
+        sizes = [s.config.get_text_config().vocab_size for s in (student, source)]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"student {student.path!r} and teacher {source.path!r} have heads of "
+                f"{sizes[0]} and {sizes[1]} tokens, which {type(module).__name__} cannot compare "
+                "token by token; use a method, rules and terms of sampled tokens only"
+            )
+    module.student.check()
+    for part in module.teacher_parts():
+        part.check_model(module.student)
+
+
+def teacher_sources(module: DistillationModule, *, foreign: bool = False) -> list[ModelSource]:
+    """Return sources of teachers with the student's tokenizer or, if `foreign`, with another."""
+    parts = [part for part in module.teacher_parts() if part.has_own_tokenizer is foreign]
+    return [part.source for part in parts if part.source is not None]
+
+
+def context_of(module: DistillationModule) -> int:
+    """Return the largest number of tokens that every model that reads a view can read."""
+    student = module.student.source
+    asks = [ask for ask in module.all_asks().values() if ask.view != "student"]
+    parts = [part for ask in asks for part in ask.teacher.parts()]
+    sources = [part.source or student for part in parts if not part.has_own_tokenizer]
+    return min((source.context_length for source in sources), default=student.context_length)
 
 
 def check_usable(source: ModelSource) -> None:

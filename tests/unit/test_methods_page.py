@@ -18,8 +18,8 @@ from opd_lightning.losses import divergence, schedule, surrogate, target, top_k
 from opd_lightning.methods import DistillationModule
 from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine, Sampling
-from opd_lightning.run.configuration import check_truncation
 from opd_lightning.run.datamodule import RolloutDataModule
+from opd_lightning.run.method_checks import check_truncation
 from opd_lightning.verifiers.weighted import Part
 
 ROOT = Path(__file__).parents[2]

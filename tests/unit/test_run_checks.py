@@ -16,9 +16,9 @@ from opd_lightning.methods import SFT
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.student import Student
 from opd_lightning.rollouts import HFEngine
-from opd_lightning.run.configuration import check_optimizer, check_trainer
 from opd_lightning.run.model_checks import check_same_tokens, check_usable
 from opd_lightning.run.settings import differences
+from opd_lightning.run.trainer_checks import check_optimizer, check_trainer
 from tests.conftest import TinyModelDir
 
 AdamW = torch.optim.AdamW
