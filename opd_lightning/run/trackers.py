@@ -29,8 +29,8 @@ def tracked_runs(trainer: Trainer) -> dict[str, str]:
     """Return the ids of the runs in Weights & Biases and MLflow, of the first logger each."""
     found: dict[str, str] = {}
     for logger in trainer.loggers:
-        name = {WandbLogger: "wandb", MLFlowLogger: "mlflow"}.get(type(logger))
-        if name is not None and logger.version is not None:
+        if isinstance(logger, (WandbLogger, MLFlowLogger)) and logger.version is not None:
+            name = "wandb" if isinstance(logger, WandbLogger) else "mlflow"
             found.setdefault(name, str(logger.version))
     return found
 

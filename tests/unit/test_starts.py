@@ -3,11 +3,16 @@
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import WandbLogger
 
 from opd_lightning.run.starts import FILE, git_state, last_start, note_start
+from opd_lightning.run.trackers import tracked_runs
 
 
 def git(*arguments: str) -> str:
@@ -33,6 +38,21 @@ def test_a_line_that_was_cut_short_does_not_take_the_next(tmp_path: Path) -> Non
     note_start(tmp_path, step=7)
     assert last_start(tmp_path)["step"] == 7
     assert (tmp_path / FILE).read_bytes().count(b"\n") == 2
+
+
+class OwnLogger(WandbLogger):
+    """A user's logger, which connects nowhere."""
+
+    def __init__(self) -> None: ...
+
+    @property
+    def version(self) -> str:
+        return "abc"
+
+
+def test_a_logger_derived_from_weights_and_biases_goes_on_with_its_run() -> None:
+    run = cast(Trainer, SimpleNamespace(loggers=[OwnLogger()]))
+    assert tracked_runs(run) == {"wandb": "abc"}
 
 
 def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
