@@ -81,16 +81,7 @@ class RolloutWriter:
                 [c.response_ids for c in completions], skip_special_tokens=True
             )
             prompts = [row.prompt for row in rows]
-            rewards = [float("nan")] * len(rows)
-            feedback: Sequence[str | None] = [None] * len(rows)
-            parts: Mapping[str, list[float]] = {}
-            if self.verifier is not None:
-                answer = self.verifier.score(prompts, texts)
-                scores = checked_score(self.verifier, answer, len(texts))
-                rewards = checked_rewards(self.verifier, prompts, scores.totals)
-                parts = scores.parts
-                if self.renderer.reads_feedback:
-                    feedback = self.verifier.feedback(prompts, texts)
+            rewards, parts, feedback = self._score(prompts, texts)
             groups = _groups(rows, rewards)
             views = [
                 self._views(
@@ -122,6 +113,19 @@ class RolloutWriter:
                 )
                 for i, row in enumerate(rows)
             ]
+
+    def _score(
+        self, prompts: Sequence[Prompt], texts: Sequence[str]
+    ) -> tuple[Sequence[float], Mapping[str, list[float]], Sequence[str | None]]:
+        """Return rewards, their parts by name, and feedback; without a verifier NaN and None."""
+        feedback: Sequence[str | None] = [None] * len(texts)
+        if self.verifier is None:
+            return [math.nan] * len(texts), {}, feedback
+        scores = checked_score(self.verifier, self.verifier.score(prompts, texts), len(texts))
+        rewards = checked_rewards(self.verifier, prompts, scores.totals)
+        if self.renderer.reads_feedback:
+            feedback = self.verifier.feedback(prompts, texts)
+        return rewards, scores.parts, feedback
 
     def _complete(
         self, rows: Sequence[Row], samplings: Mapping[Author, Sampling]

@@ -55,15 +55,21 @@ def check_texts(folder: Path, names: tuple[str, ...], role: str) -> None:
         if not (folder / name).is_file():
             continue
         content = _read_object(folder / name, role)
-        classes = content.get("architectures") or [] if name == CONFIGURATION[0] else []
-        if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
-            raise _error(folder / name, role, "has architectures that are no list of names")
-        for key, value in content.items() if name == CONFIGURATION[0] else ():
-            # transformers makes a list of them when it reads the configuration.
-            if "layers" in key and isinstance(value, int) and value > _MOST_LAYERS:
-                raise _error(folder / name, role, f"says {key} is {str(value)[:20]}")
+        if name == "config.json":
+            _check_config(folder / name, content, role)
         if name == "tokenizer.json" and (largest := _largest_id(content)) >= _MOST_TOKENS:
             raise _error(folder / name, role, f"says the id of a token is {str(largest)[:20]}")
+
+
+def _check_config(file: Path, content: Mapping[str, Any], role: str) -> None:
+    """Raise UserError for values that transformers would fail on, or allocate memory for."""
+    classes = content.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
+        raise _error(file, role, "has architectures that are no list of names")
+    for key, value in content.items():
+        # transformers makes a list of them when it reads the configuration.
+        if "layers" in key and isinstance(value, int) and value > _MOST_LAYERS:
+            raise _error(file, role, f"says {key} is {str(value)[:20]}")
 
 
 def _largest_id(content: Mapping[str, Any]) -> int:

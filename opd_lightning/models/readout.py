@@ -65,38 +65,10 @@ def measure(lm: Any) -> Readout:
     project = lm.get_output_embeddings()
     if not isinstance(project, nn.Module):
         raise UnknownReadoutError(f"{kind} has no output embeddings, so it is no language model")
-    backbones = _backbones(lm)
     hidden = torch.linspace(1, 2, lm.config.get_text_config().hidden_size)[None, None]
     raw = torch.tensor([[[*_LOGITS, _LARGE]]], dtype=torch.float64)
-    called: list[str] = []
-    given: list[Tensor] = []
-
-    def states_of(name: str) -> Callable[..., Any]:
-        def forward(*_: Any, **__: Any) -> Any:
-            called.append(name)
-            return _Output(hidden)
-
-        return forward
-
-    def logits_of(states: Tensor) -> Tensor:
-        given.append(states)
-        return raw
-
-    replaced = {module: states_of(name) for name, module in backbones.items()}
-    with _replaced({**replaced, project: logits_of}):
-        try:
-            tokens = torch.zeros(1, 1, dtype=torch.int64)
-            logits = type(lm).forward(lm, input_ids=tokens, use_cache=False).logits
-        except Exception as error:
-            reason = reason_of(error, 120)
-            raise UnknownReadoutError(
-                f"{kind} does not read its head as causal language models do ({reason}); use one"
-            ) from error
-    if not called or len(given) != 1 or given[0].shape != hidden.shape:
-        raise UnknownReadoutError(
-            f"{kind} does not read its head once, after its backbone; use a causal language model"
-        )
-    factor = _ratio(given[0], hidden)
+    backbone, given, logits = _forward(lm, hidden, raw)
+    factor = _ratio(given, hidden)
     if factor is None:
         raise UnknownReadoutError(
             f"{kind} does not read its head on the states of its backbone, but on others made of "
@@ -115,7 +87,45 @@ def measure(lm: Any) -> Readout:
                 f"{kind} turns a logit of {value:g} into {own:.6g}, which is neither a factor "
                 "nor a softcap"
             )
-    return Readout(called[0], scale=after * factor, softcap=softcap)
+    return Readout(backbone, scale=after * factor, softcap=softcap)
+
+
+def _forward(lm: Any, hidden: Tensor, raw: Tensor) -> tuple[str, Tensor, Tensor]:
+    """Run a model whose backbone returns `hidden` and whose head returns `raw`.
+
+    Returns:
+        The name of the backbone, the states that the head is given, and the model's logits.
+    """
+    kind = type(lm).__name__
+    called: list[str] = []
+    given: list[Tensor] = []
+
+    def states_of(name: str) -> Callable[..., Any]:
+        def forward(*_: Any, **__: Any) -> Any:
+            called.append(name)
+            return _Output(hidden)
+
+        return forward
+
+    def logits_of(states: Tensor) -> Tensor:
+        given.append(states)
+        return raw
+
+    replaced = {module: states_of(name) for name, module in _backbones(lm).items()}
+    with _replaced({**replaced, lm.get_output_embeddings(): logits_of}):
+        try:
+            tokens = torch.zeros(1, 1, dtype=torch.int64)
+            logits = type(lm).forward(lm, input_ids=tokens, use_cache=False).logits
+        except Exception as error:
+            reason = reason_of(error, 120)
+            raise UnknownReadoutError(
+                f"{kind} does not read its head as causal language models do ({reason}); use one"
+            ) from error
+    if not called or len(given) != 1 or given[0].shape != hidden.shape:
+        raise UnknownReadoutError(
+            f"{kind} does not read its head once, after its backbone; use a causal language model"
+        )
+    return called[0], given[0], logits
 
 
 def _backbones(lm: Any) -> dict[str, nn.Module]:

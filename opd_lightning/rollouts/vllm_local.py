@@ -93,17 +93,28 @@ class VLLMEngine(Engine):
                 "a GPU), or use opd_lightning.rollouts.HFEngine"
             )
         self.check(source, max_length=max_length)
-        on_cuda = torch.cuda.is_available()
         self._eos_ids = list(source.eos_ids)
         self._format = FolderFormat.of(source, torch.float32)
         self._max_length = max_length
         self._owns_default_group = not dist.is_initialized()
         self._heap_was_frozen = gc.get_freeze_count() > 0
+        arguments = self._arguments(source) | self.engine_args
+
+        from vllm import LLM
+
+        # vLLM seeds every global generator when it starts.
+        with launcher_variables(), isolate_rng(), start_errors():
+            self._llm = LLM(**arguments)
+        self.weights_dtype = self._llm.llm_engine.model_config.dtype
+
+    def _arguments(self, source: ModelSource) -> dict[str, Any]:
+        """Return the arguments of `vllm.LLM`."""
+        on_cuda = torch.cuda.is_available()
         arguments: dict[str, Any] = {
             "model": source.path,
             "trust_remote_code": source.trust_remote_code,
             "dtype": self.dtype,
-            "max_model_len": max_length,
+            "max_model_len": self._max_length,
             "max_num_seqs": self.max_num_seqs,
             "enforce_eager": not on_cuda if self.enforce_eager is None else self.enforce_eager,
             "tensor_parallel_size": self.tensor_parallel_size,
@@ -122,13 +133,7 @@ class VLLMEngine(Engine):
             # It wins over this argument if the user has set it.
             arguments["kv_cache_memory_bytes"] = self.cpu_kv_cache_gib * 2**30
             arguments |= CPU_ARGUMENTS
-
-        from vllm import LLM
-
-        # vLLM seeds every global generator when it starts.
-        with launcher_variables(), isolate_rng(), start_errors():
-            self._llm = LLM(**arguments | self.engine_args)
-        self.weights_dtype = self._llm.llm_engine.model_config.dtype
+        return arguments
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace all weights. `weights` yields (Hugging Face name, full tensor), tied ones once.

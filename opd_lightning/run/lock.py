@@ -26,10 +26,10 @@ def held(folder: Path, *, patience: float = PATIENCE) -> AbstractContextManager[
     return _held(folder / LOCK, f"run folder {str(folder)!r}", elsewhere, patience)
 
 
-def held_file(file: Path, *, patience: float = PATIENCE) -> AbstractContextManager[None]:
+def held_file(file: Path) -> AbstractContextManager[None]:
     """Lock a file that a command writes to, its folder created if missing; see `_held`."""
     place = file.with_name(f".{file.name}{LOCK}")
-    return _held(place, f"--out: {str(file)!r}", "name another file", patience)
+    return _held(place, f"--out: {str(file)!r}", "name another file", PATIENCE)
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def _held(path: Path, what: str, elsewhere: str, patience: float) -> Iterator[No
         path.write_text(json.dumps(_this_process()), encoding="utf-8")
     except OSError as error:
         if error.errno not in UNSUPPORTED:
-            reason = f"{error.strerror or error}"
+            reason = error.strerror or error
             raise UserError(f"{what}: {reason}; name one that can be written to") from error
         note(
             f"{what}: files cannot be locked there ({error.strerror}), so take "
