@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from opd_lightning.errors import UserError
+from opd_lightning.models import strict_json
 from opd_lightning.models.folder import check_weights
 from opd_lightning.models.source import ModelSource
 from opd_lightning.models.student import Student
@@ -251,3 +253,11 @@ def test_an_end_outside_of_the_vocabulary_is_refused(folder: Path) -> None:
     source.tokenizer.add_special_tokens({"eos_token": "<another>"})
     with pytest.raises(UserError, match="EOS token is id 64"):
         check_usable(source)
+
+
+def test_a_key_that_is_set_twice_among_many_is_found_at_once() -> None:
+    keys = ",".join(f'"{i}":0' for i in range(60_000))
+    began = time.process_time()
+    with pytest.raises(ValueError, match="the key '59999' is set twice"):
+        strict_json.loads(f'{{{keys},"59999":1}}')
+    assert time.process_time() - began < 5
