@@ -107,7 +107,7 @@ class Texts:
             )
         unreadable = self.checks.unreadable({*self.characters}) if self.checks else set()
         if unreadable:
-            first = min(unreadable, key=[*self.characters].index)
+            first = next(one for one in self.characters if one in unreadable)
             log.warning(
                 "the tokenizer lacks %d characters of %s, which no model can read in them: %s; "
                 "first: %s",

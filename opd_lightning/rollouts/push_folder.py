@@ -62,7 +62,20 @@ class PushFolder(Push):
         The folder is renamed to its final name once it is complete.
         """
         with self._explained():
-            return self._write(version, weights)
+            self.clear()
+            draft = self._folder / f"draft-{version}"
+            draft.mkdir(parents=True)
+            shard: dict[str, Tensor] = {}
+            count = size = 0
+            for name, tensor in weights:
+                shard[name] = tensor.to("cpu", self._tensors[name].dtype).contiguous()
+                size += shard[name].nbytes
+                if size >= SHARD_BYTES:
+                    save_file(shard, draft / f"{count:05}.safetensors")
+                    shard, count, size = {}, count + 1, 0
+            if shard:
+                save_file(shard, draft / f"{count:05}.safetensors")
+            return draft.rename(self._folder / f"weights-{version}")
 
     def clear(self) -> None:
         """Delete pushed weights, including those of killed runs."""
@@ -78,19 +91,3 @@ class PushFolder(Push):
                 f"engine.push_folder: cannot write to {str(self._folder)!r}: {reason_of(error)}; "
                 "give a folder of your own, with room for the model"
             ) from error
-
-    def _write(self, version: str, weights: Iterable[tuple[str, Tensor]]) -> Path:
-        self.clear()
-        draft = self._folder / f"draft-{version}"
-        draft.mkdir(parents=True)
-        shard: dict[str, Tensor] = {}
-        count = size = 0
-        for name, tensor in weights:
-            shard[name] = tensor.to("cpu", self._tensors[name].dtype).contiguous()
-            size += shard[name].nbytes
-            if size >= SHARD_BYTES:
-                save_file(shard, draft / f"{count:05}.safetensors")
-                shard, count, size = {}, count + 1, 0
-        if shard:
-            save_file(shard, draft / f"{count:05}.safetensors")
-        return draft.rename(self._folder / f"weights-{version}")

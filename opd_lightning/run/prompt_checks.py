@@ -70,13 +70,12 @@ class PromptCheck:
         self.mix = mix
         self.max_tokens = max_tokens
         self.asks = list(dict.fromkeys(asks))
-        self.own: Budget | None = None
         self.written: list[Reading] = []  # what the authors of responses read
         student = module.student.source
         if mix.samples:
-            self.own = Budget(sampling.max_new_tokens, setting="sampling.max_new_tokens")
+            own = Budget(sampling.max_new_tokens, setting="sampling.max_new_tokens")
             views = ("student", *((mix.guided_view,) if mix.guided else ()))
-            self.written += [Reading(student, view, self.own) for view in views]
+            self.written += [Reading(student, view, own) for view in views]
         if sampler is not None and mix.teacher > 0:
             tokens = sampler.sampling_of(sampling).max_new_tokens
             theirs = Budget(tokens, setting="data.teacher's max_new_tokens")

@@ -22,8 +22,9 @@ from opd_lightning.serving.addresses import (
     read_address,
     resolve_addresses,
 )
-from opd_lightning.serving.connection import FIRST_PAUSE, Connection, LostError, Server, read_key
+from opd_lightning.serving.connection import FIRST_PAUSE, Connection, LostError, Server
 from opd_lightning.serving.job import Job
+from opd_lightning.serving.keys import read_key
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +231,9 @@ class Servers:
             return
         self._waiting.appendleft(job)
         expired = [job for job in self._waiting if job.has_expired(now, self.patience)]
-        self._waiting = deque(job for job in self._waiting if job not in expired)
+        self._waiting = deque(
+            job for job in self._waiting if not job.has_expired(now, self.patience)
+        )
         for job in expired:
             urls = " and ".join(server.connection.url for server in job.servers)
             message = f"{urls}: no answer for {self.patience:g} s ({fault}); start it, then "
