@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from opd_lightning.errors import ServerAwayError, UserError, reason_of
-from opd_lightning.serving.connection import KEY_VARIABLE
+from opd_lightning.serving.keys import KEY_VARIABLE
 
 log = logging.getLogger(__name__)
 

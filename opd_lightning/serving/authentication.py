@@ -5,14 +5,10 @@ from __future__ import annotations
 import hmac
 import json
 import os
-import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from opd_lightning.errors import UserError
-from opd_lightning.serving.connection import read_key
+from opd_lightning.serving.keys import read_key
 
 # The path, not the key itself: environments are inherited and printed.
 KEY_FILE_VARIABLE = "OPD_SERVER_KEY_FILE"
@@ -91,25 +87,3 @@ async def refuse(send: Send, status: int, reason: str = "") -> None:
 
 def _is_health(scope: Message) -> bool:
     return scope["type"] == "http" and scope["method"] == "GET" and scope["path"] == "/health"
-
-
-def make_key_file(path: Path) -> None:
-    """Write a new key, readable by its owner only; an existing key is checked and kept.
-
-    Several servers of a run may call this at the same time and get the same key.
-    """
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        try:
-            with os.fdopen(
-                os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8"
-            ) as out:
-                out.write(secrets.token_urlsafe(32) + "\n")
-            with suppress(FileExistsError):  # another server was faster
-                os.link(draft, path)  # atomic, with its content
-        except OSError as error:
-            raise UserError(f"key_file: cannot write {str(path)!r}: {error.strerror}") from error
-        finally:
-            draft.unlink(missing_ok=True)
-    read_key(str(path))

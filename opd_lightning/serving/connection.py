@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import ssl
 from functools import cache
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 import httpx
 
 from opd_lightning.errors import UserError
+from opd_lightning.serving.keys import KEY_VARIABLE
 
-KEY_VARIABLE = "OPD_SERVER_KEY"
 BUSY = (429, 503)  # the server is reachable, but overloaded
 IN_FLIGHT = 256  # concurrent requests per server; vLLM's default max_num_seqs
 FIRST_PAUSE = 0.25  # seconds before a lost server is tried again
@@ -183,26 +182,6 @@ def _decoded(content: bytes) -> Any:
         return json.loads(content)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-
-
-def read_key(key_file: str | None) -> str | None:
-    """Return the key from a file, or from the environment; None if there is neither."""
-    if key_file is None:
-        key = os.environ.get(KEY_VARIABLE, "").strip()
-        if not (key.isascii() and key.isprintable()):  # no header could hold it
-            raise UserError(f"{KEY_VARIABLE}: expected the key alone, in one line of ASCII")
-        return key or None
-    path = Path(os.path.expanduser(key_file))
-    try:
-        key = path.read_text(encoding="utf-8").strip()
-        mode = path.stat().st_mode
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"key_file: cannot read {key_file!r}; give a file with the key") from error
-    if mode & 0o077:
-        raise UserError(f"key_file: others may read {key_file!r}; chmod 600 it")
-    if not key or len(key.split()) > 1 or not key.isascii():
-        raise UserError(f"key_file: expected the key alone, in one line, in {key_file!r}")
-    return key
 
 
 def _error_message(content: bytes) -> str:

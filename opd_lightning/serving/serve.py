@@ -13,8 +13,9 @@ from opd_lightning.errors import UserError
 from opd_lightning.models.source import ModelSource
 from opd_lightning.serving.accepted import LIMITS
 from opd_lightning.serving.architectures import check_architecture
-from opd_lightning.serving.authentication import KEY_FILE_VARIABLE, make_key_file
+from opd_lightning.serving.authentication import KEY_FILE_VARIABLE
 from opd_lightning.serving.checked_requests import TrainerRequests
+from opd_lightning.serving.keys import make_key_file
 from opd_lightning.serving.pushed_folder import PushedFolder
 from opd_lightning.serving.server import bind, check_address, run
 from opd_lightning.serving.vllm_process import CPU_ARGUMENTS, vllm_unavailable

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from opd_lightning.serving.addresses import write_address
-from opd_lightning.serving.authentication import KEY_FILE_VARIABLE, make_key_file
+from opd_lightning.serving.authentication import KEY_FILE_VARIABLE
+from opd_lightning.serving.keys import make_key_file
 from tests import processes
 
 

@@ -328,10 +328,10 @@ def routes(weights: Any, monkeypatch: pytest.MonkeyPatch, key_file: Path) -> set
     """Of the app that vLLM builds for `opd serve --weights ...`."""
     from vllm.entrypoints.launchers.app import build_app
 
-    from opd_lightning.serving import authentication, serve, server
+    from opd_lightning.serving import authentication, keys, serve, server
 
     with monkeypatch.context() as patch:
-        authentication.make_key_file(key_file)
+        keys.make_key_file(key_file)
         patch.setenv(authentication.KEY_FILE_VARIABLE, str(key_file))
         for name in ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
             patch.setenv(name, "1")  # the user's, or what another test leaves

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from opd_lightning.errors import UserError
-from opd_lightning.serving.authentication import KEY_FILE_VARIABLE, KeyMiddleware, make_key_file
+from opd_lightning.serving.authentication import KEY_FILE_VARIABLE, KeyMiddleware
+from opd_lightning.serving.keys import make_key_file
 
 
 async def _app(scope: Any, receive: Any, send: Any) -> None:

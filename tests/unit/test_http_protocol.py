@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from opd_lightning.serving.authentication import BODY_BYTES, KEY_FILE_VARIABLE, make_key_file
+from opd_lightning.serving.authentication import BODY_BYTES, KEY_FILE_VARIABLE
+from opd_lightning.serving.keys import make_key_file
 from tests import hostile_clients
 
 SERVER = """
