@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from opd_lightning.data.views import Renderer
@@ -14,6 +15,7 @@ from opd_lightning.verifiers.base import Verifier
 Check = Callable[[Prompt], object]
 
 
+@dataclass(eq=False, repr=False)
 class RowChecks:
     """Checks that a prompt must pass, and the token ids of those that did.
 
@@ -23,17 +25,11 @@ class RowChecks:
         fits: Raises `UserError` if a prompt, with these ids, does not fit its readers.
     """
 
-    def __init__(
-        self,
-        renderer: Renderer,
-        verifier: Verifier | None,
-        fits: Callable[[Prompt, list[int]], None],
-    ) -> None:
-        self.renderer = renderer
-        self.tokenizer = renderer.tokenizer
-        self.verifier = verifier
-        self.fits = fits
-        self._passed: dict[str, tuple[Prompt, list[int]]] = {}  # with token ids, by the prompt's id
+    renderer: Renderer
+    verifier: Verifier | None
+    fits: Callable[[Prompt, list[int]], None]
+    # With token ids, by the prompt's id.
+    _passed: dict[str, tuple[Prompt, list[int]]] = field(default_factory=dict, init=False)
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
         """Tokenise prompts together that are checked next."""
@@ -79,9 +75,9 @@ class RowChecks:
     @cached_property
     def _control(self) -> re.Pattern[str]:
         """Pattern of the texts of control tokens, such as the end of a turn."""
-        added = self.tokenizer.added_tokens_decoder.values()
+        added = self.renderer.tokenizer.added_tokens_decoder.values()
         texts = {token.content for token in added if token.special}
-        texts |= {*self.tokenizer.all_special_tokens}
+        texts |= {*self.renderer.tokenizer.all_special_tokens}
         longest_first = sorted(filter(None, texts), key=len, reverse=True)
         # Without control tokens, a pattern that no text has.
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -104,8 +100,8 @@ class RowChecks:
         visible = [c for c in sorted(characters) if unicodedata.category(c)[0] not in "CMZ"]
         if not visible:
             return set()
-        unknown = self.tokenizer.unk_token_id
-        rows = self.tokenizer(visible, add_special_tokens=False)["input_ids"]
+        unknown = self.renderer.tokenizer.unk_token_id
+        rows = self.renderer.tokenizer(visible, add_special_tokens=False)["input_ids"]
         return {c for c, ids in zip(visible, rows, strict=True) if not ids or unknown in ids}
 
 

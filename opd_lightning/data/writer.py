@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ class Row(NamedTuple):
     seed: int
 
 
+@dataclass(eq=False, repr=False)
 class RolloutWriter:
     """Writer of responses, which it also decodes and scores.
 
@@ -48,24 +50,14 @@ class RolloutWriter:
         limit: Time limit on one call of an engine.
     """
 
-    def __init__(
-        self,
-        engines: Mapping[Author, Engine],
-        verifier: Verifier | None,
-        renderer: Renderer,
-        timer: StepTimer,
-        guided_view: str = "privileged",
-        only_correct: bool = False,
-        limit: TimeLimit | None = None,
-    ) -> None:
-        self.engines = engines
-        self.verifier = verifier
-        self.renderer = renderer
-        self.timer = timer
-        self.guided_view = guided_view
-        self.only_correct = only_correct
-        self.limit = limit or TimeLimit()
-        self._warned: set[str] = set()  # names of views that were too long
+    engines: Mapping[Author, Engine]
+    verifier: Verifier | None
+    renderer: Renderer
+    timer: StepTimer
+    guided_view: str = "privileged"
+    only_correct: bool = False
+    limit: TimeLimit = field(default_factory=TimeLimit)
+    _warned: set[str] = field(default_factory=set, init=False)  # names of views that were too long
 
     def with_timer(self, timer: StepTimer) -> RolloutWriter:
         """Return a copy of the writer with another timer."""

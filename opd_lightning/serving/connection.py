@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ class Connection:
         return f"{self.url}{path}: answered {status}: {_error_message(content)}"
 
 
+@dataclass(eq=False)
 class Server:
     """Connections to a server and its state.
 
@@ -128,14 +130,13 @@ class Server:
         file: Its address file, if any: its address may change when it is restarted.
     """
 
-    def __init__(self, connection: Connection, file: Path | None) -> None:
-        self.connection = connection
-        self.file = file
-        self.in_flight = 0
-        self.lost_since: float | None = None  # monotonic clock, seconds; None while it answers
-        self.retry_at = 0.0
-        self.pause = FIRST_PAUSE
-        self.is_probed = False  # a lost server gets one request at a time
+    connection: Connection
+    file: Path | None
+    in_flight: int = 0
+    lost_since: float | None = None  # monotonic clock, seconds; None while it answers
+    retry_at: float = 0.0
+    pause: float = FIRST_PAUSE
+    is_probed: bool = False  # a lost server gets one request at a time
 
     def is_available(self, now: float) -> bool:
         if self.lost_since is not None:
