@@ -94,6 +94,11 @@ class ServedChat:
         client = self._client
         try:
             answer = client.get("/v1/models")
+            if answer.status_code in (401, 403):
+                raise UserError(
+                    f"{self.owner}.url: {self.url} answered {answer.status_code}, so the key is "
+                    f"missing or wrong; set {KEY_VARIABLE}"
+                )
             answer.raise_for_status()
             return [str(model["id"]) for model in answer.json()["data"]]
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:

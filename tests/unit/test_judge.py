@@ -76,6 +76,16 @@ def test_a_key_that_cannot_be_sent_is_not_shown(
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_server_that_wants_another_key_is_told_from_a_wrong_address(status: int) -> None:
+    server = Server(lambda asked: (status, {"error": "no"}))
+    try:
+        with pytest.raises(UserError, match=f"answered {status}, so the key .*; set OPD_JUDGE_KEY"):
+            judge(server).check([prompt()])
+    finally:
+        server.stop()
+
+
 def test_choices_are_weighted_by_their_probabilities(serve: Serving) -> None:
     def answer(asked: dict[str, Any]) -> tuple[int, Any]:
         assert (asked["max_tokens"], asked["logprobs"], asked["top_logprobs"]) == (1, True, 20)

@@ -36,7 +36,9 @@ def teacher() -> Tensor:
     return random_logits(1)
 
 
-def test_u1_sampled_loss_has_the_gradient_of_the_local_reverse_kl(student: Tensor, teacher: Tensor) -> None:
+def test_u1_sampled_loss_has_the_gradient_of_the_local_reverse_kl(
+    student: Tensor, teacher: Tensor
+) -> None:
     theirs = token_logprobs(teacher)
     sampled = expected_gradient(
         student, lambda ours: policy_gradient(ours, log_ratio(theirs, ours))
