@@ -188,6 +188,19 @@ def test_a_teacher_of_two(fit: Fit) -> None:
     assert half[name] == pytest.approx(whole[name] / 2, rel=1e-4)
 
 
+def test_a_source_of_prompts(fit: Fit) -> None:
+    source = fit("doubles").trainer.datamodule.train
+    assert type(source).__name__ == "Doubles"
+    prompts = source.load()
+    assert [prompt.answer for prompt in prompts] == [str(2 * i) for i in range(20)]
+    assert prompts[3].messages == ({"role": "user", "content": "3+3="},)
+
+
+def test_an_engine(fit: Fit) -> None:
+    first, *later = (logged["response/length"] for logged in fit("short_first", steps=3).logged)
+    assert first <= 2 < min(later)
+
+
 def test_a_callback(fit: Fit) -> None:
     more = (
         "--data.mix.recorded=0.5",
