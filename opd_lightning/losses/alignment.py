@@ -8,13 +8,15 @@ Axes: B rollouts, R response tokens (padded), n tokens of one response, G groups
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from opd_lightning.losses.divergence import Divergence
+from opd_lightning.errors import UserError
+from opd_lightning.losses.divergence import JSD, Divergence
 
 MergeStrategy = Literal["bayesian", "observed"]
 
@@ -42,6 +44,17 @@ def in_groups(student: Tensor, other: Tensor, ends: Tensor) -> Tensor:
     belongs = number < ends.sum(dim=1, keepdim=True)
     grouped = torch.where(belongs, student + sums, student)
     return torch.where(ends & (sizes == 1), other, grouped)
+
+
+def group_ends(ends: Tensor) -> Tensor:
+    """Return the column of the token that ends every token's group, `[B, R]` int64; R: no group.
+
+    Args:
+        ends: `[B, R]` bool, True at the last token of every group.
+    """
+    size = ends.shape[1]
+    columns = torch.where(ends, torch.arange(size, device=ends.device), size)
+    return columns.flip(1).cummin(dim=1).values.flip(1) if size else columns
 
 
 def merge(
@@ -90,6 +103,39 @@ def uld(student_probs: Tensor, teacher_probs: Tensor) -> Tensor:
     return (student - teacher).abs().sum(dim=-1)
 
 
+class Pairs(NamedTuple):
+    """Tokens of two vocabularies that stand for the same text, and the others of both."""
+
+    student: Tensor  # [M] int64
+    teacher: Tensor  # [M] int64, in the same order
+    student_rest: Tensor  # [V_S - M] int64
+    teacher_rest: Tensor  # [V_T - M] int64
+    share: float  # pairs / tokens of the teacher's vocabulary, from 0 to 1
+
+    @classmethod
+    def of(
+        cls, student: Tensor, teacher: Tensor, sizes: tuple[int, int], known: int | None = None
+    ) -> Self:
+        """Return the pairs of ids `[M]`, `[M]`.
+
+        Args:
+            student: The student's ids, each at most once.
+            teacher: The teacher's.
+            sizes: Rows of both heads, which may be more than their vocabularies.
+            known: Tokens of the teacher's vocabulary; None takes the size of its head, as TRL does.
+        """
+        rests = [
+            torch.ones(size, dtype=torch.bool).index_fill(0, ids, False).nonzero()[:, 0]
+            for ids, size in zip((student, teacher), sizes, strict=True)
+        ]
+        return cls(student, teacher, rests[0], rests[1], len(teacher) / (known or sizes[1]))
+
+    def to(self, device: torch.device) -> Self:
+        *ids, share = self
+        ours, theirs, our_rest, their_rest = (x.to(device) for x in ids)
+        return type(self)(ours, theirs, our_rest, their_rest, share)
+
+
 def shared_tokens(student: Mapping[str, int], teacher: Mapping[str, int]) -> tuple[Tensor, Tensor]:
     """Return paired ids, `[M]` each, of the tokens with the same string in both vocabularies."""
     names = sorted(student.keys() & teacher.keys(), key=teacher.__getitem__)
@@ -102,28 +148,68 @@ def shared_tokens(student: Mapping[str, int], teacher: Mapping[str, int]) -> tup
 def hybrid_uld(
     student_logprobs: Tensor,
     teacher_logprobs: Tensor,
-    shared: tuple[Tensor, Tensor],
+    pairs: Pairs,
     divergence: Divergence,
+    weight: float | None = None,
 ) -> Tensor:
     """Compute TRL GOLD's hybrid loss, `[G, V_S]`, `[G, V_T]` -> `[G]`; gradient to the student.
 
-        w divergence(S, T on shared tokens) + (1 - w) ULD(S, T on the others)
+        w divergence(S, T on pairs) + (1 - w) ULD(S, T on the others)
 
-    w is the fraction of the teacher's vocabulary that is shared. Probabilities of shared tokens
-    are compared without renormalisation.
+    Probabilities of paired tokens are compared without renormalisation.
 
     Args:
         student_logprobs: Merged log-probs.
         teacher_logprobs: Merged log-probs of the same groups.
-        shared: See `shared_tokens`.
+        pairs: The paired tokens.
         divergence: TRL uses `JSD` with beta 0.5.
+        weight: w; None takes `pairs.share`.
     """
-    student_ids, teacher_ids = shared
-    weight = len(teacher_ids) / teacher_logprobs.shape[-1]
-    matched = divergence(student_logprobs[:, student_ids], teacher_logprobs[:, teacher_ids])
-    # Shared tokens get probability 0, so that they sort last, next to the padding.
-    rest = uld(
-        student_logprobs.exp().index_fill(-1, student_ids, 0.0),
-        teacher_logprobs.exp().index_fill(-1, teacher_ids, 0.0),
-    )
-    return weight * matched + (1 - weight) * rest
+    weight = pairs.share if weight is None else weight
+    loss = student_logprobs.new_zeros(len(student_logprobs))
+    if weight > 0:
+        ours, theirs = student_logprobs[:, pairs.student], teacher_logprobs[:, pairs.teacher]
+        loss = loss + weight * divergence(ours, theirs)
+    if weight < 1:
+        ours = student_logprobs[:, pairs.student_rest]
+        theirs = teacher_logprobs[:, pairs.teacher_rest]
+        loss = loss + (1 - weight) * uld(ours.exp(), theirs.exp())
+    return loss
+
+
+@dataclass(frozen=True)
+class HybridULD(Divergence):
+    """GOLD's divergence of models whose vocabularies may differ; without `hybrid` it is ULD's.
+
+    Args:
+        divergence: Divergence on paired tokens.
+        hybrid: Compare paired tokens by `divergence`. If False, all probabilities are sorted.
+        weight: Weight w of the paired tokens, see `hybrid_uld`.
+    """
+
+    divergence: Divergence = JSD()  # noqa: RUF009 - frozen
+    hybrid: bool = True
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not 0 <= self.weight <= 1:
+            raise UserError(f"HybridULD: weight is {self.weight}, expected a number from 0 to 1")
+        if self.weight is not None and not self.hybrid:
+            raise UserError(
+                f"HybridULD: weight is {self.weight}, which nothing reads without hybrid; leave "
+                "it out"
+            )
+
+    def at(self, step: int) -> HybridULD:
+        return replace(self, divergence=self.divergence.at(step))
+
+    def __call__(
+        self, student_logprobs: Tensor, teacher_logprobs: Tensor, pairs: Pairs | None = None
+    ) -> Tensor:
+        """Map `[G, V_S]`, `[G, V_T]` to `[G]`; `pairs` None means the same tokens on both sides."""
+        if not self.hybrid:
+            return uld(student_logprobs.exp(), teacher_logprobs.exp())
+        if pairs is None:
+            weight = 1.0 if self.weight is None else self.weight
+            return weight * self.divergence(student_logprobs, teacher_logprobs)
+        return hybrid_uld(student_logprobs, teacher_logprobs, pairs, self.divergence, self.weight)

@@ -2,7 +2,8 @@
 
 A chunk's logits are processed in blocks that fit a cache and recomputed in the backward pass. Where
 the loss is a multiple of the sum of a comparison, gradients are computed with the values instead.
-Axes: N response tokens of a micro-batch, n of a chunk or block, H hidden size, V vocabulary.
+Axes: N response tokens of a micro-batch, n of a chunk or block, H hidden size, V vocabulary. That
+of a teacher may have another size if its scores of the student's tokens are not requested.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from opd_lightning.losses.divergence import checked_values
+from opd_lightning.models.head_gradients import Gradients
 
 # Logits of one chunk: 2**25 float32 values are 128 MiB (220 tokens at a vocabulary of 152,064).
 MAX_CHUNK_ELEMENTS = 2**25
@@ -56,7 +58,7 @@ class TokenStates:
 
 @dataclass(frozen=True, slots=True)
 class MixedStates:
-    """States of several models, each for its own rows; the rows of all are 0 to N - 1."""
+    """States of several models, each for its own rows; other rows have any log-probs."""
 
     parts: tuple[tuple[Tensor, TokenStates], ...]  # rows [m] int64, ascending; states of m tokens
 
@@ -90,6 +92,7 @@ class Comparison(NamedTuple):
     # computed in the forward pass, which saves recomputing both heads. If the loss is not such a
     # multiple, they are computed again in the backward pass.
     is_summed: bool = False
+    describes: bool = True  # whether the teacher's scores of the targets are returned as well
 
 
 class FlatScores(NamedTuple):
@@ -126,7 +129,7 @@ def score(
     values = dict(zip(comparisons, outputs[1:], strict=False))
     rest = outputs[1 + len(values) :]
     student, *others = (FlatScores(*rest[i : i + 4]) for i in range(0, len(rest), 4))
-    known = dict(zip(reader.teachers, others, strict=True))
+    known = dict(zip(reader.described, others, strict=True))
     teachers = {k: known[id(c.teacher)] for k, c in comparisons.items() if id(c.teacher) in known}
     return HeadScores(student._replace(logprobs=outputs[0]), teachers, values)
 
@@ -137,13 +140,16 @@ class _Reader:
     def __init__(self, head: Head, targets: Tensor, top_k: int, *comparisons: Comparison) -> None:
         self.head, self.targets, self.top_k, self.comparisons = head, targets, top_k, comparisons
         self.teachers = {id(c.teacher): c.teacher for c in comparisons if c.teacher is not None}
+        described = (id(c.teacher) for c in comparisons if c.describes and c.teacher is not None)
+        self.described = list(dict.fromkeys(described))
+        self.widest = max([head.vocab_size, *map(_width, self.teachers.values())])
         # Place of the output of `read` that the loss is expected to sum.
         summed = (i for i, c in enumerate(comparisons, 1) if c.is_summed)
         self.summed = next(summed, None) if torch.is_grad_enabled() else None
 
     def slices(self, rows: slice, elements: int) -> Iterator[slice]:
         """Split `rows` into slices of at most `elements` logits; no rows give one empty slice."""
-        size = max(1, elements // self.head.vocab_size)
+        size = max(1, elements // self.widest)
         for start in range(rows.start, max(rows.stop, rows.start + 1), size):
             yield slice(start, min(start + size, rows.stop))
 
@@ -180,7 +186,7 @@ class _Reader:
                 given = (x[rows] for x in one.given)
                 value = one.function(ours, others.get(id(one.teacher)), *given)
                 found.append(checked_values(one.function, value, len(ours)))
-            for x in (ours, *others.values()) if describe else ():
+            for x in (ours, *map(others.__getitem__, self.described)) if describe else ():
                 found += _describe(x, targets, self.top_k)
             return found
 
@@ -230,54 +236,6 @@ class _Reader:
             yield rows, torch.mm(states, matrix.t(), out=buffer[: len(states)]), states
 
 
-class _Gradients:
-    """Gradients of hidden states `[N, H]` and weight `[V, H]`, from those of logits in chunks."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, *, of_weight: bool) -> None:
-        self.to_hidden = torch.empty_like(hidden)
-        self.to_weight = torch.zeros_like(weight) if of_weight else None
-        # Rounding error of the 16-bit sum. Sum and error together have float32 accuracy and need
-        # half of the extra memory of a float32 sum.
-        is_half = of_weight and weight.dtype.itemsize < torch.float32.itemsize
-        self.lost = torch.zeros_like(weight) if is_half else None
-
-    def add(self, rows: slice, raw: Tensor, states: Tensor, matrix: Tensor) -> None:
-        """Add a chunk: gradient of its logits `[n, V]`, its hidden states and the vocabulary's."""
-        self.to_hidden[rows] = raw @ matrix
-        for total, lost, words in self._parts():
-            part = raw[:, words]
-            if lost is not None:
-                _store(total.float().add_(lost).add_(part.t() @ states), total, lost)
-            elif total.dtype == part.dtype:
-                total.addmm_(part.t(), states)
-            else:
-                total += part.t() @ states
-
-    def result(self, factor: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return both, multiplied by a scalar; consumes the object."""
-        if factor is not None:
-            self.to_hidden.mul_(factor)
-            for total, lost, _ in self._parts():
-                if lost is None:
-                    total.mul_(factor)
-                else:
-                    total.copy_(total.float().add_(lost).mul_(factor))
-        return self.to_hidden, self.to_weight
-
-    def _parts(self) -> Iterator[tuple[Tensor, Tensor | None, slice]]:
-        """Yield (sums `[v, H]`, their rounding errors, their rows) in parts: no second `[V, H]`."""
-        if self.to_weight is not None:
-            for start in range(0, len(self.to_weight), 4096):
-                words = slice(start, start + 4096)
-                yield self.to_weight[words], None if self.lost is None else self.lost[words], words
-
-
-def _store(exact: Tensor, total: Tensor, lost: Tensor) -> None:
-    """Store float32 values as a sum in 16 bits and what it loses; `exact` is overwritten."""
-    total.copy_(exact)
-    lost.copy_(exact.sub_(total))
-
-
 class _LinearHead(torch.autograd.Function):
     """Plain linear head with one weight gradient `[V, H]`; autograd would keep one a chunk."""
 
@@ -291,7 +249,7 @@ class _LinearHead(torch.autograd.Function):
         matrix, outputs, ctx.gradients = weight.to(ctx.dtype), list[Tensor](), None
         # float16 needs the loss scale, which only the backward pass knows.
         if reader.summed is not None and any(ctx.needs_input_grad) and ctx.dtype != torch.float16:
-            ctx.gradients = _Gradients(hidden, weight, of_weight=ctx.needs_input_grad[2])
+            ctx.gradients = Gradients(hidden, weight, of_weight=ctx.needs_input_grad[2])
         for rows, raw, states in reader.chunks(hidden, matrix):
             for block in reader.blocks(raw, rows):
                 if ctx.gradients is None:
@@ -317,7 +275,7 @@ class _LinearHead(torch.autograd.Function):
         if gradients is not None and factor is not None:
             return None, *gradients.result(factor)
         matrix = weight.to(ctx.dtype)
-        gradients = _Gradients(hidden, weight, of_weight=ctx.needs_input_grad[2])
+        gradients = Gradients(hidden, weight, of_weight=ctx.needs_input_grad[2])
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, raw, states in reader.chunks(hidden, matrix):
                 for block in reader.blocks(raw, rows):
@@ -346,6 +304,15 @@ def _is_plain_linear(project: Any) -> TypeGuard[nn.Linear]:
     return type(project.weight) in (Tensor, nn.Parameter) and not wrapped
 
 
+def _width(teacher: Distribution) -> int:
+    """Return the size of a teacher's vocabulary; 0 if it is known to be the student's."""
+    if isinstance(teacher, TokenStates):
+        return teacher.head.vocab_size
+    if isinstance(teacher, MixedStates):
+        return max(states.head.vocab_size for _, states in teacher.parts)
+    return 0
+
+
 def _raw(teacher: States, rows: slice) -> Tensor:
     """Return raw logits `[n, V]`, in the most precise dtype of its models."""
     if isinstance(teacher, TokenStates):
@@ -366,7 +333,7 @@ def _full(teacher: Distribution, raw: Tensor | None, rows: slice, like: Tensor) 
         return teacher.head.finish(raw).log_softmax(dim=-1)
     if isinstance(teacher, MixedStates):
         assert raw is not None
-        whole = torch.empty_like(like)
+        whole = like.new_empty(raw.shape)
         for at, _, states in teacher.within(rows):
             whole[at] = states.head.finish(raw[at]).log_softmax(dim=-1).to(like.dtype)
         return whole

@@ -24,6 +24,7 @@ from opd_lightning.models.causal_lm import (
 )
 from opd_lightning.models.compilation import check_compiler, compile_layers
 from opd_lightning.models.folder_format import stored_tensors
+from opd_lightning.models.groups import GroupComparison
 from opd_lightning.models.head import (
     Comparison,
     Divergence,
@@ -182,24 +183,28 @@ class Student(nn.Module):
         batch: RolloutBatch,
         *,
         top_k: int = 0,
-        comparisons: Mapping[str, Comparison | LateComparison] | None = None,
+        comparisons: Mapping[str, Comparison | LateComparison | GroupComparison] | None = None,
     ) -> HeadScores:
         """Run backbone and head in one module call, so that sharding hooks cover both.
 
         Results are flat, `[N]`, in the order of the response mask; see `head.score`. Late
-        comparisons cost one more pass of the head, without gradients. For a truncated sampler the
-        values include the log mass that it draws from, see `token_scores`.
+        comparisons cost one more pass of the head, without gradients, and comparisons of groups one
+        over the tokens that do not end their group. For a truncated sampler the values include the
+        log mass that it draws from, see `token_scores`.
         """
         states = response_states(self.model, batch, view="student")
         targets = batch.response_ids[batch.response_mask]
         requested = dict(comparisons or {})
         if batch.top_p < 1 or batch.top_k > 0:
             requested[KEPT_MASS] = Comparison(None, KeptMass(batch.top_p, batch.top_k))
+        groups = {n: one for n, one in requested.items() if isinstance(one, GroupComparison)}
+        for name, group in groups.items():
+            requested |= group.comparisons(name, states, targets)
         late = [one.top_k for one in requested.values() if isinstance(one, LateComparison)]
         if late:
             with torch.no_grad():
                 ids = score(states, targets, top_k=max(late)).student.top_ids
-        return score(
+        scores = score(
             states,
             targets,
             top_k=top_k,
@@ -208,8 +213,12 @@ class Student(nn.Module):
                 if isinstance(one, LateComparison)
                 else one
                 for name, one in requested.items()
+                if not isinstance(one, GroupComparison)
             },
         )
+        for name, group in groups.items():
+            scores = group.complete(name, scores)
+        return scores
 
     def score(self, batch: RolloutBatch, *, top_k: int = 0) -> TokenScores:
         """Score the sampled tokens without comparisons; the log-probs carry the gradient."""

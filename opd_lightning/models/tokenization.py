@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -125,6 +125,44 @@ def token_bytes(source: ModelSource) -> dict[int, bytes]:
         byte = _BYTE.fullmatch(token) if has_bytes else None
         spelt[i] = bytes.fromhex(byte[1]) if byte else token.replace(space, " ").encode()
     return spelt
+
+
+def paired_tokens(student: ModelSource, teacher: ModelSource) -> tuple[list[int], list[int]]:
+    """Return the ids of tokens with the same bytes in both vocabularies, in the same order.
+
+    Of several tokens with the same bytes those with the same name are a pair, then those that are
+    alone apart from SentencePiece's "<0x41>", which encodes no text if there is an "A". The tokens
+    that end a response are a pair whatever their names are.
+    """
+    spelt = [token_bytes(source) for source in (student, teacher)]
+    names = [
+        {i: name for name, i in source.tokenizer.get_vocab().items()}
+        for source in (student, teacher)
+    ]
+    ends = [source.tokenizer.eos_token_id for source in (student, teacher)]
+    pairs = [(ends[0], ends[1])]
+    left = [spelt[side].keys() - {ends[side]} for side in (0, 1)]
+    ours, theirs = ({(spelt[k][i], names[k][i]): i for i in left[k]} for k in (0, 1))
+    pairs += [(ours[key], theirs[key]) for key in sorted(ours.keys() & theirs.keys())]
+    taken = [set(ids) for ids in zip(*pairs, strict=True)]
+    alone, there = (_unique(spelt[k], names[k], left[k] - taken[k]) for k in (0, 1))
+    pairs += [(alone[word], there[word]) for word in sorted(alone.keys() & there.keys())]
+    return [i for i, _ in pairs], [i for _, i in pairs]
+
+
+def _unique(
+    spelt: Mapping[int, bytes], names: Mapping[int, str], ids: Iterable[int]
+) -> dict[bytes, int]:
+    """Return tokens by their bytes, those without bytes or with the bytes of another left out."""
+    found: dict[bytes, list[int]] = {}
+    for i in ids:
+        found.setdefault(spelt[i], []).append(i)
+    unique = {}
+    for word, same in found.items():
+        texts = [i for i in same if not _BYTE.fullmatch(names[i])] or same
+        if word and len(texts) == 1:
+            unique[word] = texts[0]
+    return unique
 
 
 def check_spelling(source: ModelSource) -> None:

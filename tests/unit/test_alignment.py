@@ -4,7 +4,16 @@ import torch
 from torch import Tensor
 
 from opd_lightning.losses.advantage import extrapolated
-from opd_lightning.losses.alignment import hybrid_uld, in_groups, merge, shared_tokens, uld
+from opd_lightning.losses.alignment import (
+    HybridULD,
+    Pairs,
+    group_ends,
+    hybrid_uld,
+    in_groups,
+    merge,
+    shared_tokens,
+    uld,
+)
 from opd_lightning.losses.divergence import JSD, ReverseKL
 from opd_lightning.models.tokenization import align
 from tests.toy import (
@@ -39,7 +48,8 @@ def test_u22_the_same_tokenizer_gives_the_jsd() -> None:
     ours = merge(student, ids, [group.student for group in groups])
     theirs = merge(teacher, ids, [group.teacher for group in groups])
     vocabulary = {f"token {i}": i for i in range(VOCABULARY)}
-    loss = hybrid_uld(ours, theirs, shared_tokens(vocabulary, vocabulary), JSD(0.5))
+    pairs = Pairs.of(*shared_tokens(vocabulary, vocabulary), (VOCABULARY, VOCABULARY))
+    loss = hybrid_uld(ours, theirs, pairs, JSD(0.5))
     expected = JSD(0.5)(student, teacher)
     close(loss.detach(), expected.detach())
     (gradient,) = torch.autograd.grad(loss.sum(), student)
@@ -107,7 +117,7 @@ def test_u22_permuting_the_teachers_vocabulary_leaves_uld_unchanged() -> None:
     assert torch.equal(uld(student.exp(), teacher.exp()), uld(student.exp(), permuted.exp()))
     assert (uld(student.exp(), teacher.exp()) > 0.01).all()
     # As part of the hybrid loss too, as long as shared tokens are found where they are now.
-    pair = torch.tensor([0]), torch.tensor([0])
+    pair = Pairs.of(torch.tensor([0]), torch.tensor([0]), (VOCABULARY, 9))
     moved = torch.tensor([0, *range(8, 0, -1)])
     loss = hybrid_uld(student, teacher, pair, JSD())
     close(hybrid_uld(student, teacher[:, moved], pair, JSD()), loss)
@@ -124,7 +134,7 @@ def test_shared_tokens_are_paired_by_string() -> None:
 def test_hybrid_by_hand() -> None:
     student = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
     teacher = torch.tensor([[0.1, 0.6, 0.2, 0.1]], dtype=torch.float64)
-    pair = torch.tensor([0]), torch.tensor([1])  # 0.5 against 0.6
+    pair = Pairs.of(torch.tensor([0]), torch.tensor([1]), (3, 4))  # 0.5 against 0.6
     matched = 0.5 * torch.tensor(0.5 / 0.6, dtype=torch.float64).log()
     unmatched = abs(0.3 - 0.2) + abs(0.2 - 0.1) + 0.1
     loss = hybrid_uld(student.log(), teacher.log(), pair, ReverseKL())
@@ -134,11 +144,34 @@ def test_hybrid_by_hand() -> None:
 def test_nothing_shared_is_uld() -> None:
     student = random_logprobs(0, 4).requires_grad_()
     teacher = random_logprobs(1, 4, size=9)
-    loss = hybrid_uld(student, teacher, shared_tokens({"a": 0}, {"b": 0}), JSD())
+    nothing = Pairs.of(*shared_tokens({"a": 0}, {"b": 0}), (VOCABULARY, 9))
+    loss = hybrid_uld(student, teacher, nothing, JSD())
     close(loss.detach(), uld(student.exp(), teacher.exp()).detach())
     (gradient,) = torch.autograd.grad(loss.sum(), student)
     assert gradient.isfinite().all()
     assert gradient.abs().max() > 0
+
+
+def test_the_weight_of_pairs_counts_tokens_and_can_be_given() -> None:
+    student, teacher = random_logprobs(0, 4), random_logprobs(1, 4, size=9)
+    ids = torch.tensor([0, 2, 5])
+    # Of a head of nine rows eight are tokens.
+    pairs = Pairs.of(ids, ids, (VOCABULARY, 9), known=8)
+    assert pairs.share == 3 / 8
+    matched = JSD()(student[:, ids], teacher[:, ids])
+    rest = uld(student[:, [1, 3, 4]].exp(), teacher[:, [1, 3, 4, 6, 7, 8]].exp())
+    for weight in (None, 0.0, 0.25, 1.0):
+        share = 3 / 8 if weight is None else weight
+        found = HybridULD(JSD(), weight=weight)(student, teacher, pairs)
+        close(found, share * matched + (1 - share) * rest)
+    close(HybridULD(hybrid=False)(student, teacher, pairs), uld(student.exp(), teacher.exp()))
+    close(HybridULD()(student, student.roll(1, 0)), JSD()(student, student.roll(1, 0)))
+
+
+def test_every_token_knows_the_end_of_its_group() -> None:
+    ends = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]]).bool()
+    assert group_ends(ends).tolist() == [[1, 1, 2, 5, 5], [0, 4, 4, 4, 4]]
+    assert group_ends(ends[:, :0]).shape == (2, 0)
 
 
 # Groups as actions -----------------------------------------------------------------------

@@ -13,11 +13,19 @@ from opd_lightning.models.tokenization import (
     align,
     check_spelling,
     ends_within,
+    paired_tokens,
     token_bytes,
     token_texts,
     whole_characters,
 )
-from tests.tokenizers import KINDS, as_source, byte_level, word_piece, wrapped
+from tests.tokenizers import (
+    KINDS,
+    as_source,
+    byte_level,
+    sentence_piece,
+    word_piece,
+    wrapped,
+)
 
 TEXT = "naïve 雪! 42 🙂".encode()
 
@@ -45,6 +53,32 @@ def test_u22_a_character_may_be_split_between_tokens() -> None:
         Group(range(0, 2), range(0, 1)),
         Group(range(2, 3), range(1, 3)),
     ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_has_all_its_tokens_in_common_with_itself(kind: str) -> None:
+    sources = [wrapped(KINDS[kind]()) for _ in range(2)]
+    for source in sources:
+        source.tokenizer.eos_token = source.tokenizer.convert_ids_to_tokens(1)
+    ours, theirs = paired_tokens(*sources)
+    assert ours == theirs
+    assert sorted(ours) == list(range(len(sources[0].tokenizer)))
+
+
+def test_tokens_are_paired_by_their_bytes() -> None:
+    """Families name them otherwise: a space, bytes, the end of sequence."""
+    one, other = wrapped(byte_level()), wrapped(sentence_piece(strips=False))
+    one.tokenizer.eos_token, other.tokenizer.eos_token = "<end of turn>", "</s>"
+    pairs = dict(zip(*paired_tokens(one, other), strict=True))
+    ours, theirs = one.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+
+    for name, there in {"Ġ": "▁", "q": "q", "he": "he", "Ã": "<0xC3>"}.items():
+        assert pairs[ours[name]] == theirs[there]
+    spelt = token_bytes(one), token_bytes(other)
+    for i, j in pairs.items():
+        assert spelt[0][i] == spelt[1][j] or (i, j) == (ours["<end of turn>"], theirs["</s>"])
+    assert pairs[ours["<end of turn>"]] == theirs["</s>"]
+    assert len(set(pairs.values())) == len(pairs) > 50
 
 
 @pytest.mark.parametrize("seed", range(20))
