@@ -237,6 +237,8 @@ class TokenScores:
     # [B, R] bool, from a model with another tokenizer: True at the last token of a group, which
     # holds the log-prob of the group. Tokens after the last end have no score. None: no groups.
     ends: Tensor | None = None
+    # [B, R] int64, with `ends`: at an end, the group's number of tokens in that model's tokenizer.
+    group_tokens: Tensor | None = None
     # [B, R] float32 nats, <= 0, detached: log mass of the tokens that a truncated sampler could
     # draw from this model. None: all of them.
     log_mass: Tensor | None = None

@@ -8,6 +8,7 @@ from opd_lightning.methods.edge_opd import EDGEOPD
 from opd_lightning.methods.entropy_switch import EntropySwitch
 from opd_lightning.methods.g_opd import GOPD
 from opd_lightning.methods.gkd import GKD
+from opd_lightning.methods.gold import GOLD
 from opd_lightning.methods.grpo import GRPO
 from opd_lightning.methods.lens_opd import LensOPD
 from opd_lightning.methods.lightning_opd import LightningOPD
@@ -28,6 +29,7 @@ __all__ = [
     "CRISP",
     "EDGEOPD",
     "GKD",
+    "GOLD",
     "GOPD",
     "GRPO",
     "OPD",

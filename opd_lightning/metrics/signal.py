@@ -16,7 +16,7 @@ class SignalStatistics(Sums):
     """Statistics of the teacher's signal d_t and of both entropies on student states."""
 
     names = ("tokens", "student_entropy", "known", "teacher_entropy", "entropy_gap",
-             "groups", "grouped", "agree", "disagree")  # fmt: skip
+             "groups", "merged", "grouped", "agree", "disagree")  # fmt: skip
     log_ratios: list[Tensor] | Tensor  # a tensor after ranks are gathered
 
     def __init__(self) -> None:
@@ -39,6 +39,7 @@ class SignalStatistics(Sums):
             teacher_entropy=teacher.entropy[mask].nan_to_num(0.0),
             entropy_gap=(teacher.entropy - student.entropy).abs()[mask].nan_to_num(0.0),
             groups=0.0 if teacher.ends is None else teacher.ends[mask],
+            merged=0.0 if teacher.ends is None else _merged(teacher, teacher.ends)[mask],
             grouped=~outcome.isnan(),
             agree=outcome * ratio > 0,
             disagree=outcome * ratio < 0,
@@ -63,6 +64,7 @@ class SignalStatistics(Sums):
             result["entropy/gap"] = sums["entropy_gap"] / sums["known"]
         if sums["groups"] > 0:  # the teacher has another tokenizer
             result["signal/group_length"] = sums["tokens"] / sums["groups"]
+            result["signal/merged_groups"] = sums["merged"] / sums["groups"]
         # numpy, because torch.quantile takes at most 2**24 values.
         with np.errstate(invalid="ignore"):  # infinities: the step is skipped and reported
             quantiles = np.quantile(ratio.cpu().numpy(), QUANTILES)
@@ -72,3 +74,13 @@ class SignalStatistics(Sums):
             result["signal/agree_with_reward"] = sums["agree"] / sums["grouped"]
             result["signal/disagree_with_reward"] = sums["disagree"] / sums["grouped"]
         return result
+
+
+def _merged(teacher: TokenScores, ends: Tensor) -> Tensor:
+    """Return the ends of groups with several tokens of the student or of the teacher, `[B, R]`."""
+    begins = torch.ones_like(ends)
+    begins[:, 1:] = ends[:, :-1]
+    several = ~begins
+    if teacher.group_tokens is not None:
+        several = several | (teacher.group_tokens > 1)
+    return ends & several

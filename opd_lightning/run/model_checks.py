@@ -31,7 +31,8 @@ def check_models(module: DistillationModule) -> None:
         check_usable(source)
         check_spelling(student)
         check_spelling(source)
-    for part in (part for teacher in module.compared_teachers() for part in teacher.parts()):
+    compared = [part for teacher in module.compared_teachers() for part in teacher.parts()]
+    for part in (part for part in compared if not part.has_own_tokenizer):
         source = part.source or student
         sizes = [s.config.get_text_config().vocab_size for s in (student, source)]
         if sizes[0] != sizes[1]:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from opd_lightning.models.head import Comparison, States, TokenStates, TopLogprobs, score
+from opd_lightning.losses.alignment import Pairs
+from opd_lightning.models.head import (
+    Comparison,
+    MixedStates,
+    States,
+    TokenStates,
+    TopLogprobs,
+    score,
+)
 from opd_lightning.models.source import ModelSource
 from opd_lightning.types import Prompt, RolloutBatch, TokenScores
 
@@ -144,6 +152,27 @@ class DistributionTeacher(TopKTeacher):
             else TopLogprobs(ids, found.values["given"])
         )
         return TokenScores.unflatten(own, batch), known
+
+
+class Groups(NamedTuple):
+    """Distributions of a teacher with another tokenizer, for groups of the student's tokens."""
+
+    scores: TokenScores  # as of `Teacher.score`
+    # One part: rows are the student's tokens that end a group, states those that predict the
+    # group's last token of the teacher.
+    states: MixedStates
+    given: Tensor  # [N] nats: log-prob of the group's earlier tokens, where a group ends
+    pairs: Pairs  # of the vocabularies, on the device of the states
+
+
+class GroupTeacher(Teacher):
+    """Teacher with another tokenizer, whose distributions at the ends of groups can be read."""
+
+    has_own_tokenizer = True
+
+    @abstractmethod
+    def groups(self, batch: RolloutBatch, view: str) -> Groups:
+        """Return the distributions at the ends of groups, with all that `score` returns."""
 
 
 def _at(logprobs: Tensor, _: Tensor | None, ids: Tensor) -> Tensor:

@@ -184,6 +184,8 @@ def _joined(
         if grouped:
             alone = torch.ones_like(scores.logprobs, dtype=torch.bool)
             parts["ends"] = alone if scores.ends is None else scores.ends
+            own = scores.group_tokens
+            parts["group_tokens"] = alone.long() if own is None else own
         for name, value in parts.items():
             full = value.new_zeros((len(batch.rollouts), *value.shape[1:]))
             whole.setdefault(name, full)[list(rows)] = value[: len(rows)]

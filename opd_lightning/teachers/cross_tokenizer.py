@@ -7,14 +7,22 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from opd_lightning.errors import UserError
+from opd_lightning.losses.alignment import Pairs
 from opd_lightning.models.causal_lm import Dtype
 from opd_lightning.models.chat import render
+from opd_lightning.models.head import MixedStates, TokenStates
 from opd_lightning.models.padding import make_view, pad
 from opd_lightning.models.source import ModelSource
-from opd_lightning.models.tokenization import align, token_bytes, whole_characters
-from opd_lightning.teachers.base import Teacher
+from opd_lightning.models.tokenization import (
+    align,
+    paired_tokens,
+    token_bytes,
+    whole_characters,
+)
+from opd_lightning.teachers.base import Groups, GroupTeacher
 from opd_lightning.teachers.frozen import FrozenTeacher
 from opd_lightning.teachers.longer_tokens import LongerTokens, Span, score_with_surplus
 from opd_lightning.types import Prompt, Rollout, RolloutBatch, TokenScores
@@ -35,7 +43,17 @@ class _Translated(NamedTuple):
     spans: list[list[Span]]  # per response token, the spans that start there
 
 
-class CrossTokenizerTeacher(Teacher):
+class _Read(NamedTuple):
+    """A micro-batch as the teacher read it. N_T are its response tokens without padding."""
+
+    batch: RolloutBatch  # in the teacher's tokens
+    columns: Tensor  # [B, R_T] int64, of the student's token that ends the group
+    states: TokenStates  # N_T
+    logprobs: Tensor  # [N_T] nats
+    surplus: Tensor  # [N_T] of longer tokens, see `longer_tokens`
+
+
+class CrossTokenizerTeacher(GroupTeacher):
     """Frozen Hugging Face causal LM that scores the text of a response with its own tokenizer.
 
     The messages are rendered with the teacher's chat template and the response is encoded with its
@@ -45,7 +63,10 @@ class CrossTokenizerTeacher(Teacher):
     text (see `longer_tokens` for the derivation). `losses.alignment.in_groups` assigns the group's
     difference to each of its student tokens. With the student's tokenizer it is `FrozenTeacher`.
 
-    Limits. Only sampled tokens are scored, under the plain prompt. Of all encodings of a text only
+    `GOLD` compares its whole distributions at the ends of groups; other methods read its scores of
+    the sampled tokens.
+
+    Limits. The plain prompt alone is read. Of all encodings of a text only
     the tokenizer's is scored, so the log-prob is at most the text's; and the student may have
     sampled another encoding than its tokenizer's. A student token also excludes longer student
     tokens, which a teacher with shorter tokens decides only later. The sum over a response is
@@ -68,9 +89,8 @@ class CrossTokenizerTeacher(Teacher):
             end of a response of the student.
     """
 
-    has_own_tokenizer = True
     provides_entropy = False
-    _student: Any  # the student's tokenizer
+    _student: ModelSource
     _token_bytes: tuple[dict[int, bytes], dict[int, bytes]]  # bytes by token: student's, teacher's
     _longer_tokens: LongerTokens
 
@@ -96,6 +116,7 @@ class CrossTokenizerTeacher(Teacher):
         self.template_args = template_args or {}
         self._prompts: dict[str, list[int]] = {}
         self._has_warned = False
+        self._pairs: Pairs | None = None  # known after the first call of `groups`
 
     def check_model(self, student: Student) -> None:
         self.frozen.check_model(student)
@@ -110,7 +131,7 @@ class CrossTokenizerTeacher(Teacher):
 
     def load(self, device: torch.device, student: Student) -> None:
         self.frozen.load(device, student)
-        self._student = student.source.tokenizer
+        self._student = student.source
         self._token_bytes = token_bytes(student.source), token_bytes(self.source)
         added = self.source.tokenizer.added_tokens_decoder
         special = {i for i, token in added.items() if token.special}  # do not continue a text
@@ -125,6 +146,44 @@ class CrossTokenizerTeacher(Teacher):
         self.frozen.release()
 
     def score(self, batch: RolloutBatch, view: str, *, top_k: int = 0) -> TokenScores:
+        return self._scores(batch, self._read(batch, view))
+
+    def groups(self, batch: RolloutBatch, view: str) -> Groups:
+        read = self._read(batch, view)
+        mask = read.batch.response_mask
+        number = batch.response_mask.flatten().cumsum(0).view(batch.response_mask.shape) - 1
+        # The student's token that ends the group; rows that are left out of training have none.
+        end = number.gather(1, read.columns)[mask]
+        is_read = batch.response_mask.gather(1, read.columns)[mask]
+        is_last = end != torch.cat([end[1:], end.new_full((1,), -1)])
+        before, last = is_read & ~is_last, is_read & is_last
+        given = read.logprobs.new_zeros(int(batch.response_mask.sum()))
+        states = TokenStates(read.states.hidden[last], read.states.head)
+        return Groups(
+            scores=self._scores(batch, read),
+            states=MixedStates(((end[last], states),)),
+            given=given.index_add(0, end[before], read.logprobs[before]),
+            pairs=self._paired(read.states.head.vocab_size, mask.device),
+        )
+
+    @property
+    def shared_vocabulary(self) -> float:
+        """Share of the teacher's tokens that stand for the same text as one of the student's.
+
+        Known after the first call of `groups`.
+        """
+        assert self._pairs is not None
+        return self._pairs.share
+
+    def _paired(self, size: int, device: torch.device) -> Pairs:
+        if self._pairs is None:
+            ours, theirs = map(torch.tensor, paired_tokens(self._student, self.source))
+            sizes = self._student.config.get_text_config().vocab_size, size
+            known = len(self.source.tokenizer.get_vocab())
+            self._pairs = Pairs.of(ours, theirs, sizes, known).to(device)
+        return self._pairs
+
+    def _read(self, batch: RolloutBatch, view: str) -> _Read:
         rows = [self._translate(rollout) for rollout in batch.rollouts]
         prompts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]
         device, pad_id = batch.response_ids.device, self.source.pad_id
@@ -136,17 +195,22 @@ class CrossTokenizerTeacher(Teacher):
         spans = [spans for row in rows for spans in row.spans]
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             own, surplus = score_with_surplus(states, ids[mask], spans)
-        theirs = translated.unflatten(own + surplus)
-        theirs[:, 1:] -= translated.unflatten(surplus)[:, :-1]
+        return _Read(translated, columns, states, own, surplus)
+
+    def _scores(self, batch: RolloutBatch, read: _Read) -> TokenScores:
+        mask, unflatten = read.batch.response_mask, read.batch.unflatten
+        theirs = unflatten(read.logprobs + read.surplus)
+        theirs[:, 1:] -= unflatten(read.surplus)[:, :-1]
         theirs = torch.where(mask, theirs, 0.0).float()
-        sums = theirs.new_zeros(batch.response_ids.shape).scatter_add_(1, columns, theirs)
-        counts = torch.zeros_like(batch.response_ids).scatter_add_(1, columns, mask.long())
+        sums = theirs.new_zeros(batch.response_ids.shape).scatter_add_(1, read.columns, theirs)
+        counts = torch.zeros_like(batch.response_ids).scatter_add_(1, read.columns, mask.long())
         return TokenScores(
             logprobs=torch.where(batch.response_mask, sums, 0.0),
             entropy=torch.full_like(sums, torch.nan),
             top_ids=batch.response_ids.new_zeros(*sums.shape, 0),
             top_logprobs=sums.new_zeros(*sums.shape, 0),
             ends=batch.response_mask & (counts > 0),
+            group_tokens=counts,
         )
 
     def _translate(self, rollout: Rollout) -> _Translated:
@@ -157,7 +221,7 @@ class CrossTokenizerTeacher(Teacher):
         ours = [our_bytes.get(i, b"") for i in ids]
         if not ended:
             ours = ours[: whole_characters(ours)]
-        text = self._student.decode(ids[: len(ours)], clean_up_tokenization_spaces=False)
+        text = self._student.tokenizer.decode(ids[: len(ours)], clean_up_tokenization_spaces=False)
         response_ids = self.source.tokenizer.encode(text, add_special_tokens=False)
         theirs = [their_bytes[i] for i in response_ids]
         if ended:

@@ -6,11 +6,18 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from opd_lightning.errors import UserError
+from opd_lightning.losses.alignment import HybridULD
 from opd_lightning.losses.surrogate import Surrogate
 from opd_lightning.losses.top_k import TopK
 from opd_lightning.models.student import KEPT_MASS
 from opd_lightning.rules.base import Rule
-from opd_lightning.teachers.base import Ask, Teacher, provides_distributions, provides_top_k
+from opd_lightning.teachers.base import (
+    Ask,
+    GroupTeacher,
+    Teacher,
+    provides_distributions,
+    provides_top_k,
+)
 from opd_lightning.training.scoring import LOSS
 
 if TYPE_CHECKING:
@@ -164,6 +171,22 @@ def _check_known(method: str, teacher: Teacher, function: Any) -> None:
         return
     weakest = min(teacher.parts(), key=lambda part: part.provides)
     kind = type(teacher if teacher.provides < weakest.provides else weakest).__name__
+    foreign = any(part.has_own_tokenizer for part in teacher.parts())
+    if isinstance(function, HybridULD):
+        if isinstance(teacher, GroupTeacher):
+            return
+        raise UserError(
+            f"{method} reads whole distributions, which {type(teacher).__name__} "
+            + ("of domains with different tokenizers " if foreign else "")
+            + "cannot give; use one FrozenTeacher or CrossTokenizerTeacher in this process, or a "
+            "method of sampled tokens"
+        )
+    if foreign:
+        raise UserError(
+            f"{method} reads whole distributions, which {kind} cannot give token by token; use "
+            "GOLD, a method, rules and terms of sampled tokens, or a teacher with the student's "
+            "tokenizer"
+        )
     if not (provides_top_k(teacher) and isinstance(function, TopK)):
         raise UserError(
             f"{method} reads whole distributions, which {kind} cannot give; use a teacher in this "

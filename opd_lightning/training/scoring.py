@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from opd_lightning.losses.alignment import in_groups
+from opd_lightning.losses.alignment import group_ends, in_groups
 from opd_lightning.losses.divergence import Divergence
 from opd_lightning.losses.top_k import TopK
+from opd_lightning.models.groups import GroupComparison
 from opd_lightning.models.head import Comparison
 from opd_lightning.models.student import LateComparison, Student, token_scores
 from opd_lightning.rules.base import Compare, Scored
-from opd_lightning.teachers.base import Ask, provides_distributions, provides_top_k
+from opd_lightning.teachers.base import (
+    Ask,
+    Groups,
+    GroupTeacher,
+    provides_distributions,
+    provides_top_k,
+)
 from opd_lightning.timing import StepTimer
 from opd_lightning.training.outputs import checked_scores
 from opd_lightning.training.top_k_query import TopKQuery, prefetch_top_k
@@ -65,11 +73,15 @@ def score_batch(
         compare.other: name for name, compare in comparisons.items() if compare.other is not None
     }
     states, others = {}, dict(known)
+    groups: dict[str, Groups] = {}
     by_ask: dict[Ask, TokenScores] = {}
-    pairs: dict[str, Comparison | LateComparison] = {}
+    pairs: dict[str, Comparison | LateComparison | GroupComparison] = {}
     with timer.stage("teacher"):
         for name, ask in asks.items():
-            if name in compared and provides_distributions(ask.teacher):
+            if name in compared and isinstance(ask.teacher, GroupTeacher):
+                groups[name] = ask.teacher.groups(batch, ask.view)
+                others[name] = groups[name].scores
+            elif name in compared and provides_distributions(ask.teacher):
                 states[name] = ask.teacher.states(batch, ask.view)
             elif name not in compared and name not in others:
                 if ask not in by_ask:
@@ -78,7 +90,9 @@ def score_batch(
                     by_ask[ask] = checked_scores(ask.teacher, "score", found, batch)
                 others[name] = by_ask[ask]
         for name, compare in comparisons.items():
-            if compare.other is None or compare.other in states:
+            if compare.other in groups:
+                pairs[name] = _of_groups(compare, groups[compare.other], batch)
+            elif compare.other is None or compare.other in states:
                 pairs[name] = Comparison(
                     states.get(compare.other or ""),
                     compare.function,
@@ -116,6 +130,21 @@ def _of_step(compare: Compare, step: int) -> Compare:
         compare._replace(function=function.at(step))
         if isinstance(function, Divergence)
         else compare
+    )
+
+
+def _of_groups(compare: Compare, groups: Groups, batch: RolloutBatch) -> GroupComparison:
+    """Return the comparison with a teacher of another tokenizer."""
+    mask, ends = batch.response_mask, groups.scores.ends
+    assert ends is not None
+    number = mask.flatten().cumsum(0).view(mask.shape) - 1
+    # One more column for tokens without a group.
+    number = torch.cat([number, number.new_full((len(number), 1), -1)], dim=1)
+    return GroupComparison(
+        groups.states,
+        partial(compare.function, pairs=groups.pairs),
+        number.gather(1, group_ends(ends))[mask],
+        groups.given,
     )
 
 

@@ -5,6 +5,7 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,22 +13,32 @@ from torch import Tensor
 
 from opd_lightning.errors import UserError
 from opd_lightning.lab.models import new_model
+from opd_lightning.methods import GOLD
 from opd_lightning.models.chat import render
 from opd_lightning.models.student import Student
-from opd_lightning.rules import PositionWeight, PowerReward, ScopeWeight, TrajectoryGate
+from opd_lightning.rules import (
+    PositionWeight,
+    PowerReward,
+    ScopeWeight,
+    TrajectoryGate,
+    TrustRegion,
+    VocabularyBaseline,
+)
 from opd_lightning.rules.base import Rule
 from opd_lightning.teachers import (
     Ask,
     ByDomainTeacher,
+    CachedTeacher,
     CrossTokenizerTeacher,
     FrozenTeacher,
+    RemoteTeacher,
     Teacher,
 )
 from opd_lightning.timing import StepTimer
 from opd_lightning.training.scoring import score_batch
 from opd_lightning.types import Prompt, Rollout, RolloutBatch, TokenScores
 from tests.batches import make_batch, make_rollout
-from tests.refusals import TEACHER, Refusal, divergence, opd, opsd
+from tests.refusals import STUDENT, TEACHER, Refusal, divergence, opd, opsd
 from tests.tokenizers import byte_level, permute_vocabulary, sentence_piece, write_model
 
 CPU = torch.device("cpu")
@@ -193,6 +204,45 @@ def test_ids_beyond_the_students_vocabulary_spell_nothing(kinds: dict[str, Path]
     torch.testing.assert_close(found.logprobs.sum(), plain.logprobs.sum())
 
 
+# Whole distributions ----------------------------------------------------------------------
+
+
+def test_distributions_at_the_ends_of_groups(kinds: dict[str, Path]) -> None:
+    """Those of transformers that predict the teacher's last token of every group."""
+    student = loaded(kinds["bytes"])
+    text = "the quick näive 雪 fox"
+    dropped = answered(student, "fox", dropped=True)
+    batch = make_batch([dropped, answered(student, text), answered(student, "the", ended=False)])
+    teacher = CrossTokenizerTeacher(str(kinds["pieces"]))
+    teacher.load(CPU, student)
+    found = teacher.groups(batch, "student")
+    plain = teacher.score(batch, "student")
+    torch.testing.assert_close(found.scores.logprobs, plain.logprobs)
+    assert plain.ends is not None
+    ((rows, states),) = found.states.parts
+    mask = batch.response_mask
+    assert torch.equal(rows, plain.ends[mask].nonzero()[:, 0])
+    model = loaded(kinds["pieces"])
+    tokenizer = model.source.tokenizer
+    ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    prompt = render(PROMPT, tokenizer, {})
+    with torch.no_grad():
+        logits = model.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        theirs = states.head.finish(states.head.project(states.hidden)).log_softmax(-1)
+    whole = (logits / batch.temperature).log_softmax(-1)
+    own = whole.gather(1, torch.tensor(ids)[:, None])[:, 0]
+    assert plain.group_tokens is not None
+    sizes = plain.group_tokens[1][plain.ends[1]]
+    lasts = sizes.cumsum(0) - 1
+    assert int(lasts[-1]) == len(ids) - 1
+    assert sizes.max() > 1
+    torch.testing.assert_close(theirs[: len(sizes)], whole[lasts], atol=1e-4, rtol=0)
+    for row, size, last in zip(rows, sizes, lasts, strict=False):
+        earlier = own[int(last) + 1 - int(size) : int(last)].sum()
+        torch.testing.assert_close(found.given[row], earlier, atol=1e-4, rtol=0)
+    assert len(rows) == len(sizes) + int(plain.ends[2].sum())
+
+
 # Asked together ---------------------------------------------------------------------------
 
 
@@ -283,6 +333,42 @@ def test_the_plain_prompt_only(refusal: Refusal) -> None:
 def test_sampled_tokens_only(refusal: Refusal) -> None:
     line = refusal(lambda: divergence(teacher=foreign()))
     assert "DivergenceOPD reads whole distributions, which CrossTokenizerTeacher cannot" in line
+    assert "use GOLD" in line
+    line = refusal(lambda: gold(rules=[VocabularyBaseline()]))
+    assert "GOLD's loss is a divergence" in line
+    line = refusal(lambda: gold(terms=[TrustRegion(foreign(), estimator="full")]))
+    assert "GOLD reads whole distributions, which CrossTokenizerTeacher cannot" in line
+
+
+def gold(teacher: Teacher | None = None, **more: Any) -> GOLD:
+    return GOLD(Student(STUDENT), teacher or foreign(), **more)
+
+
+def test_gold_needs_one_teacher_in_this_process(refusal: Refusal) -> None:
+    served = RemoteTeacher(TEACHER, servers=["http://127.0.0.1:1"], key_file="key")
+    cached = CachedTeacher("cache", FrozenTeacher(TEACHER))
+    for teacher, kind in ((served, "RemoteTeacher"), (cached, "CachedTeacher")):
+        line = refusal(lambda teacher=teacher: gold(teacher))
+        assert f"GOLD reads whole distributions, which {kind} cannot give" in line
+        assert "use one FrozenTeacher or CrossTokenizerTeacher" in line
+    line = refusal(lambda: gold(ByDomainTeacher({"default": foreign()})))
+    assert "which ByDomainTeacher of domains with different tokenizers cannot give" in line
+    line = refusal(lambda: gold(terms=[TrustRegion(foreign())]))
+    assert "a CrossTokenizerTeacher with its own tokenizer, but GOLD compares groups" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hybrid": False, "beta": 0.0}, "got beta 0.0 and shared_weight None with hybrid false"),
+        ({"hybrid": False, "shared_weight": 1.0}, "shared_weight 1.0 with hybrid false"),
+        ({"shared_weight": 2.0}, "shared_weight: got 2.0, expected a number from 0 to 1"),
+        ({"beta": 2.0}, "beta is 2.0"),
+        ({"rules": [PositionWeight()]}, "PositionWeight adds up log-ratios of single tokens"),
+    ],
+)
+def test_settings_of_gold(refusal: Refusal, settings: dict[str, Any], words: str) -> None:
+    assert words in refusal(lambda: gold(**settings))
 
 
 @pytest.mark.parametrize("rule", [TrajectoryGate(), PositionWeight(), ScopeWeight()])

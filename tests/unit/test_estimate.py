@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from opd_lightning.commands.trainer import Trainer
 from opd_lightning.data.mix import RolloutMix, TeacherSampler
 from opd_lightning.errors import NotReadyError, UserError
-from opd_lightning.methods import OPD, DivergenceOPD
+from opd_lightning.methods import GOLD, OPD, DivergenceOPD
 from opd_lightning.models.student import Student
 from opd_lightning.preflight.estimate import Lengths
 from opd_lightning.preflight.operations import forward_operations, matrix_weights
@@ -29,6 +29,7 @@ from opd_lightning.run.datamodule import RolloutDataModule
 from opd_lightning.teachers import (
     AdapterOffTeacher,
     ByDomainTeacher,
+    CrossTokenizerTeacher,
     EMATeacher,
     FrozenTeacher,
     Teacher,
@@ -56,7 +57,7 @@ def estimate(folder: str, capfd: pytest.CaptureFixture[str]) -> Estimate:
         method: dict[str, Any] | None = None,
         trainer: dict[str, Any] | None = None,
         options: dict[str, Any] | None = None,
-        kind: type[OPD | DivergenceOPD] = OPD,
+        kind: type[OPD | DivergenceOPD | GOLD] = OPD,
         demonstrator: TeacherSampler | None = None,
         **data: Any,
     ) -> Values:
@@ -177,6 +178,18 @@ def test_teachers_by_domain_share_the_rows(estimate: Estimate, folder: str) -> N
     assert found["time (assumed speeds)"]["teachers_seconds"] == pytest.approx(one)
     alone = estimate()["memory (estimate)"]["teachers_bytes"]
     assert found["memory (estimate)"]["teachers_bytes"] == 3 * alone
+
+
+def test_a_teacher_with_other_tokens_is_counted(estimate: Estimate, folder: str) -> None:
+    """For GOLD too, whose second forward pass of a step concerns whole distributions."""
+    frozen, other = estimate(), estimate(kind=GOLD, teacher=CrossTokenizerTeacher(folder))
+    for subject in ("memory (estimate)", "time (assumed speeds)"):
+        assert other[subject] == frozen[subject]
+    step = {"trainer": {"accumulate_grad_batches": 2}, "teacher": CrossTokenizerTeacher(folder)}
+    ahead = {"rules": [HighEntropyMask(share=0.5)]}
+    twice = estimate(kind=GOLD, method=ahead, **step)["time (assumed speeds)"]
+    once = estimate(kind=GOLD, **step)["time (assumed speeds)"]
+    assert twice["teachers_seconds"] == pytest.approx(1.5 * once["teachers_seconds"])
 
 
 def test_tokens(estimate: Estimate) -> None:

@@ -92,6 +92,12 @@ def test_tokens_per_group_of_a_teacher_with_other_tokens() -> None:
     ends = torch.tensor([[False, True], [True, False]])
     metric.update(batch, student, replace(student, ends=ends), batch.response_mask)
     assert metric.compute()["signal/group_length"].item() == 1.5
+    assert metric.compute()["signal/merged_groups"].item() == 0.5
+    metric.reset()
+    # The teacher has several tokens where the student has one.
+    theirs = replace(student, ends=ends, group_tokens=torch.tensor([[0, 1], [2, 0]]))
+    metric.update(batch, student, theirs, batch.response_mask)
+    assert metric.compute()["signal/merged_groups"].item() == 1
     metric.reset()
     metric.update(batch, student, student, batch.response_mask)
     assert "signal/group_length" not in metric.compute()
