@@ -13,6 +13,7 @@ from torch import Tensor
 
 from opd_lightning.errors import UserError
 from opd_lightning.lab.models import new_model
+from opd_lightning.losses.alignment import HybridULD
 from opd_lightning.methods import GOLD
 from opd_lightning.models.chat import render
 from opd_lightning.models.student import Student
@@ -24,7 +25,7 @@ from opd_lightning.rules import (
     TrustRegion,
     VocabularyBaseline,
 )
-from opd_lightning.rules.base import Rule
+from opd_lightning.rules.base import Compare, Rule
 from opd_lightning.teachers import (
     Ask,
     ByDomainTeacher,
@@ -241,6 +242,42 @@ def test_distributions_at_the_ends_of_groups(kinds: dict[str, Path]) -> None:
         earlier = own[int(last) + 1 - int(size) : int(last)].sum()
         torch.testing.assert_close(found.given[row], earlier, atol=1e-4, rtol=0)
     assert len(rows) == len(sizes) + int(plain.ends[2].sum())
+
+
+def compared(student: Student, teacher: Teacher, batch: RolloutBatch) -> Tensor:
+    teacher.load(CPU, student)
+    scores = score_batch(
+        student,
+        batch,
+        asks={"teacher": Ask(teacher, "student")},
+        comparisons={"loss": Compare("teacher", HybridULD())},
+        known={},
+        top_k=0,
+        timer=StepTimer(),
+    )
+    return scores.values["loss"]
+
+
+def test_the_values_are_at_the_ends_of_groups_whatever_is_beside_them(
+    kinds: dict[str, Path],
+) -> None:
+    """A rank without response tokens goes through the same passes."""
+    student, teacher = loaded(kinds["bytes"]), CrossTokenizerTeacher(str(kinds["pieces"]))
+    texts = [("the 雪 fox", True), ("näive", False), ("the quick 🙂", False)]
+    rollouts = [answered(student, text, ended=ended) for text, ended in texts]
+    rollouts[2] = replace(rollouts[2], response_ids=rollouts[2].response_ids[:-1])
+    together = compared(student, teacher, make_batch(rollouts))
+    ends = score(teacher, student, make_batch(rollouts)).ends
+    assert ends is not None
+    assert ((together > 0) == ends).all()
+    assert not ends[2, -3:].any()  # a character that was cut off
+    for row, rollout in enumerate(rollouts):
+        alone = compared(student, teacher, make_batch([rollout]))[0]
+        torch.testing.assert_close(alone, together[row, : len(alone)], atol=1e-5, rtol=1e-4)
+    nothing = make_batch([replace(rollout, dropped=True) for rollout in rollouts])
+    empty = compared(student, teacher, nothing)
+    assert not empty.any()
+    (empty.sum() + student(nothing).student.logprobs.sum()).backward()
 
 
 # Asked together ---------------------------------------------------------------------------
