@@ -107,13 +107,15 @@ class ModelSource:
         if folder := self.folder:
             check_texts(folder, ("generation_config.json",), self.role)
         file = "generation_config.json"
+        configured = getattr(self.config.get_text_config(), "eos_token_id", None)
+        if isinstance(configured, list | tuple) and not configured:
+            self._checked_eos_ids(configured, "config.json")  # also where it is not read
         try:
             listed = GenerationConfig.from_pretrained(
                 self.path, local_files_only=self.local_files_only
             ).eos_token_id
         except OSError:  # the model has no generation_config.json
-            file = "config.json"
-            listed = getattr(self.config.get_text_config(), "eos_token_id", None)
+            file, listed = "config.json", configured
         except Exception as error:  # its own checks of the values
             raise UserError(
                 f"{self.role} model: cannot read {self.path!r}: generation_config.json: "

@@ -33,6 +33,7 @@ def check_method(module: DistillationModule, data: RolloutDataModule, trainer: T
     _check_authors(module, data)
     _check_prepared(module, data)
     check_truncation(module, data)
+    _check_shares(module, data)
 
 
 def _check_views(module: DistillationModule, data: RolloutDataModule) -> None:
@@ -110,8 +111,7 @@ def _check_rewards(module: DistillationModule, data: RolloutDataModule) -> None:
 
 
 def _check_authors(module: DistillationModule, data: RolloutDataModule) -> None:
-    """Check that every author of the mix writes responses, and that the method learns from them."""
-    name = type(module).__name__
+    """Check that every author of the mix can write responses, and that the method reads them."""
     if data.mix.teacher and data.teacher is None:
         raise UserError(
             f"data.teacher: got nothing for mix.teacher {data.mix.teacher}; name its path and "
@@ -122,9 +122,13 @@ def _check_authors(module: DistillationModule, data: RolloutDataModule) -> None:
         check_same_tokens(module.student.source, data.teacher.source, writes=True)
     if module.needs_demonstrations and data.mix.samples:
         raise UserError(
-            f"data.mix: got the student's own responses, but {name} learns from given ones alone; "
-            "let data.mix.recorded and data.mix.teacher add up to 1"
+            f"data.mix: got the student's own responses, but {type(module).__name__} learns from "
+            "given ones alone; let data.mix.recorded and data.mix.teacher add up to 1"
         )
+
+
+def _check_shares(module: DistillationModule, data: RolloutDataModule) -> None:
+    """Check that a step has prompts for every share of given responses, which are imitated."""
     for share, count in zip(
         ("teacher", "recorded"), data.mix.counts(data.prompts_per_step), strict=True
     ):
@@ -136,8 +140,9 @@ def _check_authors(module: DistillationModule, data: RolloutDataModule) -> None:
             )
     if (data.mix.teacher or data.mix.reads_records) and not module.takes_demonstrations:
         raise UserError(
-            f"data.mix: got responses that the student did not write, which {name} takes for its "
-            "own; set model.init_args.imitation to their weight, or take them out of the mix"
+            "data.mix: got responses that the student did not write, which "
+            f"{type(module).__name__} takes for its own; set model.init_args.imitation to their "
+            "weight, or take them out of the mix"
         )
 
 
