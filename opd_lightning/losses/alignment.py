@@ -2,14 +2,13 @@
 
 They compare the groups of tokens that `tokenization.align` forms.
 
-Axes: B rollouts, R response tokens (padded), n tokens of one response, G groups, V a vocabulary.
+Axes: B rollouts, R response tokens (padded), G groups, V a vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -17,8 +16,6 @@ from torch.nn.functional import pad
 
 from opd_lightning.errors import UserError
 from opd_lightning.losses.divergence import JSD, Divergence
-
-MergeStrategy = Literal["bayesian", "observed"]
 
 
 def in_groups(student: Tensor, other: Tensor, ends: Tensor) -> Tensor:
@@ -55,38 +52,6 @@ def group_ends(ends: Tensor) -> Tensor:
     size = ends.shape[1]
     columns = torch.where(ends, torch.arange(size, device=ends.device), size)
     return columns.flip(1).cummin(dim=1).values.flip(1) if size else columns
-
-
-def merge(
-    logprobs: Tensor,
-    token_ids: Tensor,
-    groups: Sequence[range],
-    strategy: MergeStrategy = "bayesian",
-) -> Tensor:
-    """Merge `[n, V]` log-probs to one row a group, `[G, V]`; groups of one token are unchanged.
-
-    Args:
-        logprobs: Row k predicts token k.
-        token_ids: `[n]`, the tokens of the response.
-        groups: Student's or teacher's ranges of `tokenization.align`.
-        strategy: "bayesian" takes the last position's distribution times the probability of the
-            tokens before it: by the chain rule, the probability of the group with any last token.
-            "observed" takes the first position's distribution times the probability of the tokens
-            that followed. It is exact for the tokens of the response only: after another first
-            token they would have another probability. (TRL's "observed" also reads its logits one
-            position late; here both strategies use the same rows.)
-
-    Returns:
-        Log-probs; those of a group of several tokens have a total probability below 1.
-    """
-    chosen = logprobs.gather(-1, token_ids[:, None]).squeeze(-1)
-    end = -1 if strategy == "bayesian" else 0
-    base = torch.tensor([group[end] for group in groups], dtype=torch.long).to(chosen.device)
-    sizes = torch.tensor([len(group) for group in groups], dtype=torch.long).to(chosen.device)
-    group_of_token = torch.arange(len(groups), device=chosen.device).repeat_interleave(sizes)
-    given = chosen.index_fill(0, base, 0.0)
-    factor = chosen.new_zeros(len(groups)).index_add(0, group_of_token, given)
-    return logprobs[base] + factor[:, None]
 
 
 def uld(student_probs: Tensor, teacher_probs: Tensor) -> Tensor:
@@ -134,15 +99,6 @@ class Pairs(NamedTuple):
         *ids, share = self
         ours, theirs, our_rest, their_rest = (x.to(device) for x in ids)
         return type(self)(ours, theirs, our_rest, their_rest, share)
-
-
-def shared_tokens(student: Mapping[str, int], teacher: Mapping[str, int]) -> tuple[Tensor, Tensor]:
-    """Return paired ids, `[M]` each, of the tokens with the same string in both vocabularies."""
-    names = sorted(student.keys() & teacher.keys(), key=teacher.__getitem__)
-    return (
-        torch.tensor([student[name] for name in names], dtype=torch.long),
-        torch.tensor([teacher[name] for name in names], dtype=torch.long),
-    )
 
 
 def hybrid_uld(

@@ -2,7 +2,7 @@
 
 A group is compared where its last token is predicted. The distributions there are multiplied by the
 probability of the group's earlier tokens, which gives the probability of the group with any last
-token (`losses.alignment.merge`, "bayesian"):
+token (TRL's "bayesian"):
 
     f(S_k + c_S, T_j + c_T),   c = sum of the model's log-probs of the group's earlier tokens
 
@@ -87,8 +87,7 @@ class GroupComparison(NamedTuple):
         values = student.new_zeros(len(student))
         if not len(rows):
             return values
-        merged = student[rows] + ours[rows, None]
-        other = teacher[rows] + theirs[rows, None]
+        merged, other = student[rows] + ours[rows, None], teacher[rows] + theirs[rows, None]
         return values.index_put((rows,), self.function(merged, other))
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Check, before weights load, that classes of the user take the arguments they are called with."""
+"""Check classes of the user before weights load: arguments of methods, and teachers they hold."""
 
 from __future__ import annotations
 
@@ -23,8 +23,16 @@ if TYPE_CHECKING:
     from opd_lightning.training.base import DistillationModule
 
 BASES = (
-    *(Contract, ComposedMethod, Rule, Term, Teacher, TopKTeacher, DistributionTeacher),
-    *(Verifier, Engine, RunCallback),
+    Contract,
+    ComposedMethod,
+    Rule,
+    Term,
+    Teacher,
+    TopKTeacher,
+    DistributionTeacher,
+    Verifier,
+    Engine,
+    RunCallback,
 )
 
 
@@ -46,8 +54,8 @@ def check_held_teachers(teacher: Teacher) -> None:
     known = teacher.parts()
     for part in {teacher, *known}:
         for name, value in vars(part).items() if part.source is None else ():
-            held = value.values() if isinstance(value, dict) else value
-            for one in held if isinstance(held, list | tuple | type({}.values())) else [held]:
+            held = [*value.values()] if isinstance(value, dict) else value
+            for one in held if isinstance(held, list | tuple) else [held]:
                 if isinstance(one, Teacher) and not {*one.parts()} <= {*known}:
                     raise UserError(
                         f"{type(part).__name__}.parts: got no {type(one).__name__}, which it has "
@@ -70,6 +78,7 @@ def _parts(
 
 
 def _check_methods(part: object, base: type) -> None:
+    """Raise UserError if a method of `base` that `part` overrides takes other arguments."""
     for name, ours in vars(base).items():
         theirs = getattr_static(type(part), name, ours)
         if name.startswith("_") or theirs is ours or not (isfunction(ours) and isfunction(theirs)):

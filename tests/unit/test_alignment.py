@@ -10,12 +10,11 @@ from opd_lightning.losses.alignment import (
     group_ends,
     hybrid_uld,
     in_groups,
-    merge,
-    shared_tokens,
     uld,
 )
 from opd_lightning.losses.divergence import JSD, ReverseKL
 from opd_lightning.models.tokenization import align
+from tests.merged import merge
 from tests.toy import (
     LENGTH,
     SEQUENCES,
@@ -47,8 +46,8 @@ def test_u22_the_same_tokenizer_gives_the_jsd() -> None:
     teacher = random_logprobs(1, 5)
     ours = merge(student, ids, [group.student for group in groups])
     theirs = merge(teacher, ids, [group.teacher for group in groups])
-    vocabulary = {f"token {i}": i for i in range(VOCABULARY)}
-    pairs = Pairs.of(*shared_tokens(vocabulary, vocabulary), (VOCABULARY, VOCABULARY))
+    all_ids = torch.arange(VOCABULARY)
+    pairs = Pairs.of(all_ids, all_ids, (VOCABULARY, VOCABULARY))
     loss = hybrid_uld(ours, theirs, pairs, JSD(0.5))
     expected = JSD(0.5)(student, teacher)
     close(loss.detach(), expected.detach())
@@ -57,50 +56,14 @@ def test_u22_the_same_tokenizer_gives_the_jsd() -> None:
     assert (expected > 0.01).all()
 
 
-def test_merge_by_hand() -> None:
-    probs = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.4, 0.4, 0.2]], dtype=torch.float64)
-    ids, groups = torch.tensor([1, 2, 0]), [range(0, 2), range(2, 3)]
-    # The last position's row times P(first token) = 0.3.
-    bayesian = merge(probs.log(), ids, groups, "bayesian").exp()
-    close(bayesian, torch.tensor([[0.03, 0.18, 0.09], [0.4, 0.4, 0.2]], dtype=torch.float64))
-    # The first position's row times P(second token | first) = 0.3.
-    observed = merge(probs.log(), ids, groups, "observed").exp()
-    close(observed, torch.tensor([[0.15, 0.09, 0.06], [0.4, 0.4, 0.2]], dtype=torch.float64))
-
-
-def test_bayesian_is_the_chain_rule_and_observed_is_so_for_the_response_alone() -> None:
+def test_merging_is_the_chain_rule() -> None:
     """A model of two tokens by its joint distribution; the response is (1, 2)."""
     generator = torch.Generator().manual_seed(0)
     joint = torch.rand(3, 3, generator=generator, dtype=torch.float64)
     joint /= joint.sum()
     first = joint.sum(dim=1)
     logprobs = torch.stack([first, joint[1] / first[1]]).log()
-    ids = torch.tensor([1, 2])
-    close(merge(logprobs, ids, [range(2)], "bayesian").exp(), joint[1:2])
-    observed = merge(logprobs, ids, [range(2)], "observed").exp()[0]
-    close(observed[1], joint[1, 2])
-    assert (observed - joint[:, 2])[[0, 2]].abs().min() > 1e-3
-
-
-def test_merge_of_many_sizes_and_its_gradient() -> None:
-    logprobs = random_logprobs(3, 6).requires_grad_()
-    ids, groups = torch.tensor([5, 0, 2, 2, 1, 3]), [range(0, 3), range(3, 4), range(4, 6)]
-    merged = merge(logprobs, ids, groups)
-    close(
-        merged.detach(),
-        torch.stack(
-            [
-                logprobs[2] + logprobs[0, 5] + logprobs[1, 0],
-                logprobs[3],
-                logprobs[5] + logprobs[4, 1],
-            ]
-        ).detach(),
-    )
-    (gradient,) = torch.autograd.grad(merged[:, 0].sum(), logprobs)
-    expected = torch.zeros_like(gradient)
-    expected[[2, 0, 1, 3, 5, 4], [0, 5, 0, 0, 0, 1]] = 1
-    assert torch.equal(gradient, expected)
-    assert merge(logprobs[:0], ids[:0], []).shape == (0, VOCABULARY)
+    close(merge(logprobs, torch.tensor([1, 2]), [range(2)]).exp(), joint[1:2])
 
 
 def test_uld_by_hand() -> None:
@@ -123,14 +86,6 @@ def test_u22_permuting_the_teachers_vocabulary_leaves_uld_unchanged() -> None:
     close(hybrid_uld(student, teacher[:, moved], pair, JSD()), loss)
 
 
-def test_shared_tokens_are_paired_by_string() -> None:
-    ours, theirs = {"a": 0, "b": 1, "c": 2}, {"c": 0, "x": 1, "a": 5}
-    student_ids, teacher_ids = shared_tokens(ours, theirs)
-    assert student_ids.tolist() == [2, 0]
-    assert teacher_ids.tolist() == [0, 5]
-    assert [ids.tolist() for ids in shared_tokens({"a": 0}, {"b": 0})] == [[], []]
-
-
 def test_hybrid_by_hand() -> None:
     student = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
     teacher = torch.tensor([[0.1, 0.6, 0.2, 0.1]], dtype=torch.float64)
@@ -144,7 +99,8 @@ def test_hybrid_by_hand() -> None:
 def test_nothing_shared_is_uld() -> None:
     student = random_logprobs(0, 4).requires_grad_()
     teacher = random_logprobs(1, 4, size=9)
-    nothing = Pairs.of(*shared_tokens({"a": 0}, {"b": 0}), (VOCABULARY, 9))
+    none = torch.tensor([], dtype=torch.long)
+    nothing = Pairs.of(none, none, (VOCABULARY, 9))
     loss = hybrid_uld(student, teacher, nothing, JSD())
     close(loss.detach(), uld(student.exp(), teacher.exp()).detach())
     (gradient,) = torch.autograd.grad(loss.sum(), student)

@@ -7,11 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from opd_lightning.losses.alignment import HybridULD, Pairs, merge
+from opd_lightning.losses.alignment import HybridULD, Pairs
 from opd_lightning.losses.divergence import JSD, Divergence
 from opd_lightning.models import head as head_module
 from opd_lightning.models.groups import GroupComparison
 from opd_lightning.models.head import Comparison, Head, HeadScores, MixedStates, TokenStates, score
+from tests.merged import merge
 
 H, OURS, THEIRS = 8, 11, 17
 TEMPERATURE = 0.7
