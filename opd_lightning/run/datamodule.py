@@ -34,6 +34,7 @@ from opd_lightning.run.prompt_checks import PromptCheck
 from opd_lightning.run.trainer_checks import check_optimizer, check_step_size, check_trainer
 from opd_lightning.teachers.start import check_start
 from opd_lightning.training.callback import run_callbacks
+from opd_lightning.training.outputs import described
 from opd_lightning.verifiers.base import Verifier
 
 if TYPE_CHECKING:
@@ -195,8 +196,14 @@ class RolloutDataModule(LightningDataModule):
         mix = self.mix
         for callback in run_callbacks(self.trainer):
             mix = callback.mix_at(step, mix)
+            where = f"{type(callback).__name__}.mix_at, step {step}"
+            if not isinstance(mix, RolloutMix):
+                raise UserError(
+                    f"{where}: got {described(mix)}, expected a RolloutMix; return "
+                    "`dataclasses.replace(mix, ...)`, or `mix` where nothing changes"
+                )
             if mix != self.mix:
-                mix.check_moved(self.mix, f"{type(callback).__name__}.mix_at, step {step}")
+                mix.check_moved(self.mix, where)
         return mix
 
     def _before_step(self, step: int) -> None:

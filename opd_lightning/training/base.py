@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric, SumMetric
@@ -234,11 +236,13 @@ class DistillationModule(Contract, EvaluatedModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         with self.timer.stage("log"):
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of 16-mixed
+            if scaler is not None and optimizer.defaults.get("fused"):
+                scaler.unscale_(optimizer)  # which Lightning leaves to their step
             parameters = list(self.student.parameters())
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
             loss = self.loss_sum.compute() * self._factor
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of 16-mixed
             skipped = self.skipped.skip(
                 self.trainer.global_step,
                 loss,
@@ -254,6 +258,25 @@ class DistillationModule(Contract, EvaluatedModule):
         self.timer.start("optimizer")
         self.is_updating = True
         self.validation_is_over = False
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if all(parameter.grad is None for parameter in self.student.parameters()):
+            return  # of a skipped step; torch's `clip_grad_value_` fails without gradients
+        if optimizer.defaults.get("fused"):
+            # MixedPrecision refuses it, because their step unscales gradients that are scaled.
+            # Here they never are: `on_before_optimizer_step` has unscaled them.
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            plugin = self.trainer.precision_plugin
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
 
     def optimizer_step(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,27 +13,18 @@ from opd_lightning.losses.reduction import aggregate
 from opd_lightning.losses.schedule import Schedule, value_at
 from opd_lightning.losses.surrogate import Surrogate
 from opd_lightning.models.student import Student
-from opd_lightning.processes import concatenate_ranks
-from opd_lightning.rules.base import Compare, Rates, Rule, Scored, Signal, add_rates
+from opd_lightning.rules.base import Compare, Rule, Scored, Signal
 from opd_lightning.rules.terms import Term
 from opd_lightning.teachers.base import Ask, Teacher
 from opd_lightning.terminal.progress import Progress
 from opd_lightning.training.base import DistillationModule
 from opd_lightning.training.checks import check_parts, corrects_sampler
-from opd_lightning.training.outputs import checked_signal, checked_tokens
+from opd_lightning.training.outputs import checked_tokens
 from opd_lightning.training.rule_states import restore_states, states_of
 from opd_lightning.training.scoring import LOSS, BatchScores, prefetch_scores, score_batch
+from opd_lightning.training.signals import Prepared, prepare_signals, signal_of
 from opd_lightning.training.step_divisors import StepDivisors, divide_the_loss
 from opd_lightning.types import RolloutBatch, TokenScores, Totals
-
-
-class _Prepared(NamedTuple):
-    """Scores and signal of a micro-batch, computed before its training pass."""
-
-    others: Mapping[str, TokenScores]
-    signal: Signal
-    rates: Rates
-    selected: int  # tokens of the whole step in the masks of its signals
 
 
 class ComposedMethod(DistillationModule):
@@ -72,7 +63,7 @@ class ComposedMethod(DistillationModule):
         # Only for steps that are scored before they train: scores of all micro-batches but the
         # first, then the signals of the micro-batches that remain to be trained on.
         self._scored: list[BatchScores] | None = None
-        self._prepared: deque[_Prepared] = deque()
+        self._prepared: deque[Prepared] = deque()
         # Only for steps whose gradients are divided after the last micro-batch.
         self._divisors: StepDivisors | None = None
 
@@ -140,23 +131,25 @@ class ComposedMethod(DistillationModule):
         known = self._prepared[0].others if self._prepared else {}
         results = self._score(batch, known)
         if self._scored is not None:
-            self._prepare_signals([results, *self._scored])
+            self._prepared.extend(prepare_signals(self, [results, *self._scored]))
             self._scored = None
         prepared = self._prepared.popleft() if self._prepared else None
         scored, student, values = results.scored, results.student, results.values
         self.compare_with_engine(batch, student)
-        mask = self._loss_mask(batch, self._names_read())
+        mask = self.loss_mask(batch)
         self.skipped.record(batch, mask, student=student, **scored.others)
         if "teacher" in scored.others:
             self.note_signal(batch, student, scored.teacher, mask)
         if prepared is None:
-            signal, rates = self._signal(scored)
+            signal, rates = signal_of(self, scored, self._divisors)
         else:
             signal, rates = prepared.signal, prepared.rates
         self.note_rules(scored, signal, rates)
 
         found = self.token_loss(student, signal, scored, values)
         token_loss = checked_tokens(self, "token_loss", found, batch.response_mask)
+        made = f"the loss of {type(self).__name__}"
+        self.skipped.record_part(batch, signal.mask, made, token_loss)
         totals = batch.totals.all if self.imitation is None else batch.totals.written
         selected = totals
         if self.aggregation == "mask-mean" and self._divisors is not None:
@@ -167,19 +160,6 @@ class ComposedMethod(DistillationModule):
             selected = Totals(prepared.selected, totals.sequences)
         loss = aggregate(signal.weight * token_loss, signal.mask, selected, self.aggregation)
         return loss + self._terms(batch, student, scored, values, totals)
-
-    def _signal(self, scored: Scored) -> tuple[Signal, Rates]:
-        """Return the signal of a micro-batch after all rules, and their rates."""
-        signal = self._first_signal(scored)
-        rates: Rates = {}
-        for place, rule in enumerate(self.rules):
-            if self._divisors is not None and rule.observes(scored.batch.totals.step):
-                rows = rule.observe(signal, scored)
-                assert rows is not None
-                self._divisors.add(f"rule {place}", rows)
-            signal, more = checked_signal(rule, rule.apply(signal, scored), signal)
-            add_rates(rates, more)
-        return signal, rates
 
     def _terms(
         self,
@@ -194,7 +174,8 @@ class ComposedMethod(DistillationModule):
         for term in self.terms:
             found = term.token_loss(student, scored, values)
             token_loss = checked_tokens(term, "token_loss", found, batch.response_mask)
-            mask = self._loss_mask(batch, term.names_read())
+            mask = self.loss_mask(batch, term.names_read())
+            self.skipped.record_part(batch, mask, f"the loss of {type(term).__name__}", token_loss)
             loss = loss + aggregate(token_loss, mask, totals, mode)
             self.rates.update(batch, {f"term/{term.name}": torch.where(mask, token_loss, 0.0)})
         if self.imitation is not None:
@@ -242,49 +223,16 @@ class ComposedMethod(DistillationModule):
         divides = micro_batches > 1 and not adds and divide_the_loss(self.rules, step)
         return self._reads_the_step(step) and not divides
 
-    @torch.no_grad()
-    def _prepare_signals(self, results: Sequence[BatchScores]) -> None:
-        """Compute the signals of a step from the scores of all its micro-batches."""
-        scored = [result.scored for result in results]
-        signals = [self._first_signal(one) for one in scored]
-        rates: list[Rates] = [{} for _ in results]
-        for rule in self.rules:
-            is_wide = rule.observes(scored[0].batch.totals.step)
-            observed = self._observe(rule, signals, scored) if is_wide else None
-            for i, one in enumerate(scored):
-                result = rule.apply(signals[i], one, observed)
-                signals[i], more = checked_signal(rule, result, signals[i])
-                add_rates(rates[i], more)
-        counts = torch.stack([signal.mask.sum() for signal in signals]).sum()
-        selected = int(concatenate_ranks(counts[None, None]).sum())
-        self._prepared.extend(
-            _Prepared(result.others, signal, rate, selected)
-            for result, signal, rate in zip(results, signals, rates, strict=True)
-        )
-
     def loss_factor(self) -> float:
         return 1.0 if self._divisors is None else self._divisors.factor()
 
-    def _observe(self, rule: Rule, signals: list[Signal], scored: list[Scored]) -> Tensor | None:
-        seen = [rule.observe(s, o) for s, o in zip(signals, scored, strict=True)]
-        rows = [row for row in seen if row is not None]
-        return concatenate_ranks(torch.cat(rows)) if rows else None
-
-    def _first_signal(self, scored: Scored) -> Signal:
-        found = self.advantage(scored)
-        mask = scored.batch.response_mask
-        advantage = checked_tokens(self, "advantage", found, mask).detach()
-        return Signal(
-            advantage=advantage,
-            weight=torch.ones_like(advantage),
-            mask=self._loss_mask(scored.batch, self._names_read()),
-        )
-
-    def _loss_mask(self, batch: RolloutBatch, names: Set[str]) -> Tensor:
+    def loss_mask(self, batch: RolloutBatch, names: Set[str] | None = None) -> Tensor:
         """Return the mask `[B, R]` of a loss that reads the asks called `names`.
 
-        It has all tokens but the imitated ones, in rows with the views of these asks.
+        It has all tokens but the imitated ones, in rows with the views of these asks. `names` of
+        None are those that the method's own loss and its rules read.
         """
+        names = self._names_read() if names is None else names
         mask = batch.response_mask & self._has_views(batch, names)
         return mask if self.imitation is None else mask & ~batch.demonstrated[:, None]
 

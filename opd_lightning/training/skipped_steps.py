@@ -35,22 +35,27 @@ class SkippedSteps(nn.Module):
         self.stop_after = stop_after
         self.total = 0  # in this run
         self.in_a_row = 0
-        self.faulty = Means()  # share of tokens whose log-prob is not finite, by model
+        # Shares of tokens whose values are not finite: log-probs by model, then the signal and
+        # the loss by the part that made them, in this order.
+        self.faulty = Means()
+        self.parts = Means()
 
     def record(self, batch: RolloutBatch, mask: Tensor, **models: TokenScores) -> None:
         """Record, by model, which log-probs in `mask [B, R]` are not finite."""
-        self._record(batch, mask, {name: scores.logprobs for name, scores in models.items()})
+        _record(self.faulty, batch, mask, {name: s.logprobs for name, s in models.items()})
 
     def record_engine(self, batch: RolloutBatch, mask: Tensor) -> None:
         """Record which log-probs of the engine in `mask [B, R]` are not finite."""
-        self._record(batch, mask, {ENGINE: batch.behaviour_logprobs})
+        _record(self.faulty, batch, mask, {ENGINE: batch.behaviour_logprobs})
 
-    def _record(self, batch: RolloutBatch, mask: Tensor, logprobs: Mapping[str, Tensor]) -> None:
-        self.faulty.update(batch, {name: mask & ~x.isfinite() for name, x in logprobs.items()})
+    def record_part(self, batch: RolloutBatch, mask: Tensor, part: str, values: Tensor) -> None:
+        """Record which values `[B, R]` in `mask` of a part of the method are not finite."""
+        _record(self.parts, batch, mask, {part: values})
 
     def reset(self) -> None:
         """Discard the records of the current step."""
         self.faulty.reset()
+        self.parts.reset()
 
     def skip(
         self,
@@ -69,7 +74,7 @@ class SkippedSteps(nn.Module):
         Raises RunStoppedError at `stop_after` consecutive steps, and EngineMismatchError if
         log-probs of the engine are not finite: its next rollouts would not be better.
         """
-        faulty = {name: float(share) for name, share in self.faulty.compute().items() if share > 0}
+        faulty, parts = _shares(self.faulty), _shares(self.parts)
         self.reset()
         if ENGINE in faulty:
             engine = EngineMismatchError(
@@ -91,11 +96,14 @@ class SkippedSteps(nn.Module):
         found = f"its loss is {float(loss):g} and its gradient's norm {float(gradient_norm):g}"
         for name, share in faulty.items():
             found += f", log-probs of the {name} are not finite on {share:.2%} of the tokens"
+        if parts and not faulty:  # later parts read the values of the first
+            part, share = next(iter(parts.items()))
+            found += f", {part} is not finite on {share:.2%} of the tokens"
         if self.in_a_row + 1 >= self.stop_after:  # not counted: a resumed run repeats it
             too_many = RunStoppedError(
                 f"step {step}: {found}; that makes {self.stop_after} in a row "
                 "(model.init_args.stop_after_skips), so the run ends with the weights of before; "
-                "lower the learning rate, or check which model returns non-finite log-probs"
+                "lower the learning rate, or check what returns non-finite values"
             )
             raise raised_by_all(too_many)
         _discard_gradients(parameters)
@@ -116,6 +124,15 @@ class SkippedSteps(nn.Module):
             if not 0 <= count < 2**53:  # what a logged figure holds
                 raise ValueError(f"skipped_steps.{name}: got {count!r:.30}, expected a count")
         self.total, self.in_a_row = int(counts.get("total", 0)), int(counts.get("in_a_row", 0))
+
+
+def _record(means: Means, batch: RolloutBatch, mask: Tensor, values: Mapping[str, Tensor]) -> None:
+    means.update(batch, {name: mask & ~value.isfinite() for name, value in values.items()})
+
+
+def _shares(means: Means) -> dict[str, float]:
+    """Return the shares above 0."""
+    return {name: float(share) for name, share in means.compute().items() if share > 0}
 
 
 def _discard_gradients(parameters: Iterable[nn.Parameter]) -> None:

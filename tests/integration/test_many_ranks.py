@@ -92,9 +92,9 @@ WATCHED = [
 def test_many_are_one(runs: Runs, layout: str, part: str, way: str) -> None:
     one, many = runs("one", part)[way], runs(layout, part)[way]
     assert many["held"] == pytest.approx(HELD[layout], abs=0.01)
+    torch.testing.assert_close(many["weights"][0], one["weights"][0], atol=0, rtol=0)
     assert many["rollouts"] == one["rollouts"]
     assert way == "none" or len({len(ids) for _, _, ids, _ in one["rollouts"]}) > 1
-    torch.testing.assert_close(many["weights"][0], one["weights"][0], atol=0, rtol=0)
     assert len(one["gradients"]) == len(many["gradients"]) > 1
     for alone, together in zip(one["gradients"], many["gradients"], strict=True):
         torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)

@@ -1,6 +1,6 @@
 """A step whose loss or gradient is not finite moves nothing; too many in a row end the run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from opd_lightning.methods import GOPD, OPD
 from opd_lightning.models.student import Student
 from opd_lightning.processes import Ranks
 from opd_lightning.rollouts import HFEngine, Request, Sampling
+from opd_lightning.rules import PrefixWindow, SkipFirst
+from opd_lightning.rules.base import Rates, Rule, Scored, Signal
 from opd_lightning.teachers import EMATeacher, FrozenTeacher
 from opd_lightning.training.skipped_steps import check_weights
 from opd_lightning.types import Completion, RolloutBatch, TokenScores
@@ -30,6 +32,7 @@ OPTIMISERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=True),
     "adamw fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "sgd fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, fused=True),
 }
 
 
@@ -75,8 +78,10 @@ class Moved(Callback):
         return [x.detach().clone() for x in (*module.student.parameters(), *tensors)]
 
 
-def method(steps: Sequence[int], value: float = float("nan"), **more: Any) -> OPD:
-    return OPD(
+def method(
+    steps: Sequence[int], value: float = float("nan"), family: type[OPD] = OPD, **more: Any
+) -> OPD:
+    return family(
         Student("lab/arithmetic/student"),
         OddTeacher("lab/arithmetic/teacher", steps, value),
         **{
@@ -102,13 +107,12 @@ def test_nothing_moves_and_the_run_goes_on(
     optimizer: str, value: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     moved = Moved()
-    clip = None if optimizer == "adamw fused" else 1.0  # Lightning's own restriction
     seen = fit(
         method([0, 2], value, optimizer=OPTIMISERS[optimizer]),
         steps=4,
         micro_batches=2,
         callbacks=[moved],
-        trainer={"gradient_clip_val": clip},
+        trainer={"gradient_clip_val": 1.0},
     )
     assert moved.of_step == {0: False, 1: True, 2: False, 3: True}
     assert moved.rates == sorted(moved.rates)  # the schedule goes on
@@ -119,6 +123,49 @@ def test_nothing_moves_and_the_run_goes_on(
     assert lines[1].startswith("opd: step 2 skipped: its loss is ")
     assert "log-probs of the teacher are not finite on" in lines[1]
     assert "(1 in a row, 3 end the run; 2 in this run)" in lines[1]
+
+
+class Odd(Rule):
+    """A rule whose weights of step 0 are not finite."""
+
+    name = "odd"
+
+    def apply(
+        self, signal: Signal, scored: Scored, observed: Tensor | None = None
+    ) -> tuple[Signal, Rates]:
+        factor = float("nan") if scored.batch.totals.step == 0 else 1.0
+        return replace(signal, weight=signal.weight * factor), {}
+
+
+class OddLoss(OPD):
+    """A method whose loss of step 0 is infinite."""
+
+    def token_loss(
+        self,
+        student: TokenScores,
+        signal: Signal,
+        scored: Scored,
+        values: Mapping[str, Tensor],
+    ) -> Tensor:
+        found = super().token_loss(student, signal, scored, values)
+        return found * float("inf") if scored.batch.totals.step == 0 else found
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "mask-mean"])  # the latter scores ahead
+def test_the_part_whose_values_are_not_finite_is_named(
+    aggregation: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = [PrefixWindow(tokens=4), Odd(), SkipFirst(tokens=1)]
+    fit(method([], rules=rules, aggregation=aggregation), steps=1, micro_batches=2)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert ", the signal of Odd is not finite on " in line
+    assert line.count("not finite") == 1
+
+
+def test_a_loss_that_is_not_finite_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(method([], family=OddLoss), steps=1)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert ", the loss of OddLoss is not finite on " in line
 
 
 def test_a_gradient_alone_is_enough() -> None:
@@ -155,6 +202,37 @@ def test_a_loss_scale_that_overflows_does_not_end_the_run(
     )
     assert lines[-1].startswith("opd: step 5 skipped: its loss is nan")
     assert "(1 in a row, 3 end the run; 5 in this run)" in lines[-1]
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_fused_optimisers_are_clipped_and_skipped_as_others(precision: str, algorithm: str) -> None:
+    """Lightning leaves unscaling to them, and so refuses to clip."""
+
+    def train(optimizer: str) -> tuple[dict[str, Tensor], list[float], list[float]]:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        scaled = scaler if precision == "16-mixed" else None
+        plugin = MixedPrecision(precision, "cpu", scaled)  # type: ignore[arg-type]
+        clipped = 1e-3 if algorithm == "norm" else 1e-5
+        module = method([1], max_logprob_gap=1.0, optimizer=OPTIMISERS[optimizer])
+        seen = fit(
+            module,
+            steps=3,
+            trainer={
+                "plugins": [plugin],
+                "gradient_clip_val": clipped,
+                "gradient_clip_algorithm": algorithm,
+            },
+        )
+        norms = [logged["optim/gradient_norm"] for logged in seen.logged]
+        skipped = [logged["optim/skipped_steps"] for logged in seen.logged]
+        return weights(module), norms, skipped
+
+    own, norms, skipped = train("sgd fused")
+    other, other_norms, other_skipped = train("sgd")
+    torch.testing.assert_close(own, other)
+    assert norms == pytest.approx(other_norms, nan_ok=True)
+    assert skipped == other_skipped == [0, 1, 1]
 
 
 def test_too_many_in_a_row_end_the_run_and_a_resumed_one_keeps_the_count(tmp_path: Path) -> None:

@@ -75,6 +75,19 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused(tmp_path: Path) -> None:
         fit(method(rules=[rule]), steps=1, callbacks=[ModelCheckpoint(tmp_path)])
 
 
+def test_a_state_that_a_rule_cannot_restore_is_refused(tmp_path: Path) -> None:
+    class Renamed(Running):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.steps = state["numbers"]
+
+    Renamed.__name__ = "Running"
+    saver = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0, every_n_train_steps=1)
+    fit(method(rules=[Running()]), steps=1, micro_batches=2, callbacks=[saver])
+    line = r"^Running\.load_state_dict: got .*; KeyError: 'numbers': let it read what Running"
+    with pytest.raises(UserError, match=line):
+        fit(method(rules=[Renamed()]), steps=2, ckpt_path=str(tmp_path / "last.ckpt"))
+
+
 class Whole(Divergence):
     def __call__(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         return (student_logprobs.exp() * (student_logprobs - teacher_logprobs)).sum()

@@ -92,6 +92,16 @@ def test_authors_that_were_not_prepared_are_refused(
     assert str(error.value).startswith(f"Move.mix_at, step 7: {line}")
 
 
+def test_a_mix_that_is_none_is_refused() -> None:
+    class Forgets(RunCallback):
+        def mix_at(self, step: int, mix: RolloutMix) -> Any:
+            replace(mix, teacher=0.5)
+
+    with pytest.raises(UserError) as error:
+        data(RolloutMix(teacher=1.0), Forgets()).mix_at(7)
+    assert str(error.value).startswith("Forgets.mix_at, step 7: got nothing (None), expected")
+
+
 def test_those_that_run_last_do() -> None:
     class Last(RunCallback):
         runs_last = True
