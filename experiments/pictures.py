@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from io import StringIO
+from textwrap import fill
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 COLOURS = {"shown": "tab:green", "contradicted": "tab:red", "not shown": "tab:gray"}
 LEGEND = ", ".join(f"{own.removeprefix('tab:')}: {verdict}" for verdict, own in COLOURS.items())
 ROW, FRAME = 0.32, 0.9  # inches of a claim, and of a panel's axis and title
+LETTERS = 64  # of a line of a claim, of which two fit into a row
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def draw_claims(bars: Sequence[Bar]) -> str:
             axis.plot([bar.low, bar.high], [row, row], color=colour, lw=2)
             axis.plot([bar.middle], [row], "o", color=colour)
         axis.axvline(0, color="black", lw=0.8, ls="--")
-        axis.set_yticks(range(len(panel)), [bar.says for bar in reversed(panel)], fontsize=8)
+        said = [fill(bar.says, LETTERS) for bar in reversed(panel)]
+        axis.set_yticks(range(len(panel)), said, fontsize=8)
         axis.set_ylim(-0.6, len(panel) - 0.4)
         axis.set_title(f"difference of {score}, 95 % interval", fontsize=9)
     figure.supxlabel(LEGEND, fontsize=8)

@@ -198,15 +198,20 @@ def write(study: Study, record: Record) -> None:
 
 
 def summary() -> str:
-    """Return the number of claims by verdict and a Markdown table of them, from the records."""
+    """Return the number of claims by verdict, the CPU hours of their runs, and a Markdown table
+    of them, from the records.
+    """
     lines = [
         "| claim | source | difference | 95 % | verdict | study |",
         "|---|---|---|---|---|---|",
     ]
     counts: Counter[str] = Counter()
+    cost: dict[tuple[str, str, int], float] = {}  # once for a run that studies share
     for name in STUDIES:
         study = read_study(name)
         found = comparable(study, read_record(study))
+        for run, seeds in found.items():
+            cost |= {(study.world, run, seed): seeds[seed].cpu_seconds for seed in seeds}
         page = Path(os.path.relpath(ROOT / study.page, SUMMARY.parent))
         for claim in study.claims.values():
             result = outcome(study, claim, found)
@@ -216,7 +221,13 @@ def summary() -> str:
             )
     order = [f"{verdict}{so_far}" for so_far in ("", SO_FAR) for verdict in VERDICTS] + [NO_VERDICT]
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if verdict in counts)
-    return f"Of {counts.total()} claims: {said}.\n\n" + "\n".join(lines)
+    worlds = sorted({world for world, _, _ in cost})
+    hours = {w: sum(c for (world, _, _), c in cost.items() if world == w) / 3600 for w in worlds}
+    spent = ", ".join(f"{world} {taken:.1f}" for world, taken in hours.items())
+    return (
+        f"Of {counts.total()} claims: {said}.\n\n"
+        f"CPU hours of the runs, by lab: {spent}; together {sum(hours.values()):.1f}.\n\n"
+    ) + "\n".join(lines)
 
 
 def _insert(page: Path, name: str, text: str) -> None:

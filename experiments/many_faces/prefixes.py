@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from statistics import mean
 
+from experiments.sums import LENGTH, responses, solution
 from opd_lightning.data.prompts import PromptSource
-from opd_lightning.lab.arithmetic import ANSWER_PATTERN, Problem
+from opd_lightning.lab.arithmetic import ANSWER_PATTERN
 from opd_lightning.models.chat import render
 from opd_lightning.models.source import ModelSource
-from opd_lightning.rollouts import HFEngine, Request, Sampling
-from opd_lightning.seeding import derive_seed
-from opd_lightning.types import Prompt
 from opd_lightning.verifiers import ExactMatch
 
 BEGINS, ENDS = 0, 1  # coordinates of seeds
-LENGTH = 40  # tokens of a response
 
 
 def finished(
@@ -43,37 +38,17 @@ def finished(
     rows = PromptSource(prompts, domains=[domain]).load()
     source = ModelSource(teacher)
     asked = [render(row, source.tokenizer, {}) for row in rows]
-    begun = _responses(writer, asked, seed, BEGINS)
+    begun = responses(writer, asked, seed, BEGINS)
     parts = [ids[: int(share * len(ids))] for ids in begun]
-    ends = _responses(teacher, [a + p for a, p in zip(asked, parts, strict=True)], seed, ENDS)
+    ends = responses(teacher, [a + p for a, p in zip(asked, parts, strict=True)], seed, ENDS)
     whole = [(p + e)[:LENGTH] for p, e in zip(parts, ends, strict=True)]
     decode = source.tokenizer.batch_decode
     solved = ExactMatch(ANSWER_PATTERN).verify(rows, decode(whole))
     begins = zip(rows, decode(parts), strict=True)
-    right = [_solution(row, domain).startswith(part) for row, part in begins]
+    right = [solution(row, domain).startswith(part) for row, part in begins]
     found = {"solved": mean(solved), "right": mean(right)}
     if any(right):
         found["solved_after_right"] = mean(
             score for score, r in zip(solved, right, strict=True) if r
         )
     return found
-
-
-def _solution(row: Prompt, domain: str) -> str:
-    """Return the worked solution of a question such as "347+589="."""
-    left, right = re.split(r"[+-]", row.messages[-1]["content"].rstrip("="))
-    return Problem(domain, int(left), int(right)).solution
-
-
-def _responses(path: str, asked: Sequence[list[int]], seed: int, turn: int) -> list[list[int]]:
-    """Sample a response to each prompt, without its end."""
-    source, engine = ModelSource(path), HFEngine()
-    sampling = Sampling(max_new_tokens=LENGTH)
-    engine.start(source, max_length=max(map(len, asked)) + sampling.max_new_tokens)
-    try:
-        seeds = [derive_seed(seed, turn, i) for i in range(len(asked))]
-        requests = [Request(ids, own) for ids, own in zip(asked, seeds, strict=True)]
-        found = engine.generate(requests, sampling)
-    finally:
-        engine.close()
-    return [[i for i in one.response_ids if i not in source.eos_ids] for one in found]

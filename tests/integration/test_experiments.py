@@ -38,6 +38,7 @@ from experiments.results import (
     verdict,
 )
 from experiments.study import ROOT, STUDIES, Chain, Claim, Run, Study, read_study
+from experiments.tutorial import mistakes
 from experiments.work import (
     fit_words,
     locked,
@@ -346,7 +347,7 @@ def test_a_teacher_finishes_what_another_began(
         ends = [ids[n:] for ids, n in zip(whole, half, strict=True)]
         return [ids if i % 2 else ids[:-1] for i, ids in enumerate(ends)]
 
-    monkeypatch.setattr(prefixes, "_responses", responses)
+    monkeypatch.setattr(prefixes, "responses", responses)
     found = prefixes.finished(
         teacher=start,
         writer="writer",
@@ -356,6 +357,32 @@ def test_a_teacher_finishes_what_another_began(
         seed=0,
     )
     assert found == {"solved": 0.5, "right": 1.0, "solved_after_right": 0.5}
+
+
+def test_where_the_first_mistake_is(
+    untrained_lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four responses one is right, one wrong at 3, one too short by 2, one too long by 1."""
+    problems = generate("add-3", 4, seed=0, held_out=True)
+    write_jsonl(tmp_path / "test.jsonl", problems)
+    start = str(untrained_lab / "lab" / "skills" / "start")
+    tokenizer = ModelSource(start).tokenizer
+    right, wrong, short, long = (
+        tokenizer(p.solution, add_special_tokens=False).input_ids for p in problems
+    )
+    ends = [len(short) - 2, len(long)]
+    wrong[3] += 1
+    found = [right, wrong, short[:-2], [*long, 0]]
+    monkeypatch.setattr(mistakes, "responses", lambda *_: found)
+
+    def share(*positions: int) -> float:
+        asked = {"student": start, "prompts": str(tmp_path / "test.jsonl"), "domain": "add-3"}
+        return mistakes.first_mistakes(**asked, positions=positions, seed=0)["mistakes"]  # type: ignore[arg-type]
+
+    assert share(0, 3) == share(4, min(ends)) == 0.0
+    assert share(3, 4) == 0.25
+    assert share(4, max(ends) + 1) == 0.5
+    assert share(max(ends), max(ends) + 1) == 0.25
 
 
 def test_a_chain_trains_the_student_of_the_run_before() -> None:

@@ -1,0 +1,1 @@
+"""Measurements of the study of what tutorials say."""
