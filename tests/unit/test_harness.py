@@ -279,6 +279,8 @@ def test_a_group_is_judged_by_its_members(prepare: Prepare) -> None:
 
 
 def test_nobody_hears_or_notices_it(prepare: Prepare, capfd: pytest.CaptureFixture[str]) -> None:
+    prepare("choice")  # the first use in a process builds and writes the model
+    capfd.readouterr()
     before = torch.get_rng_state()
     exam = prepare("choice", num_fewshot=2)
     exam.grade([(-1.0, False)] * len(exam.likelihood_requests), [])
