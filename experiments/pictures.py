@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 COLOURS = {"shown": "tab:green", "contradicted": "tab:red", "not shown": "tab:gray"}
 LEGEND = ", ".join(f"{own.removeprefix('tab:')}: {verdict}" for verdict, own in COLOURS.items())
 ROW, FRAME = 0.32, 0.9  # inches of a claim, and of a panel's axis and title
-LETTERS = 64  # of a line of a claim, of which two fit into a row
+WIDTH = 64  # characters of a line of a claim; two lines fit into a row
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def draw_claims(bars: Sequence[Bar]) -> str:
             axis.plot([bar.low, bar.high], [row, row], color=colour, lw=2)
             axis.plot([bar.middle], [row], "o", color=colour)
         axis.axvline(0, color="black", lw=0.8, ls="--")
-        said = [fill(bar.says, LETTERS) for bar in reversed(panel)]
+        said = [fill(bar.says, WIDTH) for bar in reversed(panel)]
         axis.set_yticks(range(len(panel)), said, fontsize=8)
         axis.set_ylim(-0.6, len(panel) - 0.4)
         axis.set_title(f"difference of {score}, 95 % interval", fontsize=9)

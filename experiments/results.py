@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -198,36 +198,44 @@ def write(study: Study, record: Record) -> None:
 
 
 def summary() -> str:
-    """Return the number of claims by verdict, the CPU hours of their runs, and a Markdown table
-    of them, from the records.
-    """
+    """Return numbers of claims by verdict, CPU hours by lab, and a Markdown table of the claims."""
     lines = [
         "| claim | source | difference | 95 % | verdict | study |",
         "|---|---|---|---|---|---|",
     ]
     counts: Counter[str] = Counter()
-    cost: dict[tuple[str, str, int], float] = {}  # once for a run that studies share
-    for name in STUDIES:
-        study = read_study(name)
-        found = comparable(study, read_record(study))
-        for run, seeds in found.items():
-            cost |= {(study.world, run, seed): seeds[seed].cpu_seconds for seed in seeds}
+    studies = [read_study(name) for name in STUDIES]
+    results = [(study, comparable(study, read_record(study))) for study in studies]
+    for study, found in results:
         page = Path(os.path.relpath(ROOT / study.page, SUMMARY.parent))
         for claim in study.claims.values():
             result = outcome(study, claim, found)
             counts[result[-1]] += 1
             lines.append(
-                f"| {' | '.join((claim.says, claim.source, *result, f'[{name}]({page})'))} |"
+                f"| {' | '.join((claim.says, claim.source, *result, f'[{study.name}]({page})'))} |"
             )
     order = [f"{verdict}{so_far}" for so_far in ("", SO_FAR) for verdict in VERDICTS] + [NO_VERDICT]
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if verdict in counts)
-    worlds = sorted({world for world, _, _ in cost})
-    hours = {w: sum(c for (world, _, _), c in cost.items() if world == w) / 3600 for w in worlds}
-    spent = ", ".join(f"{world} {taken:.1f}" for world, taken in hours.items())
+    hours = cpu_hours(results)
+    spent = ", ".join(f"{world} {hours[world]:.1f}" for world in sorted(hours))
     return (
         f"Of {counts.total()} claims: {said}.\n\n"
         f"CPU hours of the runs, by lab: {spent}; together {sum(hours.values()):.1f}.\n\n"
     ) + "\n".join(lines)
+
+
+def cpu_hours(results: Iterable[tuple[Study, Results]]) -> dict[str, float]:
+    """Return the CPU hours of the runs of studies, by lab. A run that several share counts once."""
+    cost = {
+        (study.world, run, seed): result.cpu_seconds / 3600
+        for study, found in results
+        for run, seeds in found.items()
+        for seed, result in seeds.items()
+    }
+    hours: dict[str, float] = defaultdict(float)
+    for (world, _, _), taken in cost.items():
+        hours[world] += taken
+    return hours
 
 
 def _insert(page: Path, name: str, text: str) -> None:

@@ -238,7 +238,7 @@ class DistillationModule(Contract, EvaluatedModule):
         with self.timer.stage("log"):
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of 16-mixed
             if scaler is not None and optimizer.defaults.get("fused"):
-                scaler.unscale_(optimizer)  # which Lightning leaves to their step
+                scaler.unscale_(optimizer)  # else in its step, after norms are read and clipped
             parameters = list(self.student.parameters())
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
@@ -268,8 +268,8 @@ class DistillationModule(Contract, EvaluatedModule):
         if all(parameter.grad is None for parameter in self.student.parameters()):
             return  # of a skipped step; torch's `clip_grad_value_` fails without gradients
         if optimizer.defaults.get("fused"):
-            # MixedPrecision refuses it, because their step unscales gradients that are scaled.
-            # Here they never are: `on_before_optimizer_step` has unscaled them.
+            # MixedPrecision refuses to clip for optimisers that unscale gradients in their step.
+            # `on_before_optimizer_step` has unscaled these, so its base class may clip them.
             algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
             plugin = self.trainer.precision_plugin
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)

@@ -22,7 +22,7 @@ from opd_lightning.training.checks import check_parts, corrects_sampler
 from opd_lightning.training.outputs import checked_tokens
 from opd_lightning.training.rule_states import restore_states, states_of
 from opd_lightning.training.scoring import LOSS, BatchScores, prefetch_scores, score_batch
-from opd_lightning.training.signals import Prepared, prepare_signals, signal_of
+from opd_lightning.training.signal import Prepared, prepare_signals, signal_of
 from opd_lightning.training.step_divisors import StepDivisors, divide_the_loss
 from opd_lightning.types import RolloutBatch, TokenScores, Totals
 
@@ -148,8 +148,7 @@ class ComposedMethod(DistillationModule):
 
         found = self.token_loss(student, signal, scored, values)
         token_loss = checked_tokens(self, "token_loss", found, batch.response_mask)
-        made = f"the loss of {type(self).__name__}"
-        self.skipped.record_part(batch, signal.mask, made, token_loss)
+        self.skipped.record_part(batch, signal.mask, self, "loss", token_loss)
         totals = batch.totals.all if self.imitation is None else batch.totals.written
         selected = totals
         if self.aggregation == "mask-mean" and self._divisors is not None:
@@ -175,7 +174,7 @@ class ComposedMethod(DistillationModule):
             found = term.token_loss(student, scored, values)
             token_loss = checked_tokens(term, "token_loss", found, batch.response_mask)
             mask = self.loss_mask(batch, term.names_read())
-            self.skipped.record_part(batch, mask, f"the loss of {type(term).__name__}", token_loss)
+            self.skipped.record_part(batch, mask, term, "loss", token_loss)
             loss = loss + aggregate(token_loss, mask, totals, mode)
             self.rates.update(batch, {f"term/{term.name}": torch.where(mask, token_loss, 0.0)})
         if self.imitation is not None:

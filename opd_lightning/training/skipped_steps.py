@@ -48,9 +48,19 @@ class SkippedSteps(nn.Module):
         """Record which log-probs of the engine in `mask [B, R]` are not finite."""
         _record(self.faulty, batch, mask, {ENGINE: batch.behaviour_logprobs})
 
-    def record_part(self, batch: RolloutBatch, mask: Tensor, part: str, values: Tensor) -> None:
-        """Record which values `[B, R]` in `mask` of a part of the method are not finite."""
-        _record(self.parts, batch, mask, {part: values})
+    def record_part(
+        self, batch: RolloutBatch, mask: Tensor, owner: object, kind: str, values: Tensor
+    ) -> None:
+        """Record which values `[B, R]` in `mask` are not finite.
+
+        Args:
+            batch: The micro-batch.
+            mask: Tokens that are looked at, `[B, R]`.
+            owner: Method, rule or term that computed the values.
+            kind: What they are, such as "loss", for the message.
+            values: The values.
+        """
+        _record(self.parts, batch, mask, {f"the {kind} of {type(owner).__name__}": values})
 
     def reset(self) -> None:
         """Discard the records of the current step."""

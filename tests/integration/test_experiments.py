@@ -26,6 +26,7 @@ from experiments.results import (
     SUMMARY,
     T,
     bars,
+    cpu_hours,
     interval,
     number,
     picture_of,
@@ -219,6 +220,13 @@ def test_pages_and_pictures_show_what_is_on_record() -> None:
             assert not picture_of(study).exists()
 
 
+def test_a_run_that_studies_share_costs_once() -> None:
+    own = {"start": {0: Result(cpu_seconds=3600.0, scores={})}}
+    more = own | {"trained": {seed: Result(cpu_seconds=1800.0, scores={}) for seed in (0, 1)}}
+    other = replace(STUDY, world="strings")
+    assert cpu_hours([(STUDY, own), (STUDY, more), (other, own)]) == {"skills": 2.0, "strings": 1.0}
+
+
 def shown(page: Path, name: str) -> str:
     """Return what is between the marks of a page."""
     return page.read_text().split(BEGIN.format(name=name))[1].split(END)[0].strip()
@@ -329,15 +337,21 @@ def test_more_seeds_than_points_have_the_widest_interval() -> None:
     assert high - low == pytest.approx(2 * T[-1] * stdev(differences) / 20**0.5)
 
 
+def worked_sums(lab: Path, folder: Path, count: int) -> tuple[dict[str, Any], list[list[int]]]:
+    """Write sums; return the arguments that name them, and the tokens of their solutions."""
+    problems = generate("add-3", count, seed=0, held_out=True)
+    write_jsonl(folder / "test.jsonl", problems)
+    tokenizer = ModelSource(str(lab / "lab" / "skills" / "start")).tokenizer
+    solutions = [tokenizer(p.solution, add_special_tokens=False).input_ids for p in problems]
+    return {"prompts": str(folder / "test.jsonl"), "domain": "add-3", "seed": 0}, solutions
+
+
 def test_a_teacher_finishes_what_another_began(
     untrained_lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """First halves of solutions are the writer's, the rest the teacher's, wrong every second."""
-    problems = generate("add-3", 20, seed=0, held_out=True)
-    write_jsonl(tmp_path / "test.jsonl", problems)
+    asked_sums, whole = worked_sums(untrained_lab, tmp_path, 20)
     start = str(untrained_lab / "lab" / "skills" / "start")
-    tokenizer = ModelSource(start).tokenizer
-    whole = [tokenizer(p.solution, add_special_tokens=False).input_ids for p in problems]
     half = [len(ids) // 2 for ids in whole]
 
     def responses(path: str, asked: list[list[int]], seed: int, turn: int) -> list[list[int]]:
@@ -348,14 +362,7 @@ def test_a_teacher_finishes_what_another_began(
         return [ids if i % 2 else ids[:-1] for i, ids in enumerate(ends)]
 
     monkeypatch.setattr(prefixes, "responses", responses)
-    found = prefixes.finished(
-        teacher=start,
-        writer="writer",
-        share=0.5,
-        prompts=str(tmp_path / "test.jsonl"),
-        domain="add-3",
-        seed=0,
-    )
+    found = prefixes.finished(teacher=start, writer="writer", share=0.5, **asked_sums)
     assert found == {"solved": 0.5, "right": 1.0, "solved_after_right": 0.5}
 
 
@@ -363,21 +370,16 @@ def test_where_the_first_mistake_is(
     untrained_lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of four responses one is right, one wrong at 3, one too short by 2, one too long by 1."""
-    problems = generate("add-3", 4, seed=0, held_out=True)
-    write_jsonl(tmp_path / "test.jsonl", problems)
+    asked_sums, (right, wrong, short, long) = worked_sums(untrained_lab, tmp_path, 4)
     start = str(untrained_lab / "lab" / "skills" / "start")
-    tokenizer = ModelSource(start).tokenizer
-    right, wrong, short, long = (
-        tokenizer(p.solution, add_special_tokens=False).input_ids for p in problems
-    )
     ends = [len(short) - 2, len(long)]
     wrong[3] += 1
-    found = [right, wrong, short[:-2], [*long, 0]]
-    monkeypatch.setattr(mistakes, "responses", lambda *_: found)
+    written = [right, wrong, short[:-2], [*long, 0]]
+    monkeypatch.setattr(mistakes, "responses", lambda *_: written)
 
-    def share(*positions: int) -> float:
-        asked = {"student": start, "prompts": str(tmp_path / "test.jsonl"), "domain": "add-3"}
-        return mistakes.first_mistakes(**asked, positions=positions, seed=0)["mistakes"]  # type: ignore[arg-type]
+    def share(begin: int, end: int) -> float:
+        found = mistakes.first_mistakes(student=start, positions=(begin, end), **asked_sums)
+        return found["mistakes"]
 
     assert share(0, 3) == share(4, min(ends)) == 0.0
     assert share(3, 4) == 0.25

@@ -74,8 +74,7 @@ def _first_signal(method: ComposedMethod, scored: Scored) -> Signal:
     found = method.advantage(scored)
     advantage = checked_tokens(method, "advantage", found, scored.batch.response_mask).detach()
     mask = method.loss_mask(scored.batch)
-    made = f"the advantage of {type(method).__name__}"
-    method.skipped.record_part(scored.batch, mask, made, advantage)
+    method.skipped.record_part(scored.batch, mask, method, "advantage", advantage)
     return Signal(advantage=advantage, weight=torch.ones_like(advantage), mask=mask)
 
 
@@ -85,9 +84,8 @@ def _checked(
     """Return the signal that a rule returned for `before`, and add its rates to `rates`."""
     signal, more = checked_signal(rule, result, before)
     add_rates(rates, more)
-    made = f"the signal of {type(rule).__name__}"
     values = signal.advantage * signal.weight
-    method.skipped.record_part(scored.batch, signal.mask, made, values)
+    method.skipped.record_part(scored.batch, signal.mask, rule, "signal", values)
     return signal
 
 
